@@ -1,0 +1,49 @@
+"""What commands print: tables for people, JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["console", "print_json_lines", "print_table", "to_json"]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Console that wraps nothing when its output goes to a file or a pipe."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON; times in ISO 8601."""
+    return json.dumps(value, default=_plain, ensure_ascii=False)
+
+
+def _plain(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def print_json_lines(rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line on stdout."""
+    for row in rows:
+        click.echo(to_json(row))
+
+
+def print_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
+    """A plain table of the named columns; `empty` is said when there is no row."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if row.get(column) is None else str(row[column])) for column in columns))
+    if table.row_count:
+        console().print(table)
+    else:
+        click.echo(empty)

@@ -1,0 +1,1 @@
+"""The CoDE encoder: crops in, 192 numbers each out."""

@@ -1,0 +1,124 @@
+"""Every exception the package raises on purpose, in one tree.
+
+```
+CodeWorkerError
+├── ConfigurationError          wrong settings or wrong use; the caller must change something (exit status 2)
+│   ├── UnknownHeadError        a head that no plugin registered, or that the release lacks
+│   ├── PluginError             a plugin that cannot be loaded, or two that claim one name
+│   └── NoReleaseError          nothing installed to judge with
+├── ArtifactError               a checkpoint, head file or release that must not be used
+│   ├── UnsafeArtifactError     a pickle that asked for something it may not have
+│   └── IntegrityError          bytes that differ from the manifest's sha256
+├── StoreError                  a rule of the ledger was broken
+│   └── IdConflictError         one idempotency key, two different jobs
+├── BrokerUnavailableError      published later by the sweeper; the job is safe in SQL
+├── MessageError                a broker message that is not ours to read
+├── ImageRejectedError          this image gets a `rejected` verdict, with a reason of the closed list
+└── TransientError              not this image's fault: try again later
+    └── SourceCredentialsError  nor any image's: pause the whole source and alarm
+```
+
+A worker knows two dispositions: `ImageRejectedError` becomes a verdict, `TransientError` puts the job back.
+Anything else is a bug and propagates.
+"""
+
+from __future__ import annotations
+
+from code_worker.types import RejectReason
+
+__all__ = [
+    "ArtifactError",
+    "BrokerUnavailableError",
+    "CodeWorkerError",
+    "ConfigurationError",
+    "IdConflictError",
+    "ImageRejectedError",
+    "IntegrityError",
+    "MessageError",
+    "NoReleaseError",
+    "PluginError",
+    "SourceCredentialsError",
+    "StoreError",
+    "TransientError",
+    "UnknownHeadError",
+    "UnsafeArtifactError",
+]
+
+
+class CodeWorkerError(Exception):
+    """Base of every error raised on purpose; its text says what happened, to what, and what to do."""
+
+
+class ConfigurationError(CodeWorkerError):
+    """Settings or arguments that cannot work."""
+
+
+class UnknownHeadError(ConfigurationError):
+    """A head name that no plugin registered or that the release in use was not fitted with."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        self.name = name
+        self.known = known
+        super().__init__(f"unknown head {name!r}; known: {', '.join(known) or 'none'}")
+
+
+class PluginError(ConfigurationError):
+    """A plugin that cannot be imported or registered; the text names the plugin and its file."""
+
+
+class NoReleaseError(ConfigurationError):
+    """No release is installed, or the alias asked for points nowhere."""
+
+
+class ArtifactError(CodeWorkerError):
+    """A model file that cannot be represented exactly, is damaged, or is of an unknown form."""
+
+
+class UnsafeArtifactError(ArtifactError):
+    """A pickle that names something outside the allow-list; nothing of it was executed."""
+
+
+class IntegrityError(ArtifactError):
+    """A file whose bytes are not those that the manifest recorded."""
+
+
+class StoreError(CodeWorkerError):
+    """The ledger refused: an illegal state change, a missing row, a migration that is due."""
+
+
+class IdConflictError(StoreError):
+    """An idempotency key that was used before for a different job."""
+
+
+class BrokerUnavailableError(CodeWorkerError):
+    """The broker could not be reached in time; accepted jobs stay in SQL and the sweeper publishes them."""
+
+
+class MessageError(CodeWorkerError):
+    """A broker message of an unknown version or with wrong fields."""
+
+
+class ImageRejectedError(CodeWorkerError):
+    """An image that cannot be judged: recorded as a `rejected` verdict, never retried by itself."""
+
+    def __init__(self, reason: RejectReason, detail: str = "") -> None:
+        self.reason = reason
+        self.detail = detail
+        super().__init__(f"{reason.value}: {detail}" if detail else reason.value)
+
+
+class TransientError(CodeWorkerError):
+    """A fault that time may cure; `reason` is what the verdict will say if it never does."""
+
+    def __init__(self, reason: RejectReason, detail: str = "") -> None:
+        self.reason = reason
+        self.detail = detail
+        super().__init__(f"{reason.value}: {detail}" if detail else reason.value)
+
+
+class SourceCredentialsError(TransientError):
+    """Credentials that are wrong or expired: `source` (e.g. `s3`) is paused until they work again."""
+
+    def __init__(self, source: str, detail: str = "") -> None:
+        self.source = source
+        super().__init__(RejectReason.FETCH_FAILED, detail)

@@ -1,0 +1,107 @@
+"""What the author of a head subclasses, and the description a plugin hands back for it."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from code_worker.errors import PluginError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Embeddings = NDArray[np.float32]
+    Labels = NDArray[np.int8]
+    Scores = NDArray[np.float32]
+
+__all__ = ["Head", "HeadSpec"]
+
+
+class Head(ABC):
+    """A classifier over embeddings: how real and generated images are told apart.
+
+    Subclass it, fill `fit`, `score`, `save` and `load`, and hand a `HeadSpec` to the hook
+    `code_worker_register_heads`. `code-worker plugins check NAME` runs the conformance kit on it.
+    """
+
+    class Options(BaseModel):
+        """Settings of the head; unknown ones are refused, the values go into the release's manifest."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+    one_class: ClassVar[bool] = False
+    """Whether `fit` is given real images only (labels all 0)."""
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        self.options = self.Options.model_validate(dict(options or {}))
+
+    @abstractmethod
+    def fit(self, embeddings: Embeddings, labels: Labels) -> Self:
+        """Learns from `(n, 192) float32` embeddings and `(n,) int8` labels (0 real, 1 generated); returns self.
+
+        Raises:
+            ValueError: fewer rows than the head needs, or a value that is not finite.
+        """
+
+    @abstractmethod
+    def score(self, embeddings: Embeddings) -> Scores:
+        """`(n,) float32` in [0, 1], higher = more likely generated, each row independent of the others.
+
+        0.5 is the head's own border: `score >= 0.5` means it would call the image generated.
+
+        Raises:
+            ValueError: an embedding that is not finite or not 192 wide.
+        """
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Writes the fitted state into an empty directory, in forms that need no unpickling."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, directory: Path, options: Mapping[str, Any] | None = None) -> Self:
+        """Reads what `save` wrote; scores afterwards are bit-identical.
+
+        Raises:
+            ArtifactError: files that are missing or not what `save` writes.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """A head as a plugin offers it; `target` is imported only when the head is used.
+
+    Attributes:
+        name: what users write (`--head knn`); lower case letters, digits, `-` and `_`.
+        target: `package.module:ClassName`, or the class itself.
+        summary: one line for `code-worker heads list`.
+    """
+
+    name: str
+    target: str | type[Head]
+    summary: str = ""
+
+    def head_class(self) -> type[Head]:
+        """Imports and returns the class.
+
+        Raises:
+            PluginError: the target does not import, or is no subclass of `Head`.
+        """
+        if not isinstance(self.target, str):
+            found: object = self.target
+        else:
+            module, _, attribute = self.target.partition(":")
+            try:
+                found = getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError) as error:
+                raise PluginError(f"head {self.name!r}: cannot import {self.target!r}: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Head)):
+            raise PluginError(f"head {self.name!r}: {self.target!r} is not a subclass of code_worker.Head")
+        return found

@@ -1,0 +1,1 @@
+"""Judging: jobs in, verdicts out, with no broker and no database."""

@@ -1,0 +1,1 @@
+"""What is deployed as one: encoder, heads, preprocessing, thresholds, with a manifest of hashes."""

@@ -1,0 +1,203 @@
+"""Settings: environment `CODE_WORKER_…` (nested by `__`) over an optional TOML file over defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from code_worker.errors import ConfigurationError
+
+__all__ = [
+    "BrokerSettings",
+    "FileSettings",
+    "LimitSettings",
+    "S3Settings",
+    "Settings",
+    "WorkerSettings",
+    "load_settings",
+]
+
+CONFIG_ENV = "CODE_WORKER_CONFIG"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class S3Settings(_Section):
+    """Where `s3://` objects come from and how long one may take."""
+
+    endpoint_url: str | None = Field(None, description="S3 endpoint; unset means AWS.")
+    region: str | None = Field(None, description="Region; unset leaves it to the AWS configuration chain.")
+    access_key_id: SecretStr | None = Field(None, description="Access key; unset leaves it to the AWS chain.")
+    secret_access_key: SecretStr | None = Field(None, description="Secret key that goes with `access_key_id`.")
+    buckets: tuple[str, ...] = Field(
+        (), description="Buckets (or `bucket/prefix`) that may be read. Empty means none: nothing is read from S3."
+    )
+    path_style: bool = Field(False, description="Put the bucket in the path; most S3-compatible servers need it.")
+    connect_timeout_s: float = Field(3.0, gt=0, description="Limit for opening a connection.")
+    read_timeout_s: float = Field(5.0, gt=0, description="Limit between two chunks of a body.")
+    object_timeout_s: float = Field(30.0, gt=0, description="Wall-clock limit for one object, retries included.")
+    max_attempts: int = Field(4, ge=1, description="Tries of one request (botocore's standard mode).")
+    body_attempts: int = Field(3, ge=1, description="Tries of a body that was cut short; botocore never retries one.")
+    checksum_mode: bool = Field(True, description="Verify the checksum that the object carries, if it carries one.")
+
+
+class FileSettings(_Section):
+    """Which local files may be read."""
+
+    roots: tuple[Path, ...] = Field(
+        (), description="Directories under which `file://` and paths may be read. Empty means none."
+    )
+
+
+class LimitSettings(_Section):
+    """What an image may cost before it is refused."""
+
+    max_bytes: int = Field(50 * 2**20, gt=0, description="Largest file, enforced while it streams in.")
+    max_pixels: int = Field(50_000_000, gt=0, description="Largest width x height, read from the header.")
+    max_side: int = Field(16_384, gt=0, description="Longest side, read from the header.")
+    min_side: int = Field(1, ge=1, description="Shortest side that is judged.")
+
+
+class BrokerSettings(_Section):
+    """How the broker is used."""
+
+    key_prefix: str = Field("cw:", description="Prefix of every key in Redis, for ACLs and shared servers.")
+    visibility_timeout_s: int = Field(
+        600, ge=30, description="After this an unacknowledged message is delivered again; at least 4 longest batches."
+    )
+    socket_timeout_s: float = Field(10.0, gt=0, description="A half-open connection is noticed after this.")
+    allow_insecure: bool = Field(
+        False, description="Allow a broker that is neither local nor protected by a password or TLS."
+    )
+
+
+class WorkerSettings(_Section):
+    """How one worker process uses its machine."""
+
+    concurrency: int = Field(4, ge=1, description="Messages judged at the same time.")
+    fetch_threads: int = Field(8, ge=1, description="Objects fetched and decoded at the same time.")
+    streams: int | None = Field(None, ge=1, description="Encoder streams; unset: one per core on CPU, one on CUDA.")
+    micro_batch: int | None = Field(None, ge=1, description="Crops per forward pass; unset: 8 on CPU, 64 on CUDA.")
+    linger_ms: float = Field(4.0, ge=0, description="How long a stream waits for its micro-batch to fill.")
+    lease_s: int = Field(30, ge=5, description="A claim lapses after this unless the worker renews it.")
+    batch_timeout_s: int = Field(
+        120, ge=10, description="A batch that takes longer makes the watchdog end the process."
+    )
+    max_attempts: int = Field(3, ge=1, description="Claims that may end in a dead worker before quarantine.")
+    max_faults: int = Field(12, ge=1, description="Transient faults before the job is rejected with the last one.")
+    backoff_s: float = Field(2.0, gt=0, description="First wait after a transient fault; doubles, jittered.")
+    backoff_max_s: float = Field(900.0, gt=0, description="Longest wait after a transient fault.")
+    sweep_interval_s: float = Field(5.0, gt=0, description="How often the sweeper looks for jobs nobody holds.")
+    release_poll_s: float = Field(3.0, gt=0, description="How often a worker looks whether the champion moved.")
+    store_embeddings: bool = Field(
+        True, description="Keep embeddings, so that bytes seen before are not encoded again."
+    )
+
+
+class Settings(BaseSettings):
+    """All settings of the project; every field can be set by environment or file."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="CODE_WORKER_", env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    data_dir: Path = Field(Path("~/.local/share/code_worker"), description="Where local state lives.")
+    database_url: SecretStr | None = Field(
+        None, description="SQLAlchemy URL (`postgresql+psycopg://…`); unset: SQLite in the data directory."
+    )
+    broker_url: SecretStr | None = Field(
+        None, description="Redis URL; unset: the embedded server that `code-worker up` runs in the data directory."
+    )
+    artifacts: str | None = Field(
+        None,
+        description="Where releases are kept: a directory or `s3://bucket/prefix`; unset: in the data directory.",
+    )
+    plugins_dir: Path | None = Field(None, description="Directory of single-file plugins.")
+    head: str = Field("linear", description="Head used when neither job, policy nor plugin names one.")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Encoder arithmetic; fp32 on CPU.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: console on a terminal, else JSON."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    s3: S3Settings = S3Settings()
+    files: FileSettings = FileSettings()
+    limits: LimitSettings = LimitSettings()
+    broker: BrokerSettings = BrokerSettings()
+    worker: WorkerSettings = WorkerSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then environment, then the TOML file that `CODE_WORKER_CONFIG` names."""
+        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
+        if path := os.environ.get(CONFIG_ENV):
+            sources = (*sources, TomlConfigSettingsSource(settings_cls, toml_file=path))
+        return sources
+
+    @property
+    def data_path(self) -> Path:
+        """The data directory, absolute."""
+        return self.data_dir.expanduser().absolute()
+
+    @property
+    def resolved_database_url(self) -> str:
+        """Database URL in use, password included: never log it."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.data_path / 'code_worker.db'}"
+
+    @property
+    def resolved_artifacts(self) -> str:
+        """Artifact root in use: an absolute directory or an `s3://` prefix."""
+        if self.artifacts is None:
+            return str(self.data_path / "releases")
+        if self.artifacts.startswith("s3://"):
+            return self.artifacts.rstrip("/")
+        return str(Path(self.artifacts).expanduser().absolute())
+
+    @property
+    def resolved_broker_url(self) -> str:
+        """Broker URL in use, password included: never log it.
+
+        Raises:
+            ConfigurationError: none is set and no embedded server runs in the data directory.
+        """
+        if self.broker_url is not None:
+            return self.broker_url.get_secret_value()
+        address = self.data_path / "run" / "broker.url"
+        try:
+            return address.read_text(encoding="utf-8").strip()
+        except OSError:
+            raise ConfigurationError(
+                f"no broker: set CODE_WORKER_BROKER_URL, or start `code-worker up` for {self.data_path}"
+            ) from None
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Reads the settings once; callers pass them on.
+
+    Raises:
+        ConfigurationError: names each wrong setting; values are never shown, they may be secrets.
+    """
+    if (path := os.environ.get(CONFIG_ENV)) and not Path(path).is_file():
+        raise ConfigurationError(f"{CONFIG_ENV} names {path}, which is not a file")
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]  # values are checked by pydantic
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'__'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
+        )
+        raise ConfigurationError(f"wrong settings: {problems}") from None

@@ -1,0 +1,1 @@
+"""The SQL ledger: the only place that knows tables."""

@@ -1,0 +1,183 @@
+"""The words of the project as values: labels, outcomes, rejection reasons, jobs, verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+__all__ = [
+    "EMBEDDING_DIM",
+    "IMAGE_SIZE",
+    "ImageFacts",
+    "Job",
+    "JobState",
+    "Label",
+    "Outcome",
+    "Provenance",
+    "RejectReason",
+    "Verdict",
+]
+
+EMBEDDING_DIM = 192
+IMAGE_SIZE = 224
+
+
+class Label(StrEnum):
+    """What a judged image is held to be; never a bare number."""
+
+    REAL = "real"
+    FAKE = "fake"
+    UNCERTAIN = "uncertain"
+
+
+class Outcome(StrEnum):
+    """How a job ended."""
+
+    JUDGED = "judged"
+    REJECTED = "rejected"
+
+
+class JobState(StrEnum):
+    """Where a job stands; `done` covers judged and rejected, the live verdict tells which."""
+
+    ACCEPTED = "accepted"
+    RUNNING = "running"
+    DONE = "done"
+    QUARANTINED = "quarantined"
+
+
+class RejectReason(StrEnum):
+    """The closed list of reasons why an image got no label."""
+
+    EMPTY = "empty"
+    TOO_LARGE_BYTES = "too_large_bytes"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_SMALL = "too_small"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    CHECKSUM_MISMATCH = "checksum_mismatch"
+    CONTENT_CHANGED = "content_changed"
+    NOT_FOUND = "not_found"
+    ACCESS_DENIED = "access_denied"
+    ARCHIVED = "archived"
+    SOURCE_NOT_ALLOWED = "source_not_allowed"
+    FETCH_TIMEOUT = "fetch_timeout"
+    FETCH_TRUNCATED = "fetch_truncated"
+    FETCH_FAILED = "fetch_failed"
+    DECODE_TIMEOUT = "decode_timeout"
+    QUARANTINED = "quarantined"
+    MODEL_UNAVAILABLE = "model_unavailable"
+    STORAGE_FULL = "storage_full"
+    ID_CONFLICT = "id_conflict"
+    INTERNAL = "internal"
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same job may end differently when tried again unchanged."""
+        return self in _RETRYABLE
+
+
+_RETRYABLE = frozenset(
+    {
+        RejectReason.CHECKSUM_MISMATCH,
+        RejectReason.FETCH_TIMEOUT,
+        RejectReason.FETCH_TRUNCATED,
+        RejectReason.FETCH_FAILED,
+        RejectReason.DECODE_TIMEOUT,
+        RejectReason.QUARANTINED,
+        RejectReason.MODEL_UNAVAILABLE,
+        RejectReason.STORAGE_FULL,
+        RejectReason.INTERNAL,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request to judge one image.
+
+    `attempts` counts claims including the present one that ended without a word from the worker (it died);
+    `faults` counts transient faults that a worker reported. `revision` is the number the next verdict takes:
+    0 for the first, one more for each replay.
+    """
+
+    id: str
+    uri: str
+    head: str | None = None
+    tenant: str | None = None
+    content_type: str | None = None
+    priority: int = 4
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+    attempts: int = 0
+    faults: int = 0
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What was judged: content hash and header facts, plus the source's own version of the object."""
+
+    sha256: str
+    size_bytes: int
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    mode: str | None = None
+    etag: str | None = None
+    version_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """By what it was judged: ids and hashes an appeal needs."""
+
+    release: str | None = None
+    manifest_sha256: str | None = None
+    head: str | None = None
+    head_sha256: str | None = None
+    policy: str | None = None
+    low: float | None = None
+    high: float | None = None
+    code_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The immutable answer to one job: judged (label, score in [0,1], higher = generated) or rejected (reason)."""
+
+    job_id: str
+    uri: str
+    outcome: Outcome
+    label: Label | None = None
+    score: float | None = None
+    reason: RejectReason | None = None
+    detail: str = ""
+    facts: ImageFacts | None = None
+    provenance: Provenance = field(default_factory=Provenance)
+    tenant: str | None = None
+    content_type: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    revision: int = 0
+    id: str | None = None
+    created_at: datetime | None = None
+
+    @property
+    def release(self) -> str | None:
+        """Id of the release that judged it."""
+        return self.provenance.release
+
+    @property
+    def head(self) -> str | None:
+        """Name of the head that scored it."""
+        return self.provenance.head
+
+    @property
+    def sha256(self) -> str | None:
+        """Content hash of the bytes that were judged."""
+        return self.facts.sha256 if self.facts else None

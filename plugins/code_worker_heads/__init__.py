@@ -1,0 +1,1 @@
+"""The built-in heads: linear, kNN and one-class SVM."""

