@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.servers import PostgresServer, RedisServer, S3Server
+
+if TYPE_CHECKING:
+    from tests.parity import ParitySet
 
 # Tests must not read the settings, caches or hub of the person who runs them.
 for name in [name for name in os.environ if name.startswith(("CODE_WORKER_", "AWS_"))]:
@@ -50,3 +54,10 @@ def redis_server() -> Iterator[RedisServer]:
     """A server of the test's own: it may be killed and restarted."""
     with RedisServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def parity_set(tmp_path_factory: pytest.TempPathFactory) -> ParitySet:
+    from tests.parity import build_parity_set  # noqa: PLC0415 - imports torch, transformers and scikit-learn
+
+    return build_parity_set(tmp_path_factory.mktemp("parity"))
