@@ -1,0 +1,321 @@
+"""Where releases are kept: a directory or a prefix in S3; a release is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError
+from code_worker.releases.hashing import OnBytes
+from code_worker.releases.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    parse_manifest,
+    release_id,
+    verify_files,
+)
+
+if TYPE_CHECKING:
+    from code_worker.settings import S3Settings, Settings
+
+__all__ = ["ArtifactStore", "LocalArtifacts", "S3Artifacts", "open_artifacts"]
+
+_RELEASE_ID = re.compile(r"r-[0-9a-f]{12}")
+_INCOMPLETE = ".incomplete-"
+_ABANDONED_AFTER_S = 24 * 3600.0
+
+
+class ArtifactStore(Protocol):
+    """Keeps release directories under their ids."""
+
+    def put(self, directory: Path) -> str:
+        """Stores a release directory and returns its location; storing the same one again changes nothing.
+
+        Raises:
+            IntegrityError: the directory is damaged, or its id is taken by a release with another manifest.
+            ArtifactError: it cannot be written.
+        """
+
+    def fetch(self, release: str, on_bytes: OnBytes | None = None) -> Path:
+        """A local directory with the release, every file compared with the manifest.
+
+        Raises:
+            ArtifactError: there is no such release, or it cannot be read.
+            IntegrityError: it is damaged.
+        """
+
+    def exists(self, release: str) -> bool:
+        """Whether a complete release of this id is kept here."""
+
+    def list(self) -> list[str]:
+        """Ids of the complete releases, sorted."""
+
+
+def open_artifacts(settings: Settings) -> ArtifactStore:
+    """The artifact store that the settings name; nothing is contacted yet.
+
+    Raises:
+        ConfigurationError: an `s3://` address without a bucket.
+    """
+    address = settings.resolved_artifacts
+    if address.startswith("s3:"):
+        return S3Artifacts(address, settings.s3, cache=settings.data_path / "cache" / "releases")
+    return LocalArtifacts(Path(address))
+
+
+class LocalArtifacts:
+    """Releases as directories below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def put(self, directory: Path) -> str:
+        """See `ArtifactStore.put`; the copy is written beside its place, flushed, and renamed."""
+        _, sha256 = verify_files(directory)
+        release = release_id(sha256)
+        target = self.root / release
+        with _translated(f"cannot write release {release} to {self.root}"), _locked(self.root, release):
+            _refuse_other(_kept_manifest(target), sha256, str(target))
+            if not _is_whole(target, release):
+                with _working_directory(self.root) as copy:
+                    shutil.copytree(directory, copy, dirs_exist_ok=True)
+                    _replace(target, copy)
+        return str(target)
+
+    def fetch(self, release: str, on_bytes: OnBytes | None = None) -> Path:
+        """See `ArtifactStore.fetch`; the directory is the kept one."""
+        directory = self.root / _checked_id(release)
+        with _translated(f"cannot read release {release} in {self.root}"):
+            if not directory.is_dir():
+                raise ArtifactError(f"release {release} is not in {self.root}")
+            _, sha256 = verify_files(directory, on_bytes)
+        _expect_id(release, sha256, str(directory))
+        return directory
+
+    def exists(self, release: str) -> bool:
+        """See `ArtifactStore.exists`."""
+        return (self.root / _checked_id(release) / MANIFEST_NAME).is_file()
+
+    def list(self) -> list[str]:
+        """See `ArtifactStore.list`."""
+        found = (path.parent.name for path in self.root.glob(f"r-*/{MANIFEST_NAME}"))
+        return sorted(name for name in found if _RELEASE_ID.fullmatch(name))
+
+
+class S3Artifacts:
+    """Releases as objects below an `s3://bucket/prefix`, fetched once into a local cache.
+
+    The manifest is written last: a release whose upload was cut short does not exist.
+    The allow-list of image buckets does not apply here; the address comes from the settings alone.
+    """
+
+    def __init__(self, address: str, settings: S3Settings, *, cache: Path) -> None:
+        bucket, _, prefix = address.removeprefix("s3:").removeprefix("//").partition("/")
+        if not bucket:
+            raise ConfigurationError(f"artifacts: {address!r} names no bucket; write s3://bucket/prefix")
+        self.address = address.rstrip("/")
+        self.cache = cache
+        self._bucket = bucket
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._settings = settings
+        self._made: Any = None
+
+    @property
+    def _client(self) -> Any:
+        if self._made is None:
+            self._made = _s3_client(self._settings)
+        return self._made
+
+    def _key(self, release: str, name: str) -> str:
+        return f"{self._prefix}{release}/{name}"
+
+    def put(self, directory: Path) -> str:
+        """See `ArtifactStore.put`."""
+        manifest, sha256 = verify_files(directory)
+        release = release_id(sha256)
+        with _translated(f"cannot write release {release} to {self.address}"):
+            _refuse_other(self._manifest_bytes(release), sha256, f"{self.address}/{release}")
+            for name in (*sorted(manifest.files), MANIFEST_NAME):
+                self._client.upload_file(str(directory / name), self._bucket, self._key(release, name))
+        return f"{self.address}/{release}"
+
+    def fetch(self, release: str, on_bytes: OnBytes | None = None) -> Path:
+        """See `ArtifactStore.fetch`; a damaged or missing cached copy is replaced, one process at a time."""
+        target = self.cache / _checked_id(release)
+        with _translated(f"cannot read release {release} from {self.address}"), _locked(self.cache, release):
+            if not _is_whole(target, release):
+                self._download(release, target, on_bytes)
+        return target
+
+    def _download(self, release: str, target: Path, on_bytes: OnBytes | None) -> None:
+        content = self._manifest_bytes(release)
+        if content is None:
+            raise ArtifactError(f"release {release} is not in {self.address}")
+        manifest = parse_manifest(content, f"{self.address}/{release}/{MANIFEST_NAME}")
+        with _working_directory(self.cache) as copy:
+            (copy / MANIFEST_NAME).write_bytes(content)
+            for name in sorted(manifest.files):
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                self._client.download_file(
+                    self._bucket, self._key(release, name), str(copy / name), Callback=on_bytes
+                )
+            _, sha256 = verify_files(copy)
+            _expect_id(release, sha256, f"{self.address}/{release}")
+            _replace(target, copy)
+
+    def _manifest_bytes(self, release: str) -> bytes | None:
+        try:
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(release, MANIFEST_NAME))
+            with contextlib.closing(answer["Body"]) as body:
+                return bytes(body.read(MAX_MANIFEST_BYTES + 1))
+        except self._client.exceptions.NoSuchKey:
+            return None
+
+    def exists(self, release: str) -> bool:
+        """See `ArtifactStore.exists`."""
+        _checked_id(release)
+        with _translated(f"cannot read {self.address}"):
+            return self._manifest_bytes(release) is not None
+
+    def list(self) -> list[str]:
+        """See `ArtifactStore.list`."""
+        found = []
+        with _translated(f"cannot list {self.address}"):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}r-"):
+                keys = (item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ()))
+                found += [key.partition("/")[0] for key in keys if key.partition("/")[2] == MANIFEST_NAME]
+        return sorted(found)
+
+
+def _s3_client(settings: S3Settings) -> Any:
+    try:
+        import boto3  # noqa: PLC0415 - heavy, and needed for S3 alone
+        from botocore.config import Config  # noqa: PLC0415 - as above
+    except ImportError:
+        raise ConfigurationError("artifacts in S3 need boto3: pip install 'code-worker[worker]'") from None
+    secret, key = settings.secret_access_key, settings.access_key_id
+    config = Config(
+        connect_timeout=settings.connect_timeout_s,
+        read_timeout=max(settings.read_timeout_s, 30.0),
+        retries={"mode": "standard", "max_attempts": settings.max_attempts},
+        s3={"addressing_style": "path" if settings.path_style else "auto"},
+    )
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings.endpoint_url,
+        region_name=settings.region,
+        aws_access_key_id=key.get_secret_value() if key else None,
+        aws_secret_access_key=secret.get_secret_value() if secret else None,
+        config=config,
+    )
+
+
+@contextlib.contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """Turns the operating system's and the S3 client's errors into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{doing}: {error}") from error
+    except _s3_errors() as error:
+        raise ArtifactError(f"{doing}: {error}") from error
+
+
+def _s3_errors() -> tuple[type[Exception], ...]:
+    try:
+        from boto3.exceptions import Boto3Error  # noqa: PLC0415 - absent where S3 is not used
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - as above
+    except ImportError:
+        return ()
+    return (Boto3Error, BotoCoreError, ClientError)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, release: str) -> Iterator[None]:
+    """One process at a time; the lock goes with the process that holds it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / f".{release}.lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _working_directory(parent: Path) -> Iterator[Path]:
+    """A directory beside the final place, on the same file system; gone afterwards unless it was renamed."""
+    _drop_abandoned(parent)
+    path = Path(tempfile.mkdtemp(prefix=_INCOMPLETE, dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _drop_abandoned(parent: Path) -> None:
+    for path in parent.glob(f"{_INCOMPLETE}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - _ABANDONED_AFTER_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace(target: Path, copy: Path) -> None:
+    """Puts a complete copy in the target's place; after a crash there is the whole of it or none."""
+    for parent, _, names in os.walk(copy):
+        for path in (*(Path(parent) / name for name in names), Path(parent)):
+            _flush(path)
+    copy.chmod(0o755)
+    shutil.rmtree(target, ignore_errors=True)
+    copy.rename(target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_whole(directory: Path, release: str) -> bool:
+    if not directory.is_dir():
+        return False
+    try:
+        _, sha256 = verify_files(directory)
+    except ArtifactError:
+        return False
+    return release_id(sha256) == release
+
+
+def _refuse_other(kept: bytes | None, sha256: str, where: str) -> None:
+    """A manifest that merely rotted is replaced; another one under the same id is never touched."""
+    found = hashlib.sha256(kept or b"").hexdigest()
+    if found != sha256 and release_id(found) == release_id(sha256):
+        raise IntegrityError(f"{where} holds another release under the same id")
+
+
+def _kept_manifest(directory: Path) -> bytes | None:
+    try:
+        return (directory / MANIFEST_NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _expect_id(release: str, sha256: str, where: str) -> None:
+    if release_id(sha256) != release:
+        raise IntegrityError(f"{where}: the manifest is that of {release_id(sha256)}, not of {release}")
+
+
+def _checked_id(release: str) -> str:
+    if not _RELEASE_ID.fullmatch(release):
+        raise ArtifactError(f"{release!r} is no release id; ids look like r-0123456789ab")
+    return release
