@@ -1,0 +1,67 @@
+# Everything a contributor runs. Needs Python 3.11 or newer, gcc, and the package index that pip is configured for.
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$name >/dev/null 2>&1 \
+	&& $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$name && break; done)
+UV ?= uv
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOCKED := $(VENV)/.locked
+INSTALLED := $(VENV)/.installed
+CELERY_5_6 := .matrix/celery-5.6
+COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
+
+.PHONY: help demo test lint check test-celery-5.6 test-matrix lock bench clean
+.DEFAULT_GOAL := help
+
+help: ## Say what can be made
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
+
+$(LOCKED): requirements/lock.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements/lock.txt
+	@touch $@
+
+$(INSTALLED): $(LOCKED) pyproject.toml
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED) ## Run the main job on a toy set and print what happened
+	$(BIN)/code-worker demo
+
+test: $(INSTALLED) ## Run every test
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test ## What CI runs, but for the older Celery
+
+$(CELERY_5_6)/.installed: $(INSTALLED) requirements/celery-5.6.txt
+	rm -rf $(CELERY_5_6)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps \
+		--target $(CELERY_5_6) -r requirements/celery-5.6.txt
+	@touch $@
+
+test-celery-5.6: $(CELERY_5_6)/.installed ## Run the worker tests on Celery 5.6
+	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python -c 'import celery; assert celery.__version__ == "5.6.3", celery'
+	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python -m pytest tests/worker
+
+test-matrix: test-celery-5.6 ## Run the worker tests on both supported lines of Celery
+	$(BIN)/python -m pytest tests/worker
+
+lock: ## Resolve the dependencies anew (UPGRADE=--upgrade takes the newest); needs uv
+	$(COMPILE) $(UPGRADE) --all-extras --output-file requirements/lock.txt pyproject.toml
+	$(COMPILE) --extra worker --constraint requirements/lock.txt --output-file requirements/worker.txt pyproject.toml
+	$(COMPILE) --no-deps --output-file requirements/celery-5.6.txt requirements/celery-5.6.in
+
+bench: $(INSTALLED) ## Measure beside the published pipeline
+	$(BIN)/python -m bench
+
+clean: ## Remove what was built here, the environment included
+	rm -rf $(VENV) .matrix .demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

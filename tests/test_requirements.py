@@ -1,0 +1,90 @@
+"""The locks: hashed, complete for what they serve, and free of any index address."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "requirements"
+LOCKS = sorted(REQUIREMENTS.glob("*.txt"))
+PIN = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]*)==(?P<version>[^\s;\\]+)(?P<marker> ; [^\\]+)? \\$")
+HASH = re.compile(r"^    --hash=sha256:[0-9a-f]{64}(?P<more> \\)?$")
+
+
+def pins(path: Path) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if match := PIN.match(line):
+            found.setdefault(canonicalize_name(match["name"]), set()).add(match["version"])
+    return found
+
+
+def project() -> dict[str, object]:
+    loaded = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def declared(*extras: str) -> list[Requirement]:
+    table = project()
+    base, optional = table["dependencies"], table["optional-dependencies"]
+    assert isinstance(base, list)
+    assert isinstance(optional, dict)
+    names = [*base, *(name for extra in extras for name in optional[extra])]
+    return [wanted for name in names if (wanted := Requirement(name)).name != "code-worker"]
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
+def test_every_line_of_a_lock_is_a_pin_or_its_hash(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines
+    assert [line for line in lines if not PIN.match(line) and not HASH.match(line)] == []
+
+
+@pytest.mark.parametrize("path", LOCKS, ids=lambda path: path.stem)
+def test_every_pin_is_followed_by_a_hash(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [
+        line for line, after in zip(lines, [*lines[1:], ""], strict=True) if PIN.match(line) and not HASH.match(after)
+    ] == []
+
+
+@pytest.mark.parametrize("path", sorted(REQUIREMENTS.iterdir()), ids=lambda path: path.name)
+def test_no_requirements_file_names_an_index_or_a_host(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|file:|//|--(?:extra-)?index-url|--find-links|--trusted-host| @ ", text)
+
+
+def test_the_development_lock_holds_every_extra_within_its_bounds() -> None:
+    optional = project()["optional-dependencies"]
+    assert isinstance(optional, dict)
+    locked = pins(REQUIREMENTS / "lock.txt")
+    for wanted in declared(*optional):
+        versions = locked.get(canonicalize_name(wanted.name), set())
+        assert versions, f"{wanted.name} is not locked: make lock"
+        assert all(wanted.specifier.contains(version) for version in versions), wanted
+
+
+def test_the_production_lock_is_the_worker_alone_at_the_same_versions() -> None:
+    worker, everything = pins(REQUIREMENTS / "worker.txt"), pins(REQUIREMENTS / "lock.txt")
+    assert {canonicalize_name(wanted.name) for wanted in declared("worker")} <= set(worker)
+    assert {name: versions for name, versions in worker.items() if not versions <= everything[name]} == {}
+    assert not {"pytest", "moto", "mypy", "ruff", "transformers"} & set(worker)
+
+
+def test_the_older_celery_is_locked_beside_the_newer_one() -> None:
+    assert pins(REQUIREMENTS / "celery-5.6.txt") == {"celery": {"5.6.3"}, "kombu": {"5.6.2"}, "redis": {"6.4.0"}}
+    assert pins(REQUIREMENTS / "lock.txt")["celery"] == {"5.7.0"}
+
+
+def test_the_running_interpreter_is_one_the_project_supports() -> None:
+    assert Requirement(f"python{project()['requires-python']}").specifier.contains(
+        ".".join(map(str, sys.version_info[:3]))
+    )
