@@ -138,18 +138,24 @@ class Supervisor:
         return self._status
 
     def run(self) -> int:
-        """Supervises until SIGINT, SIGTERM or SIGHUP; a second SIGINT kills. Main thread only; status as `wait()`."""
-        with self._signals():
-            if not self._thread.is_alive():
-                self.start()
+        """Supervises until a signal ends it; status as `wait()`. Main thread only."""
+        with self.signals():
+            self.start()
             return self.wait()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop, or a child refused its configuration."""
+        return self._stopping
 
     def pids(self) -> dict[str, int]:
         """Process ids of the children that live now, by name."""
         return {each.child.name: process.pid for each in list(self._running) if (process := each.process)}
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def signals(self) -> Iterator[None]:
+        """Within it SIGINT, SIGTERM and SIGHUP stop the children in order; a second SIGINT kills them."""
+
         def handle(number: int, _frame: FrameType | None) -> None:
             self._killing = self._killing or (self._stopping and number == signal.SIGINT)
             self._stopping = True
