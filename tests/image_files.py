@@ -1,0 +1,128 @@
+"""Image files made on the spot: every format, mode and odd size that decoding must agree with the reference on."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def pixels(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture with smooth parts, edges and noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = np.stack([128 + 100 * np.sin(x / 17 + k) * np.cos(y / (11 + k)) for k in range(3)], axis=-1)
+    return Image.fromarray(np.clip(waves + rng.normal(0, 12, waves.shape), 0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _frames(width: int, height: int, count: int = 4) -> list[Image.Image]:
+    return [pixels(width, height, seed) for seed in range(count)]
+
+
+def animation(kind: str, width: int = 300, height: int = 260, **options: Any) -> bytes:
+    first, *others = _frames(width, height)
+    return encoded(first, kind, save_all=True, append_images=others, duration=20, **options)
+
+
+def exif_orientation(value: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif.tobytes()
+
+
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width: int, height: int, *, bits: int = 8, colour: int = 0, body: bytes = b"", extra: bytes = b"") -> bytes:
+    """A PNG with a header of one's choice and pixel data that need not match it."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def tiff(tags: dict[int, tuple[int, list[int]]], body: bytes = b"") -> bytes:
+    """A little-endian TIFF: tag → (type 3 or 4, values that fit into four bytes); the body starts at byte 8."""
+    entries = b""
+    for tag, (kind, values) in sorted(tags.items()):
+        form = f"<{len(values)}{'H' if kind == 3 else 'L'}"
+        entries += struct.pack("<HHL", tag, kind, len(values)) + struct.pack(form, *values).ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<L", 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def _paletted_with_alphas() -> bytes:
+    image = pixels(280, 300).quantize(64)
+    return encoded(image, "PNG", transparency=bytes(range(0, 256, 4)))
+
+
+def _sixteen_bit(kind: str, dtype: str) -> bytes:
+    values = np.linspace(0, 65535, 301 * 260).reshape(260, 301).astype(dtype)
+    return encoded(Image.fromarray(values), kind)
+
+
+def _converted(mode: str, kind: str, **options: Any) -> bytes:
+    image = pixels(301, 277)
+    if mode == "RGBA" or mode == "LA":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return encoded(image.convert(mode), kind, **options)
+
+
+SIZES = [
+    (224, 224), (225, 225), (227, 231), (223, 900), (900, 223), (1000, 37), (37, 1000), (100, 80), (1, 1), (1, 500),
+    (500, 2), (224, 225), (226, 229), (641, 427),
+]  # fmt: skip
+"""Around the crop's own size, under it on either side, and remainders that banker's rounding decides."""
+
+
+def valid_files() -> dict[str, bytes]:
+    """Name → file that the reference decodes."""
+    picture = pixels(333, 301)
+    files = {f"png_{width}x{height}": encoded(pixels(width, height), "PNG") for width, height in SIZES}
+    files |= {f"jpeg_{width}x{height}": encoded(pixels(width, height), "JPEG") for width, height in SIZES}
+    files |= {f"jpeg_subsampling_{n}": encoded(picture, "JPEG", subsampling=n) for n in range(3)}
+    files |= {f"tiff_{c}": encoded(picture, "TIFF", compression=c) for c in ("raw", "tiff_lzw", "jpeg", "packbits")}
+    files |= {f"png_{mode}": _converted(mode, "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")}
+    files |= {f"tiff_{mode}": _converted(mode, "TIFF") for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I", "F")}
+    files |= {f"tiff_{mode}": _converted(mode, "TIFF") for mode in ("YCbCr", "LAB")}
+    files |= {f"bmp_{mode}": _converted(mode, "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")}
+    files |= {f"webp_{mode}": _converted(mode, "WEBP", lossless=True) for mode in ("RGB", "RGBA")}
+    files |= {f"gif_{mode}": _converted(mode, "GIF") for mode in ("1", "L", "P", "RGBA")}
+    files |= {
+        "jpeg_progressive": encoded(picture, "JPEG", progressive=True),
+        "jpeg_grey": _converted("L", "JPEG"),
+        "jpeg_cmyk": _converted("CMYK", "JPEG"),
+        "jpeg_icc_garbage": encoded(picture, "JPEG", icc_profile=b"not a profile"),
+        "jpeg_trailing_bytes": encoded(picture, "JPEG") + bytes(1000),
+        "jpeg_mpo": encoded(picture, "MPO", save_all=True, append_images=[pixels(333, 301, 9)]),
+        "webp_lossy": encoded(picture, "WEBP", quality=70),
+        "png_16bit": _sixteen_bit("PNG", "uint16"),
+        "tiff_16bit": _sixteen_bit("TIFF", "uint16"),
+        "tiff_16bit_big_endian": _sixteen_bit("TIFF", ">u2"),
+        "png_palette_with_alphas": _paletted_with_alphas(),
+        "png_palette_one_transparent": encoded(picture.quantize(32), "PNG", transparency=3),
+        "png_palette_small": encoded(pixels(90, 70).quantize(16), "PNG", transparency=bytes([9, 200])),
+        "png_rgb_transparent_colour": encoded(picture, "PNG", transparency=(1, 2, 3)),
+        "png_grey_transparent_level": encoded(picture.convert("L"), "PNG", transparency=7),
+        "png_optimised": encoded(picture, "PNG", optimize=True),
+        "gif_transparent": encoded(picture.quantize(16), "GIF", transparency=2),
+        "gif_animated": animation("GIF"),
+        "webp_animated": animation("WEBP"),
+        "apng": animation("PNG"),
+        "tiff_two_pages": encoded(picture, "TIFF", save_all=True, append_images=[pixels(20, 20)]),
+        "polyglot_jpeg_zip": encoded(picture, "JPEG") + b"PK\x03\x04" + bytes(50),
+    }
+    for value in (1, 3, 6, 8, 99):
+        files[f"jpeg_orientation_{value}"] = encoded(picture, "JPEG", exif=exif_orientation(value))
+        files[f"webp_orientation_{value}"] = encoded(picture, "WEBP", exif=exif_orientation(value))
+        files[f"tiff_orientation_{value}"] = encoded(picture, "TIFF", tiffinfo={274: value})
+    return files
