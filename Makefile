@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 CELERY_5_6 := .matrix/celery-5.6
 COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: help demo test lint check test-celery-5.6 test-matrix lock bench clean
+.PHONY: help demo test lint check test-celery-5.6 test-matrix settings lock bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -54,6 +54,9 @@ test-celery-5.6: $(CELERY_5_6)/.installed ## Run the worker tests on Celery 5.6
 
 test-matrix: test-celery-5.6 ## Run the worker tests on both supported lines of Celery
 	$(BIN)/python -m pytest tests/worker
+
+settings: $(INSTALLED) ## Write docs/settings.md from the settings
+	$(BIN)/python docs/generate_settings.py
 
 lock: ## Resolve the dependencies anew (UPGRADE=--upgrade takes the newest); needs uv
 	$(COMPILE) $(UPGRADE) --all-extras --output-file requirements/lock.txt pyproject.toml
