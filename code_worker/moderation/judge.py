@@ -1,0 +1,161 @@
+"""Judging: jobs in, verdicts and faults out; knows no broker, no database, no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from code_worker.errors import ImageRejectedError, SourceCredentialsError, SourcePausedError, TransientError
+from code_worker.logs import get_logger
+from code_worker.moderation.collect import Collector, Item
+from code_worker.moderation.policy import Policy, PolicyBook
+from code_worker.moderation.scoring import score_items
+from code_worker.moderation.verdicts import judged_verdict, rejected_verdict
+from code_worker.types import Job, RejectReason, Verdict
+
+if TYPE_CHECKING:
+    from code_worker.images.source import Fetched
+    from code_worker.moderation.pool import PriorityPool
+    from code_worker.moderation.runtime import Runtime
+    from code_worker.settings import LimitSettings
+
+__all__ = ["Fetcher", "JobFault", "Judge", "Judged", "KnownEmbeddings", "SelectHead"]
+
+log = get_logger(__name__)
+
+KnownEmbeddings = Callable[[str, Sequence[str]], Mapping[str, bytes]]
+"""(encoder sha256, content hashes) → embeddings as 192 little-endian float32, for those that are known."""
+SelectHead = Callable[[Job, Sequence[str]], str | None]
+
+
+class Fetcher(Protocol):
+    """Where bytes come from."""
+
+    def fetch(self, uri: str) -> Fetched:
+        """The bytes of one object; raises ImageRejectedError or TransientError."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobFault:
+    """A job that got no verdict for a reason that is not its image's.
+
+    Attributes:
+        job: the job, as it was claimed.
+        reason: what its verdict will say when the fault lasts.
+        detail: what happened.
+        source: the source whose credentials failed, else None.
+        blame: whether the fault counts towards the job's limit; a paused source is nobody's fault.
+    """
+
+    job: Job
+    reason: RejectReason
+    detail: str
+    source: str | None = None
+    blame: bool = True
+
+
+@dataclass(slots=True)
+class Judged:
+    """What became of a batch: each job is in exactly one of `verdicts` and `faults`."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    faults: list[JobFault] = field(default_factory=list)
+    embeddings: dict[str, bytes] = field(default_factory=dict)
+
+
+def _nothing_known(_: str, __: Sequence[str]) -> Mapping[str, bytes]:
+    return {}
+
+
+def _no_choice(_: Job, __: Sequence[str]) -> str | None:
+    return None
+
+
+class Judge:
+    """Judges batches; safe to call from several threads, which then share the pool and the encoder."""
+
+    def __init__(
+        self,
+        *,
+        sources: Fetcher,
+        pool: PriorityPool,
+        limits: LimitSettings,
+        known: KnownEmbeddings = _nothing_known,
+        select_head: SelectHead = _no_choice,
+    ) -> None:
+        self._collector = Collector(sources, pool, limits, known)
+        self._select_head = select_head
+
+    def judge(
+        self,
+        jobs: Sequence[Job],
+        runtime: Runtime,
+        policies: PolicyBook,
+        progress: Callable[[], None] = lambda: None,
+    ) -> Judged:
+        """Fetches, decodes, encodes and scores a batch; one bad image never touches its neighbours.
+
+        `progress` is called whenever a step of some image ended, so that a watchdog can tell slow from stuck.
+        """
+        result = Judged()
+        ready: list[tuple[Item, Policy, str]] = []
+        for item in self._collector.embeddings(jobs, runtime, progress):
+            if item.error is not None:
+                self._record_error(item, runtime, result)
+                continue
+            policy = policies.find(item.job.tenant, item.job.content_type)
+            head = self._head_for(item, policy, runtime, result)
+            if head is not None:
+                ready.append((item, policy, head))
+            if item.fresh is not None and item.facts is not None:
+                result.embeddings[item.facts.sha256] = item.fresh
+        self._score(ready, runtime, result)
+        return result
+
+    def _head_for(self, item: Item, policy: Policy, runtime: Runtime, result: Judged) -> str | None:
+        names = tuple(sorted(runtime.heads))
+        try:
+            chosen = item.job.head or self._select_head(item.job, names) or policy.head or runtime.default_head
+        except Exception as error:
+            log.exception("select_head_failed", job=item.job.id)
+            detail = f"a plugin's select_head failed: {type(error).__name__}: {error}"
+            result.faults.append(JobFault(item.job, RejectReason.MODEL_UNAVAILABLE, detail))
+            return None
+        if chosen in runtime.heads:
+            return chosen
+        detail = f"unknown head {chosen!r}; release {runtime.release} has {', '.join(names) or 'none'}"
+        result.verdicts.append(rejected_verdict(item, RejectReason.MODEL_UNAVAILABLE, detail, runtime))
+        return None
+
+    def _score(self, ready: Sequence[tuple[Item, Policy, str]], runtime: Runtime, result: Judged) -> None:
+        by_head: dict[str, list[tuple[Item, Policy]]] = {}
+        for item, policy, head in ready:
+            by_head.setdefault(head, []).append((item, policy))
+        for head, members in by_head.items():
+            scores = score_items(runtime.heads[head], head, [item for item, _ in members])
+            broken = all(isinstance(score, str) for score in scores) and len(scores) > 1
+            for (item, policy), score in zip(members, scores, strict=True):
+                if not isinstance(score, str):
+                    result.verdicts.append(judged_verdict(item, score, head, policy, runtime))
+                elif broken:
+                    # A head that fails on every image is at fault itself: the jobs wait for one that works.
+                    result.faults.append(JobFault(item.job, RejectReason.MODEL_UNAVAILABLE, score))
+                else:
+                    result.verdicts.append(rejected_verdict(item, RejectReason.INTERNAL, score, runtime))
+
+    def _record_error(self, item: Item, runtime: Runtime, result: Judged) -> None:
+        error = item.error
+        if isinstance(error, ImageRejectedError):
+            result.verdicts.append(rejected_verdict(item, error.reason, error.detail, runtime))
+        elif isinstance(error, TransientError):
+            source = error.source if isinstance(error, SourceCredentialsError) else None
+            blame = not isinstance(error, SourceCredentialsError | SourcePausedError)
+            result.faults.append(JobFault(item.job, error.reason, error.detail, source, blame))
+        else:
+            log.error("image_failed", job=item.job.id, exc_info=error)
+            detail = f"{type(error).__name__}: {error}"[:500]
+            if item.encoding:
+                result.faults.append(JobFault(item.job, RejectReason.MODEL_UNAVAILABLE, detail))
+            else:
+                result.verdicts.append(rejected_verdict(item, RejectReason.INTERNAL, detail, runtime))

@@ -1,0 +1,41 @@
+"""From a stored release to a runtime on a device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from code_worker.moderation.runtime import Runtime
+
+if TYPE_CHECKING:
+    from code_worker.releases.registry import LoadedRelease
+    from code_worker.settings import Settings
+
+__all__ = ["start_runtime"]
+
+
+def start_runtime(loaded: LoadedRelease, settings: Settings) -> Runtime:
+    """Puts the encoder on its device, warms it up and starts its loop.
+
+    Raises:
+        ConfigurationError: a device or precision that this machine lacks, or a default head the release lacks.
+    """
+    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only processes that judge pay for it
+    from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
+
+    engine = Engine(loaded.weights, device=settings.device, precision=settings.precision)
+    engine.warm_up()
+    loop = EncoderLoop(
+        engine,
+        streams=settings.worker.streams,
+        micro_batch=settings.worker.micro_batch,
+        linger_ms=settings.worker.linger_ms,
+    )
+    return Runtime(
+        release=loaded.id,
+        manifest_sha256=loaded.manifest_sha256,
+        encoder_sha256=loaded.encoder_sha256,
+        embedder=loop,
+        heads=loaded.heads,
+        head_sha256=loaded.head_sha256,
+        default_head=settings.head,
+    )

@@ -1,0 +1,232 @@
+"""Judging a batch: every job ends in a verdict or a fault of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from code_worker.errors import (
+    ImageRejectedError,
+    SourceCredentialsError,
+    SourcePausedError,
+    TransientError,
+)
+from code_worker.moderation.judge import Judge, Judged
+from code_worker.moderation.policy import Policy, PolicyBook
+from code_worker.moderation.pool import PriorityPool
+from code_worker.settings import LimitSettings
+from code_worker.types import Job, Label, Outcome, RejectReason
+from tests.moderation.doubles import (
+    BrokenHead,
+    DictSources,
+    FirstValueHead,
+    MeanEmbedder,
+    PickyHead,
+    ShoutingHead,
+    png,
+    runtime,
+)
+
+
+@pytest.fixture
+def pool() -> Iterator[PriorityPool]:
+    with PriorityPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture
+def judge_objects(pool: PriorityPool) -> Callable[..., Judged]:
+    def judge(objects: Mapping[str, bytes | Exception], **options: Any) -> Judged:
+        policies = options.pop("policies", PolicyBook())
+        with_runtime = options.pop("runtime", None) or runtime()
+        job_options: dict[str, dict[str, Any]] = options.pop("jobs", {})
+        jobs = [Job(id=uri, uri=uri, **job_options.get(uri, {})) for uri in objects]
+        judge = Judge(sources=DictSources(objects), pool=pool, limits=LimitSettings(), **options)
+        return judge.judge(jobs, with_runtime, policies)
+
+    return judge
+
+
+def _by_job(judged: Judged) -> dict[str, Any]:
+    return {verdict.job_id: verdict for verdict in judged.verdicts}
+
+
+def test_a_verdict_carries_what_an_appeal_needs(judge_objects: Callable[..., Judged]) -> None:
+    data = png(200, size=300)
+    (verdict,) = judge_objects({"a": data}).verdicts
+    assert (verdict.outcome, verdict.label) == (Outcome.JUDGED, Label.FAKE)
+    assert verdict.score == pytest.approx(200 / 255)
+    assert verdict.facts is not None
+    assert verdict.facts.sha256 == hashlib.sha256(data).hexdigest()
+    assert (verdict.facts.format, verdict.facts.width, verdict.facts.mode) == ("png", 300, "RGB")
+    assert verdict.facts.etag == "etag-a"
+    assert verdict.provenance.release == "r-test"
+    assert verdict.provenance.head == "linear"
+    assert (verdict.provenance.policy, verdict.provenance.low, verdict.provenance.high) == ("published", 0.5, 0.5)
+    assert verdict.provenance.manifest_sha256 == "m" * 64
+    assert set(verdict.timings_ms) == {"fetch", "decode", "encode"}
+
+
+def test_bad_images_do_not_touch_their_neighbours(judge_objects: Callable[..., Judged]) -> None:
+    good = {f"good-{value}": png(value) for value in range(40)}
+    bad: dict[str, bytes | Exception] = {
+        "text": b"this is not an image",
+        "cut": png(7)[:60],
+        "gone": ImageRejectedError(RejectReason.NOT_FOUND, "no such key"),
+        "slow": TransientError(RejectReason.FETCH_TIMEOUT, "30 s"),
+        "bug": RuntimeError("a decoder's bug"),
+    }
+    judged = judge_objects({**good, **bad})
+    verdicts = _by_job(judged)
+    for uri, data in good.items():
+        assert verdicts[uri].outcome is Outcome.JUDGED, (uri, data)
+        assert verdicts[uri].score == pytest.approx(int(uri.split("-")[1]) / 255)
+    assert verdicts["text"].reason is RejectReason.UNSUPPORTED_FORMAT
+    assert verdicts["cut"].reason in {RejectReason.TRUNCATED, RejectReason.CORRUPT}
+    assert verdicts["gone"].reason is RejectReason.NOT_FOUND
+    assert verdicts["bug"].reason is RejectReason.INTERNAL
+    assert [(fault.job.id, fault.reason, fault.blame) for fault in judged.faults] == [
+        ("slow", RejectReason.FETCH_TIMEOUT, True)
+    ]
+
+
+def test_failed_credentials_name_their_source_and_blame_no_job(judge_objects: Callable[..., Judged]) -> None:
+    judged = judge_objects(
+        {"a": SourceCredentialsError("s3://uploads", "ExpiredToken"), "b": SourcePausedError("s3://uploads")}
+    )
+    assert not judged.verdicts
+    assert {(fault.job.id, fault.source, fault.blame) for fault in judged.faults} == {
+        ("a", "s3://uploads", False),
+        ("b", None, False),
+    }
+
+
+def test_known_embeddings_are_not_computed_again(judge_objects: Callable[..., Judged]) -> None:
+    data, embedder = png(10), MeanEmbedder()
+    stored = {hashlib.sha256(data).hexdigest(): np.full(192, 0.9, dtype="<f4").tobytes()}
+    asked: list[tuple[str, Sequence[str]]] = []
+
+    def known(encoder: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
+        asked.append((encoder, hashes))
+        return {name: stored[name] for name in hashes if name in stored}
+
+    judged = judge_objects({"old": data, "new": png(20)}, known=known, runtime=runtime(embedder))
+    verdicts = _by_job(judged)
+    assert verdicts["old"].score == pytest.approx(0.9)
+    assert verdicts["new"].score == pytest.approx(20 / 255)
+    assert embedder.crops == 1
+    assert {encoder for encoder, _ in asked} == {"e" * 64}
+    assert set(judged.embeddings) == {hashlib.sha256(png(20)).hexdigest()}
+
+
+def test_the_same_bytes_twice_in_a_batch_are_encoded_once(judge_objects: Callable[..., Judged]) -> None:
+    embedder = MeanEmbedder()
+    judged = judge_objects({str(number): png(99) for number in range(20)}, runtime=runtime(embedder))
+    assert [verdict.score for verdict in judged.verdicts] == [pytest.approx(99 / 255)] * 20
+    assert {verdict.facts.width for verdict in judged.verdicts if verdict.facts} == {224}
+    assert embedder.crops == 1
+
+
+def test_bad_bytes_twice_in_a_batch_are_both_rejected(judge_objects: Callable[..., Judged]) -> None:
+    judged = judge_objects({str(number): b"junk" for number in range(20)})
+    assert {verdict.reason for verdict in judged.verdicts} == {RejectReason.UNSUPPORTED_FORMAT}
+    assert len(judged.verdicts) == 20
+
+
+def test_a_crop_that_the_encoder_cannot_take_leaves_the_others(judge_objects: Callable[..., Judged]) -> None:
+    spoil = MeanEmbedder(lambda crop: RuntimeError("device") if crop.mean() > 250 else None)
+    judged = judge_objects({"good": png(1), "poison": png(255)}, runtime=runtime(spoil))
+    assert [verdict.job_id for verdict in judged.verdicts] == ["good"]
+    assert [(fault.job.id, fault.reason) for fault in judged.faults] == [("poison", RejectReason.MODEL_UNAVAILABLE)]
+
+
+def test_an_embedding_that_is_not_finite_is_refused(judge_objects: Callable[..., Judged]) -> None:
+    class NanEmbedder(MeanEmbedder):
+        def submit(self, crop: Any, priority: int = 4) -> Any:
+            future = super().submit(crop, priority)
+            future.result()[3] = np.nan
+            return future
+
+    (verdict,) = judge_objects({"a": png(5)}, runtime=runtime(NanEmbedder())).verdicts
+    assert verdict.reason is RejectReason.INTERNAL
+    assert "not finite" in verdict.detail
+
+
+def test_an_unknown_head_is_refused_by_name(judge_objects: Callable[..., Judged]) -> None:
+    verdicts = _by_job(judge_objects({"a": png(5), "b": png(5)}, jobs={"a": {"head": "nope"}}))
+    assert verdicts["a"].reason is RejectReason.MODEL_UNAVAILABLE
+    assert "'nope'" in verdicts["a"].detail
+    assert "knn, linear" in verdicts["a"].detail
+    assert verdicts["b"].outcome is Outcome.JUDGED
+
+
+def test_the_head_comes_from_job_then_plugin_then_policy_then_default(judge_objects: Callable[..., Judged]) -> None:
+    heads = runtime(**{name: FirstValueHead() for name in ("default", "by_policy", "by_plugin", "by_job")})
+    verdicts = _by_job(
+        judge_objects(
+            {"job": png(1), "plugin": png(1), "policy": png(1), "none": png(1)},
+            runtime=heads,
+            jobs={
+                "job": {"head": "by_job", "tenant": "t", "metadata": {"vip": True}},
+                "plugin": {"tenant": "t", "metadata": {"vip": True}},
+                "policy": {"tenant": "t"},
+            },
+            select_head=lambda job, names: "by_plugin" if job.metadata.get("vip") else None,
+            policies=PolicyBook([Policy("t@1", 0.2, 0.8, head="by_policy", tenant="t")]),
+        )
+    )
+    assert {job: verdict.head for job, verdict in verdicts.items()} == {
+        "job": "by_job",
+        "plugin": "by_plugin",
+        "policy": "by_policy",
+        "none": "default",
+    }
+
+
+def test_a_plugin_that_cannot_select_leaves_the_job_for_later(judge_objects: Callable[..., Judged]) -> None:
+    def broken(job: Job, names: Sequence[str]) -> str | None:
+        raise LookupError("table is gone")
+
+    judged = judge_objects({"a": png(1)}, select_head=broken)
+    assert not judged.verdicts
+    assert judged.faults[0].reason is RejectReason.MODEL_UNAVAILABLE
+    assert "table is gone" in judged.faults[0].detail
+
+
+def test_a_head_spoils_no_more_than_its_own_images(judge_objects: Callable[..., Judged]) -> None:
+    objects = {"dark": png(1), "bright": png(254), "broken-1": png(2), "broken-2": png(3), "shout": png(4)}
+    jobs = {
+        "dark": {"head": "picky"},
+        "bright": {"head": "picky"},
+        "broken-1": {"head": "broken"},
+        "broken-2": {"head": "broken"},
+        "shout": {"head": "shouting"},
+    }
+    heads = runtime(picky=PickyHead(), broken=BrokenHead(), shouting=ShoutingHead())
+    judged = judge_objects(objects, jobs=jobs, runtime=heads)
+    verdicts = _by_job(judged)
+    assert verdicts["dark"].outcome is Outcome.JUDGED
+    assert verdicts["bright"].reason is RejectReason.INTERNAL
+    assert "ZeroDivisionError: too bright" in verdicts["bright"].detail
+    assert verdicts["shout"].reason is RejectReason.INTERNAL
+    assert "7.0" in verdicts["shout"].detail
+    assert {(fault.job.id, fault.reason) for fault in judged.faults} == {
+        ("broken-1", RejectReason.MODEL_UNAVAILABLE),
+        ("broken-2", RejectReason.MODEL_UNAVAILABLE),
+    }
+
+
+def test_thresholds_decide_the_label(judge_objects: Callable[..., Judged]) -> None:
+    judged = judge_objects(
+        {"low": png(20), "middle": png(128), "high": png(240)},
+        policies=PolicyBook([Policy("all@1", 0.3, 0.8)]),
+    )
+    assert {verdict.job_id: verdict.label for verdict in judged.verdicts} == {
+        "low": Label.REAL,
+        "middle": Label.UNCERTAIN,
+        "high": Label.FAKE,
+    }
