@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import struct
@@ -261,11 +262,8 @@ SIGNATURES = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0",
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(signature=st.sampled_from(SIGNATURES), body=st.binary(max_size=300))
 def test_anything_behind_a_signature_gives_pixels_or_a_reason(signature: bytes, body: bytes) -> None:
-    try:
-        decode(signature + body, LIMITS)
-    except ImageRejectedError as error:
-        assert error.reason in RejectReason
-        assert error.detail
+    with contextlib.suppress(ImageRejectedError):  # any other exception fails the test
+        assert decode(signature + body, LIMITS)[0].shape == (224, 224, 3)
 
 
 def test_a_file_of_several_frames_is_judged_by_its_first() -> None:
