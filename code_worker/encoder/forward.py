@@ -1,0 +1,99 @@
+"""The forward pass that gives the CLS embedding and computes nothing that it does not need."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from code_worker.encoder.vit import VitConfig, build_vit
+
+__all__ = ["CropEncoder"]
+
+
+class CropEncoder(nn.Module):
+    """`(n, 224, 224, 3) uint8` crops to `(n, 192) float32`: the CLS token after the final LayerNorm.
+
+    Three shortcuts, all exact but for rounding (a few 1e-6 of an embedding):
+    patches are cut straight out of the bytes and projected by one matrix product, which also keeps TF32
+    convolutions out of a CUDA device's fp32; with `fold` the division by 255 and the normalisation are part of that
+    matrix (padding is in the bytes already, so no pixel escapes them); the last block computes queries, projection
+    and MLP for the CLS token only.
+
+    The patch projection stays in float32 for every `dtype`: folded, its weights are near the smallest normal fp16.
+    """
+
+    weight: Tensor
+    offsets: Tensor
+    first: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, config: VitConfig, state: dict[str, Tensor], *, fold: bool = True, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        vit: Any = build_vit(config)
+        vit.load_state_dict(state)
+        self._dtype = dtype
+        self._side = config.image_size // config.patch_size
+        self._patch_size = config.patch_size
+        self.fold = fold
+        self.blocks: nn.Sequential = vit.blocks.to(dtype)
+        self.norm: nn.LayerNorm = vit.norm
+        weight, bias = _patch_projection(config, vit.patch_embed.proj, fold=fold)
+        positions = vit.pos_embed.detach()[0]
+        self.register_buffer("weight", weight)
+        self.register_buffer("offsets", positions[1:] + bias)
+        self.register_buffer("first", vit.cls_token.detach()[0] + positions[:1])
+        self.register_buffer("mean", torch.tensor(config.mean).repeat(config.patch_size**2))
+        self.register_buffer("std", torch.tensor(config.std).repeat(config.patch_size**2))
+        self.requires_grad_(requires_grad=False).eval()
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """`(n, 224, 224, 3) uint8` to `(n, 192) float32`."""
+        tokens = F.linear(self._patches(crops), self.weight) + self.offsets
+        tokens = torch.cat((self.first.expand(len(crops), 1, -1), tokens), dim=1).to(self._dtype)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens)
+        cls_token = _cls_of_last_block(self.blocks[-1], tokens)
+        return cast("Tensor", self.norm(cls_token.float()))
+
+    def _patches(self, crops: Tensor) -> Tensor:
+        """`(n, patches, patch_size² · 3) float32`, a patch's values in row, column, channel order."""
+        side, size = self._side, self._patch_size
+        grid = crops.reshape(-1, side, size, side, size, 3).transpose(2, 3)
+        values = grid.reshape(-1, side * side, size * size * 3).to(torch.float32)
+        return values if self.fold else (values / 255 - self.mean) / self.std
+
+
+def _patch_projection(config: VitConfig, projection: nn.Conv2d, *, fold: bool) -> tuple[Tensor, Tensor]:
+    """Weight `(192, patch_size² · 3)` in the order of `_patches`, and bias `(192,)`.
+
+    Folded: `W·((x/255 − mean)/std) + b = (W/(255·std))·x + (b − Σ W·mean/std)`, computed in float64.
+    """
+    weight = projection.weight.detach().permute(0, 2, 3, 1).flatten(1).double()
+    bias = cast("Tensor", projection.bias).detach().double()
+    if fold:
+        mean = torch.tensor(config.mean, dtype=torch.float64).repeat(config.patch_size**2)
+        std = torch.tensor(config.std, dtype=torch.float64).repeat(config.patch_size**2)
+        weight, bias = weight / (255 * std), bias - (weight * (mean / std)).sum(1)
+    return weight.float(), bias.float()
+
+
+def _cls_of_last_block(block: Any, tokens: Tensor) -> Tensor:
+    """The block's output for the CLS token alone, `(n, 192)`, from all `(n, tokens, 192)` inputs."""
+    attention = block.attn
+    n, count, width = tokens.shape
+    heads, head_width = attention.num_heads, width // attention.num_heads
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    normed = block.norm1(tokens)
+    query = F.linear(normed[:, :1], weight[:width], None if bias is None else bias[:width])
+    key_value = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+    key, value = key_value.reshape(n, count, 2, heads, head_width).permute(2, 0, 3, 1, 4).unbind(0)
+    query = query.reshape(n, 1, heads, head_width).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(query, key, value).reshape(n, width)
+    cls_token = tokens[:, 0] + attention.proj(mixed)
+    return cast("Tensor", cls_token + block.mlp(block.norm2(cls_token)))

@@ -1,0 +1,143 @@
+"""The engine against the published pipeline, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from code_worker.encoder.checkpoint import EncoderWeights, load_checkpoint, random_weights
+from code_worker.encoder.engine import Engine, resolve_device
+from code_worker.encoder.forward import CropEncoder
+from code_worker.encoder.vit import build_vit
+from code_worker.errors import ConfigurationError
+from tests.parity import MEAN, STD, ParitySet
+
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def weights(parity_set: ParitySet) -> EncoderWeights:
+    return load_checkpoint(parity_set.directory)
+
+
+@pytest.fixture(scope="module")
+def engine(weights: EncoderWeights) -> Engine:
+    return Engine(weights, device="cpu")
+
+
+def distance(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    return float(np.abs(one - other).max())
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_embeddings_are_those_of_the_published_pipeline(
+    parity_set: ParitySet, weights: EncoderWeights, fold: bool
+) -> None:
+    embeddings = Engine(weights, device="cpu", fold=fold).embed(parity_set.stacked_crops())
+    assert embeddings.dtype == np.float32
+    assert embeddings.shape == parity_set.embeddings.shape
+    assert distance(embeddings, parity_set.embeddings) < TOLERANCE
+
+
+def test_a_crop_alone_and_in_a_batch_is_embedded_alike(parity_set: ParitySet, engine: Engine) -> None:
+    crops = parity_set.stacked_crops()
+    alone = np.concatenate([engine.embed(crops[i : i + 1]) for i in range(len(crops))])
+    assert distance(alone, engine.embed(crops)) < 2e-6
+
+
+def test_the_shortcuts_equal_the_plain_timm_model() -> None:
+    weights = random_weights(2, depth=3)
+    crops = np.random.default_rng(2).integers(0, 256, (4, 224, 224, 3), dtype=np.uint8)
+    model = build_vit(weights.config)
+    model.load_state_dict(weights.state)
+    pixels = (torch.from_numpy(crops).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    with torch.inference_mode():
+        expected = model(pixels.permute(0, 3, 1, 2)).numpy()
+    assert distance(Engine(weights, device="cpu").embed(crops), expected) < TOLERANCE
+
+
+def test_random_weights_tell_images_apart(parity_set: ParitySet) -> None:
+    embeddings = Engine(random_weights(0), device="cpu").embed(parity_set.stacked_crops()[:8])
+    assert embeddings.std(axis=0).min() > 0.05
+
+
+def test_crops_that_must_not_be_written_to_are_taken(engine: Engine) -> None:
+    crop = np.asarray(Image.new("RGB", (224, 224), "red"))[None]
+    crop.flags.writeable = False
+    strided = np.repeat(crop, 2, axis=0)[::2]
+    assert np.array_equal(engine.embed(crop), engine.embed(strided))
+
+
+def test_no_crops_give_no_embeddings(engine: Engine) -> None:
+    assert engine.embed(np.empty((0, 224, 224, 3), np.uint8)).shape == (0, 192)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 3, 224, 224), "u1"), ((224, 224, 3), "u1"), ((1, 224, 224, 3), "f4"), ((1, 96, 96, 3), "u1")],
+)
+def test_other_shapes_and_types_are_refused(engine: Engine, shape: tuple[int, ...], dtype: str) -> None:
+    with pytest.raises(ValueError, match=r"\(n, 224, 224, 3\) uint8"):
+        engine.embed(np.zeros(shape, dtype))  # type: ignore[arg-type]  # the very thing that is refused
+
+
+def test_threads_may_share_an_engine(parity_set: ParitySet, engine: Engine) -> None:
+    crops = parity_set.stacked_crops()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(engine.embed, [crops[i : i + 5] for i in range(0, len(crops), 5)]))
+    assert distance(np.concatenate(results), parity_set.embeddings) < TOLERANCE
+
+
+def test_warming_up_needs_no_image(engine: Engine) -> None:
+    engine.warm_up(2)
+    assert (engine.device, engine.precision) == ("cpu", "fp32")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_on_a_cpu_is_refused_with_the_reason(precision: str) -> None:
+    with pytest.raises(ConfigurationError, match="for CUDA devices: on a CPU it moves embeddings"):
+        Engine(random_weights(1, depth=1), device="cpu", precision=precision)
+
+
+def test_an_unknown_precision_or_device_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="choose one of fp32, bf16, fp16"):
+        Engine(random_weights(1, depth=1), device="cpu", precision="int8")
+    for device in ("gpu", "cuda:", "cuda:x", "cpu:0", "mps", ""):
+        with pytest.raises(ConfigurationError, match="choose auto, cpu, cuda or cuda:N"):
+            resolve_device(device)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"device 'cuda:99' is not there"):
+        resolve_device("cuda:99")
+
+
+def test_auto_takes_cuda_where_there_is_one() -> None:
+    assert resolve_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.05), (torch.bfloat16, 0.5)])
+def test_half_precision_blocks_stay_near_float32(parity_set: ParitySet, dtype: torch.dtype, bound: float) -> None:
+    weights = load_checkpoint(parity_set.directory)
+    encoder = CropEncoder(weights.config, weights.state, dtype=dtype)
+    with torch.inference_mode():
+        embeddings = encoder(torch.from_numpy(parity_set.stacked_crops()[:6])).numpy()
+    assert embeddings.dtype == np.float32
+    assert 1e-4 < distance(embeddings, parity_set.embeddings[:6]) < bound
+
+
+def test_importing_the_encoder_touches_no_cuda_and_sets_no_threads() -> None:
+    code = (
+        "import torch; before = torch.get_num_threads()\n"
+        "import code_worker.encoder.engine, code_worker.encoder.loop, code_worker.encoder.checkpoint\n"
+        "print(torch.cuda.is_initialized(), torch.get_num_threads() == before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
