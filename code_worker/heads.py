@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -21,7 +21,24 @@ if TYPE_CHECKING:
     Labels = NDArray[np.int8]
     Scores = NDArray[np.float32]
 
-__all__ = ["Head", "HeadSpec"]
+__all__ = ["EstimatorState", "Head", "HeadSpec"]
+
+
+@dataclass(frozen=True, slots=True)
+class EstimatorState:
+    """A fitted scikit-learn estimator as data: what its file said, and nothing that runs.
+
+    Attributes:
+        class_name: e.g. `LogisticRegression`.
+        sklearn_version: version that wrote the file; empty when it does not say.
+        params: attributes that are plain values (numbers, text, short lists of them).
+        arrays: attributes that are arrays, e.g. `coef_`; read-only, in the file's byte order.
+    """
+
+    class_name: str
+    sklearn_version: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class Head(ABC):
@@ -72,6 +89,15 @@ class Head(ABC):
         Raises:
             ArtifactError: files that are missing or not what `save` writes.
         """
+
+    @classmethod
+    def from_estimator(cls, estimator: EstimatorState) -> Self | None:  # noqa: ARG003 - for subclasses
+        """The head that predicts as this published estimator does; None if it is not of a kind this head stands for.
+
+        Raises:
+            ArtifactError: it is of that kind, but with settings or arrays that cannot be represented exactly.
+        """
+        return None
 
 
 @dataclass(frozen=True, slots=True)
