@@ -62,11 +62,13 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
 def _why(error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and the hub's cache does not hold it"
-    response = getattr(error, "response", None)
-    if (status := getattr(response, "status_code", None)) is not None:
+    # The client wraps what went wrong in "not found in the cache either".
+    reason = error.__cause__ or error
+    status = getattr(getattr(reason, "response", None), "status_code", None)
+    if status is not None:
         return f"the server answered {status}"
-    first = str(error).partition("\n")[0].rstrip(". ")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    first = str(reason).partition("\n")[0].rstrip(". ")
+    return f"{type(reason).__name__}: {first}" if first else type(reason).__name__
 
 
 def _by_hand(repo: str) -> str:
