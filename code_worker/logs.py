@@ -65,7 +65,7 @@ def configure_logging(level: str = "info", form: str = "auto") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("botocore", "urllib3", "kombu", "amqp"):
+    for noisy in ("alembic", "botocore", "urllib3", "kombu", "amqp"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 

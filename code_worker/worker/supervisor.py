@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -72,7 +73,7 @@ class _Running:
 
     def start(self) -> None:
         # An owner outlives no process: a restarted child must not renew the leases of the one that died.
-        self.owner = f"{self.child.name}-{uuid.uuid4().hex[:12]}"
+        self.owner = f"{socket.gethostname()}:{self.child.name}:{uuid.uuid4().hex[:12]}"
         environment = {**os.environ, **self.child.env, OWNER_ENV: self.owner, SUPERVISOR_ENV: str(os.getpid())}
         self.started_at = time.monotonic()
         # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which then stops in order.

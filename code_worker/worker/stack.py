@@ -1,0 +1,144 @@
+"""The whole stack of one data directory: embedded broker, worker and scheduler under one supervisor."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from code_worker.broker import check_broker
+from code_worker.errors import ConfigurationError
+from code_worker.releases.registry import CHAMPION
+from code_worker.settings import Settings
+from code_worker.store import migrate, releases
+from code_worker.store.engine import open_store
+from code_worker.worker.children import beat_child, worker_child
+from code_worker.worker.embedded import EmbeddedBroker
+from code_worker.worker.supervisor import Backoff, Supervisor
+
+__all__ = ["Stack"]
+
+
+class Stack:
+    """Everything that a data directory needs to run; what the settings name elsewhere is used there.
+
+    Children read their settings from the environment of this process and from `env`, which must lead to the same
+    settings. Use it as a context manager, or call `start()` and, whatever happens, `stop()`.
+    """
+
+    def __init__(
+        self, settings: Settings, *, env: Mapping[str, str] | None = None, backoff: Backoff | None = None
+    ) -> None:
+        self.settings = settings
+        self.data_path = settings.data_path
+        self._env = {**(env or {}), "CODE_WORKER_DATA_DIR": str(self.data_path)}
+        self._lock = _Lock(self.data_path / "run" / "up.lock")
+        # No batch may take longer than this: its own watchdog sees to that.
+        self._supervisor = Supervisor(grace_s=settings.worker.batch_timeout_s, backoff=backoff)
+        self._broker = EmbeddedBroker(self.data_path) if settings.broker_url is None else None
+
+    def start(self) -> None:
+        """Makes directories and database, then starts broker, scheduler and worker.
+
+        Raises:
+            ConfigurationError: another stack runs in this directory, or no embedded server is installed.
+            StoreError: a database of yours that was not migrated, or that does not answer.
+            BrokerUnavailableError: the embedded broker does not start.
+        """
+        for directory in (self.data_path, self.data_path / "run", self.data_path / "releases"):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock.acquire()
+        self._prepare_database()
+        self._supervisor.start()
+        if self._broker is not None:
+            self._supervisor.add(self._broker.prepare())
+            self._broker.wait_ready(given_up=lambda: self._supervisor.stopping)
+            self._broker.publish()
+        else:
+            check_broker(self.settings)
+        self._supervisor.add(beat_child(env=self._env))
+        self._supervisor.add(worker_child(self.settings, env=self._env))
+
+    def _prepare_database(self) -> None:
+        with closing(open_store(self.settings.resolved_database_url, threads=1)) as store:
+            if self.settings.database_url is None:
+                migrate.upgrade(store)
+            else:  # somebody else's: they say when its tables change
+                migrate.require_current(store)
+
+    def champion(self) -> str | None:
+        """Id of the release that judges, if there is one."""
+        with closing(open_store(self.settings.resolved_database_url, threads=1)) as store:
+            return store.run(lambda session: releases.alias(session, CHAMPION), write=False)
+
+    def wait(self) -> int:
+        """Blocks until all have stopped: 0 in order, 2 when a child refused its configuration."""
+        return self._supervisor.wait()
+
+    def stop(self) -> int:
+        """Stops worker, scheduler and broker, in this order; returns what `wait()` does."""
+        try:
+            return self._supervisor.stop()
+        finally:
+            if self._broker is not None and self._lock.held:
+                self._broker.withdraw()
+            self._lock.release()
+
+    def signals(self) -> AbstractContextManager[None]:
+        """Within it SIGINT, SIGTERM and SIGHUP make `wait()` return; main thread only."""
+        return self._supervisor.signals()
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of `broker`, `beat` and `worker`, as far as they live now."""
+        return self._supervisor.pids()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class _Lock:
+    """One stack per data directory; the system frees it however its holder ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._descriptor is not None
+
+    def acquire(self) -> None:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise ConfigurationError(
+                f"`code-worker up` runs already in {self._path.parent.parent} (process {holder}): "
+                "stop it first, or use another --data-dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+            self._descriptor = None
