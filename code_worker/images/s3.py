@@ -1,0 +1,324 @@
+"""S3 and what speaks its protocol as a source: allowed buckets only, bounded in bytes and in time."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
+
+from code_worker.errors import ImageRejectedError, TransientError
+from code_worker.images.s3_errors import Fault, fault_of_code, fault_of_exception
+from code_worker.images.source import Fetched
+from code_worker.types import RejectReason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from botocore.response import StreamingBody
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
+
+    from code_worker.settings import S3Settings
+
+__all__ = ["Location", "S3Source", "parse_location"]
+
+_CHUNK_BYTES: Final = 1 << 18
+_SCHEME: Final = "s3://"
+_VERSION: Final = re.compile(r"\?versionId=([A-Za-z0-9._~+/=-]*)\Z")
+_BOTO_ERRORS: Final = (BotoCoreError, ClientError, ResponseParserError, HTTPError)
+_BODY_FAULTS: Final = frozenset({Fault.TRUNCATED, Fault.CHECKSUM, Fault.TIMEOUT, Fault.FAILED})
+"""What reading a body again may cure; botocore tries only requests again, never bodies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """One object, in one version or the current one; or, as a prefix, several."""
+
+    bucket: str
+    key: str
+    version_id: str | None = None
+
+    def __str__(self) -> str:
+        # What follows a question mark may be the signature of a link that somebody pasted.
+        return f"{_SCHEME}{self.bucket}/{self.key.partition('?')[0]}"
+
+    @property
+    def source(self) -> str:
+        """What is paused when credentials fail."""
+        return f"{_SCHEME}{self.bucket}"
+
+
+def parse_location(uri: str) -> Location:
+    """Reads `s3://bucket/key[?versionId=…]`.
+
+    Everything after the bucket's slash is the key as it is, `?`, `#`, `%` and line breaks included; nothing is
+    percent-decoded. Only a trailing `?versionId=` is special. An empty one means the current version, so that a key
+    which itself ends like that can be written: `s3://bucket/odd?versionId=1?versionId=`.
+
+    Raises:
+        ImageRejectedError: not of this form, not UTF-8, or a key with a `.` or `..` segment, by which some servers
+            would leave the allowed prefix.
+    """
+    bucket, _, key = uri.removeprefix(_SCHEME).partition("/")
+    version_id = None
+    if (match := _VERSION.search(key)) is not None:
+        key, version_id = key[: match.start()], match[1] or None
+    _check_form(uri, bucket, key)
+    return Location(bucket, key, version_id)
+
+
+def _check_form(uri: str, bucket: str, key: str) -> None:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        key = ".."
+    if not uri.startswith(_SCHEME) or not bucket or {".", ".."} & set(key.split("/")):
+        raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, "an S3 URI is s3://bucket/key, without . or ..")
+
+
+class S3Source:
+    """Reads objects of the allowed buckets over one pooled client that all threads share."""
+
+    def __init__(self, settings: S3Settings, *, max_bytes: int, connections: int) -> None:
+        self._settings = settings
+        self._max_bytes = max_bytes
+        self._connections = connections
+        # Downloads that were given up end by themselves; a server that keeps them hanging must not collect threads.
+        self._slots = threading.BoundedSemaphore(4 * connections)
+        self._client: S3Client | None = None
+        self._lock = threading.Lock()
+        self._allowed = tuple(entry.removeprefix(_SCHEME).partition("/")[::2] for entry in settings.buckets)
+
+    def fetch(self, uri: str) -> Fetched:
+        """Reads one object whole, within `object_timeout_s` of wall-clock time whatever the server does.
+
+        Raises:
+            ImageRejectedError: not allowed (no request is made), missing, closed, archived, replaced, too large.
+            TransientError: late, cut short, damaged on the way, or the server failed.
+            SourceCredentialsError: credentials or settings do not work for this bucket.
+        """
+        location = parse_location(uri)
+        if not location.key or not self._allows(location):
+            raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, f"{location} is in no allowed bucket or prefix")
+        client = self._shared_client(location)
+        if not self._slots.acquire(blocking=False):
+            raise TransientError(RejectReason.FETCH_TIMEOUT, f"{location}: too many downloads hang already")
+        return _Download(client, location, self._settings, self._max_bytes, self._slots).result()
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """URIs of the objects under `s3://bucket/prefix`, in the order of their keys, without those that end in `/`.
+
+        Raises:
+            ImageRejectedError, TransientError, SourceCredentialsError: as `fetch`, the first at once.
+        """
+        bucket, _, start = prefix.removeprefix(_SCHEME).partition("/")
+        _check_form(prefix, bucket, start)
+        location = Location(bucket, start)
+        if not self._allows(location):
+            raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, f"{location} is in no allowed bucket or prefix")
+        return self._pages(self._shared_client(location), location)
+
+    def close(self) -> None:
+        """Closes pooled connections."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _pages(self, client: S3Client, prefix: Location) -> Iterator[str]:
+        pages = iter(client.get_paginator("list_objects_v2").paginate(Bucket=prefix.bucket, Prefix=prefix.key))
+        while True:
+            try:
+                page = next(pages, None)
+            except _BOTO_ERRORS as error:
+                raise _translated(error, prefix) from None
+            if page is None:
+                return
+            for entry in page.get("Contents", ()):
+                key = entry["Key"]
+                if not key.endswith("/") and self._allows(Location(prefix.bucket, key)):
+                    # A key may end like a version; an empty version says that it does not.
+                    yield f"{prefix.source}/{key}" + ("?versionId=" if _VERSION.search(key) else "")
+
+    def _allows(self, location: Location) -> bool:
+        """Whether an entry covers it: `bucket`, or `bucket/prefix` up to a slash."""
+        return any(
+            location.bucket == bucket and (not prefix or f"{location.key}/".startswith(f"{prefix.rstrip('/')}/"))
+            for bucket, prefix in self._allowed
+        )
+
+    def _shared_client(self, location: Location) -> S3Client:
+        with self._lock:
+            if self._client is None:
+                try:
+                    self._client = self._new_client()
+                # ValueError: boto3's answer to an endpoint that is no URL.
+                except (*_BOTO_ERRORS, ValueError) as error:
+                    raise _translated(error, location) from None
+            return self._client
+
+    def _new_client(self) -> S3Client:
+        settings = self._settings
+        key, secret = settings.access_key_id, settings.secret_access_key
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=settings.endpoint_url,
+            region_name=settings.region,
+            aws_access_key_id=key.get_secret_value() if key else None,
+            aws_secret_access_key=secret.get_secret_value() if secret else None,
+            config=Config(
+                signature_version="s3v4",
+                retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
+                connect_timeout=settings.connect_timeout_s,
+                read_timeout=settings.read_timeout_s,
+                max_pool_connections=self._connections,
+                tcp_keepalive=True,
+                s3={"addressing_style": "path" if settings.path_style else "auto"},
+                response_checksum_validation="when_supported" if settings.checksum_mode else "when_required",
+            ),
+        )
+
+
+class _Download:
+    """One object on its way, in a thread of its own.
+
+    Timeouts of sockets count from one packet to the next: a server that drips, or a name server that hangs, would
+    hold the caller for ever. So the caller waits for the thread, not for the network, and leaves when time is up;
+    the thread ends with its next read.
+    """
+
+    def __init__(
+        self,
+        client: S3Client,
+        location: Location,
+        settings: S3Settings,
+        max_bytes: int,
+        slots: threading.BoundedSemaphore,
+    ) -> None:
+        self._client = client
+        self._location = location
+        self._settings = settings
+        self._max_bytes = max_bytes
+        self._slots = slots
+        self._deadline = time.monotonic() + settings.object_timeout_s
+        self._done = threading.Event()
+        self._body: StreamingBody | None = None
+        self._fetched: Fetched | None = None
+        self._error: BaseException | None = None
+
+    def result(self) -> Fetched:
+        """Starts the download and waits for it, at most until the deadline."""
+        threading.Thread(target=self._run, name="fetch", daemon=True).start()
+        self._done.wait(max(0.0, self._deadline - time.monotonic()))
+        if self._fetched is not None:
+            return self._fetched
+        if self._error is not None:
+            raise self._error
+        self._hurry()
+        raise self._late()
+
+    def _run(self) -> None:
+        try:
+            self._fetched = self._fetch()
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._error = error
+        finally:
+            self._slots.release()
+            self._done.set()
+
+    def _fetch(self) -> Fetched:
+        request: dict[str, Any] = {"Bucket": self._location.bucket, "Key": self._location.key}
+        if self._location.version_id is not None:
+            request["VersionId"] = self._location.version_id
+        if self._settings.checksum_mode:
+            request["ChecksumMode"] = "ENABLED"
+        for left in reversed(range(self._settings.body_attempts)):
+            try:
+                response = self._client.get_object(**request)
+            except _BOTO_ERRORS as error:
+                raise _translated(error, self._location) from None
+            # Another try must give the rest of the same object, not of one that took its place.
+            request |= _pin(response)
+            try:
+                data = self._read(response)
+            except _BOTO_ERRORS as error:
+                if not left or self._is_late() or _fault(error) not in _BODY_FAULTS:
+                    raise _translated(error, self._location) from None
+            else:
+                return Fetched(data, _plain(response.get("ETag")), response.get("VersionId"))
+        raise AssertionError("body_attempts is at least 1")
+
+    def _read(self, response: GetObjectOutputTypeDef) -> bytes:
+        chunks: list[bytes] = []
+        total = 0
+        with closing(response["Body"]) as body:
+            self._check_size(response.get("ContentLength") or 0)
+            self._body = body
+            # The last, empty read is where botocore compares length and checksum.
+            while chunk := body.read(_CHUNK_BYTES):
+                chunks.append(chunk)
+                total += len(chunk)
+                self._check_size(total)
+                if self._is_late():
+                    raise self._late()
+        return b"".join(chunks)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise ImageRejectedError(
+                RejectReason.TOO_LARGE_BYTES, f"{self._location} is over {self._max_bytes} bytes"
+            )
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self._deadline
+
+    def _hurry(self) -> None:
+        """Makes the next receive fail instead of waiting for its own timeout."""
+        if (body := self._body) is not None:
+            # The connection may be gone, or the body complete, at this very moment.
+            with suppress(AttributeError, OSError, ValueError):
+                body.set_socket_timeout(0.001)
+
+    def _late(self) -> TransientError:
+        return TransientError(
+            RejectReason.FETCH_TIMEOUT, f"{self._location}: not read within {self._settings.object_timeout_s:g} s"
+        )
+
+
+def _pin(response: GetObjectOutputTypeDef) -> dict[str, str]:
+    pin = {"IfMatch": response.get("ETag"), "VersionId": response.get("VersionId")}
+    return {name: value for name, value in pin.items() if value}
+
+
+def _plain(etag: str | None) -> str | None:
+    return etag.strip('"') if etag else None
+
+
+def _fault(error: Exception) -> Fault:
+    if isinstance(error, ClientError):
+        return fault_of_code(*_code(error))
+    return fault_of_exception(error)
+
+
+def _code(error: ClientError) -> tuple[str, int | None]:
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return str(error.response.get("Error", {}).get("Code", "")), status
+
+
+def _translated(error: Exception, location: Location) -> ImageRejectedError | TransientError:
+    """Our error for one of botocore's; its own text is left behind, it may quote addresses and signatures."""
+    said = type(error).__name__
+    if isinstance(error, ClientError):
+        code, status = _code(error)
+        # A server chooses its codes: only what looks like one is repeated.
+        said = f"{code if re.fullmatch(r'[A-Za-z0-9.]{1,80}', code) else 'unreadable code'} ({status})"
+    return _fault(error).error(location.source, str(location), said)
