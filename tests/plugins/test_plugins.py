@@ -1,0 +1,182 @@
+"""Plugins by entry point and by file: found, checked, and loud when something is wrong with them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from code_worker import hookimpl
+from code_worker.errors import PluginError, UnknownHeadError
+from code_worker.heads import HeadSpec
+from code_worker.plugins import InstalledPlugin, Plugins, load_plugins
+from code_worker.settings import Settings
+from code_worker.types import Job
+
+FILE = """
+from code_worker import HeadSpec, hookimpl
+
+@hookimpl
+def code_worker_register_heads():
+    return [HeadSpec({name!r}, "somewhere:SomeHead", "a test")]
+"""
+
+
+OFFER = FILE.format(name="x")
+
+
+def from_files(directory: Path, **sources: str) -> Plugins:
+    directory.mkdir(exist_ok=True)
+    for stem, source in sources.items():
+        (directory / f"{stem}.py").write_text(source, encoding="utf-8")
+    return load_plugins(Settings(plugins_dir=directory))
+
+
+def refusal(directory: Path, source: str) -> str:
+    with pytest.raises(PluginError) as caught:
+        from_files(directory, broken=source)
+    assert str(directory / "broken.py") in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_built_in_heads_come_by_entry_point() -> None:
+    plugins = load_plugins(Settings())
+    assert {"linear", "knn", "svm"} <= set(plugins.heads())
+    provider = plugins.provider("knn")
+    assert provider.name == "code_worker_heads"
+    assert provider.distribution == "code-worker"
+    assert provider.hooks == ("code_worker_register_heads",)
+    assert provider.heads == ("linear", "knn", "svm")
+    assert plugins.head_class("knn").__name__ == "NearestNeighbourHead"
+
+
+def test_loading_plugins_imports_no_head() -> None:
+    script = (
+        "import sys\nfrom code_worker.plugins import load_plugins\nfrom code_worker.settings import Settings\n"
+        "load_plugins(Settings()).heads()\nprint({'numpy', 'safetensors', 'sklearn', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_file_in_the_plugins_directory_is_a_plugin(tmp_path: Path) -> None:
+    plugins = from_files(tmp_path, mine=FILE.format(name="mine-2"), _part="raise SystemExit", notes="")
+    assert "mine-2" in plugins.heads()
+    provider = plugins.provider("mine-2")
+    assert (provider.name, provider.distribution, provider.path) == ("mine", "mine", tmp_path / "mine.py")
+    assert provider.version.startswith("sha256:")
+    assert [each.name for each in plugins.installed()][-2:] == ["mine", "notes"]
+    assert "code_worker_plugin_mine" in sys.modules
+
+
+def test_an_unknown_head_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UnknownHeadError, match=r"unknown head 'nope'; known: .*knn, linear, svm"):
+        load_plugins(Settings()).head_class("nope")
+
+
+def test_a_head_whose_module_is_missing_names_it(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="head 'mine': cannot import 'somewhere:SomeHead'"):
+        from_files(tmp_path, mine=FILE.format(name="mine")).head_class("mine")
+
+
+def test_two_providers_of_one_head_are_both_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        PluginError, match=r"head 'knn' is offered by 'code_worker_heads' of code-worker .* and by .*a\.py"
+    ):
+        from_files(tmp_path / "one", a=FILE.format(name="knn"))
+    with pytest.raises(PluginError, match=r"head 'x' is offered by .*a\.py and by .*b\.py; remove one or rename"):
+        from_files(tmp_path / "two", a=FILE.format(name="x"), b=FILE.format(name="x"))
+
+
+def test_two_plugins_of_one_name_are_both_named(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match=r"two plugins are called 'code_worker_heads': .*code-worker .*\.py"):
+        from_files(tmp_path, code_worker_heads=FILE.format(name="x"))
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def broken(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        (OFFER.replace("return", "return {}[0],"), "KeyError: 0"),
+        (OFFER.replace("return", "return None;"), "TypeError: 'NoneType' object is not iterable"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_cause(source: str, cause: str, tmp_path: Path) -> None:
+    assert f"cannot be loaded: {cause}" in refusal(tmp_path, source)
+    assert "code_worker_plugin_broken" not in sys.modules or "@hookimpl" in source
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            OFFER.replace("register_heads", "registr_heads"),
+            "which is no hook; did you mean code_worker_register_heads?",
+        ),
+        (
+            OFFER.replace("code_worker_register_heads", "code_worker_xyzzy"),
+            "no hook; hooks: code_worker_register_heads, ",
+        ),
+        (OFFER.replace("code_worker_register_heads", "register"), "unknown hook 'register'"),
+        (OFFER.replace("@hookimpl", ""), "code_worker_register_heads without @hookimpl"),
+        (OFFER.replace("heads()", "heads(settings)"), "'settings'"),
+    ],
+)
+def test_a_hook_that_would_never_be_called_is_refused(source: str, said: str, tmp_path: Path) -> None:
+    assert said in refusal(tmp_path, source)
+
+
+@pytest.mark.parametrize("name", ["", "Knn", "-a", "a b", "a/b", "a" * 65, "naïve"])
+def test_a_head_needs_a_name_that_is_safe_everywhere(name: str, tmp_path: Path) -> None:
+    assert "offers a head called" in refusal(tmp_path, FILE.format(name=name))
+
+
+def test_an_offer_that_is_no_head_spec_is_refused(tmp_path: Path) -> None:
+    source = OFFER.replace('HeadSpec(\'x\', "somewhere:SomeHead", "a test")', "'mine'")
+    assert "offers a str where a HeadSpec is expected" in refusal(tmp_path, source)
+
+
+def test_a_plugins_directory_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match=r"CODE_WORKER_PLUGINS_DIR names .*none, which is not a directory"):
+        load_plugins(Settings(plugins_dir=tmp_path / "none"))
+
+
+class Chooser:
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    @hookimpl
+    def code_worker_select_head(self, job: Job, heads: tuple[str, ...]) -> object:
+        return self.answer if job.tenant == "acme" else None
+
+
+def test_the_head_is_chosen_by_the_first_plugin_with_an_opinion() -> None:
+    plugins = Plugins()
+    for number, answer in enumerate(("linear", "knn", None)):
+        plugins.add(InstalledPlugin(f"p{number}", "1", f"p{number}"), Chooser(answer))
+    assert plugins.select_head(Job("1", "a", tenant="acme"), ["knn", "linear"]) == "knn"
+    assert plugins.select_head(Job("2", "a"), ["knn", "linear"]) is None
+
+
+def test_an_answer_that_is_no_name_is_refused() -> None:
+    plugins = Plugins()
+    plugins.add(InstalledPlugin("p", "1", "p"), Chooser(7))
+    with pytest.raises(PluginError, match="answered int"):
+        plugins.select_head(Job("1", "a", tenant="acme"), ["knn"])
+
+
+def test_the_same_object_cannot_be_two_plugins() -> None:
+    plugins, plugin = Plugins(), Chooser("knn")
+    plugins.add(InstalledPlugin("a", "1", "a"), plugin)
+    with pytest.raises(PluginError, match="'b' of b 1 cannot be registered"):
+        plugins.add(InstalledPlugin("b", "1", "b"), plugin)
+
+
+def test_a_target_that_is_no_head_is_refused() -> None:
+    with pytest.raises(PluginError, match="not a subclass"):
+        HeadSpec("x", "pathlib:Path").head_class()
