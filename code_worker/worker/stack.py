@@ -49,8 +49,9 @@ class Stack:
             StoreError: a database of yours that was not migrated, or that does not answer.
             BrokerUnavailableError: the embedded broker does not start.
         """
-        for directory in (self.data_path, self.data_path / "run", self.data_path / "releases"):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._broker is None:
+            check_broker(self.settings)
+        self._make_directories()
         self._lock.acquire()
         self._prepare_database()
         self._supervisor.start()
@@ -58,10 +59,17 @@ class Stack:
             self._supervisor.add(self._broker.prepare())
             self._broker.wait_ready(given_up=lambda: self._supervisor.stopping)
             self._broker.publish()
-        else:
-            check_broker(self.settings)
         self._supervisor.add(beat_child(env=self._env))
         self._supervisor.add(worker_child(self.settings, env=self._env))
+
+    def _make_directories(self) -> None:
+        for directory in (self.data_path, self.data_path / "run", self.data_path / "releases"):
+            try:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"the data directory {directory} cannot be made ({error.strerror}): set CODE_WORKER_DATA_DIR"
+                ) from None
 
     def _prepare_database(self) -> None:
         with closing(open_store(self.settings.resolved_database_url, threads=1)) as store:

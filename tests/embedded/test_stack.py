@@ -149,6 +149,15 @@ def test_two_stacks_in_one_directory_are_refused_by_the_lock(data_dir: Path) -> 
         pass
 
 
+def test_a_data_directory_that_cannot_be_made_is_a_wrong_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigurationError, match="CODE_WORKER_DATA_DIR"),
+        Stack(load_settings(data_dir=tmp_path / "file" / "data")),
+    ):
+        pass
+
+
 def test_worker_and_beat_show_a_missing_broker_in_one_line(data_dir: Path) -> None:
     for command in ("worker", "beat"):
         ended = subprocess.run(

@@ -1,0 +1,61 @@
+"""Checks each part of an installation; a fault in one is a line and never keeps the others from being looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Final
+
+from code_worker.errors import ConfigurationError
+from code_worker.settings import Settings, load_settings
+from code_worker.worker.doctor import ledger, machine, services
+from code_worker.worker.doctor.check import Check, Status, bounded
+
+__all__ = ["PARTS", "Check", "Status", "examine"]
+
+Probe = Callable[[Settings], Iterable[Check]]
+_DATABASE: Final = "database"
+_PROBES: Final[Mapping[str, tuple[Probe, str]]] = {
+    "settings": (machine.environment, ""),
+    "data directory": (
+        machine.data_directory,
+        "chown it to the user that runs this, or set CODE_WORKER_DATA_DIR",
+    ),
+    "broker": (services.broker, "code-worker up, or see CODE_WORKER_BROKER_URL"),
+    "s3": (services.object_store, "see the CODE_WORKER_S3__… settings"),
+    "files": (machine.image_directories, "see CODE_WORKER_FILES__ROOTS"),
+    "plugins": (machine.plugins, "code-worker plugins check NAME"),
+    "device": (machine.device, "see CODE_WORKER_DEVICE and CODE_WORKER_PRECISION"),
+    _DATABASE: (services.database, "see CODE_WORKER_DATABASE_URL"),
+    "release": (ledger.release, "code-worker releases rollback, or import it once more"),
+    "workers": (ledger.workers, ""),
+    "jobs": (ledger.jobs, ""),
+    "sources": (ledger.pauses, ""),
+}
+_OF_LEDGER: Final = frozenset({"release", "workers", "jobs", "sources"})
+PARTS: Final = ("python", *_PROBES)
+"""What can be looked at, in this order."""
+
+
+def examine(parts: Collection[str] = PARTS, **overrides: object) -> Iterator[Check]:
+    """Yields findings about the parts as they come; each part has a limit of seconds."""
+    if "python" in parts:
+        yield from bounded("python", machine.python)
+    try:
+        settings = load_settings(**overrides)
+    except ConfigurationError as error:
+        yield Check("settings", Status.FAIL, str(error), "docs/settings.md lists all settings and their forms")
+        return
+    reachable = True
+    for name in (name for name in _PROBES if name in parts):
+        if name in _OF_LEDGER and not reachable:
+            yield Check(name, Status.WARN, "not looked at: it takes the database")
+            continue
+        found = _look(name, settings)
+        yield from found
+        if name == _DATABASE:
+            reachable = all(check.status is not Status.FAIL for check in found if check.name == _DATABASE)
+
+
+def _look(name: str, settings: Settings) -> list[Check]:
+    probe, hint = _PROBES[name]
+    return bounded(name, lambda: probe(settings), hint=hint)

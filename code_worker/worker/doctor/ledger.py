@@ -1,0 +1,115 @@
+"""What the ledger says of the running system: release, workers, unfinished jobs, paused sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from code_worker.releases.artifacts import LocalArtifacts, open_artifacts
+from code_worker.releases.manifest import read_manifest
+from code_worker.releases.registry import CHAMPION
+from code_worker.settings import Settings
+from code_worker.store import joblist, releases
+from code_worker.store import workers as fleet
+from code_worker.store.engine import open_store
+from code_worker.worker.doctor.check import Check, Status
+
+if TYPE_CHECKING:
+    from code_worker.store.engine import Session
+
+__all__ = ["jobs", "pauses", "release", "workers"]
+
+T = TypeVar("T")
+_OLD_S: Final = 600.0
+_LETTERS: Final = 100
+
+
+def _ask(settings: Settings, work: Callable[[Session], T]) -> T:
+    with closing(open_store(settings.resolved_database_url, threads=1)) as store:
+        return store.run(work, write=False)
+
+
+def release(settings: Settings) -> Iterator[Check]:
+    """A champion is set, kept whole, and has the default head."""
+    champion = _ask(settings, lambda session: releases.alias(session, CHAMPION))
+    if champion is None:
+        yield Check(
+            "release",
+            Status.WARN,
+            "none judges yet: jobs wait",
+            "code-worker releases import hf:aimagelab/CoDE --promote",
+        )
+        return
+    artifacts = open_artifacts(settings)
+    if not isinstance(artifacts, LocalArtifacts):
+        there = artifacts.exists(champion)
+        text = f"champion {champion} is {'kept' if there else 'missing'} in {settings.resolved_artifacts}"
+        yield Check("release", Status.OK if there else Status.FAIL, text, "code-worker releases import, once more")
+        return
+    manifest, _ = read_manifest(artifacts.fetch(champion))
+    heads = ", ".join(sorted(manifest.heads))
+    yield Check("release", Status.OK, f"champion {champion} is whole: {len(manifest.files)} files; heads: {heads}")
+    if settings.head is not None and settings.head not in manifest.heads:
+        yield Check(
+            "release",
+            Status.FAIL,
+            f"champion {champion} lacks the default head {settings.head!r}",
+            f"CODE_WORKER_HEAD={next(iter(sorted(manifest.heads)))}, or promote a release that has it",
+        )
+
+
+def workers(settings: Settings) -> Iterator[Check]:
+    """Somebody works, and with the champion."""
+    within_s = 3.0 * settings.worker.lease_s
+    alive, champion = _ask(
+        settings,
+        lambda session: (fleet.alive(session, within_s=within_s), releases.alias(session, CHAMPION)),
+    )
+    if not alive:
+        yield Check("workers", Status.WARN, f"none was heard of for {within_s:.0f} s", "code-worker worker")
+        return
+    names = ", ".join(f"{each.host}:{each.pid}" for each in alive)
+    yield Check("workers", Status.OK, f"{len(alive)} at work: {names}")
+    for each in alive:
+        if champion is not None and each.release != champion:
+            yield Check(
+                "workers",
+                Status.WARN,
+                f"{each.host}:{each.pid} has release {each.release or 'none'}, the champion is {champion}",
+                "it follows within seconds; if not, its log says why",
+            )
+
+
+def jobs(settings: Settings) -> Iterator[Check]:
+    """Nothing waits for long, and no message was unreadable."""
+    age_s, states, letters = _ask(
+        settings,
+        lambda session: (
+            joblist.oldest_unfinished_s(session),
+            joblist.counts(session, finished=False),
+            fleet.list_dead_letters(session, limit=_LETTERS),
+        ),
+    )
+    waiting = ", ".join(f"{number} {state.value}" for state, number in states.items() if number)
+    if age_s is None:
+        yield Check("jobs", Status.OK, "none unfinished")
+    else:
+        status = Status.WARN if age_s > _OLD_S else Status.OK
+        yield Check(
+            "jobs", status, f"{waiting}; the oldest for {age_s:.0f} s", "code-worker jobs list --state accepted"
+        )
+    if letters:
+        number = f"{len(letters)}{' or more' if len(letters) == _LETTERS else ''}"
+        text = f"{number} broker messages could not be read; the last on {letters[0].at:%Y-%m-%d}: {letters[0].error}"
+        yield Check("jobs", Status.WARN, text, "docs/operations.md: messages that nobody can read")
+
+
+def pauses(settings: Settings) -> Iterator[Check]:
+    """Sources that are left alone because their credentials do not work."""
+    paused = _ask(settings, fleet.paused_sources)
+    for name, pause in paused.items():
+        text = f"{name} is paused since {pause.since:%Y-%m-%d %H:%M} UTC: {pause.detail}"
+        yield Check("sources", Status.WARN, text, "mend its credentials; it is tried again by itself")
+    if not paused:
+        yield Check("sources", Status.OK, "none is paused")

@@ -1,0 +1,139 @@
+"""What this machine must offer: settings, Python, disk, image directories, plugins, device."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+from code_worker._version import __version__
+from code_worker.settings import CONFIG_ENV, Settings
+from code_worker.worker.doctor.check import Check, Status
+from code_worker.worker.lifeline import SUPERVISOR_ENV
+from code_worker.worker.supervisor import OWNER_ENV
+
+__all__ = ["data_directory", "device", "environment", "image_directories", "plugins", "python"]
+
+_PREFIX: Final = "CODE_WORKER_"
+_FREE_FAIL: Final = 2**30
+_FREE_WARN: Final = 5 * 2**30
+
+
+def python() -> Iterator[Check]:
+    """Versions, and whether a worker could run here."""
+    versions = {name: _version(name) for name in ("torch", "timm", "scikit-learn", "boto3")}
+    text = f"code-worker {__version__}, Python {platform.python_version()}, celery {_version('celery')}"
+    missing = [name for name, found in versions.items() if not found]
+    if missing:
+        yield Check(
+            "python",
+            Status.WARN,
+            f"{text}; no {', '.join(missing)}: enough to enqueue, not to judge",
+            "pip install 'code-worker[worker]'",
+        )
+    else:
+        yield Check("python", Status.OK, f"{text}, torch {versions['torch']}, timm {versions['timm']}")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
+
+
+def environment(_settings: Settings) -> Iterator[Check]:
+    """Variables that look like settings and are none: the usual way for a setting to have no effect."""
+    known = {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    known |= {CONFIG_ENV, OWNER_ENV, SUPERVISOR_ENV}
+    found = [name for name in os.environ if name.upper().startswith(_PREFIX)]
+    for name in sorted(found):
+        if name.upper() not in known and name.upper().partition("__")[0] not in known:
+            near = difflib.get_close_matches(name.upper(), known, n=1)
+            yield Check(
+                "settings",
+                Status.WARN,
+                f"{name} is no setting and has no effect",
+                f"did you mean {near[0]}?" if near else "unset it; docs/settings.md lists all settings",
+            )
+    yield Check(
+        "settings", Status.OK, f"{len(found)} from the environment, {os.environ.get(CONFIG_ENV) or 'no file'}"
+    )
+
+
+def data_directory(settings: Settings) -> Iterator[Check]:
+    """Writable, private, and with room left."""
+    path = settings.data_path
+    if not path.is_dir():
+        yield Check("data directory", Status.WARN, f"{path} does not exist yet", "code-worker up makes it")
+        return
+    with tempfile.TemporaryFile(dir=path) as probe:
+        probe.write(b"x" * 4096)
+        probe.flush()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        yield Check("data directory", Status.WARN, f"{path} is open to others ({mode:o})", f"chmod 700 {path}")
+    else:
+        yield Check("data directory", Status.OK, f"{path} is writable and private")
+    yield _room(path)
+
+
+def _room(path: Path) -> Check:
+    free = shutil.disk_usage(path).free
+    text = f"{free / 2**30:.1f} GiB free at {path}"
+    hint = f"free some space, or move the data: {_PREFIX}DATA_DIR"
+    if free < _FREE_FAIL:
+        return Check("disk", Status.FAIL, text, hint)
+    return Check("disk", Status.WARN, text, hint) if free < _FREE_WARN else Check("disk", Status.OK, text)
+
+
+def image_directories(settings: Settings) -> Iterator[Check]:
+    """Roots under which local images may be read."""
+    if not settings.files.roots:
+        yield Check("files", Status.OK, "not configured: no local file is read")
+    for root in settings.files.roots:
+        path = root.expanduser()
+        if path.is_dir() and os.access(path, os.R_OK | os.X_OK):
+            yield Check("files", Status.OK, f"{path} is readable")
+        else:
+            yield Check(
+                "files",
+                Status.FAIL,
+                f"{path} is no directory that this user can read",
+                f"mend it, or take it out of {_PREFIX}FILES__ROOTS",
+            )
+
+
+def plugins(settings: Settings) -> Iterator[Check]:
+    """Every plugin loads, and there are heads."""
+    from code_worker.plugins import load_plugins  # noqa: PLC0415 - imports strangers' code
+
+    loaded = load_plugins(settings)
+    names = sorted(f"{each.name} {each.version or ''}".strip() for each in loaded.installed())
+    heads = sorted(loaded.heads())
+    if settings.head is None or settings.head in heads:
+        yield Check("plugins", Status.OK, f"{', '.join(names)}; heads: {', '.join(heads)}")
+    else:
+        yield Check(
+            "plugins",
+            Status.FAIL,
+            f"the default head {settings.head!r} is not among {', '.join(heads) or 'none'}",
+            f"install its plugin, or set {_PREFIX}HEAD",
+        )
+
+
+def device(settings: Settings) -> Iterator[Check]:
+    """The encoder's device and arithmetic, tried on one black crop with random weights."""
+    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: seconds, and absent on producers
+    from code_worker.encoder.weights import random_weights  # noqa: PLC0415 - as above
+
+    engine = Engine(random_weights(0), device=settings.device, precision=settings.precision)
+    engine.warm_up()
+    yield Check("device", Status.OK, f"{engine.device} encodes in {engine.precision}")

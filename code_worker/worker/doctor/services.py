@@ -1,0 +1,141 @@
+"""What others must offer: broker, database, object store, and clocks that agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from code_worker.broker import check_broker, is_redis
+from code_worker.errors import ImageRejectedError, TransientError
+from code_worker.settings import Settings
+from code_worker.types import RejectReason
+from code_worker.worker.doctor.check import Check, Status
+
+if TYPE_CHECKING:
+    from code_worker.images.source import Sources
+
+__all__ = ["broker", "clock", "database", "object_store"]
+
+_TIMEOUT_S: Final = 4.0
+_SKEW_WARN_S: Final = 5.0
+_SKEW_FAIL_S: Final = 60.0
+
+
+def broker(settings: Settings) -> Iterator[Check]:
+    """Reachable, protected, and set up as a queue rather than a cache."""
+    url = check_broker(settings)
+    if is_redis(url):
+        yield from _redis(url)
+    else:
+        yield _other_broker(url)
+
+
+def _redis(url: str) -> Iterator[Check]:
+    from redis import Redis  # noqa: PLC0415 - another broker needs none
+    from redis.backoff import NoBackoff  # noqa: PLC0415 - as above
+    from redis.retry import Retry  # noqa: PLC0415 - as above
+
+    limits: dict[str, Any] = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
+    with Redis.from_url(url, retry=Retry(NoBackoff(), 0), **limits) as client:
+        before = time.time()
+        seconds, micros = client.time()
+        here = (before + time.time()) / 2
+        info = client.info()
+    where = f"{info.get('server_name', 'redis')} {info.get('valkey_version') or info['redis_version']}"
+    yield Check("broker", Status.OK, f"{where} at {urlsplit(url).hostname}:{urlsplit(url).port or 6379} answers")
+    yield from _queue_settings(info)
+    yield clock("broker", seconds + micros / 1e6, here)
+
+
+def _queue_settings(info: dict[str, Any]) -> Iterator[Check]:
+    if (policy := info.get("maxmemory_policy")) != "noeviction":
+        yield Check(
+            "broker",
+            Status.WARN,
+            f"maxmemory-policy is {policy}: when memory is short, messages are dropped",
+            "redis-cli CONFIG SET maxmemory-policy noeviction, and set it in the server's configuration",
+        )
+    if not info.get("aof_enabled"):
+        yield Check(
+            "broker",
+            Status.WARN,
+            "appendonly is off: after a crash every waiting job is sent again from SQL, later",
+            "redis-cli CONFIG SET appendonly yes, and set it in the server's configuration",
+        )
+    if info.get("aof_last_write_status", "ok") != "ok":
+        yield Check("broker", Status.FAIL, "it cannot write its append-only file", "free its disk")
+
+
+def _other_broker(url: str) -> Check:
+    from kombu import Connection  # noqa: PLC0415 - only for brokers other than Redis
+
+    with Connection(url, connect_timeout=_TIMEOUT_S) as connection:
+        connection.connect()
+        where = f"{connection.transport_cls} at {urlsplit(url).hostname}"
+    return Check("broker", Status.OK, f"{where} answers")
+
+
+def clock(whose: str, there_s: float, here_s: float) -> Check:
+    """Whether a server's clock (Unix seconds) agrees with ours: message timeouts are reckoned by both."""
+    skew_s = abs(there_s - here_s)
+    text = f"this machine and the {whose} differ by {skew_s:.1f} s"
+    hint = "run a time service (chrony, systemd-timesyncd) on both"
+    if skew_s > _SKEW_FAIL_S:
+        return Check("clock", Status.FAIL, text, hint)
+    if skew_s > _SKEW_WARN_S:
+        return Check("clock", Status.WARN, text, hint)
+    return Check("clock", Status.OK, f"agrees with the {whose}'s")
+
+
+def database(settings: Settings) -> Iterator[Check]:
+    """Reachable, migrated, and of our time."""
+    from code_worker.store import health, migrate  # noqa: PLC0415 - SQLAlchemy and Alembic: half a second
+    from code_worker.store.engine import open_store  # noqa: PLC0415 - as above
+
+    url = settings.resolved_database_url
+    if health.is_missing(url):
+        yield Check("database", Status.FAIL, f"{health.place(url)} is not there yet", "code-worker db upgrade")
+        return
+    with closing(open_store(url, threads=1)) as store:
+        before = time.time()
+        there = store.run(health.server_time, write=False)
+        here = (before + time.time()) / 2
+        migrate.require_current(store)
+        yield Check("database", Status.OK, f"{health.place(url)} answers; revision {migrate.current(store)}")
+    yield clock("database", there.timestamp(), here)
+
+
+def object_store(settings: Settings) -> Iterator[Check]:
+    """Every bucket that images may come from, and the one that keeps releases."""
+    from code_worker.images.source import Sources  # noqa: PLC0415 - workers only
+
+    if not settings.s3.buckets:
+        yield Check("s3", Status.OK, "not configured: no bucket may be read")
+    with closing(Sources(settings)) as sources:
+        for bucket in settings.s3.buckets:
+            yield _bucket(sources, f"s3://{bucket.removeprefix('s3://').rstrip('/')}")
+    if settings.resolved_artifacts.startswith("s3://"):
+        from code_worker.releases.artifacts import open_artifacts  # noqa: PLC0415 - workers only
+
+        kept = open_artifacts(settings).list()
+        yield Check("s3", Status.OK, f"{settings.resolved_artifacts} holds {len(kept)} releases")
+
+
+def _bucket(sources: Sources, prefix: str) -> Check:
+    try:
+        next(sources.list(f"{prefix}/"), None)
+    except ImageRejectedError as error:
+        if error.reason is RejectReason.ACCESS_DENIED:
+            return Check(
+                "s3",
+                Status.WARN,
+                f"{prefix} may not be listed: {error.detail}",
+                "allow s3:ListBucket for `enqueue --prefix`; s3:GetObject is what workers need",
+            )
+        return Check("s3", Status.FAIL, f"{prefix}: {error}", "create it, or take it out of CODE_WORKER_S3__BUCKETS")
+    except TransientError as error:
+        return Check("s3", Status.FAIL, f"{prefix}: {error}", "see the CODE_WORKER_S3__… settings")
+    return Check("s3", Status.OK, f"{prefix} can be listed")
