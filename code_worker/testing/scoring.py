@@ -1,0 +1,206 @@
+"""Checks of how a head is fitted and how it scores."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from code_worker.testing.subject import TOLERANCE, NotConformingError, Subject, largest_difference, sample_embeddings
+from code_worker.types import EMBEDDING_DIM
+
+__all__ = ["SCORE_CHECKS", "check_fit"]
+
+
+def check_fit(subject: Subject) -> None:
+    """`fit` takes read-only (n, 192) float32 embeddings and (n,) int8 labels, learns, and returns self."""
+    head = subject.fitted()
+    if not isinstance(head, subject.head_class):
+        raise NotConformingError(
+            "fit returns the head itself", f"{type(head).__name__}", "end fit with `return self`"
+        )
+    subject.head = head
+
+
+def check_options(subject: Subject) -> None:
+    """Options can be written to a manifest as JSON, and unknown ones are refused."""
+    try:
+        subject.head_class({**subject.options, "no_such_option": 1})
+    except ValidationError:
+        pass
+    else:
+        raise NotConformingError(
+            "an unknown option is refused with a ValidationError",
+            "it was taken without a word",
+            "derive Options from Head.Options and do not loosen its model_config; let __init__ call Head.__init__",
+        )
+    written = json.loads(json.dumps(subject.head.options.model_dump(mode="json")))
+    if subject.head_class(written).options != subject.head.options:
+        raise NotConformingError(
+            "options are the same after a trip through JSON", str(written), "use fields that JSON can hold"
+        )
+
+
+def check_shape_and_dtype(subject: Subject) -> None:
+    """`score` returns one float32 per embedding."""
+    scores: object = subject.head.score(subject.embeddings)
+    seen = type(scores).__name__
+    if isinstance(scores, np.ndarray):
+        seen = f"shape {scores.shape} and dtype {scores.dtype}"
+    if not isinstance(scores, np.ndarray) or scores.shape != (97,) or scores.dtype != np.float32:
+        raise NotConformingError(
+            "a numpy array of shape (97,) and dtype float32",
+            seen,
+            "end score with `.astype(np.float32)`, one per row",
+        )
+
+
+def check_range(subject: Subject) -> None:
+    """Scores lie in [0, 1], for embeddings far outside of the training data too."""
+    for factor in (1.0, 0.0, 30.0, -30.0):
+        scores = subject.head.score(subject.embeddings * np.float32(factor))
+        if not (np.isfinite(scores).all() and (scores >= 0).all() and (scores <= 1).all()):
+            raise NotConformingError(
+                "every score in [0, 1]",
+                f"{np.min(scores)} to {np.max(scores)} for embeddings times {factor}",
+                "map the raw decision into [0, 1], for example with a logistic function",
+            )
+
+
+def check_direction(subject: Subject) -> None:
+    """Generated images score higher than real ones."""
+    scores = subject.head.score(subject.embeddings)
+    real, generated = scores[subject.labels == 0], scores[subject.labels == 1]
+    ordered = float((generated[:, None] > real[None, :]).mean())
+    if ordered < 0.9:
+        raise NotConformingError(
+            "generated images score higher than real ones in at least 90 % of pairs",
+            f"{ordered:.0%} of pairs",
+            "flip the sign: a score is high when the image looks generated, and one-class heads see real images only",
+        )
+
+
+def check_border(subject: Subject) -> None:
+    """0.5 is the border: what the head would call generated scores at least 0.5."""
+    right = (subject.head.score(subject.embeddings) >= 0.5) == (subject.labels == 1)
+    if right.mean() < 0.8:
+        raise NotConformingError(
+            "0.5 parts real from generated in at least 80 % of easy cases",
+            f"{right.mean():.0%}",
+            "shift the score so that the head's own decision border lies at 0.5",
+        )
+
+
+def check_determinism(subject: Subject) -> None:
+    """The same embeddings score the same, and fitting again on the same data gives the same head."""
+    scores = subject.head.score(subject.embeddings)
+    if not np.array_equal(scores, subject.head.score(subject.embeddings)):
+        raise NotConformingError(
+            "the same scores twice", "others the second time", "no randomness and no state in score"
+        )
+    difference = largest_difference(scores, subject.fitted().score(subject.embeddings))
+    if difference > TOLERANCE:
+        raise NotConformingError(
+            "a head fitted again on the same data scores the same",
+            f"a difference of {difference:.2g}",
+            "seed every random choice in fit, and make the seed an option",
+        )
+
+
+def check_batch_invariance(subject: Subject) -> None:
+    """A row's score does not depend on the rows beside it: a verdict must not change with the batch."""
+    together = subject.head.score(subject.embeddings)
+    alone = np.concatenate([subject.head.score(row[None]) for row in subject.embeddings])
+    backwards = subject.head.score(subject.embeddings[::-1])[::-1]
+    for name, other in (("alone", alone), ("in another order", backwards)):
+        difference = largest_difference(together, other)
+        if difference > TOLERANCE or not np.array_equal(together >= 0.5, other >= 0.5):
+            raise NotConformingError(
+                f"scores within {TOLERANCE:g} and on the same side of 0.5 {name} and in a batch",
+                f"a difference of {difference:.2g}",
+                "use no statistics of the batch (mean, rank, softmax over rows) in score",
+            )
+
+
+def check_nan_refusal(subject: Subject) -> None:
+    """An embedding that is not finite is refused with ValueError, never scored."""
+    for bad in (np.nan, np.inf, -np.inf):
+        spoilt = subject.embeddings.copy()
+        spoilt[3, 5] = bad
+        _must_refuse(subject, spoilt, f"an embedding with {bad}", "begin score with a check of np.isfinite")
+
+
+def check_width_refusal(subject: Subject) -> None:
+    """An embedding of another width is refused with ValueError."""
+    fix = f"begin score with a check of shape (n, {EMBEDDING_DIM})"
+    _must_refuse(subject, subject.embeddings[:, :-1], "embeddings 191 wide", fix)
+    _must_refuse(subject, np.hstack([subject.embeddings, subject.embeddings]), "embeddings 384 wide", fix)
+    _must_refuse(subject, subject.embeddings[0], "a single embedding without a batch axis", fix)
+
+
+def _must_refuse(subject: Subject, embeddings: NDArray[np.float32], what: str, fix: str) -> None:
+    try:
+        subject.head.score(embeddings)
+    except ValueError:
+        return
+    except Exception as error:
+        raise NotConformingError(f"ValueError for {what}", type(error).__name__, fix) from error
+    raise NotConformingError(f"ValueError for {what}", "a score", fix)
+
+
+def check_empty_batch(subject: Subject) -> None:
+    """An empty batch gives an empty array."""
+    scores = subject.head.score(np.empty((0, EMBEDDING_DIM), dtype=np.float32))
+    if scores.shape != (0,) or scores.dtype != np.float32:
+        raise NotConformingError(
+            "shape (0,) and dtype float32 for an empty batch",
+            f"shape {scores.shape} and dtype {scores.dtype}",
+            "return early, or use operations that allow no rows",
+        )
+
+
+def check_input_untouched(subject: Subject) -> None:
+    """`score` leaves its input as it was: other heads score the same array."""
+    given = subject.embeddings.copy()
+    subject.head.score(given)
+    if not np.array_equal(given, subject.embeddings):
+        raise NotConformingError(
+            "the input is unchanged after score",
+            "other values in it",
+            "work on a copy: `x = x - mean`, not `x -= mean`",
+        )
+
+
+def check_thread_safety(subject: Subject) -> None:
+    """Many threads may score at once with one head."""
+    batches = [sample_embeddings(40 + number, seed=number)[0] for number in range(24)]
+    expected = [subject.head.score(batch) for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for before, after in zip(expected, pool.map(subject.head.score, batches), strict=True):
+                if before.shape != after.shape or largest_difference(before, after) > TOLERANCE:
+                    raise NotConformingError(
+                        "the same scores from eight threads as from one",
+                        "others",
+                        "keep nothing on self while scoring; use local variables",
+                    )
+
+
+SCORE_CHECKS: Final = (
+    check_options,
+    check_shape_and_dtype,
+    check_range,
+    check_direction,
+    check_border,
+    check_determinism,
+    check_batch_invariance,
+    check_nan_refusal,
+    check_width_refusal,
+    check_empty_batch,
+    check_input_untouched,
+    check_thread_safety,
+)

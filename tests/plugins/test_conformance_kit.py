@@ -1,0 +1,248 @@
+"""The conformance kit: passes heads that are right, and each check catches the head that breaks its rule."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import threading
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from code_worker.errors import ArtifactError
+from code_worker.heads import Head
+from code_worker.plugins import load_plugins
+from code_worker.settings import Settings
+from code_worker.testing import assert_head_conforms, check_head
+from code_worker.testing.files import FILE_CHECKS
+from code_worker.testing.scoring import SCORE_CHECKS
+from code_worker_heads.knn import NearestNeighbourHead
+from code_worker_heads.svm import OneClassSvmHead
+
+
+class Centroids(Head):
+    """A head that is right; the classes below each break one rule of it."""
+
+    centres: NDArray[np.float64]
+
+    def fit(self, embeddings: Any, labels: Any) -> Self:
+        self.centres = np.stack([embeddings[labels == label].mean(axis=0, dtype=np.float64) for label in (0, 1)])
+        return self
+
+    def raw(self, embeddings: Any) -> Any:
+        if embeddings.ndim != 2 or embeddings.shape[1] != 192:
+            raise ValueError("width")
+        if not np.isfinite(embeddings).all():
+            raise ValueError("not finite")
+        to_real, to_fake = (np.linalg.norm(embeddings - centre, axis=1) for centre in self.centres)
+        return to_real / (to_real + to_fake)
+
+    def score(self, embeddings: Any) -> Any:
+        return self.raw(embeddings).astype(np.float32)
+
+    def save(self, directory: Path) -> None:
+        (directory / "centres.json").write_text(json.dumps(self.centres.tolist()))
+
+    @classmethod
+    def load(cls, directory: Path, options: Mapping[str, Any] | None = None) -> Self:
+        try:
+            text = (directory / "centres.json").read_text()
+        except OSError as error:
+            raise ArtifactError(str(error)) from error
+        head = cls(options)
+        head.centres = np.array(json.loads(text))
+        return head
+
+
+class FitsNothing(Centroids):
+    def fit(self, embeddings: Any, labels: Any) -> Self:
+        raise KeyError("nothing")
+
+
+class ReturnsNone(Centroids):
+    def fit(self, embeddings: Any, labels: Any) -> Any:
+        super().fit(embeddings, labels)
+
+
+class TakesAnyOption(Centroids):
+    class Options(BaseModel):
+        pass
+
+
+class Float64(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        return self.raw(embeddings)
+
+
+class OutOfRange(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        return super().score(embeddings) * np.float32(2)
+
+
+class UpsideDown(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        return 1 - super().score(embeddings)
+
+
+class OffBorder(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        return super().score(embeddings) / 4
+
+
+class Dice(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        return (super().score(embeddings) + np.float32(random.random() * 1e-3)).clip(0, 1)
+
+
+class UnseededFit(Centroids):
+    def fit(self, embeddings: Any, labels: Any) -> Self:
+        super().fit(embeddings, labels)
+        self.centres = self.centres + np.random.default_rng().normal(size=(2, 192))
+        return self
+
+
+class RanksTheBatch(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        ranks = self.raw(embeddings).argsort().argsort()
+        return (ranks / max(len(ranks) - 1, 1)).astype(np.float32)
+
+
+class RoundsOnSave(Centroids):
+    def save(self, directory: Path) -> None:
+        (directory / "centres.json").write_text(json.dumps(self.centres.round(3).tolist()))
+
+
+class SavesNothing(Centroids):
+    def save(self, directory: Path) -> None:
+        pass
+
+
+class ForgetsToTranslate(Centroids):
+    @classmethod
+    def load(cls, directory: Path, options: Mapping[str, Any] | None = None) -> Self:
+        (directory / "centres.json").read_text()
+        return super().load(directory, options)
+
+
+class Pickles(Centroids):
+    def save(self, directory: Path) -> None:
+        super().save(directory)
+        (directory / "state.bin").write_bytes(pickle.dumps(self.centres))
+
+
+class PicklesByName(Centroids):
+    def save(self, directory: Path) -> None:
+        super().save(directory)
+        (directory / "state.joblib").write_text("anything")
+
+
+class PicklesInArchive(Centroids):
+    def save(self, directory: Path) -> None:
+        super().save(directory)
+        with zipfile.ZipFile(directory / "state.zip", "w") as archive:
+            archive.writestr("data", pickle.dumps(1))
+
+
+class SavesObjects(Centroids):
+    def save(self, directory: Path) -> None:
+        super().save(directory)
+        np.savez(directory / "state.npz", state=np.array([{}, None], dtype=object))
+
+
+class ScoresNan(Centroids):
+    def raw(self, embeddings: Any) -> Any:
+        return super().raw(np.nan_to_num(embeddings, posinf=0, neginf=0))
+
+
+class ScoresAnyWidth(Centroids):
+    def raw(self, embeddings: Any) -> Any:
+        return super().raw(np.resize(embeddings, (len(embeddings), 192)))
+
+
+class FailsOnNothing(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        scores = super().score(embeddings)
+        return scores if len(scores) else np.zeros((0, 1), dtype=np.float32)
+
+
+class WritesInput(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        scores = super().score(embeddings)
+        if embeddings.flags.writeable:
+            embeddings -= embeddings.mean()
+        return scores
+
+
+class KeepsStateOnSelf(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        self.current = embeddings
+        threading.Event().wait(1e-3)  # lets the other threads in
+        return super().score(self.current)
+
+
+BROKEN: dict[type[Head], str] = {
+    FitsNothing: "fit",
+    ReturnsNone: "fit",
+    TakesAnyOption: "options",
+    Float64: "shape-and-dtype",
+    OutOfRange: "range",
+    UpsideDown: "direction",
+    OffBorder: "border",
+    Dice: "determinism",
+    UnseededFit: "determinism",
+    RanksTheBatch: "batch-invariance",
+    RoundsOnSave: "save-and-load",
+    SavesNothing: "save-and-load",
+    ForgetsToTranslate: "missing-files",
+    Pickles: "no-pickles",
+    PicklesByName: "no-pickles",
+    PicklesInArchive: "no-pickles",
+    SavesObjects: "no-pickles",
+    ScoresNan: "nan-refusal",
+    ScoresAnyWidth: "width-refusal",
+    FailsOnNothing: "empty-batch",
+    WritesInput: "input-untouched",
+    KeepsStateOnSelf: "thread-safety",
+}
+
+
+def test_a_head_that_is_right_passes_every_check() -> None:
+    results = check_head(Centroids)
+    assert [str(result) for result in results] == [f"{result.name}: passed" for result in results]
+    assert len(results) == 1 + len(SCORE_CHECKS) + len(FILE_CHECKS)
+
+
+@pytest.mark.parametrize("name", ["linear", "knn", "svm"])
+def test_the_built_in_heads_conform(name: str) -> None:
+    assert_head_conforms(load_plugins(Settings()).heads()[name])
+
+
+def test_options_are_passed_on_to_the_head() -> None:
+    assert_head_conforms(NearestNeighbourHead, {"n_neighbors": 4})
+    assert_head_conforms(OneClassSvmHead, {"degree": 2, "nu": 0.05, "coef0": 1.0})
+    assert "n_neighbors" in check_head(NearestNeighbourHead, {"n_neighbors": 0})[0].seen
+
+
+@pytest.mark.parametrize("head_class", BROKEN, ids=lambda broken: broken.__name__)
+def test_each_check_catches_the_head_that_breaks_its_rule(head_class: type[Head]) -> None:
+    failed = {result.name: result for result in check_head(head_class) if not result.passed}
+    found = failed[BROKEN[head_class]]
+    assert found.expected
+    assert found.seen
+    assert found.fix
+    with pytest.raises(
+        AssertionError, match=f"checks failed\n(.*\n)*{BROKEN[head_class]}: expected .*; seen: .*; fix: "
+    ):
+        assert_head_conforms(head_class)
+
+
+def test_every_check_has_a_head_that_breaks_it() -> None:
+    names = {check.__name__.removeprefix("check_").replace("_", "-") for check in (*SCORE_CHECKS, *FILE_CHECKS)}
+    assert names | {"fit"} == set(BROKEN.values())
