@@ -10,12 +10,15 @@ CodeWorkerError
 │   ├── UnsafeArtifactError     a pickle that asked for something it may not have
 │   └── IntegrityError          bytes that differ from the manifest's sha256
 ├── StoreError                  a rule of the ledger was broken
-│   └── IdConflictError         one idempotency key, two different jobs
+│   ├── IdConflictError         one idempotency key, two different jobs
+│   └── StoreUnavailableError   the database did not answer, after every retry
+│       └── StoreFullError      nor will it until somebody frees its disk
 ├── BrokerUnavailableError      published later by the sweeper; the job is safe in SQL
 ├── MessageError                a broker message that is not ours to read
 ├── ImageRejectedError          this image gets a `rejected` verdict, with a reason of the closed list
 └── TransientError              not this image's fault: try again later
-    └── SourceCredentialsError  nor any image's: pause the whole source and alarm
+    ├── SourceCredentialsError  nor any image's: pause the whole source and alarm
+    └── SourcePausedError       the source waits for its credentials to be mended
 ```
 
 A worker knows two dispositions: `ImageRejectedError` becomes a verdict, `TransientError` puts the job back.
@@ -38,7 +41,10 @@ __all__ = [
     "NoReleaseError",
     "PluginError",
     "SourceCredentialsError",
+    "SourcePausedError",
     "StoreError",
+    "StoreFullError",
+    "StoreUnavailableError",
     "TransientError",
     "UnknownHeadError",
     "UnsafeArtifactError",
@@ -90,6 +96,14 @@ class IdConflictError(StoreError):
     """An idempotency key that was used before for a different job."""
 
 
+class StoreUnavailableError(StoreError):
+    """The database could not be reached or was busy throughout every retry of the transaction."""
+
+
+class StoreFullError(StoreUnavailableError):
+    """The database's disk is full (`storage_full`): reading works, writing does not."""
+
+
 class BrokerUnavailableError(CodeWorkerError):
     """The broker could not be reached in time; accepted jobs stay in SQL and the sweeper publishes them."""
 
@@ -122,3 +136,11 @@ class SourceCredentialsError(TransientError):
     def __init__(self, source: str, detail: str = "") -> None:
         self.source = source
         super().__init__(RejectReason.FETCH_FAILED, detail)
+
+
+class SourcePausedError(TransientError):
+    """A source that is paused; nothing was tried."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        super().__init__(RejectReason.FETCH_FAILED, f"{source} is paused until its credentials work again")

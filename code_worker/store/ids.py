@@ -1,0 +1,38 @@
+"""Ids: UUIDv7 for rows in the order of time, UUIDv5 for jobs that the caller named by a key."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from uuid import UUID, uuid5
+
+__all__ = ["as_uuid", "keyed_id", "uuid7", "valid_uuids"]
+
+_JOBS = UUID("6f1c1f0e-5f0c-5d0a-9a70-0c0de0000001")
+
+
+def uuid7() -> str:
+    """A new UUIDv7 (RFC 9562, section 6.2 method 3): milliseconds, 12 bits of their fraction, 62 random bits."""
+    milliseconds, rest_ns = divmod(time.time_ns(), 1_000_000)
+    fraction = (rest_ns << 12) // 1_000_000
+    random = int.from_bytes(os.urandom(8), "big") >> 2
+    return str(UUID(int=milliseconds << 80 | 7 << 76 | fraction << 64 | 2 << 62 | random))
+
+
+def keyed_id(tenant: str | None, key: str) -> str:
+    """The id of the job that a tenant calls `key`; tenants do not share keys."""
+    return str(uuid5(_JOBS, f"{tenant or ''}\0{key}"))
+
+
+def as_uuid(text: str) -> str | None:
+    """The canonical spelling of an id, or None when it is no UUID."""
+    try:
+        return str(UUID(text))
+    except ValueError:
+        return None
+
+
+def valid_uuids(texts: Iterable[str]) -> list[str]:
+    """Canonical, distinct, in the given order; what is no UUID names no row and is left out."""
+    return list(dict.fromkeys(known for text in texts if (known := as_uuid(text)) is not None))

@@ -1,0 +1,166 @@
+"""Looking at jobs, and asking for another verdict of finished ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import RowMapping, Select, func, literal, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from code_worker.errors import StoreError
+from code_worker.queues import chunks
+from code_worker.store.accepting import ACCEPT_GRACE_S
+from code_worker.store.ids import as_uuid, valid_uuids
+from code_worker.store.models import JobRow, db_now, db_now_plus
+from code_worker.store.sql import IN_LIST, table_of
+from code_worker.types import JobState
+
+__all__ = ["JobFilter", "JobInfo", "counts", "get", "list_jobs", "oldest_unfinished_s", "retry"]
+
+_JOBS = table_of(JobRow)
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """Everything the ledger knows of one job; times in UTC."""
+
+    id: str
+    uri: str
+    state: JobState
+    head: str | None
+    tenant: str | None
+    content_type: str | None
+    priority: int
+    queue: str
+    metadata: Mapping[str, Any]
+    key: str | None
+    attempts: int
+    faults: int
+    revision: int
+    owner: str | None
+    last_fault: str | None
+    created_at: datetime
+    due_at: datetime | None
+    not_before: datetime | None
+    published_at: datetime | None
+    claimed_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs to list; what is None does not matter."""
+
+    state: JobState | None = None
+    tenant: str | None = None
+    queue: str | None = None
+    uri: str | None = None
+
+
+_COLUMNS = tuple(_JOBS.c[name] for name in JobInfo.__dataclass_fields__)
+
+
+def _info(row: RowMapping) -> JobInfo:
+    return JobInfo(**{**row, "state": JobState(row["state"])})
+
+
+def get(session: Session, job_id: str) -> JobInfo | None:
+    """One job, or None."""
+    if (known := as_uuid(job_id)) is None:
+        return None
+    row = session.execute(select(*_COLUMNS).where(_JOBS.c.id == known)).mappings().one_or_none()
+    return None if row is None else _info(row)
+
+
+def list_jobs(
+    session: Session,
+    wanted: JobFilter | None = None,
+    *,
+    after: str | None = None,
+    limit: int,
+    newest_first: bool = True,
+) -> list[JobInfo]:
+    """A page in the order of acceptance, after the job `after` of the page before.
+
+    Raises:
+        StoreError: `after` names no job.
+    """
+    statement = _filtered(select(*_COLUMNS), wanted or JobFilter())
+    order = tuple_(_JOBS.c.created_at, _JOBS.c.id)
+    if after is not None:
+        last = _position(session, after)
+        statement = statement.where(order < last if newest_first else order > last)
+    by = (_JOBS.c.created_at, _JOBS.c.id)
+    statement = statement.order_by(*(column.desc() if newest_first else column for column in by)).limit(limit)
+    return [_info(row) for row in session.execute(statement).mappings()]
+
+
+def _position(session: Session, job_id: str) -> Any:
+    job = get(session, job_id)
+    if job is None:
+        raise StoreError(f"no job {job_id} to continue the list after")
+    return tuple_(literal(job.created_at, _JOBS.c.created_at.type), literal(job.id, _JOBS.c.id.type))
+
+
+def _filtered(statement: Select[Any], wanted: JobFilter) -> Select[Any]:
+    for name in JobFilter.__dataclass_fields__:
+        if (value := getattr(wanted, name)) is not None:
+            statement = statement.where(_JOBS.c[name] == value)
+    return statement
+
+
+def counts(session: Session, *, finished: bool = True) -> dict[JobState, int]:
+    """Jobs by state, every state named. Finished ones are many: without them the answer is quick at any size."""
+    statement = select(_JOBS.c.state, func.count()).group_by(_JOBS.c.state)
+    if not finished:
+        statement = statement.where(_JOBS.c.due_at.is_not(None))
+    found = {JobState(state): number for state, number in session.execute(statement)}
+    return {state: found.get(state, 0) for state in JobState}
+
+
+def oldest_unfinished_s(session: Session) -> float | None:
+    """Age of the oldest job without a verdict; what an alarm should watch. None when there is none."""
+    oldest = [
+        session.execute(
+            select(_JOBS.c.created_at, db_now())
+            .where(_JOBS.c.state == state.value)
+            .order_by(_JOBS.c.created_at)
+            .limit(1)
+        ).one_or_none()
+        for state in (JobState.ACCEPTED, JobState.RUNNING)
+    ]
+    ages = [(now - created).total_seconds() for created, now in filter(None, oldest)]
+    return max(0.0, *ages) if ages else None
+
+
+def retry(session: Session, ids: Sequence[str]) -> list[str]:
+    """Finished and quarantined jobs are accepted again, for a verdict of the next revision; others are left alone.
+
+    Returns the ids that are to be published, in the order given.
+    """
+    again: set[str] = set()
+    wanted = valid_uuids(ids)
+    for some in chunks(sorted(wanted), IN_LIST):
+        statement = (
+            update(_JOBS)
+            .where(_JOBS.c.id.in_(some), _JOBS.c.due_at.is_(None))
+            .values(
+                state="accepted",
+                revision=_JOBS.c.revision + 1,
+                attempts=0,
+                faults=0,
+                last_fault=None,
+                owner=None,
+                not_before=None,
+                published_at=None,
+                claimed_at=None,
+                finished_at=None,
+                due_at=db_now_plus(ACCEPT_GRACE_S),
+            )
+            .returning(_JOBS.c.id)
+        )
+        again.update(session.scalars(statement))
+    return [job_id for job_id in wanted if job_id in again]

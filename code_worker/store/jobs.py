@@ -1,0 +1,34 @@
+"""Jobs in the ledger, everything one may do with them; functions take a session and never commit."""
+
+from __future__ import annotations
+
+from code_worker.store.accepting import ACCEPT_GRACE_S, NewJob, accept, check_new
+from code_worker.store.claims import Fault, attempts_of, claim, exhausted, put_back, release_owner, renew
+from code_worker.store.doorbells import DueJob, due, mark_published, queue_wait_s, ring_empty
+from code_worker.store.joblist import JobFilter, JobInfo, counts, get, list_jobs, oldest_unfinished_s, retry
+
+__all__ = [
+    "ACCEPT_GRACE_S",
+    "DueJob",
+    "Fault",
+    "JobFilter",
+    "JobInfo",
+    "NewJob",
+    "accept",
+    "attempts_of",
+    "check_new",
+    "claim",
+    "counts",
+    "due",
+    "exhausted",
+    "get",
+    "list_jobs",
+    "mark_published",
+    "oldest_unfinished_s",
+    "put_back",
+    "queue_wait_s",
+    "release_owner",
+    "renew",
+    "retry",
+    "ring_empty",
+]

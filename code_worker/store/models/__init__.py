@@ -1,0 +1,28 @@
+"""Every table; importing this fills `Base.metadata`."""
+
+from __future__ import annotations
+
+from code_worker.store.models.base import Base, UtcDateTime, db_now, db_now_plus, time_plus
+from code_worker.store.models.deployed import AliasMoveRow, AliasRow, PolicyRecord, ReleaseRow
+from code_worker.store.models.fleet import DeadLetterRow, LeaseRow, PluginSeenRow, SourcePauseRow, WorkerRow
+from code_worker.store.models.ledger import EmbeddingRow, JobRow, VerdictRow
+
+__all__ = [
+    "AliasMoveRow",
+    "AliasRow",
+    "Base",
+    "DeadLetterRow",
+    "EmbeddingRow",
+    "JobRow",
+    "LeaseRow",
+    "PluginSeenRow",
+    "PolicyRecord",
+    "ReleaseRow",
+    "SourcePauseRow",
+    "UtcDateTime",
+    "VerdictRow",
+    "WorkerRow",
+    "db_now",
+    "db_now_plus",
+    "time_plus",
+]

@@ -1,0 +1,127 @@
+"""Statements that the two databases spell or speed up differently: INSERT … ON CONFLICT, one row or many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import JSON, Table, cast, func, literal, literal_column, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from code_worker.queues import chunks
+from code_worker.store.models import Base
+
+__all__ = ["IN_LIST", "insert_into", "insert_new", "is_plain", "plain", "table_of"]
+
+IN_LIST: Final = 1000
+"""Ids in one `IN (…)`: well under both databases' limits on parameters, and few enough statements."""
+
+
+def table_of(row: type[Base]) -> Table:
+    """The Core table behind a mapped class; bulk statements go there, past the ORM's bookkeeping."""
+    table = row.__table__
+    assert isinstance(table, Table)  # noqa: S101 - a mapped class of ours always has one
+    return table
+
+
+def insert_into(session: Session, row: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """An insert with `on_conflict_do_nothing` and `on_conflict_do_update`, for the session's database."""
+    make = sqlite.insert if _is_sqlite(session) else postgresql.insert
+    return make(table_of(row))
+
+
+def insert_new(
+    session: Session,
+    row: type[Base],
+    values: Sequence[Mapping[str, Any]],
+    *,
+    same: Sequence[str],
+    constants: Mapping[str, Any] | None = None,
+    fresh: str | None = None,
+) -> set[str]:
+    """Inserts the rows that are not there yet, judged by the columns `same`.
+
+    Args:
+        session: the unit of work.
+        row: the mapped class.
+        values: rows with the same columns each. Callers sort them by key: two transactions that insert the same
+            rows then wait for each other instead of deadlocking.
+        same: columns of the unique constraint that makes a row the same row.
+        constants: SQL expressions that every row gets.
+        fresh: a column whose values nothing else in the database has.
+
+    Returns:
+        Values of `fresh` in the rows that were written; empty without `fresh`.
+    """
+    if not values:
+        return set()
+    insert_them = _insert_many if _is_sqlite(session) else _insert_as_json
+    return insert_them(session, row, values, same=same, constants=constants or {}, fresh=fresh)
+
+
+def _insert_many(
+    session: Session,
+    row: type[Base],
+    values: Sequence[Mapping[str, Any]],
+    *,
+    same: Sequence[str],
+    constants: Mapping[str, Any],
+    fresh: str | None,
+) -> set[str]:
+    statement = insert_into(session, row).on_conflict_do_nothing(index_elements=same)
+    session.connection().execute(statement.values(constants) if constants else statement, values)
+    if fresh is None:
+        return set()
+    column, written = table_of(row).c[fresh], set[str]()
+    for some in chunks([value[fresh] for value in values], IN_LIST):
+        written.update(session.scalars(select(column).where(column.in_(some))))
+    return written
+
+
+def _insert_as_json(
+    session: Session,
+    row: type[Base],
+    values: Sequence[Mapping[str, Any]],
+    *,
+    same: Sequence[str],
+    constants: Mapping[str, Any],
+    fresh: str | None,
+) -> set[str]:
+    # One parameter instead of 30 per row: measured at 2.5 times the rate of `executemany` in pipeline mode.
+    table, names = table_of(row), list(values[0])
+    listed = cast(literal(json.dumps(values, allow_nan=False, default=_bytea), postgresql.VARCHAR()), JSON)
+    records = func.json_populate_recordset(literal_column(f"NULL::{table.name}"), listed).table_valued(
+        *(table.c[name] for name in names), name="fresh_rows"
+    )
+    source = select(*(records.c[name] for name in names), *constants.values())
+    statement = postgresql.insert(table).from_select([*names, *constants], source)
+    statement = statement.on_conflict_do_nothing(index_elements=same)
+    if fresh is None:
+        session.execute(statement)
+        return set()
+    return set(session.scalars(statement.returning(table.c[fresh])))
+
+
+def _bytea(value: object) -> str:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} cannot be stored")
+    return "\\x" + value.hex()
+
+
+def _is_sqlite(session: Session) -> bool:
+    return session.get_bind().dialect.name == "sqlite"
+
+
+def is_plain(text: str) -> bool:
+    """Whether both databases can store this text: no NUL, no lone surrogate."""
+    if text.isascii():
+        return "\0" not in text
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def plain(text: str, limit: int) -> str:
+    """Text from outside made storable: no NUL, no lone surrogate, not longer than `limit`."""
+    cut = text[:limit]
+    return cut if is_plain(cut) else cut.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
