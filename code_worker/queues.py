@@ -16,6 +16,7 @@ __all__ = [
     "MODERATE",
     "NORMAL",
     "QUEUES",
+    "SUSPECTS_PER_MESSAGE",
     "SWEEP",
     "SWEEP_QUEUE",
     "chunks",
@@ -38,6 +39,7 @@ SWEEP_QUEUE: Final = "code_worker.sweep"
 
 MESSAGE_VERSION: Final = 1
 MAX_JOBS_PER_MESSAGE: Final = 64
+SUSPECTS_PER_MESSAGE: Final = 8
 MAX_URI_LENGTH: Final = 4096
 _ITEM_FIELDS: Final = {
     "uri": str,

@@ -85,9 +85,9 @@ class WorkerSettings(_Section):
     streams: int | None = Field(None, ge=1, description="Encoder streams; unset: one per core on CPU, one on CUDA.")
     micro_batch: int | None = Field(None, ge=1, description="Crops per forward pass; unset: 8 on CPU, 64 on CUDA.")
     linger_ms: float = Field(4.0, ge=0, description="How long a stream waits for its micro-batch to fill.")
-    lease_s: int = Field(30, ge=5, description="A claim lapses after this unless the worker renews it.")
+    lease_s: int = Field(20, ge=5, description="A claim lapses after this unless the worker renews it.")
     batch_timeout_s: int = Field(
-        120, ge=10, description="A batch that takes longer makes the watchdog end the process."
+        120, ge=5, description="A batch that makes no step for so long makes the watchdog end the process."
     )
     max_attempts: int = Field(3, ge=1, description="Claims that may end in a dead worker before quarantine.")
     max_faults: int = Field(12, ge=1, description="Transient faults before the job is rejected with the last one.")
@@ -119,7 +119,9 @@ class Settings(BaseSettings):
         description="Where releases are kept: a directory or `s3://bucket/prefix`; unset: in the data directory.",
     )
     plugins_dir: Path | None = Field(None, description="Directory of single-file plugins.")
-    head: str = Field("linear", description="Head used when neither job, policy nor plugin names one.")
+    head: str | None = Field(
+        None, description="Head used when neither job, plugin nor policy names one; unset: the release's own default."
+    )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Encoder arithmetic; fp32 on CPU.")
     log_format: Literal["auto", "json", "console"] = Field(

@@ -121,7 +121,8 @@ class _Batch:
             while waiting and len(self._fetching) + len(self._decoding) < self._collector.window:
                 item = waiting.popleft()
                 self._fetching[self._collector.submit(self._number, item, self._collector.fetch)] = item
-            done, _ = wait([*self._fetching, *self._decoding], return_when=FIRST_COMPLETED)
+            pending: list[Future[Any]] = [*self._fetching, *self._decoding]
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
             self._progress()
             self._after_fetch([future for future in done if future in self._fetching])
             for future in done:

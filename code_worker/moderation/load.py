@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from code_worker.errors import UnknownHeadError
 from code_worker.moderation.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ def start_runtime(loaded: LoadedRelease, settings: Settings) -> Runtime:
     Raises:
         ConfigurationError: a device or precision that this machine lacks, or a default head the release lacks.
     """
+    default_head = settings.head or loaded.manifest.default_head
+    if default_head is None or default_head not in loaded.heads:
+        raise UnknownHeadError(str(default_head), tuple(sorted(loaded.heads)))
     from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only processes that judge pay for it
     from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
 
@@ -37,5 +41,5 @@ def start_runtime(loaded: LoadedRelease, settings: Settings) -> Runtime:
         embedder=loop,
         heads=loaded.heads,
         head_sha256=loaded.head_sha256,
-        default_head=settings.head,
+        default_head=default_head,
     )

@@ -16,7 +16,7 @@ from code_worker.queues import chunks
 from code_worker.types import Job, Provenance, Verdict
 
 if TYPE_CHECKING:
-    from code_worker.moderation.judge import Judge, JobFault
+    from code_worker.moderation.judge import JobFault, Judge
     from code_worker.moderation.policy import PolicyBook
     from code_worker.moderation.runtime import Runtime
 

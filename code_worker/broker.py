@@ -1,0 +1,101 @@
+"""Celery's configuration: the same for producer and worker, each choice with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from code_worker.errors import ConfigurationError
+from code_worker.queues import MODERATE, SWEEP, SWEEP_QUEUE
+from code_worker.settings import Settings
+
+__all__ = ["REDIS_TRANSPORT", "celery_config", "check_broker", "is_redis", "transport_options"]
+
+REDIS_TRANSPORT = "code_worker.worker.transport:RedisTransport"
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", None, ""})
+
+
+def is_redis(url: str) -> bool:
+    """Whether the URL names a Redis server reached by TCP or TLS."""
+    return urlsplit(url).scheme in {"redis", "rediss"}
+
+
+def check_broker(settings: Settings) -> str:
+    """The broker URL, after the checks that a process makes before it connects.
+
+    Raises:
+        ConfigurationError: a broker on another machine without password or TLS, and no word that this is meant.
+    """
+    url = settings.resolved_broker_url
+    parts = urlsplit(url)
+    remote = parts.hostname not in _LOCAL_HOSTS
+    if (
+        remote
+        and is_redis(url)
+        and not (parts.password or parts.scheme == "rediss" or settings.broker.allow_insecure)
+    ):
+        raise ConfigurationError(
+            f"broker {parts.hostname} is not on this machine and has neither password nor TLS: whoever reaches it "
+            "can feed workers; use rediss:// or a password, or set CODE_WORKER_BROKER__ALLOW_INSECURE=true"
+        )
+    return url
+
+
+def transport_options(settings: Settings) -> dict[str, Any]:
+    """Options of the Redis transport."""
+    return {
+        # Redis has no leases: a message unacknowledged for this long goes to another worker.
+        "visibility_timeout": settings.broker.visibility_timeout_s,
+        # Without these two, kombu looks for such messages only every hundred seconds.
+        "unacked_restore_interval": 5,
+        "unacked_restore_throttle": 1,
+        "unacked_restore_limit": 1000,
+        # Without a socket timeout a half-open connection is never noticed.
+        "socket_timeout": settings.broker.socket_timeout_s,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "health_check_interval": 5,
+        "global_keyprefix": settings.broker.key_prefix,
+        "queue_order_strategy": "code_worker.worker.transport:QueuesInOrder",
+    }
+
+
+def celery_config(settings: Settings) -> dict[str, Any]:
+    """Settings of an app of our own.
+
+    Raises:
+        ConfigurationError: no broker, or one that is open to the network.
+    """
+    url = check_broker(settings)
+    config: dict[str, Any] = {
+        "broker_url": url,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        # JSON alone: a pickled message would be somebody else's code.
+        "accept_content": ["json"],
+        "task_serializer": "json",
+        # Verdicts live in SQL; a result backend costs a third of the rate and grows.
+        "task_ignore_result": True,
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "worker_prefetch_multiplier": 1,
+        # Whoever can publish to the control channel could shut workers down; it is also what half-opens first.
+        "worker_enable_remote_control": False,
+        "worker_send_task_events": False,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "task_routes": {SWEEP: {"queue": SWEEP_QUEUE}, MODERATE: {"queue": "code_worker.normal"}},
+        "task_publish_retry_policy": {
+            "max_retries": 2,
+            "interval_start": 0.1,
+            "interval_step": 0.4,
+            "interval_max": 1,
+        },
+        "redbeat_key_prefix": f"{settings.broker.key_prefix}redbeat:",
+        "redbeat_lock_timeout": 50,
+        "beat_max_loop_interval": 5,
+    }
+    if is_redis(url):
+        config["broker_transport"] = REDIS_TRANSPORT
+        config["broker_transport_options"] = transport_options(settings)
+    return config

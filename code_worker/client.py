@@ -1,0 +1,179 @@
+"""What producers import: enqueue images and look verdicts up; no model code, no boto3, no numpy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from code_worker.errors import BrokerUnavailableError, ConfigurationError
+from code_worker.logs import get_logger
+from code_worker.queues import MAX_URI_LENGTH, chunks, queue_for
+from code_worker.settings import Settings, load_settings
+from code_worker.store import jobs, migrate, verdicts
+from code_worker.store.engine import open_store
+
+if TYPE_CHECKING:
+    from code_worker.doorbell import Doorbell
+    from code_worker.types import Verdict
+
+__all__ = ["Client", "enqueue", "enqueue_many", "verdict"]
+
+log = get_logger(__name__)
+_ROWS_PER_TRANSACTION = 1024
+_MAX_METADATA = 16 * 1024
+_MAX_NAME = 200
+_ITEM_FIELDS = frozenset({"uri", "head", "tenant", "content_type", "priority", "metadata", "key"})
+
+
+class Client:
+    """Connection of one process to the ledger and the broker; safe to share between threads.
+
+    Raises:
+        ConfigurationError: settings that cannot work.
+        StoreError: the database has no tables yet, or those of another version.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._settings = settings or load_settings()
+        self._store = open_store(self._settings.resolved_database_url)
+        migrate.require_current(self._store)
+        self._bell: Doorbell | None = None
+
+    def enqueue(
+        self,
+        uri: str,
+        *,
+        head: str | None = None,
+        tenant: str | None = None,
+        content_type: str | None = None,
+        priority: int = 4,
+        metadata: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> str:
+        """Accepts one image to judge and returns the job's id; when this returns, the job is safe in SQL.
+
+        Args:
+            uri: `s3://bucket/key[?versionId=…]`, `file://…` or a path that the workers can read.
+            head: head to judge with; unset: what plugins, policy and settings say.
+            tenant: whose image it is; chooses the policy.
+            content_type: kind of content (`avatar`, `listing`…); chooses the policy.
+            priority: 0–3 backfill, 4–6 normal, 7–9 live.
+            metadata: JSON object that is handed through to the verdict, at most 16 KiB.
+            key: idempotency key: the same key (and tenant) twice is one job.
+
+        Raises:
+            ValueError: an argument that is out of range.
+            IdConflictError: the key was used for a different job.
+            StoreUnavailableError: the database could not be reached; nothing was accepted.
+        """
+        item = {
+            "uri": uri,
+            "head": head,
+            "tenant": tenant,
+            "content_type": content_type,
+            "priority": priority,
+            "metadata": metadata or {},
+            "key": key,
+        }
+        return self._accept([_new_job(item)])[0]
+
+    def enqueue_many(self, items: Iterable[str | Mapping[str, Any]], **common: Any) -> list[str]:
+        """Accepts many images: URIs, or mappings with the arguments of `enqueue`; `common` holds for all.
+
+        Raises:
+            ValueError: an item that is out of range; those of earlier transactions stay accepted.
+        """
+        return [job for accepted in self.enqueue_stream(items, **common) for job in accepted]
+
+    def enqueue_stream(self, items: Iterable[str | Mapping[str, Any]], **common: Any) -> Iterator[list[str]]:
+        """As `enqueue_many`, but yields the ids of each transaction, in memory constant in their number."""
+        for group in chunks(items, _ROWS_PER_TRANSACTION):
+            yield self._accept([_new_job({**common, **_as_mapping(item)}) for item in group])
+
+    def verdict(self, job_id: str) -> Verdict | None:
+        """The live verdict of a job; None until it is decided, or when there is no such job."""
+        return self._store.run(lambda session: verdicts.live(session, job_id), write=False)
+
+    def _accept(self, new: list[jobs.NewJob]) -> list[str]:
+        ids = self._store.run(lambda session: jobs.accept(session, new))
+        by_queue: dict[str, list[str]] = {}
+        for job_id, job in zip(ids, new, strict=True):
+            by_queue.setdefault(queue_for(job.priority), []).append(job_id)
+        try:
+            for queue, members in by_queue.items():
+                for group in chunks(members):
+                    self._doorbell().ring(queue, group)
+                    self._store.run(lambda session, group=group: jobs.mark_published(session, group))  # type: ignore[misc]
+        except (BrokerUnavailableError, ConfigurationError) as error:
+            # The rows are safe; the sweeper of any worker rings for them.
+            log.warning("publish_postponed", error=str(error), jobs=len(ids))
+        return ids
+
+    def _doorbell(self) -> Doorbell:
+        if self._bell is None:
+            from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only those who enqueue pay for it
+
+            self._bell = Doorbell.for_producer(self._settings)
+        return self._bell
+
+    def close(self) -> None:
+        """Closes the connections."""
+        if self._bell is not None:
+            self._bell.close()
+        self._store.close()
+
+
+def _as_mapping(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"uri": item} if isinstance(item, str) else item
+
+
+def _new_job(item: Mapping[str, Any]) -> jobs.NewJob:
+    if unknown := set(item) - _ITEM_FIELDS:
+        raise ValueError(f"unknown fields of a job: {', '.join(sorted(map(str, unknown)))}")
+    uri = item.get("uri")
+    if not isinstance(uri, str) or not 0 < len(uri) <= MAX_URI_LENGTH:
+        raise ValueError(f"a job needs a uri of 1 to {MAX_URI_LENGTH} characters")
+    priority = item.get("priority", 4)
+    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
+        raise ValueError(f"priority must be a whole number from 0 to 9, not {priority!r} ({uri})")
+    metadata = item.get("metadata") or {}
+    if not isinstance(metadata, Mapping) or len(json.dumps(dict(metadata))) > _MAX_METADATA:
+        raise ValueError(f"metadata must be a JSON object of at most {_MAX_METADATA} bytes ({uri})")
+    return jobs.NewJob(
+        uri=uri,
+        head=_name(item, "head"),
+        tenant=_name(item, "tenant"),
+        content_type=_name(item, "content_type"),
+        priority=priority,
+        metadata=dict(metadata),
+        key=_name(item, "key"),
+    )
+
+
+def _name(item: Mapping[str, Any], field: str) -> str | None:
+    value = item.get(field)
+    if value is not None and (not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME):
+        raise ValueError(f"{field} must be a string of 1 to {_MAX_NAME} characters ({item['uri']})")
+    return value
+
+
+@lru_cache(maxsize=1)
+def _default() -> Client:
+    return Client()
+
+
+def enqueue(uri: str, **options: Any) -> str:
+    """`Client.enqueue` on the client that the environment's settings describe, made once per process."""
+    return _default().enqueue(uri, **options)
+
+
+def enqueue_many(items: Iterable[str | Mapping[str, Any]], **common: Any) -> list[str]:
+    """`Client.enqueue_many` on the default client."""
+    return _default().enqueue_many(items, **common)
+
+
+def verdict(job_id: str) -> Verdict | None:
+    """`Client.verdict` on the default client."""
+    return _default().verdict(job_id)

@@ -1,0 +1,121 @@
+"""The Celery app: one of our own, or yours with our tasks in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from celery import Celery, signals
+from kombu.entity import Queue
+
+from code_worker.broker import REDIS_TRANSPORT, celery_config, is_redis
+from code_worker.errors import ConfigurationError
+from code_worker.queues import MODERATE, NORMAL, QUEUES, SWEEP, SWEEP_QUEUE
+from code_worker.settings import Settings, load_settings
+from code_worker.worker.host import Host
+from code_worker.worker.tasks import register_tasks
+
+if TYPE_CHECKING:
+    from celery.apps.worker import Worker
+
+__all__ = ["create_app", "host_of", "install"]
+
+_HOSTS: WeakKeyDictionary[Celery, Host] = WeakKeyDictionary()
+_SWEEP_EVERY_S = 30.0
+
+
+def create_app(settings: Settings | None = None) -> Celery:
+    """A Celery app with our settings, tasks, queues and beat entry.
+
+    Raises:
+        ConfigurationError: no broker, or one that is open to the network.
+    """
+    settings = settings or load_settings()
+    app = Celery("code_worker", set_as_current=False)
+    app.config_from_object(celery_config(settings))
+    return install(app, settings)
+
+
+def install(app: Celery, settings: Settings | None = None) -> Celery:
+    """Adds our tasks, routes and beat entry to an app you already have, and touches nothing else of it.
+
+    Workers take our jobs when they consume our queues, in this order of urgency:
+    `celery -A yours worker -P threads -Q code_worker.live,code_worker.normal,code_worker.backfill,code_worker.sweep`.
+    On Redis, an app that sets no transport of its own gets ours, which survives a Redis restart; that of kombu 5.7.0
+    does not.
+
+    Raises:
+        ConfigurationError: called twice on one app.
+    """
+    if app in _HOSTS:
+        raise ConfigurationError(f"code_worker is installed in the app {app.main!r} already")
+    settings = settings or load_settings()
+    host = Host(app, settings)
+    _HOSTS[app] = host
+    register_tasks(app, host)
+    _add_routes(app)
+    _add_queues(app)
+    app.conf.beat_schedule = {
+        **(app.conf.beat_schedule or {}),
+        "code_worker.sweep": {"task": SWEEP, "schedule": _SWEEP_EVERY_S, "options": {"queue": SWEEP_QUEUE}},
+    }
+    if is_redis(str(app.conf.broker_url or "")) and not app.conf.broker_transport:
+        app.conf.broker_transport = REDIS_TRANSPORT
+    return app
+
+
+def host_of(app: Celery) -> Host:
+    """What `install` put beside the app.
+
+    Raises:
+        ConfigurationError: `install` was not called on it.
+    """
+    try:
+        return _HOSTS[app]
+    except KeyError:
+        raise ConfigurationError(f"code_worker is not installed in the app {app.main!r}") from None
+
+
+def _add_routes(app: Celery) -> None:
+    ours = {MODERATE: {"queue": NORMAL}, SWEEP: {"queue": SWEEP_QUEUE}}
+    theirs = app.conf.task_routes
+    if not theirs:
+        app.conf.task_routes = ours
+    elif isinstance(theirs, Mapping):
+        # Theirs win: who routes our tasks elsewhere means it.
+        app.conf.task_routes = {**ours, **theirs}
+    else:
+        app.conf.task_routes = [*(theirs if isinstance(theirs, list | tuple) else [theirs]), ours]
+
+
+def _add_queues(app: Celery) -> None:
+    """An app that lists its queues refuses others; one that lists none creates what a worker asks for."""
+    theirs = app.conf.task_queues
+    if not theirs:
+        return
+    if isinstance(theirs, Mapping):
+        app.conf.task_queues = {**{name: {} for name in (*QUEUES, SWEEP_QUEUE)}, **theirs}
+        return
+    known = {queue.name for queue in theirs}
+    app.conf.task_queues = [*theirs, *(Queue(name) for name in (*QUEUES, SWEEP_QUEUE) if name not in known)]
+
+
+def _of_worker(sender: Any) -> Host | None:
+    worker: Worker | None = getattr(sender, "controller", sender)
+    app = getattr(worker, "app", None)
+    return _HOSTS.get(app) if app is not None else None
+
+
+def _start_sweeping(sender: Any, **_: Any) -> None:
+    if (host := _of_worker(sender)) is not None:
+        host.start_sweeping()
+
+
+def _close(sender: Any, **_: Any) -> None:
+    if (host := _of_worker(sender)) is not None:
+        host.close()
+
+
+signals.worker_ready.connect(_start_sweeping, weak=False)
+signals.worker_shutdown.connect(_close, weak=False)

@@ -1,0 +1,86 @@
+"""What a Celery app holds of us: settings, and the parts that are made when a worker first needs them."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from code_worker.logs import get_logger
+from code_worker.store import migrate
+from code_worker.store.engine import open_store
+from code_worker.worker.background import Repeater
+from code_worker.worker.ledger import Ledger
+from code_worker.worker.sweeper import Sweeper
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from code_worker.settings import Settings
+    from code_worker.worker.node import Node
+    from code_worker.worker.sweeper import Swept
+
+__all__ = ["Host"]
+
+log = get_logger(__name__)
+
+
+class Host:
+    """Makes the node and the sweeper in the process that uses them: never at import, never before a fork."""
+
+    def __init__(self, app: Celery, settings: Settings) -> None:
+        self._app = app
+        self.settings = settings
+        self._lock = threading.RLock()
+        self._node: Node | None = None
+        self._sweeper: Sweeper | None = None
+        self._repeater: Repeater | None = None
+
+    def node(self) -> Node:
+        """The process's node, made and started at the first call.
+
+        Raises:
+            ConfigurationError: a plugin, device or setting that cannot work.
+            StoreError: a database that is not migrated.
+        """
+        with self._lock:
+            if self._node is None:
+                from code_worker.worker.node import Node  # noqa: PLC0415 - numpy and heads: only where images are judged
+
+                store = open_store(
+                    self.settings.resolved_database_url,
+                    threads=self.settings.worker.concurrency + self.settings.worker.fetch_threads,
+                )
+                migrate.require_current(store)
+                node = Node(self.settings, store)
+                node.start()
+                self._node = node
+            return self._node
+
+    def sweep(self) -> Swept:
+        """One pass of the sweeper."""
+        with self._lock:
+            if self._sweeper is None:
+                from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
+
+                store = open_store(self.settings.resolved_database_url)
+                migrate.require_current(store)
+                ledger = Ledger(store, self.settings.worker, f"sweeper:{id(self):x}")
+                self._sweeper = Sweeper(ledger, Doorbell(self._app), self.settings)
+        return self._sweeper.sweep()
+
+    def start_sweeping(self) -> None:
+        """Sweeps in the background of this process, beat or no beat."""
+        with self._lock:
+            if self._repeater is None:
+                self._repeater = Repeater("sweep", self.settings.worker.sweep_interval_s, self.sweep)
+                self._repeater.start()
+
+    def close(self) -> None:
+        """Ends the background work of this process."""
+        with self._lock:
+            if self._repeater is not None:
+                self._repeater.stop()
+                self._repeater = None
+            if self._node is not None:
+                self._node.close()
+                self._node = None

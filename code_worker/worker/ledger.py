@@ -1,0 +1,110 @@
+"""How a batch's outcome gets into the ledger: verdicts, jobs put back, embeddings, in one transaction."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from code_worker.errors import StoreUnavailableError
+from code_worker.logs import get_logger
+from code_worker.moderation.verdicts import rejected_job
+from code_worker.store import embeddings, jobs, verdicts, workers
+from code_worker.types import Job, RejectReason, Verdict
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from code_worker.moderation.judge import JobFault, Judged
+    from code_worker.settings import WorkerSettings
+    from code_worker.store.engine import Store
+
+__all__ = ["Ledger"]
+
+log = get_logger(__name__)
+T = TypeVar("T")
+_PAUSE_S = 30.0
+_OUTAGE_S = 60.0
+
+
+class Ledger:
+    """The worker's view of the store."""
+
+    def __init__(self, store: Store, settings: WorkerSettings, owner: str) -> None:
+        self.store = store
+        self.owner = owner
+        self._settings = settings
+
+    def claim(self, job_ids: Sequence[str]) -> list[Job]:
+        """Takes those of the jobs that are free, with a lease."""
+        lease_s, limit = self._settings.lease_s, self._settings.max_attempts
+        return self.store.run(
+            lambda session: jobs.claim(session, job_ids, owner=self.owner, lease_s=lease_s, max_attempts=limit)
+        )
+
+    def record(self, judged: Judged, encoder_sha256: str) -> None:
+        """Writes everything a batch yielded, or nothing; waits out a database that is away for a minute.
+
+        Raises:
+            StoreUnavailableError: it stayed away; the leases lapse and the sweeper rings again.
+        """
+        worn_out, again = self._split(judged.faults)
+        rows = [*judged.verdicts, *worn_out]
+        sources = sorted({fault.source: fault for fault in judged.faults if fault.source}.items())
+        keep = self._settings.store_embeddings and judged.embeddings
+
+        def write(session: Session) -> None:
+            verdicts.write(session, rows)
+            jobs.put_back(session, again)
+            if keep:
+                embeddings.keep(session, encoder_sha256, judged.embeddings)
+            for source, fault in sources:
+                workers.pause_source(session, source, seconds=_PAUSE_S, detail=fault.detail)
+
+        self.outlast(lambda: self.store.run(write))
+        for source, fault in sources:
+            log.error("source_paused", source=source, seconds=_PAUSE_S, detail=fault.detail)
+
+    def quarantine(self, limit: int = 1000) -> int:
+        """Ends jobs whose every attempt ended in a dead worker, before anything touches their image again."""
+
+        def write(session: Session) -> list[Job]:
+            found = jobs.exhausted(session, max_attempts=self._settings.max_attempts, limit=limit)
+            detail = f"{self._settings.max_attempts} attempts ended without a result"
+            verdicts.write(session, [rejected_job(job, RejectReason.QUARANTINED, detail) for job in found])
+            return found
+
+        found = self.store.run(write)
+        for job in found:
+            log.error("job_quarantined", job=job.id, attempts=job.attempts)
+        return len(found)
+
+    def outlast(self, work: Callable[[], T]) -> T:
+        """Calls `work` until the database is back, for up to a minute."""
+        deadline = time.monotonic() + _OUTAGE_S
+        while True:
+            try:
+                return work()
+            except StoreUnavailableError as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("store_unavailable", error=str(error))
+                time.sleep(random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+
+    def _split(self, faults: Sequence[JobFault]) -> tuple[list[Verdict], list[jobs.Fault]]:
+        """Faults that end the job now, and those that let it try again later."""
+        worn_out: list[Verdict] = []
+        again: list[jobs.Fault] = []
+        for fault in faults:
+            if fault.blame and fault.job.faults + 1 >= self._settings.max_faults:
+                detail = f"gave up after {fault.job.faults + 1} faults; the last: {fault.detail}"
+                worn_out.append(rejected_job(fault.job, fault.reason, detail))
+            else:
+                delay_s = self._delay_s(fault)
+                again.append(jobs.Fault(fault.job.id, fault.reason, fault.detail, delay_s, blame=fault.blame))
+        return worn_out, again
+
+    def _delay_s(self, fault: JobFault) -> float:
+        base = self._settings.backoff_s * 2**fault.job.faults if fault.blame else _PAUSE_S
+        return min(base, self._settings.backoff_max_s) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter

@@ -1,0 +1,152 @@
+"""One worker process: everything that judging needs, made once, shared by its threads."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from code_worker._version import __version__
+from code_worker.errors import SourcePausedError
+from code_worker.images.source import Fetched, Sources, source_name
+from code_worker.logs import get_logger
+from code_worker.moderation.judge import Judge
+from code_worker.moderation.load import start_runtime
+from code_worker.moderation.policy import Policy, PolicyBook
+from code_worker.moderation.pool import PriorityPool
+from code_worker.plugins import load_plugins
+from code_worker.releases.registry import open_registry
+from code_worker.store import embeddings, jobs, policies, workers
+from code_worker.worker.background import Repeater
+from code_worker.worker.gate import Gate
+from code_worker.worker.inflight import InFlight
+from code_worker.worker.ledger import Ledger
+from code_worker.worker.runtimes import Runtimes
+from code_worker.worker.supervisor import OWNER_ENV
+
+if TYPE_CHECKING:
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Store
+
+__all__ = ["STUCK_STATUS", "Node"]
+
+log = get_logger(__name__)
+STUCK_STATUS = 70
+"""Exit status of a process whose watchdog ended it."""
+_NO_RELEASE_WAIT_S = 10.0
+
+
+class _PausableSources:
+    """Sources that are left alone while their credentials are known to fail."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.paused: frozenset[str] = frozenset()
+
+    def fetch(self, uri: str) -> Fetched:
+        if self.paused and (name := source_name(uri)) in self.paused:
+            raise SourcePausedError(name)
+        return self.sources.fetch(uri)
+
+
+class Node:
+    """A worker process's parts; `start` begins the background work, `close` ends all."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self.settings = settings
+        self.store = store
+        # A supervisor names each life of its child, so that it can free the claims of one that died.
+        self.owner = os.environ.get(OWNER_ENV) or f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+        self.ledger = Ledger(store, settings.worker, self.owner)
+        self.gate = Gate()
+        self.in_flight = InFlight()
+        self._plugins = load_plugins(settings)
+        registry = open_registry(settings, store=store, plugins=self._plugins)
+        self.runtimes = Runtimes(registry.champion, lambda release: start_runtime(registry.load(release), settings))
+        self._sources = _PausableSources(Sources(settings))
+        self._pool = PriorityPool(settings.worker.fetch_threads)
+        self.judge = Judge(
+            sources=self._sources,
+            pool=self._pool,
+            limits=settings.limits,
+            known=self._known,
+            select_head=self._plugins.select_head,
+        )
+        self._policies = PolicyBook()
+        self._background = [
+            Repeater("follow", settings.worker.release_poll_s, self.follow),
+            Repeater("heartbeat", settings.worker.lease_s / 3, self.heartbeat),
+            Repeater("watchdog", min(5.0, settings.worker.batch_timeout_s / 4), self.watch),
+        ]
+
+    def start(self) -> None:
+        """Loads the champion, then starts the background work."""
+        self.store.run(lambda session: workers.saw_plugins(session, self._plugins.installed()))
+        self.follow()
+        for repeater in self._background:
+            repeater.start()
+
+    def moderate(self, job_ids: Sequence[str], *, alone: bool = False) -> None:
+        """Claims, judges and records a batch; returns when it is in the ledger or nothing was left to do."""
+        with ExitStack() as stack:
+            stack.enter_context(self.gate.alone() if alone else self.gate.together())
+            runtime = stack.enter_context(self.runtimes.use())
+            if runtime is None:
+                self.store.run(lambda session: jobs.mark_published(session, job_ids, wait_s=_NO_RELEASE_WAIT_S))
+                return
+            claimed = self.ledger.claim(job_ids)
+            if not claimed:
+                return
+            progress = stack.enter_context(self.in_flight.batch([job.id for job in claimed]))
+            judged = self.judge.judge(claimed, runtime, self._policies, progress)
+            self.ledger.record(judged, runtime.encoder_sha256)
+        log.info(
+            "batch_done", jobs=len(claimed), verdicts=len(judged.verdicts), faults=len(judged.faults), alone=alone
+        )
+
+    def follow(self) -> None:
+        """Takes over what changed in the store: policies, pauses, the champion."""
+        rows, paused = self.store.run(
+            lambda session: (policies.in_force(session), workers.paused_sources(session)), write=False
+        )
+        self._policies = PolicyBook(
+            Policy(row.id, row.low, row.high, row.head, row.tenant, row.content_type) for row in rows
+        )
+        self._sources.paused = frozenset(paused)
+        self.runtimes.follow()
+
+    def heartbeat(self) -> None:
+        """Says that this process lives, and renews the leases of what it works on."""
+        held = self.in_flight.jobs()
+        lease_s = self.settings.worker.lease_s
+
+        def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session, known to store/ alone
+            workers.beat(session, self.owner, version=__version__, release=self.runtimes.release)
+            if held:
+                jobs.renew(session, owner=self.owner, lease_s=lease_s, ids=held)
+
+        self.store.run(write)
+
+    def watch(self) -> None:
+        """Ends a process in which a batch is stuck: threads cannot be stopped, Celery's time limits pass them by."""
+        silent_s = self.in_flight.silent_s()
+        if silent_s > self.settings.worker.batch_timeout_s:
+            log.critical("batch_stuck", silent_s=round(silent_s, 1), jobs=self.in_flight.jobs())
+            os._exit(STUCK_STATUS)
+
+    def _known(self, encoder_sha256: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
+        if not self.settings.worker.store_embeddings:
+            return {}
+        return self.store.run(lambda session: embeddings.known(session, encoder_sha256, hashes), write=False)
+
+    def close(self) -> None:
+        """Ends the background work and frees the device."""
+        for repeater in self._background:
+            repeater.stop()
+        self._pool.close()
+        self.runtimes.close()
+        self._sources.sources.close()
+        self.store.run(lambda session: workers.gone(session, self.owner))

@@ -1,0 +1,72 @@
+"""The worker's child process: `python -m code_worker.worker.process`; a supervisor starts it again when it dies."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from celery import signals
+
+from code_worker.errors import CodeWorkerError, ConfigurationError
+from code_worker.logs import configure_logging, get_logger, redact
+from code_worker.queues import QUEUES, SWEEP_QUEUE
+from code_worker.settings import Settings, load_settings
+from code_worker.worker.app import create_app, host_of
+from code_worker.worker.lifeline import die_with_parent
+
+__all__ = ["main"]
+
+log = get_logger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs until SIGTERM; returns 0 after an orderly stop, 2 for a configuration that cannot work."""
+    parser = argparse.ArgumentParser(prog="code_worker.worker.process")
+    parser.add_argument("--queues", default=",".join(name.removeprefix("code_worker.") for name in QUEUES))
+    parser.add_argument("--concurrency", type=int)
+    arguments = parser.parse_args(argv)
+    die_with_parent()
+    try:
+        settings = load_settings()
+        configure_logging(settings.log_level, settings.log_format)
+        return _run(settings, arguments.queues.split(","), arguments.concurrency)
+    except ConfigurationError as error:
+        log.error("configuration_error", error=redact(str(error)))  # noqa: TRY400 - a traceback would not help
+        return 2
+    except CodeWorkerError as error:
+        log.error("worker_failed", error=redact(str(error)))  # noqa: TRY400 - as above
+        return 1
+
+
+def _run(settings: Settings, queues: Sequence[str], concurrency: int | None) -> int:
+    names = [f"code_worker.{name.strip().removeprefix('code_worker.')}" for name in queues]
+    if unknown := set(names) - {*QUEUES, SWEEP_QUEUE}:
+        raise ConfigurationError(f"unknown queues: {', '.join(sorted(unknown))}; there are {', '.join(QUEUES)}")
+    # Connected, this signal keeps Celery from arranging logging of its own.
+    signals.setup_logging.connect(_keep_logging, weak=False)
+    app = create_app(settings)
+    # The model is loaded before the first message is taken; nothing forks afterwards, so CUDA is safe.
+    host_of(app).node()
+    worker = app.Worker(
+        pool="threads",
+        concurrency=concurrency or settings.worker.concurrency,
+        queues=[*names, SWEEP_QUEUE],
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        task_events=False,
+        quiet=True,
+        loglevel=settings.log_level.upper(),
+    )
+    log.info("worker_starting", queues=names, concurrency=worker.concurrency)
+    worker.start()
+    return int(worker.exitcode or 0)
+
+
+def _keep_logging(**_: object) -> None:
+    """Logging is configured already."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Rings again for jobs that nobody holds: whatever happened to their message, the ledger still has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from code_worker.errors import BrokerUnavailableError
+from code_worker.logs import get_logger
+from code_worker.queues import QUEUES, SUSPECTS_PER_MESSAGE, chunks
+from code_worker.store import jobs, workers
+
+if TYPE_CHECKING:
+    from code_worker.doorbell import Doorbell
+    from code_worker.settings import Settings
+    from code_worker.worker.ledger import Ledger
+
+__all__ = ["Sweeper"]
+
+log = get_logger(__name__)
+_LIMIT = 1000
+_MIN_WAIT_S = 60.0
+_LOST_AFTER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one pass did."""
+
+    rung: int = 0
+    quarantined: int = 0
+
+
+class Sweeper:
+    """One pass at a time in the whole deployment, by a lease in the database."""
+
+    def __init__(self, ledger: Ledger, doorbell: Doorbell, settings: Settings) -> None:
+        self._ledger = ledger
+        self._doorbell = doorbell
+        self._settings = settings
+
+    def sweep(self) -> Swept:
+        """Quarantines what killed too many workers and rings for what waits unheard."""
+        owner, ttl_s = self._ledger.owner, 3 * self._settings.worker.sweep_interval_s + 10
+        store = self._ledger.store
+        if not store.run(lambda session: workers.take_lease(session, "sweeper", owner, ttl_s)):
+            return Swept()
+        quarantined = self._ledger.quarantine(_LIMIT)
+        waits = {
+            queue: max(_MIN_WAIT_S, 3 * (wait or 0.0))
+            for queue, wait in store.run(
+                lambda session: {queue: jobs.queue_wait_s(session, queue) for queue in QUEUES}, write=False
+            ).items()
+        }
+        due = store.run(lambda session: jobs.due(session, limit=_LIMIT, min_wait_s=waits))
+        rung = self._ring(due, waits)
+        try:
+            empty = [queue for queue in QUEUES if self._doorbell.depth(queue) == 0]
+        except BrokerUnavailableError as error:
+            log.warning("broker_unavailable", error=str(error))
+            return Swept(rung, quarantined)
+        if empty:
+            # An empty queue beside jobs that were published and not claimed: the broker lost their messages.
+            lost = store.run(
+                lambda session: jobs.ring_empty(session, empty, older_than_s=_LOST_AFTER_S, limit=_LIMIT)
+            )
+            rung += self._ring(lost, waits)
+        if rung or quarantined:
+            log.info("swept", rung=rung, quarantined=quarantined)
+        return Swept(rung, quarantined)
+
+    def _ring(self, due: Sequence[jobs.DueJob], waits: dict[str, float]) -> int:
+        rung = 0
+        for queue in QUEUES:
+            mine = [job for job in due if job.queue == queue]
+            fresh = [job.id for job in mine if not job.attempts]
+            # Suspects in short messages, so that several workers can look at them.
+            suspects = [job.id for job in mine if job.attempts]
+            for group in [*chunks(fresh), *chunks(suspects, SUSPECTS_PER_MESSAGE)]:
+                if not self._publish(queue, group, waits[queue]):
+                    return rung
+                rung += len(group)
+        return rung
+
+    def _publish(self, queue: str, group: list[str], wait_s: float) -> bool:
+        try:
+            self._doorbell.ring(queue, group)
+        except BrokerUnavailableError as error:
+            log.warning("broker_unavailable", error=str(error))
+            return False
+        self._ledger.store.run(lambda session: jobs.mark_published(session, group, wait_s=wait_s))
+        return True

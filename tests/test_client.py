@@ -1,0 +1,117 @@
+"""Enqueueing: accepted is committed, whether or not the broker is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from code_worker.client import Client
+from code_worker.errors import IdConflictError, StoreError
+from code_worker.queues import BACKFILL, LIVE, NORMAL
+from code_worker.settings import Settings
+from code_worker.store import jobs, migrate
+from code_worker.store.engine import open_store
+from tests.servers import RedisServer, free_port
+
+
+@pytest.fixture
+def make_client(tmp_path: Path, database_url: str) -> Iterator[Callable[..., Client]]:
+    made: list[Client] = []
+    store = open_store(database_url)
+    migrate.upgrade(store)
+    store.close()
+
+    def make(broker_url: str | None) -> Client:
+        client = Client(Settings(data_dir=tmp_path / "data", database_url=database_url, broker_url=broker_url))
+        made.append(client)
+        return client
+
+    yield make
+    for client in made:
+        client.close()
+
+
+def test_bulk_is_accepted_in_order_and_published_as_lists(
+    make_client: Callable[..., Client], redis_server: RedisServer
+) -> None:
+    client = make_client(redis_server.url)
+    items: list[Any] = [f"s3://b/{number}" for number in range(150)]
+    items += [{"uri": "s3://b/live", "priority": 9}, {"uri": "s3://b/bulk", "priority": 0}]
+    ids = client.enqueue_many(items, tenant="acme")
+    assert len(set(ids)) == 152
+    infos = [
+        client._store.run(lambda session, job=job: jobs.get(session, job)) for job in (ids[0], ids[149], ids[150])
+    ]
+    assert [(info.uri, info.tenant) for info in infos if info] == [
+        ("s3://b/0", "acme"),
+        ("s3://b/149", "acme"),
+        ("s3://b/live", "acme"),
+    ]
+    with redis.Redis.from_url(redis_server.url) as server:
+        lengths = {queue: server.llen(f"cw:{queue}") for queue in (LIVE, NORMAL, BACKFILL)}
+        first = server.lindex(f"cw:{NORMAL}", -1)
+    assert lengths == {LIVE: 1, NORMAL: 3, BACKFILL: 1}
+    assert isinstance(first, bytes)
+    assert b"s3://" not in first
+
+
+def test_a_broker_that_is_away_leaves_the_job_to_the_sweeper(make_client: Callable[..., Client]) -> None:
+    client = make_client(f"redis://127.0.0.1:{free_port()}/0")
+    job = client.enqueue("s3://b/k")
+    info = client._store.run(lambda session: jobs.get(session, job))
+    assert info is not None
+    assert info.state == "accepted"
+    assert info.published_at is None
+    assert client.verdict(job) is None
+
+
+def test_no_broker_configured_is_no_loss(make_client: Callable[..., Client]) -> None:
+    client = make_client(None)
+    job = client.enqueue("s3://b/k")
+    assert client._store.run(lambda session: jobs.get(session, job)) is not None
+
+
+def test_a_key_makes_two_calls_one_job(make_client: Callable[..., Client], redis_server: RedisServer) -> None:
+    client = make_client(redis_server.url)
+    first = client.enqueue("s3://b/k", key="post-1", tenant="acme", metadata={"a": 1})
+    assert client.enqueue("s3://b/k", key="post-1", tenant="acme", metadata={"a": 1}) == first
+    assert client.enqueue("s3://b/k", key="post-1", tenant="other", metadata={"a": 1}) != first
+    with pytest.raises(IdConflictError, match="post-1"):
+        client.enqueue("s3://b/another", key="post-1", tenant="acme")
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        ({"uri": ""}, "needs a uri"),
+        ({"uri": "x" * 5000}, "needs a uri"),
+        ({"uri": 7}, "needs a uri"),
+        ({"uri": "a", "priority": 10}, "0 to 9"),
+        ({"uri": "a", "priority": "9"}, "0 to 9"),
+        ({"uri": "a", "priority": True}, "0 to 9"),
+        ({"uri": "a", "head": ""}, "head must be"),
+        ({"uri": "a", "tenant": "x" * 201}, "tenant must be"),
+        ({"uri": "a", "metadata": ["x"]}, "metadata must be"),
+        ({"uri": "a", "metadata": {"x": "y" * 20_000}}, "metadata must be"),
+        ({"uri": "a", "colour": "red"}, "unknown fields of a job: colour"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make_client: Callable[..., Client], item: Any, text: str) -> None:
+    client = make_client(None)
+    with pytest.raises(ValueError, match=text):
+        client.enqueue_many([item])
+
+
+def test_a_database_without_tables_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="code-worker db upgrade"):
+        Client(Settings(data_dir=tmp_path))
+
+
+def test_a_job_that_does_not_exist_has_no_verdict(make_client: Callable[..., Client]) -> None:
+    client = make_client(None)
+    assert client.verdict("01890000-0000-7000-8000-000000000000") is None
+    assert client.verdict("not-an-id") is None

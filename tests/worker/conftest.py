@@ -1,0 +1,67 @@
+"""A deployment per test: own database, own Redis, own bucket, the session's toy release promoted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from code_worker.plugins import load_plugins
+from code_worker.releases.registry import open_registry
+from code_worker.store import migrate
+from code_worker.store.engine import open_store
+from tests.servers import RedisServer, S3Server
+from tests.worker.harness import Deployment
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server) -> str:
+    name = f"bucket-{uuid4().hex[:12]}"
+    s3_server.client().create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def deploy(
+    tmp_path: Path, redis_server: RedisServer, s3_server: S3Server, bucket: str, toy_release_dir: Path
+) -> Iterator[Callable[..., Deployment]]:
+    made: list[Deployment] = []
+
+    def build(database_url: str, *, promote: bool = True, **extra: str) -> Deployment:
+        environment = {
+            **s3_server.environment,
+            "CODE_WORKER_DATA_DIR": str(tmp_path / "data"),
+            "CODE_WORKER_DATABASE_URL": database_url,
+            "CODE_WORKER_BROKER_URL": redis_server.url,
+            "CODE_WORKER_ARTIFACTS": str(tmp_path / "releases"),
+            "CODE_WORKER_S3__BUCKETS": f'["{bucket}"]',
+            "CODE_WORKER_FILES__ROOTS": f'["{tmp_path / "files"}"]',
+            "CODE_WORKER_LOG_FORMAT": "json",
+            **extra,
+        }
+        (tmp_path / "files").mkdir(exist_ok=True)
+        deployment = Deployment(environment, tmp_path / "workers.log")
+        made.append(deployment)
+        store = open_store(database_url)
+        migrate.upgrade(store)
+        store.close()
+        if promote:
+            promote_release(deployment, toy_release_dir)
+        return deployment
+
+    yield build
+    for deployment in made:
+        deployment.close()
+    shutil.rmtree(tmp_path / "releases", ignore_errors=True)
+
+
+def promote_release(deployment: Deployment, directory: Path) -> str:
+    """Imports a release directory and makes it champion."""
+    settings = deployment.settings
+    registry = open_registry(settings, store=deployment.store(), plugins=load_plugins(settings))
+    release = registry.import_(str(directory))
+    registry.promote(release, by="test")
+    return release

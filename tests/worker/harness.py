@@ -1,0 +1,131 @@
+"""A deployment on loopback: real servers, a promoted toy release, worker processes that can be killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from code_worker.client import Client
+from code_worker.settings import Settings, load_settings
+from code_worker.store.engine import Store, open_store
+
+
+def wait_until(condition: Callable[[], Any], limit_s: float, what: str) -> Any:
+    """The first true value of `condition`; fails with `what` when the time is up."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"not within {limit_s} s: {what}")
+
+
+def jpeg(seed: int, size: int = 240) -> bytes:
+    """A small photograph-like image, different for every seed."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+@dataclass
+class Deployment:
+    """Settings as environment, shared by the test process and its workers."""
+
+    environment: dict[str, str]
+    log_path: Path
+    workers: list[WorkerProcess] = field(default_factory=list)
+    opened: list[Client | Store] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Settings:
+        saved = dict(os.environ)
+        os.environ.update(self.environment)
+        try:
+            return load_settings()
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
+
+    def client(self) -> Client:
+        """A client that is closed with the deployment."""
+        self.opened.append(client := Client(self.settings))
+        return client
+
+    def store(self) -> Store:
+        """A store that is closed with the deployment."""
+        self.opened.append(store := open_store(self.settings.resolved_database_url))
+        return store
+
+    def worker(self, *arguments: str, module: str = "code_worker.worker.process", **extra: str) -> WorkerProcess:
+        command = [sys.executable, "-m", module, *arguments]
+        process = WorkerProcess(command, {**os.environ, **self.environment, **extra}, self.log_path)
+        self.workers.append(process)
+        return process
+
+    def log(self) -> list[dict[str, Any]]:
+        """What the workers logged, as far as it is JSON."""
+        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in self.log() if event.get("event") == name]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        for each in self.opened:
+            each.close()
+
+
+class WorkerProcess:
+    """A process with its children; all of them end with the test."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], log_path: Path) -> None:
+        self._log = log_path.open("ab")
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def children(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def terminate(self, limit_s: float = 30.0) -> int:
+        """SIGTERM; returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(limit_s)
+
+    def kill(self) -> None:
+        children = self.children()
+        self.process.kill()
+        self.process.wait(10)
+        for child in children:
+            if child.is_running():
+                child.kill()
+        self._log.close()

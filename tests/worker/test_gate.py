@@ -1,0 +1,86 @@
+"""Suspects run alone, batches together, and nobody starves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from code_worker.worker.gate import Gate
+
+
+def _thread(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_batches_run_together_and_a_suspect_alone() -> None:
+    gate = Gate()
+    together = threading.Barrier(3)
+    inside: list[str] = []
+    seen_by_suspect: list[list[str]] = []
+    leave = threading.Event()
+
+    def batch() -> None:
+        with gate.together():
+            inside.append("batch")
+            together.wait(10)
+            leave.wait(10)
+            inside.remove("batch")
+
+    def suspect() -> None:
+        with gate.alone():
+            seen_by_suspect.append(list(inside))
+
+    batches = [_thread(batch), _thread(batch)]
+    together.wait(10)
+    waiting = _thread(suspect)
+    assert not seen_by_suspect
+    leave.set()
+    for thread in [*batches, waiting]:
+        thread.join(10)
+    assert seen_by_suspect == [[]]
+
+
+def test_a_waiting_suspect_lets_no_new_batch_in() -> None:
+    gate = Gate()
+    order: list[str] = []
+    first_in, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with gate.together():
+            first_in.set()
+            leave.wait(10)
+
+    def suspect() -> None:
+        with gate.alone():
+            order.append("suspect")
+
+    def second() -> None:
+        with gate.together():
+            order.append("batch")
+
+    threads = [_thread(first)]
+    first_in.wait(10)
+    threads.append(_thread(suspect))
+    while not gate._waiting:
+        threading.Event().wait(0.005)
+    threads.append(_thread(second))
+    leave.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["suspect", "batch"]
+
+
+def test_an_error_inside_leaves_the_gate_open() -> None:
+    gate = Gate()
+    for enter in (gate.together, gate.alone):
+        try:
+            with enter():
+                raise KeyError("inside")
+        except KeyError:
+            pass
+    with gate.alone():
+        pass
+    with gate.together():
+        pass

@@ -1,0 +1,109 @@
+"""Our tasks inside an app that somebody has already."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from kombu import Queue
+
+from code_worker.broker import REDIS_TRANSPORT
+from code_worker.errors import ConfigurationError
+from code_worker.queues import MODERATE, QUEUES, SWEEP, SWEEP_QUEUE
+from code_worker.settings import Settings
+from code_worker.types import Outcome
+from code_worker.worker.app import create_app, install
+from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
+
+
+def test_their_worker_runs_their_tasks_and_ours(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    deployment = deploy(f"sqlite:///{tmp_path / 'db.sqlite'}", THEIRS_DIRECTORY=str(theirs))
+    (tmp_path / "files" / "a.jpg").write_bytes(jpeg(1))
+    queues = ",".join([*QUEUES, SWEEP_QUEUE, "theirs.images"])
+    command = [
+        *(sys.executable, "-m", "celery", "-A", "tests.worker.foreign_app", "worker"),
+        *("--pool", "threads", "--concurrency", "2", "-Q", queues),
+    ]
+    environment = {**os.environ, **deployment.environment}
+    worker = WorkerProcess(command, environment, deployment.log_path)
+    deployment.workers.append(worker)
+    client = deployment.client()
+    job = client.enqueue(str(tmp_path / "files" / "a.jpg"))
+    sender = Celery("sender", broker=deployment.environment["CODE_WORKER_BROKER_URL"], set_as_current=False)
+    sender.conf.broker_transport_options = {"global_keyprefix": "cw:"}
+    sender.send_task("theirs.resize", args=("asked",), queue="theirs.images")
+    wait_until((theirs / "asked").exists, 60, "their task")
+    verdict = wait_until(lambda: client.verdict(job), 60, "our verdict")
+    assert verdict.outcome is Outcome.JUDGED
+    assert worker.terminate() == 0
+    sender.close()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path)
+
+
+def test_install_adds_and_takes_nothing_away(settings: Settings) -> None:
+    app = Celery("theirs", broker="redis://127.0.0.1:1/0", set_as_current=False)
+    app.conf.task_queues = [Queue("a"), Queue("code_worker.live", max_priority=None)]
+    app.conf.task_routes = {"theirs.*": {"queue": "a"}, MODERATE: {"queue": "a"}}
+    app.conf.beat_schedule = {"theirs": {"task": "t", "schedule": 1.0}}
+    app.conf.task_serializer = "yaml"
+    assert install(app, settings) is app
+    assert {MODERATE, SWEEP} <= set(app.tasks)
+    assert [queue.name for queue in app.conf.task_queues] == [
+        "a",
+        "code_worker.live",
+        *(name for name in (*QUEUES, SWEEP_QUEUE) if name != "code_worker.live"),
+    ]
+    assert app.conf.task_routes == {
+        "theirs.*": {"queue": "a"},
+        MODERATE: {"queue": "a"},
+        SWEEP: {"queue": SWEEP_QUEUE},
+    }
+    assert set(app.conf.beat_schedule) == {"theirs", "code_worker.sweep"}
+    assert app.conf.task_serializer == "yaml"
+    assert app.conf.broker_transport == REDIS_TRANSPORT
+
+
+def test_install_leaves_a_transport_they_chose(settings: Settings) -> None:
+    app = Celery("theirs", broker="redis://127.0.0.1:1/0", set_as_current=False)
+    app.conf.broker_transport = "memory"
+    install(app, settings)
+    assert app.conf.broker_transport == "memory"
+    other = Celery("theirs", broker="amqp://127.0.0.1:1//", set_as_current=False)
+    install(other, settings)
+    assert other.conf.broker_transport is None
+
+
+def test_installing_twice_is_refused(settings: Settings) -> None:
+    app = Celery("theirs", broker="memory://", set_as_current=False)
+    install(app, settings)
+    with pytest.raises(ConfigurationError, match="installed in the app 'theirs' already"):
+        install(app, settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "allowed"),
+    [
+        ("redis://10.0.0.5:6379/0", False),
+        ("redis://:password@10.0.0.5:6379/0", True),
+        ("rediss://10.0.0.5:6379/0", True),
+        ("redis://127.0.0.1:6379/0", True),
+        ("redis://[::1]:6379/0", True),
+    ],
+)
+def test_a_broker_open_to_the_network_is_refused(tmp_path: Path, url: str, allowed: bool) -> None:
+    if allowed:
+        assert create_app(Settings(data_dir=tmp_path, broker_url=url)).conf.accept_content == ["json"]
+        return
+    with pytest.raises(ConfigurationError, match="neither password nor TLS"):
+        create_app(Settings(data_dir=tmp_path, broker_url=url))
+    create_app(Settings(data_dir=tmp_path, broker_url=url, broker={"allow_insecure": True}))

@@ -1,0 +1,59 @@
+"""The message on the wire: what is read, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from code_worker.errors import MessageError
+from code_worker.queues import BACKFILL, LIVE, NORMAL, chunks, jobs_message, parse_message, queue_for
+
+
+def test_what_a_producer_sends_is_what_a_worker_reads() -> None:
+    message = json.loads(json.dumps(jobs_message(["a", "b"])))
+    assert parse_message(message) == (["a", "b"], [])
+
+
+def test_a_producer_without_a_database_sends_items() -> None:
+    items = [{"uri": "s3://b/k", "head": "knn", "priority": 9, "metadata": {"post": 1}, "key": "k", "tenant": "t"}]
+    assert parse_message({"v": 1, "items": items}) == ([], items)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (None, "must be an object"),
+        ([1], "must be an object"),
+        ({"jobs": ["a"]}, "version None is unknown"),
+        ({"v": 2, "jobs": ["a"]}, "version 2 is unknown"),
+        ({"v": 1, "jobs": ["a"], "image": "…"}, "unknown message fields: image"),
+        ({"v": 1, "jobs": "a"}, "must be lists"),
+        ({"v": 1}, "1 to 64"),
+        ({"v": 1, "jobs": [str(n) for n in range(65)]}, "1 to 64"),
+        ({"v": 1, "jobs": [7]}, "job ids"),
+        ({"v": 1, "jobs": ["x" * 65]}, "job ids"),
+        ({"v": 1, "items": ["s3://b/k"]}, "must be an object"),
+        ({"v": 1, "items": [{}]}, "needs a 'uri'"),
+        ({"v": 1, "items": [{"uri": "x" * 5000}]}, "needs a 'uri'"),
+        ({"v": 1, "items": [{"uri": "a", "priority": 10}]}, "0 to 9"),
+        ({"v": 1, "items": [{"uri": "a", "priority": True}]}, "must be int"),
+        ({"v": 1, "items": [{"uri": "a", "password": "p"}]}, "unknown item field 'password'"),
+    ],
+)
+def test_a_message_that_is_not_ours_is_refused_by_name(message: Any, text: str) -> None:
+    with pytest.raises(MessageError, match=text):
+        parse_message(message)
+
+
+def test_priorities_map_to_three_queues() -> None:
+    assert [queue_for(priority) for priority in range(10)] == [BACKFILL] * 4 + [NORMAL] * 3 + [LIVE] * 3
+    for wrong in (-1, 10):
+        with pytest.raises(ValueError, match="0 to 9"):
+            queue_for(wrong)
+
+
+def test_chunks_keep_order_and_lose_nothing() -> None:
+    assert list(chunks(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(chunks([])) == []

@@ -1,0 +1,39 @@
+"""A backfill never delays a live job by more than a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sqlalchemy import text
+
+from tests.worker.harness import Deployment, jpeg, wait_until
+
+BACKFILL = 640
+
+
+def test_a_live_job_overtakes_a_backfill(
+    deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path
+) -> None:
+    deployment = deploy(postgres_url)
+    for number in range(BACKFILL):
+        (tmp_path / "files" / f"{number}.jpg").write_bytes(jpeg(number))
+    client = deployment.client()
+    client.enqueue_many((str(tmp_path / "files" / f"{n}.jpg") for n in range(BACKFILL)), priority=1)
+    deployment.worker()
+    store = deployment.store()
+
+    def done() -> int:
+        with store.engine.connect() as connection:
+            return int(connection.execute(text("select count(*) from verdicts")).scalar_one())
+
+    wait_until(lambda: done() >= 64, 90, "the backfill under way")
+    (tmp_path / "files" / "live.jpg").write_bytes(jpeg(10_000))
+    before = done()
+    live = client.enqueue(str(tmp_path / "files" / "live.jpg"), priority=9)
+    wait_until(lambda: client.verdict(live), 60, "the live verdict")
+    overtaken_by = done() - before
+    print(f"{overtaken_by} verdicts were written between the live job's enqueue and its verdict")
+    # One batch that had to end first, and what else ended while the live one was fetched: batches of 64, 4 at a time.
+    assert overtaken_by <= 2 * 64 + 1
+    assert before + overtaken_by < BACKFILL, "the backfill went on"

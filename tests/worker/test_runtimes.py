@@ -1,0 +1,83 @@
+"""Following the champion: a batch keeps its release, a release that does not load changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from code_worker.errors import IntegrityError
+from code_worker.moderation.runtime import Runtime
+from code_worker.worker import runtimes
+from code_worker.worker.runtimes import Runtimes
+from tests.moderation.doubles import MeanEmbedder, runtime
+
+
+@pytest.fixture(autouse=True)
+def no_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "_JITTER_S", 0.0)
+
+
+class Alias:
+    """Points where the test says."""
+
+    def __init__(self) -> None:
+        self.release: str | None = None
+        self.broken: set[str] = set()
+        self.loaded: dict[str, MeanEmbedder] = {}
+
+    def champion(self) -> str | None:
+        return self.release
+
+    def load(self, release: str) -> Runtime:
+        if release in self.broken:
+            raise IntegrityError(f"{release}: encoder/model.safetensors differs from the manifest")
+        self.loaded[release] = MeanEmbedder()
+        return runtime(self.loaded[release], release=release)
+
+
+def test_a_batch_keeps_the_release_it_began_with() -> None:
+    alias = Alias()
+    held = Runtimes(alias.champion, alias.load)
+    with held.use() as nothing:
+        assert nothing is None
+    alias.release = "r-1"
+    held.follow()
+    with held.use() as first:
+        assert first is not None
+        alias.release = "r-2"
+        held.follow()
+        with held.use() as second:
+            assert second is not None
+            assert (first.release, second.release) == ("r-1", "r-2")
+        assert not alias.loaded["r-1"].closed
+    assert alias.loaded["r-1"].closed
+    assert not alias.loaded["r-2"].closed
+    held.close()
+    assert alias.loaded["r-2"].closed
+
+
+def test_a_release_that_nobody_uses_is_closed_at_the_swap() -> None:
+    alias = Alias()
+    held = Runtimes(alias.champion, alias.load)
+    for name in ("r-1", "r-2"):
+        alias.release = name
+        held.follow()
+    assert alias.loaded["r-1"].closed
+    assert held.release == "r-2"
+
+
+def test_a_release_that_does_not_load_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    alias = Alias()
+    held = Runtimes(alias.champion, alias.load)
+    alias.release = "r-1"
+    held.follow()
+    alias.broken.add("r-2")
+    alias.release = "r-2"
+    held.follow()
+    assert held.release == "r-1"
+    assert not alias.loaded["r-1"].closed
+    alias.broken.clear()
+    held.follow()
+    assert held.release == "r-1", "a release that just failed is not tried again at once"
+    monkeypatch.setattr(runtimes, "_RETRY_S", -1.0)
+    held.follow()
+    assert held.release == "r-2"

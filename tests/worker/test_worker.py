@@ -1,0 +1,214 @@
+"""One worker process against real servers: what it does with good jobs, bad ones and strange messages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from celery import Celery
+from sqlalchemy import text
+
+from code_worker.broker import celery_config
+from code_worker.queues import MODERATE, NORMAL
+from code_worker.types import Label, Outcome, RejectReason, Verdict
+from tests.servers import S3Server
+from tests.worker.conftest import promote_release
+from tests.worker.harness import Deployment, jpeg, wait_until
+
+
+def _sqlite(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'worker.db'}"
+
+
+def _decided(deployment: Deployment, ids: list[str], limit_s: float = 60) -> list[Verdict]:
+    client = deployment.client()
+    wait_until(lambda: all(client.verdict(job) for job in ids), limit_s, f"verdicts of {len(ids)} jobs")
+    found = [client.verdict(job) for job in ids]
+    return [verdict for verdict in found if verdict is not None]
+
+
+def test_each_bad_input_gets_its_own_reason_and_good_ones_their_label(
+    deploy: Callable[..., Deployment], tmp_path: Path, s3_server: S3Server, bucket: str
+) -> None:
+    deployment = deploy(_sqlite(tmp_path))
+    files = tmp_path / "files"
+    (files / "good.jpg").write_bytes(jpeg(1))
+    (files / "text.jpg").write_text("not an image")
+    (files / "cut.jpg").write_bytes(jpeg(2, 600)[:2000])
+    (files / "empty.png").touch()
+    (tmp_path / "secret.jpg").write_bytes(jpeg(3))
+    s3_server.client().put_object(Bucket=bucket, Key="good.jpg", Body=jpeg(4))
+    cases: dict[str, RejectReason | None] = {
+        str(files / "good.jpg"): None,
+        f"s3://{bucket}/good.jpg": None,
+        str(files / "text.jpg"): RejectReason.UNSUPPORTED_FORMAT,
+        str(files / "cut.jpg"): RejectReason.TRUNCATED,
+        str(files / "empty.png"): RejectReason.EMPTY,
+        str(files / "gone.jpg"): RejectReason.NOT_FOUND,
+        str(tmp_path / "secret.jpg"): RejectReason.SOURCE_NOT_ALLOWED,
+        f"s3://{bucket}/gone.jpg": RejectReason.NOT_FOUND,
+        "s3://other-bucket/a.jpg": RejectReason.SOURCE_NOT_ALLOWED,
+        "http://169.254.169.254/latest": RejectReason.SOURCE_NOT_ALLOWED,
+    }
+    client = deployment.client()
+    ids = client.enqueue_many(cases, priority=8)
+    unknown_head = client.enqueue(str(files / "good.jpg"), head="nope")
+    worker = deployment.worker()
+    verdicts = _decided(deployment, [*ids, unknown_head])
+    assert {verdict.uri: verdict.reason for verdict in verdicts[:-1]} == cases
+    assert all(verdict.label in {Label.REAL, Label.FAKE} for verdict in verdicts if verdict.outcome is Outcome.JUDGED)
+    assert verdicts[-1].reason is RejectReason.MODEL_UNAVAILABLE
+    assert worker.terminate() == 0
+
+
+def test_a_producer_that_reaches_only_the_broker_sends_uris(
+    deploy: Callable[..., Deployment], tmp_path: Path
+) -> None:
+    deployment = deploy(_sqlite(tmp_path))
+    (tmp_path / "files" / "a.jpg").write_bytes(jpeg(5))
+    deployment.worker()
+    item = {"uri": str(tmp_path / "files" / "a.jpg"), "tenant": "acme", "key": "post-1", "metadata": {"post": 1}}
+    with Celery("producer", set_as_current=False) as app:
+        app.config_from_object(celery_config(deployment.settings))
+        for uri in (item["uri"], item["uri"], "s3://other/thing.jpg"):
+            app.send_task(MODERATE, args=({"v": 1, "items": [{**item, "uri": uri}]},), queue=NORMAL)
+    store = deployment.store()
+
+    def rows() -> list[tuple[str, str]]:
+        with store.engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(text("select uri, tenant from verdicts")).all()]
+
+    wait_until(rows, 60, "a verdict")
+    buried = wait_until(lambda: deployment.events("message_refused"), 30, "the conflicting item to be refused")
+    assert "id_conflict" in buried[0]["error"]
+    assert rows() == [(item["uri"], "acme")]
+
+
+def test_messages_that_are_not_ours_are_kept_and_the_worker_goes_on(
+    deploy: Callable[..., Deployment], tmp_path: Path
+) -> None:
+    deployment = deploy(_sqlite(tmp_path))
+    worker = deployment.worker()
+    strange: list[tuple[object, ...]] = [
+        ({"v": 99, "jobs": ["x"]},),
+        ({"v": 1, "jobs": ["no-such-job"], "extra": 1},),
+        ("just text",),
+        (),
+    ]
+    with Celery("producer", set_as_current=False) as app:
+        app.config_from_object(celery_config(deployment.settings))
+        for args in strange:
+            app.send_task(MODERATE, args=args, queue=NORMAL)
+        app.send_task(MODERATE, args=({"v": 1, "jobs": ["no-such-job"]},), queue=NORMAL)
+    store = deployment.store()
+
+    def dead() -> list[str]:
+        with store.engine.connect() as connection:
+            return list(connection.execute(text("select error from dead_letters order by id")).scalars())
+
+    wait_until(lambda: len(dead()) == len(strange), 60, "dead letters")
+    assert any("version 99" in error for error in dead())
+    (tmp_path / "files" / "a.jpg").write_bytes(jpeg(6))
+    client = deployment.client()
+    job = client.enqueue(str(tmp_path / "files" / "a.jpg"))
+    assert _decided(deployment, [job])[0].outcome is Outcome.JUDGED
+    assert worker.alive
+
+
+def test_sigterm_ends_in_order_and_leaves_the_rest_for_the_next_worker(
+    deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path
+) -> None:
+    deployment = deploy(postgres_url)
+    for number in range(192):
+        (tmp_path / "files" / f"{number}.jpg").write_bytes(jpeg(number))
+    first = deployment.worker("--concurrency", "1")
+    wait_until(lambda: deployment.events("worker_starting"), 60, "a worker")
+    client = deployment.client()
+    ids = client.enqueue_many(str(tmp_path / "files" / f"{number}.jpg") for number in range(192))
+    store = deployment.store()
+
+    def running() -> int:
+        with store.engine.connect() as connection:
+            return int(connection.execute(text("select count(*) from jobs where state='running'")).scalar_one())
+
+    wait_until(running, 60, "a claimed batch")
+    assert first.terminate() == 0
+    assert running() == 0, "what was claimed was finished"
+    undecided = [job for job in ids if client.verdict(job) is None]
+    assert undecided, "the test wants work left over"
+    deployment.worker()
+    assert len(_decided(deployment, ids)) == 192
+
+
+def test_a_running_worker_takes_over_a_promoted_release_without_losing_a_job(
+    deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path, toy_release_dir: Path
+) -> None:
+    deployment = deploy(postgres_url, promote=False)
+    (tmp_path / "files" / "a.jpg").write_bytes(jpeg(7))
+    worker = deployment.worker()
+    wait_until(lambda: deployment.events("waiting_for_release"), 60, "the worker to say what it waits for")
+    client = deployment.client()
+    early = client.enqueue(str(tmp_path / "files" / "a.jpg"))
+    first = promote_release(deployment, toy_release_dir)
+    assert _decided(deployment, [early])[0].release == first
+
+    changed = tmp_path / "second"
+    shutil.copytree(toy_release_dir, changed)
+    manifest = json.loads((changed / "manifest.json").read_text())
+    (changed / "manifest.json").write_text(json.dumps({**manifest, "notes": "the second one"}))
+    ids: list[str] = []
+    second = promote_release(deployment, changed)
+    assert second != first
+
+    def taken_over() -> bool:
+        ids.append(client.enqueue(str(tmp_path / "files" / "a.jpg"), priority=9))
+        return _decided(deployment, ids[-1:])[0].release == second
+
+    wait_until(taken_over, 15, "the promoted release in use")
+    verdicts = _decided(deployment, ids)
+    assert {verdict.outcome for verdict in verdicts} == {Outcome.JUDGED}
+    assert {verdict.release for verdict in verdicts} <= {first, second}
+    assert worker.terminate() == 0
+
+
+def test_a_job_that_kills_the_worker_is_quarantined_and_its_neighbours_are_judged(
+    deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path
+) -> None:
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "deadly.py").write_text(
+        "import os\n"
+        "from code_worker import hookimpl\n"
+        "@hookimpl\n"
+        "def code_worker_select_head(job, heads):\n"
+        "    if job.metadata.get('poison'):\n"
+        "        os._exit(139)\n"
+    )
+    deployment = deploy(postgres_url, CODE_WORKER_PLUGINS_DIR=str(plugins), CODE_WORKER_WORKER__SWEEP_INTERVAL_S="1")
+    for number in range(64):
+        (tmp_path / "files" / f"{number}.jpg").write_bytes(jpeg(number))
+    items = [
+        {"uri": str(tmp_path / "files" / f"{number}.jpg"), "metadata": {"poison": number == 31}}
+        for number in range(64)
+    ]
+    client = deployment.client()
+    ids = client.enqueue_many(items)
+    deployment.worker("worker", module="code_worker")
+    verdicts = _decided(deployment, ids, limit_s=150)
+    assert verdicts[31].reason is RejectReason.QUARANTINED
+    others = verdicts[:31] + verdicts[32:]
+    assert {verdict.outcome for verdict in others} == {Outcome.JUDGED}
+    assert len(deployment.events("worker_starting")) == 4, "three deaths, then peace"
+
+
+@pytest.mark.parametrize("arguments", [["--queues", "live,unheard"]])
+def test_a_wrong_configuration_ends_the_worker_with_status_2(
+    deploy: Callable[..., Deployment], tmp_path: Path, arguments: list[str]
+) -> None:
+    deployment = deploy(_sqlite(tmp_path), promote=False)
+    worker = deployment.worker(*arguments)
+    assert worker.process.wait(60) == 2
+    assert "code_worker.unheard" in deployment.events("configuration_error")[0]["error"]
