@@ -46,7 +46,7 @@ FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 8 * 2**20
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_HEAD_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+_HEAD_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 
 
 class _Entry(BaseModel):

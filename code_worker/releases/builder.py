@@ -1,0 +1,152 @@
+"""Writes a release directory from an encoder and fitted heads, and proves that what was written is what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from code_worker.errors import ArtifactError
+from code_worker.releases.golden import check_same_scores
+from code_worker.releases.hashing import FileEntry, describe_files, files_below
+from code_worker.releases.loading import head_directory, load_head
+from code_worker.releases.manifest import (
+    MANIFEST_NAME,
+    EncoderEntry,
+    HeadEntry,
+    Manifest,
+    Preprocessing,
+    Source,
+    Thresholds,
+    encoder_digest,
+    head_digest,
+    write_manifest,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.heads import Head
+    from code_worker.plugins import Plugins
+
+__all__ = ["ReleaseFacts", "build_from_parts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseFacts:
+    """What a manifest says beside the files.
+
+    Attributes:
+        source: what the release was made from.
+        plugin_heads: release head name → name under which a plugin registered its class, where the two differ.
+        default_head: head for jobs that nobody chose one for; unset: `linear` if there is one, else the first.
+        thresholds: label borders where no policy sets others.
+        evaluation: report of the evaluation, free JSON.
+        toy: whether the encoder was never trained, so that verdicts mean nothing.
+        notes: free text.
+    """
+
+    source: Source
+    plugin_heads: Mapping[str, str] = field(default_factory=dict)
+    default_head: str | None = None
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    toy: bool = False
+    notes: str = ""
+
+
+def build_from_parts(
+    directory: Path, weights: EncoderWeights, heads: Mapping[str, Head], plugins: Plugins, facts: ReleaseFacts
+) -> str:
+    """Writes the release into `directory`, which must be new or empty; returns the manifest's sha256.
+
+    Raises:
+        ArtifactError: the directory holds something, a head cannot be saved, or scores differently once loaded back.
+        UnknownHeadError: a head of a class that no plugin registered.
+    """
+    from code_worker.encoder.checkpoint import save_weights  # noqa: PLC0415 - torch: only who builds pays for it
+
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.iterdir()):
+        raise ArtifactError(f"{directory} is not empty; a release is written into a directory of its own")
+    save_weights(weights, directory)
+    for name, head in heads.items():
+        _save_head(name, head, head_directory(directory, name))
+    manifest = _describe(directory, weights, heads, plugins, facts)
+    loaded = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
+    check_same_scores(heads, loaded)
+    return write_manifest(directory, manifest)
+
+
+def _save_head(name: str, head: Head, directory: Path) -> None:
+    directory.mkdir(parents=True)
+    try:
+        head.save(directory)
+    except ArtifactError:
+        raise
+    except Exception as error:  # a head is somebody else's code: whatever it raises, this release cannot be built
+        raise ArtifactError(f"head {name!r} cannot be saved: {type(error).__name__}: {error}") from error
+    if not files_below(directory):
+        raise ArtifactError(f"head {name!r} saved no file")
+
+
+def _describe(
+    directory: Path, weights: EncoderWeights, heads: Mapping[str, Head], plugins: Plugins, facts: ReleaseFacts
+) -> Manifest:
+    files = describe_files(directory, leave_out={MANIFEST_NAME})
+    preprocessing = Preprocessing(mean=weights.config.mean, std=weights.config.std)
+    encoder = tuple(name for name in files if name.startswith("encoder/"))
+    try:
+        return Manifest(
+            created_at=datetime.now(UTC).replace(microsecond=0),
+            source=facts.source,
+            encoder=EncoderEntry(
+                config=_summary(weights), files=encoder, sha256=encoder_digest(encoder, files, preprocessing)
+            ),
+            preprocessing=preprocessing,
+            heads={
+                name: _head_entry(name, head, facts.plugin_heads.get(name, name), files, plugins)
+                for name, head in heads.items()
+            },
+            thresholds=facts.thresholds,
+            default_head=facts.default_head or _first_choice(heads),
+            evaluation=dict(facts.evaluation),
+            files=files,
+            toy=facts.toy,
+            notes=facts.notes,
+        )
+    except ValidationError as error:
+        reasons = "; ".join(item["msg"] for item in error.errors())
+        raise ArtifactError(f"release in {directory} cannot be described: {reasons}") from None
+
+
+def _summary(weights: EncoderWeights) -> dict[str, Any]:
+    parameters = sum(tensor.numel() for tensor in weights.state.values())
+    sizes = ("patch_size", "width", "depth", "heads", "mlp_width", "qkv_bias", "layer_norm_eps", "activation")
+    return {"parameters": parameters, **{name: getattr(weights.config, name) for name in sizes}}
+
+
+def _head_entry(
+    name: str, head: Head, plugin_head: str, files: Mapping[str, FileEntry], plugins: Plugins
+) -> HeadEntry:
+    own = tuple(file for file in files if file.startswith(f"heads/{name}/"))
+    options = head.options.model_dump(mode="json")
+    provider = plugins.provider(plugin_head)
+    return HeadEntry(
+        plugin_head=plugin_head,
+        target=f"{type(head).__module__}:{type(head).__qualname__}",
+        distribution=provider.distribution,
+        distribution_version=provider.version,
+        options=options,
+        one_class=head.one_class,
+        files=own,
+        sha256=head_digest(own, files, options),
+    )
+
+
+def _first_choice(heads: Mapping[str, Head]) -> str | None:
+    return "linear" if "linear" in heads else min(heads, default=None)

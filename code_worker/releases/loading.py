@@ -1,0 +1,101 @@
+"""From a directory to a release that can judge: hashes first, then the encoder, then heads through their plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from code_worker.errors import ArtifactError, PluginError, UnknownHeadError
+from code_worker.heads import Head
+from code_worker.releases.golden import checked_scores, golden_embeddings
+from code_worker.releases.manifest import HeadEntry, Manifest, release_id, verify_files
+
+if TYPE_CHECKING:
+    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.plugins import Plugins
+    from code_worker.releases.hashing import OnBytes
+
+__all__ = ["LoadedRelease", "head_directory", "load_head", "load_release"]
+
+_PROBES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRelease:
+    """A release in memory, all of it from files whose hashes were right.
+
+    Attributes:
+        id: release id.
+        manifest_sha256: hash of its manifest, the whole of what `id` abbreviates.
+        manifest: what the release says of itself.
+        weights: the encoder.
+        heads: fitted heads by the name under which jobs ask for them.
+        head_sha256: hash of each head's files and options.
+        encoder_sha256: hash of the encoder's files and the preprocessing; equal hashes give equal embeddings.
+    """
+
+    id: str
+    manifest_sha256: str
+    manifest: Manifest
+    weights: EncoderWeights
+    heads: Mapping[str, Head]
+    head_sha256: Mapping[str, str]
+    encoder_sha256: str
+
+
+def head_directory(directory: Path, name: str) -> Path:
+    """Where a release directory keeps the files of the head `name`."""
+    return directory / "heads" / name
+
+
+def load_release(directory: Path, plugins: Plugins, on_bytes: OnBytes | None = None) -> LoadedRelease:
+    """Loads a release directory, all of it or nothing.
+
+    Raises:
+        IntegrityError: its files are not those of the manifest; nothing of them was parsed.
+        ArtifactError: a part cannot be loaded, or a head does not keep its contract.
+        PluginError: a head's plugin is not installed.
+    """
+    from code_worker.encoder.checkpoint import read_weights  # noqa: PLC0415 - torch: only who judges pays for it
+
+    manifest, sha256 = verify_files(directory, on_bytes)
+    weights = read_weights(directory)
+    heads = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
+    for name, head in heads.items():
+        checked_scores(name, head, golden_embeddings(_PROBES))
+    return LoadedRelease(
+        id=release_id(sha256),
+        manifest_sha256=sha256,
+        manifest=manifest,
+        weights=weights,
+        heads=heads,
+        head_sha256={name: entry.sha256 for name, entry in manifest.heads.items()},
+        encoder_sha256=manifest.encoder.sha256,
+    )
+
+
+def load_head(directory: Path, name: str, entry: HeadEntry, plugins: Plugins) -> Head:
+    """One head of a release directory whose files were verified.
+
+    Raises:
+        PluginError: the plugin that wrote the head is not installed; names its distribution and version.
+        ArtifactError: the plugin cannot load these files.
+    """
+    try:
+        head_class = plugins.head_class(entry.plugin_head)
+    except UnknownHeadError:
+        raise PluginError(
+            f"head {name!r} needs the plugin head {entry.plugin_head!r} ({entry.target}) of "
+            f"{entry.distribution} {entry.distribution_version}, which is not installed"
+        ) from None
+    try:
+        return head_class.load(head_directory(directory, name), entry.options)
+    except ArtifactError:
+        raise
+    except Exception as error:  # a head is somebody else's code: whatever it raises, this release cannot be used
+        raise ArtifactError(
+            f"head {name!r} cannot be loaded by {entry.target} (written by {entry.distribution} "
+            f"{entry.distribution_version}): {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,66 @@
+"""A release for demonstrations and tests: real heads, fitted on embeddings of an encoder that was never trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.manifest import Source
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from code_worker.heads import Head
+    from code_worker.plugins import Plugins
+
+__all__ = ["TOY_NOTE", "build_toy_release"]
+
+TOY_NOTE = "TOY: the encoder was never trained; verdicts of this release say nothing about real images."
+
+
+def build_toy_release(
+    directory: Path,
+    crops: NDArray[np.uint8],
+    labels: NDArray[np.int8],
+    plugins: Plugins,
+    *,
+    seed: int = 0,
+    heads: Sequence[str] = ("linear", "knn", "svm"),
+    depth: int = 12,
+) -> str:
+    """Writes a toy release into the new directory; returns the manifest's sha256.
+
+    Args:
+        directory: where to.
+        crops: `(n, 224, 224, 3) uint8`.
+        labels: `(n,) int8`, 0 real, 1 generated; both must occur.
+        plugins: where the heads come from.
+        seed: of the encoder's random weights.
+        heads: which heads to fit; one-class heads get the real crops alone.
+        depth: blocks of the encoder; 12 is the published size.
+
+    Raises:
+        UnknownHeadError: a head that no plugin registered.
+        ValueError: crops and labels that do not go together.
+    """
+    from code_worker.encoder.checkpoint import random_weights  # noqa: PLC0415 - torch: only who builds pays for it
+    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - as above
+
+    if len(crops) != len(labels):
+        raise ValueError(f"{len(crops)} crops, but {len(labels)} labels")
+    weights = random_weights(seed, depth=depth)
+    embeddings = Engine(weights, device="cpu").embed(crops)
+    fitted = {name: _fit(plugins.head_class(name)(), embeddings, labels) for name in heads}
+    facts = ReleaseFacts(source=Source(uri=f"toy, seed {seed}"), toy=True, notes=TOY_NOTE)
+    return build_from_parts(directory, weights, fitted, plugins, facts)
+
+
+def _fit(head: Head, embeddings: NDArray[np.float32], labels: NDArray[np.int8]) -> Head:
+    if head.one_class:
+        real = labels == 0
+        return head.fit(embeddings[real], labels[real])
+    return head.fit(embeddings, labels)

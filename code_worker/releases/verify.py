@@ -1,0 +1,134 @@
+"""How far a release on this device is from the reference: float32 on the CPU, nothing folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from code_worker.errors import ConfigurationError
+from code_worker.releases.crops import seeded_crops
+from code_worker.releases.golden import checked_scores
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from code_worker.heads import Head
+    from code_worker.releases.loading import LoadedRelease
+
+    Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+__all__ = ["MAX_FLIPS_PER_10000", "HeadReport", "VerifyReport", "verify"]
+
+MAX_FLIPS_PER_10000 = 1.0
+_CHUNK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class HeadReport:
+    """One head on the same crops through both encoders.
+
+    Attributes:
+        score_error: largest difference between the two scores of a crop.
+        flips: crops on different sides of 0.5.
+        flips_per_10000: the same as a rate.
+        deterministic: whether scoring the same embeddings twice gave the same bits.
+    """
+
+    score_error: float
+    flips: int
+    flips_per_10000: float
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` measured.
+
+    Attributes:
+        release: release id.
+        files: how many files were compared with the manifest when it was loaded.
+        device: device the encoder ran on.
+        precision: its arithmetic.
+        images: how many crops were encoded.
+        embedding_error: largest absolute difference in any of their numbers.
+        heads: report per head.
+    """
+
+    release: str
+    files: int
+    device: str
+    precision: str
+    images: int
+    embedding_error: float
+    heads: Mapping[str, HeadReport]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every head is deterministic and flips at most 1 label in 10,000."""
+        return all(head.deterministic and head.flips_per_10000 <= MAX_FLIPS_PER_10000 for head in self.heads.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain JSON values."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def verify(
+    loaded: LoadedRelease,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    images: int = 256,
+    seed: int = 0,
+    on_images: Callable[[int], None] | None = None,
+) -> VerifyReport:
+    """Encodes seeded crops (photograph-like and synthetic) with the reference and as a worker would, and compares.
+
+    `on_images` hears how many more crops are done. The files' hashes were compared when `loaded` was.
+
+    Raises:
+        ConfigurationError: no images, or a device or precision that this machine lacks.
+        ArtifactError: a head that does not keep its contract.
+    """
+    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only who encodes pays for it
+
+    if images < 1:
+        raise ConfigurationError(f"{images} images: at least one is needed")
+    reference = Engine(loaded.weights, device="cpu", precision="fp32", fold=False)
+    tested = Engine(loaded.weights, device=device, precision=precision)
+    expected, found = _embed_both(reference.embed, tested.embed, images, seed, on_images)
+    return VerifyReport(
+        release=loaded.id,
+        files=len(loaded.manifest.files),
+        device=str(tested.device),
+        precision=tested.precision,
+        images=images,
+        embedding_error=float(np.abs(expected - found).max()),
+        heads={name: _compare(name, head, expected, found) for name, head in loaded.heads.items()},
+    )
+
+
+def _embed_both(
+    reference: Embed, tested: Embed, images: int, seed: int, on_images: Callable[[int], None] | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    expected, found = [], []
+    for start in range(0, images, _CHUNK):
+        crops = seeded_crops(min(_CHUNK, images - start), seed, first=start)
+        expected.append(reference(crops))
+        found.append(tested(crops))
+        if on_images is not None:
+            on_images(len(crops))
+    return np.concatenate(expected), np.concatenate(found)
+
+
+def _compare(name: str, head: Head, expected: NDArray[np.float32], found: NDArray[np.float32]) -> HeadReport:
+    wanted, got = (checked_scores(name, head, embeddings) for embeddings in (expected, found))
+    flips = int(np.count_nonzero((wanted >= 0.5) != (got >= 0.5)))
+    return HeadReport(
+        score_error=float(np.abs(wanted - got).max()),
+        flips=flips,
+        flips_per_10000=flips * 10_000 / len(found),
+        deterministic=bool(np.array_equal(got, checked_scores(name, head, found))),
+    )

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from sklearn.tree import DecisionTreeClassifier
+
+from code_worker.encoder.checkpoint import load_checkpoint, read_weights
+from code_worker.encoder.engine import Engine
+from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError, UnsafeArtifactError
+from code_worker.plugins import Plugins, load_plugins
+from code_worker.releases.hashing import hash_file
+from code_worker.releases.importer import ImportOptions, build_release
+from code_worker.releases.loading import LoadedRelease, load_release
+from code_worker.releases.manifest import read_manifest, verify_files
+from code_worker.settings import Settings
+from tests.parity import KNN_FILE, LINEAR_FILE, SVM_FILE, ParitySet
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return load_plugins(Settings())
+
+
+@pytest.fixture(scope="module")
+def imported(parity_set: ParitySet, plugins: Plugins, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("imported") / "release"
+    build_release(str(parity_set.directory), plugins, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loaded(imported: Path, plugins: Plugins) -> LoadedRelease:
+    return load_release(imported, plugins)
+
+
+@pytest.fixture
+def published(parity_set: ParitySet, tmp_path: Path) -> Path:
+    """A copy of the published directory that a test may spoil."""
+    return Path(shutil.copytree(parity_set.directory, tmp_path / "published"))
+
+
+def test_a_published_directory_judges_as_its_own_pipeline_does(loaded: LoadedRelease, parity_set: ParitySet) -> None:
+    embeddings = Engine(loaded.weights, device="cpu").embed(parity_set.stacked_crops())
+    assert np.abs(embeddings - parity_set.embeddings).max() <= 2e-5
+    scores = {name: head.score(embeddings) for name, head in loaded.heads.items()}
+    np.testing.assert_array_equal(scores["linear"] >= 0.5, parity_set.linear == 1)
+    np.testing.assert_array_equal(scores["knn"] >= 0.5, parity_set.knn == 1)
+    np.testing.assert_array_equal(scores["svm"] >= 0.5, parity_set.svm_raw == -1)
+    assert np.abs(scores["linear"] - parity_set.linear_p).max() <= 1e-4
+    assert np.abs(loaded.heads["svm"].decision(embeddings) - parity_set.svm_decision).max() <= 1e-4  # type: ignore[attr-defined]  # of the built-in head
+
+
+def test_the_manifest_tells_source_heads_and_plugins(imported: Path, parity_set: ParitySet) -> None:
+    manifest, _ = read_manifest(imported)
+    assert sorted(manifest.heads) == ["knn", "linear", "svm"]
+    assert manifest.default_head == "linear"
+    assert manifest.heads["svm"].one_class
+    assert not manifest.heads["linear"].one_class
+    assert manifest.heads["linear"].distribution == "code-worker"
+    assert manifest.heads["linear"].options["C"] == pytest.approx(0.316)
+    assert manifest.source.files["model.safetensors"] == hash_file(parity_set.directory / "model.safetensors")
+    assert manifest.source.files[f"sklearn/{SVM_FILE}"] == hash_file(parity_set.directory / "sklearn" / SVM_FILE)
+    assert manifest.encoder.config["parameters"] == 5_524_416
+    assert str(parity_set.directory.parent) not in manifest.to_bytes().decode()
+    assert not manifest.toy
+
+
+def test_nothing_in_a_release_is_a_pickle(imported: Path) -> None:
+    suffixes = {path.suffix for path in imported.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors"}
+
+
+def test_importing_twice_gives_the_same_files(
+    imported: Path, parity_set: ParitySet, plugins: Plugins, tmp_path: Path
+) -> None:
+    build_release(str(parity_set.directory), plugins, tmp_path / "again")
+    first, second = read_manifest(imported)[0], read_manifest(tmp_path / "again")[0]
+    assert second.files == first.files
+    assert second.encoder.sha256 == first.encoder.sha256
+
+
+def test_a_release_directory_is_copied_as_it_is(imported: Path, plugins: Plugins, tmp_path: Path) -> None:
+    sha256 = build_release(str(imported), plugins, tmp_path / "copy")
+    assert verify_files(tmp_path / "copy")[1] == sha256 == read_manifest(imported)[1]
+    with pytest.raises(ConfigurationError, match="finished release"):
+        build_release(str(imported), plugins, tmp_path / "other", ImportOptions(notes="changed"))
+
+
+def test_a_damaged_release_directory_is_not_imported(imported: Path, plugins: Plugins, tmp_path: Path) -> None:
+    spoilt = Path(shutil.copytree(imported, tmp_path / "spoilt"))
+    (spoilt / "encoder/config.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"changed: encoder/config\.json"):
+        build_release(str(spoilt), plugins, tmp_path / "copy")
+
+
+def test_a_timm_checkpoint_is_imported_with_heads_from_a_directory(
+    parity_set: ParitySet, plugins: Plugins, tmp_path: Path
+) -> None:
+    state = load_checkpoint(parity_set.directory).state
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "last.pth.tar")
+    heads = parity_set.directory / "sklearn"
+    build_release(str(tmp_path / "last.pth.tar"), plugins, tmp_path / "release", ImportOptions(heads_dir=heads))
+    manifest, _ = verify_files(tmp_path / "release")
+    assert sorted(manifest.heads) == ["knn", "linear", "svm"]
+    assert manifest.source.files["last.pth.tar"] == hash_file(tmp_path / "last.pth.tar")
+    kept = read_weights(tmp_path / "release").state
+    assert all(torch.equal(kept[name], tensor) for name, tensor in state.items())
+
+
+def test_a_checkpoint_without_heads_makes_a_release_without_heads(
+    parity_set: ParitySet, plugins: Plugins, tmp_path: Path
+) -> None:
+    torch.save(load_checkpoint(parity_set.directory).state, tmp_path / "encoder.pth")
+    build_release(str(tmp_path / "encoder.pth"), plugins, tmp_path / "release")
+    manifest, _ = read_manifest(tmp_path / "release")
+    assert manifest.heads == {}
+    assert manifest.default_head is None
+
+
+def test_two_files_of_one_head_must_be_told_apart(published: Path, plugins: Plugins, tmp_path: Path) -> None:
+    content = (published / "sklearn" / LINEAR_FILE).read_bytes()
+    (published / "sklearn" / "linear_sdxl.sav").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"name linear_sdxl\.sav"):
+        build_release(str(published), plugins, tmp_path / "refused")
+    build_release(str(published), plugins, tmp_path / "r", ImportOptions(skip_unknown_heads=True))
+    manifest, _ = read_manifest(tmp_path / "r")
+    assert sorted(manifest.heads) == ["knn", "linear", "svm"]
+    assert f"sklearn/{LINEAR_FILE}" in manifest.source.files
+
+
+def test_a_head_file_that_nobody_takes_is_named(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=rf"{KNN_FILE}: no installed head takes a KNeighborsClassifier"):
+        build_release(str(published), Plugins(), tmp_path / "r")
+
+
+def test_a_head_per_generator_gets_the_name_it_is_given(published: Path, plugins: Plugins, tmp_path: Path) -> None:
+    content = (published / "sklearn" / LINEAR_FILE).read_bytes()
+    (published / "sklearn" / "linear_gen3.sav").write_bytes(content)
+    options = ImportOptions(head_names={"linear_gen3.sav": "linear-sdxl"}, default_head="svm")
+    build_release(str(published), plugins, tmp_path / "release", options)
+    release = load_release(tmp_path / "release", plugins)
+    assert sorted(release.heads) == ["knn", "linear", "linear-sdxl", "svm"]
+    assert release.manifest.heads["linear-sdxl"].plugin_head == "linear"
+    assert release.manifest.default_head == "svm"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"absent.sav": "linear"}, r"no head file is called absent\.sav"),
+        ({LINEAR_FILE: "knn"}, "two head files would be called 'knn'"),
+        ({LINEAR_FILE: "../up"}, r"head name '\.\./up'"),
+    ],
+)
+def test_names_for_heads_that_cannot_be_given_are_refused(
+    parity_set: ParitySet, plugins: Plugins, tmp_path: Path, names: dict[str, str], said: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        build_release(str(parity_set.directory), plugins, tmp_path / "r", ImportOptions(head_names=names))
+
+
+class _Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_malicious_head_file_is_refused_by_what_it_asked_for_and_nothing_runs(
+    published: Path, plugins: Plugins, tmp_path: Path
+) -> None:
+    trace = tmp_path / "executed"
+    (published / "sklearn" / KNN_FILE).write_bytes(pickle.dumps(_Touch(trace)))
+    with pytest.raises(UnsafeArtifactError, match="mkdir"):
+        build_release(str(published), plugins, tmp_path / "r")
+    assert not trace.exists()
+
+
+def test_an_estimator_outside_the_published_three_is_refused_or_left_out(
+    published: Path, plugins: Plugins, tmp_path: Path
+) -> None:
+    joblib.dump(DecisionTreeClassifier().fit([[0.0], [1.0]], [0, 1]), published / "sklearn" / "tree.joblib")
+    with pytest.raises(UnsafeArtifactError, match="DecisionTreeClassifier"):
+        build_release(str(published), plugins, tmp_path / "refused")
+    build_release(str(published), plugins, tmp_path / "r", ImportOptions(skip_unknown_heads=True))
+    assert sorted(read_manifest(tmp_path / "r")[0].heads) == ["knn", "linear", "svm"]
+
+
+def test_an_encoder_of_wrong_shape_is_refused(published: Path, plugins: Plugins, tmp_path: Path) -> None:
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps({**config, "intermediate_size": 512}))
+    with pytest.raises(ArtifactError, match="intermediate"):
+        build_release(str(published), plugins, tmp_path / "release")
+
+
+def test_a_source_that_does_not_exist_says_what_a_source_is(plugins: Plugins, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="hf:owner/name"):
+        build_release(str(tmp_path / "nowhere"), plugins, tmp_path / "release")
+
+
+def test_a_heads_directory_that_does_not_exist_is_named(
+    parity_set: ParitySet, plugins: Plugins, tmp_path: Path
+) -> None:
+    options = ImportOptions(heads_dir=tmp_path / "none")
+    with pytest.raises(ConfigurationError, match="none is not a directory of head files"):
+        build_release(str(parity_set.directory), plugins, tmp_path / "release", options)
+
+
+def test_a_release_is_written_into_an_empty_directory_only(
+    parity_set: ParitySet, plugins: Plugins, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ArtifactError, match="not empty"):
+        build_release(str(parity_set.directory), plugins, tmp_path)

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from code_worker.encoder.checkpoint import random_weights
+from code_worker.encoder.engine import Engine
+from code_worker.errors import ArtifactError, IntegrityError, PluginError
+from code_worker.plugins import Plugins, load_plugins
+from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.golden import golden_embeddings
+from code_worker.releases.hashing import describe_files
+from code_worker.releases.loading import load_release
+from code_worker.releases.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Source,
+    encoder_digest,
+    head_digest,
+    read_manifest,
+    release_id,
+    write_manifest,
+)
+from code_worker.settings import Settings
+from tests.toy_release import toy_crops
+
+PLUGIN = """
+from pathlib import Path
+import numpy as np
+from code_worker import Head, HeadSpec, hookimpl
+
+class MeanHead(Head):
+    loses = {loses}
+    def fit(self, embeddings, labels):
+        self.centre = float(embeddings.mean())
+        return self
+    def score(self, embeddings):
+        {score}
+    def save(self, directory):
+        {save}
+    @classmethod
+    def load(cls, directory, options=None):
+        head = cls(options)
+        head.centre = float((directory / "mean.txt").read_text())
+        return head
+
+@hookimpl
+def code_worker_register_heads():
+    return [HeadSpec("mean", MeanHead, "a test")]
+"""
+SCORE = "return (embeddings.mean(1) > self.centre).astype(np.float32)"
+SAVE = "(directory / 'mean.txt').write_text(repr(self.centre))"
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return load_plugins(Settings())
+
+
+@pytest.fixture
+def release(toy_release_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the toy release that a test may spoil."""
+    return Path(shutil.copytree(toy_release_dir, tmp_path / "release"))
+
+
+def sign_again(release: Path) -> None:
+    """Writes a manifest that fits the spoilt files: what is left to check is the content."""
+    manifest, _ = read_manifest(release)
+    files = describe_files(release, leave_out={MANIFEST_NAME})
+    heads = {
+        name: head.model_copy(update={"sha256": head_digest(head.files, files, head.options)})
+        for name, head in manifest.heads.items()
+    }
+    encoder = manifest.encoder.model_copy(
+        update={"sha256": encoder_digest(manifest.encoder.files, files, manifest.preprocessing)}
+    )
+    plain = {**manifest.model_dump(), "files": files, "heads": heads, "encoder": encoder}
+    write_manifest(release, Manifest.model_validate(plain))
+
+
+def with_plugin(directory: Path, *, score: str = SCORE, save: str = SAVE) -> Plugins:
+    directory.mkdir()
+    (directory / "mean_head.py").write_text(PLUGIN.format(loses=False, score=score, save=save))
+    return load_plugins(Settings(plugins_dir=directory))
+
+
+def build_with(plugins: Plugins, directory: Path) -> Path:
+    embeddings = golden_embeddings(16)
+    head = plugins.head_class("mean")().fit(embeddings, np.zeros(16, np.int8))
+    weights = random_weights(0, depth=1)
+    build_from_parts(directory, weights, {"mean": head}, plugins, ReleaseFacts(source=Source(uri="test")))
+    return directory
+
+
+def test_a_loaded_release_names_every_hash_that_a_verdict_needs(toy_release_dir: Path, plugins: Plugins) -> None:
+    loaded = load_release(toy_release_dir, plugins)
+    manifest, sha256 = read_manifest(toy_release_dir)
+    assert (loaded.id, loaded.manifest_sha256) == (release_id(sha256), sha256)
+    assert loaded.encoder_sha256 == manifest.encoder.sha256
+    assert dict(loaded.head_sha256) == {name: head.sha256 for name, head in manifest.heads.items()}
+    assert len({*loaded.head_sha256.values(), loaded.encoder_sha256, sha256}) == 5
+    assert manifest.toy
+    assert "never trained" in manifest.notes
+
+
+def test_the_toy_heads_tell_their_two_kinds_of_noise_apart(toy_release_dir: Path, plugins: Plugins) -> None:
+    loaded = load_release(toy_release_dir, plugins)
+    crops, labels = toy_crops(8, seed=99)
+    embeddings = Engine(loaded.weights, device="cpu").embed(crops)
+    for name in ("linear", "knn"):
+        np.testing.assert_array_equal(loaded.heads[name].score(embeddings) >= 0.5, labels == 1)
+
+
+@pytest.mark.parametrize("name", ["encoder/model.safetensors", "encoder/config.json", "heads/knn/head.safetensors"])
+def test_a_flipped_bit_anywhere_is_found_before_anything_is_parsed(
+    release: Path, plugins: Plugins, name: str
+) -> None:
+    content = bytearray((release / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (release / name).write_bytes(content)
+    with pytest.raises(IntegrityError, match=f"changed: {name}"):
+        load_release(release, plugins)
+
+
+def _narrow_encoder(release: Path) -> None:
+    path = release / "encoder/model.safetensors"
+    arrays = load_file(path)
+    save_file({**arrays, "norm.weight": arrays["norm.weight"][:100].copy()}, path)
+
+
+def _other_config(release: Path) -> None:
+    path = release / "encoder/config.json"
+    path.write_text(path.read_text().replace('"depth": 12', '"depth": 11'))
+
+
+def _narrow_head(release: Path) -> None:
+    path = release / "heads/linear/head.safetensors"
+    arrays = load_file(path)
+    save_file({**arrays, "coef": arrays["coef"][:100].copy()}, path)
+
+
+def _swapped_heads(release: Path) -> None:
+    for name in ("head.json", "head.safetensors"):
+        shutil.copy(release / "heads/svm" / name, release / "heads/knn" / name)
+
+
+def _not_finite(release: Path) -> None:
+    path = release / "heads/linear/head.safetensors"
+    arrays = load_file(path)
+    save_file({**arrays, "coef": np.full_like(arrays["coef"], np.nan)}, path)
+
+
+def _garbage(release: Path) -> None:
+    (release / "encoder/model.safetensors").write_bytes(b"\xff" * 64)
+
+
+@pytest.mark.parametrize(
+    "spoil", [_narrow_encoder, _other_config, _narrow_head, _swapped_heads, _not_finite, _garbage]
+)
+def test_files_that_fit_the_manifest_but_not_each_other_are_refused(
+    release: Path, plugins: Plugins, spoil: Callable[[Path], None]
+) -> None:
+    spoil(release)
+    sign_again(release)
+    with pytest.raises(ArtifactError):
+        load_release(release, plugins)
+
+
+def test_a_head_whose_plugin_is_gone_names_its_distribution(tmp_path: Path, plugins: Plugins) -> None:
+    release = build_with(with_plugin(tmp_path / "plugins"), tmp_path / "release")
+    with pytest.raises(PluginError, match=r"'mean' needs the plugin head 'mean' .* of mean_head") as caught:
+        load_release(release, plugins)
+    assert "not installed" in str(caught.value)
+
+
+def test_a_plugins_head_is_saved_and_loaded_like_a_built_in_one(tmp_path: Path) -> None:
+    plugins = with_plugin(tmp_path / "plugins")
+    loaded = load_release(build_with(plugins, tmp_path / "release"), plugins)
+    assert loaded.heads["mean"].score(golden_embeddings(8)).shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("score", "save", "said"),
+    [
+        (SCORE, "(directory / 'mean.txt').write_text('0.75')", "scores differently once saved and loaded"),
+        (SCORE, "pass", "saved no file"),
+        (SCORE, "raise KeyError('oops')", r"cannot be saved: KeyError: 'oops'"),
+        (SCORE, "(directory / '.hidden').write_text('1')", "not a plain relative path"),
+        (SCORE, "(directory / 'mean.txt').symlink_to('/etc/hostname')", "links are not followed"),
+        ("return embeddings.mean(1) * 5", SAVE, r"outside \[0, 1\]"),
+        ("return embeddings.mean(1) * float('nan')", SAVE, r"outside \[0, 1\]"),
+        ("return embeddings", SAVE, r"shape \(256, 192\)"),
+        ("return self.nothing", SAVE, "cannot score: AttributeError"),
+    ],
+)
+def test_a_head_that_breaks_its_contract_makes_no_release(tmp_path: Path, score: str, save: str, said: str) -> None:
+    plugins = with_plugin(tmp_path / "plugins", score=score, save=save)
+    with pytest.raises(ArtifactError, match=said):
+        build_with(plugins, tmp_path / "release")
+    assert not (tmp_path / "release" / MANIFEST_NAME).exists()
+
+
+def test_a_plugin_that_fails_while_loading_is_an_artifact_error(tmp_path: Path) -> None:
+    plugins = with_plugin(tmp_path / "plugins")
+    release = build_with(plugins, tmp_path / "release")
+    (release / "heads/mean/mean.txt").write_text("no number")
+    sign_again(release)
+    with pytest.raises(ArtifactError, match=r"cannot be loaded by .*MeanHead.*ValueError"):
+        load_release(release, plugins)
