@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from code_worker.store import migrate
+from code_worker.store.engine import Store, open_store
 from tests.servers import PostgresServer, RedisServer, S3Server
 
 if TYPE_CHECKING:
@@ -23,10 +28,13 @@ os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.environ["AWS_CONFIG_FILE"] = os.d
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    server = PostgresServer(tmp_path_factory.mktemp("postgres") / "data")
-    yield server
-    server.stop()
+def postgres_server() -> Iterator[PostgresServer]:
+    # Not under pytest's directory: run by root the server has a user of its own, and the next pytest to start takes
+    # everybody else's access to that directory away.
+    with tempfile.TemporaryDirectory(prefix="code-worker-postgres-") as directory:
+        server = PostgresServer(Path(directory) / "data")
+        yield server
+        server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -36,6 +44,51 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'test.db'}"
     server: PostgresServer = request.getfixturevalue("postgres_server")
     return server.new_database()
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database file to copy: migrating it once per test would be the slowest part of most."""
+    path = tmp_path_factory.mktemp("migrated") / "template.db"
+    with closing(open_store(f"sqlite:///{path}")) as made:
+        migrate.upgrade(made)
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres_server: PostgresServer) -> str:
+    url = postgres_server.new_database()
+    with closing(open_store(url)) as made:
+        migrate.upgrade(made)
+    return url
+
+
+@pytest.fixture
+def migrated_postgres_url(postgres_server: PostgresServer, migrated_postgres: str) -> Iterator[str]:
+    """URL of a PostgreSQL database that has the tables."""
+    url = postgres_server.new_database(template=migrated_postgres)
+    yield url
+    postgres_server.drop_database(url)
+
+
+@pytest.fixture
+def sqlite_store(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Store]:
+    shutil.copy(migrated_sqlite, tmp_path / "test.db")
+    with closing(open_store(f"sqlite:///{tmp_path / 'test.db'}")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def postgres_store(migrated_postgres_url: str) -> Iterator[Store]:
+    with closing(open_store(migrated_postgres_url)) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """A migrated store of the test's own; every test that asks for it runs on both kinds. `store.url` is its URL."""
+    opened: Store = request.getfixturevalue(f"{request.param}_store")
+    return opened
 
 
 @pytest.fixture
