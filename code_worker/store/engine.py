@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -154,9 +156,25 @@ def _open_sqlite(url: URL, threads: int) -> Engine:
 def _create_private(path: Path) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        _create_file(path)
     except OSError as error:
         raise ConfigurationError(f"database file {path} cannot be written: {error.strerror}") from error
+
+
+def _create_file(path: Path) -> None:
+    """Creates the file, or looks whether the one that is there can be written; never opens that one.
+
+    POSIX locks belong to the process: closing any descriptor of a file drops SQLite's locks on it, for every
+    connection of this process, and the next process to close the database would delete the log in use.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not path.exists():
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            return
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _configure_sqlite(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
