@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["console", "print_json_lines", "print_table", "to_json"]
+__all__ = ["console", "moment", "print_facts", "print_json_lines", "print_table", "to_json"]
+
+_WHOLE = frozenset({"id", "job", "created_at", "at"})
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -30,6 +32,11 @@ def _plain(value: object) -> str:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
+def moment(value: datetime | None) -> str | None:
+    """A time as tables show it, to the second, in UTC."""
+    return None if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+
+
 def print_json_lines(rows: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object per line on stdout."""
     for row in rows:
@@ -37,13 +44,30 @@ def print_json_lines(rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def print_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
-    """A plain table of the named columns; `empty` is said when there is no row."""
+    """A plain table of the named columns; `empty` is said when there is no row. Ids and times stay in one piece."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column in _WHOLE)
     for row in rows:
-        table.add_row(*(Text("" if row.get(column) is None else str(row[column])) for column in columns))
+        table.add_row(*(_cell(row.get(column)) for column in columns))
     if table.row_count:
         console().print(table)
     else:
         click.echo(empty)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Names and values in two columns; what is None is left out."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(name, _cell(value))
+    console().print(table)
+
+
+def _cell(value: object) -> Text:
+    if value is None:
+        return Text("")
+    return Text((moment(value) or "") if isinstance(value, datetime) else str(value))

@@ -1,0 +1,81 @@
+"""Kinds of arguments that several commands take."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+from uuid import UUID
+
+import click
+
+__all__ = ["AGO_OR_DATE", "ID", "JSON_OBJECT", "LIMIT", "json_option", "limit_option"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+LIMIT = click.IntRange(1, 10_000)
+_AGO = re.compile(r"(\d{1,6})([smhdw])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+class _Id(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    """A UUID, in its canonical spelling."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return str(UUID(value))
+        except ValueError:
+            self.fail(f"{value!r} is no id; ids look like 0198c5a2-7f31-7abc-9def-0123456789ab", param, ctx)
+
+
+class _AgoOrDate(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    """A moment: an ISO date or time (UTC unless it says otherwise), or so long ago (`90s`, `12h`, `7d`, `2w`)."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        if isinstance(value, datetime):
+            return value
+        if match := _AGO.fullmatch(value):
+            try:
+                return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
+            except OverflowError:
+                self.fail(f"{value!r} is before the calendar begins", param, ctx)
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is no time: write 2026-01-31, 2026-01-31T12:00, 7d or 12h", param, ctx)
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+class _JsonObject(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            parsed = json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(f"not JSON: {error}", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail('must be a JSON object, such as {"post": 7}', param, ctx)
+        return parsed
+
+
+ID = _Id()
+AGO_OR_DATE = _AgoOrDate()
+JSON_OBJECT = _JsonObject()
+
+
+def json_option(command: F) -> F:
+    """`--json`, the same everywhere."""
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")(command)
+
+
+def limit_option(default: int) -> Callable[[F], F]:
+    """`--limit`, the same everywhere."""
+    return click.option("--limit", type=LIMIT, default=default, show_default=True, help="At most so many rows.")

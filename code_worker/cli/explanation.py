@@ -1,0 +1,81 @@
+"""A verdict in plain words, for whoever has to answer an appeal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from code_worker.cli.output import moment, to_json
+
+if TYPE_CHECKING:
+    from code_worker.types import Verdict
+
+__all__ = ["explain"]
+
+
+def explain(verdict: Verdict) -> tuple[str, dict[str, Any]]:
+    """One sentence that says what was decided and why, and the facts behind it by name."""
+    provenance = verdict.provenance
+    facts = {
+        "image": verdict.uri,
+        "content": _content(verdict),
+        "source version": verdict.facts and (verdict.facts.version_id or verdict.facts.etag),
+        "release": _with_hash(provenance.release, provenance.manifest_sha256, "manifest"),
+        "head": _with_hash(provenance.head, provenance.head_sha256, "files"),
+        "policy": _thresholds(verdict),
+        "score": None if verdict.score is None else f"{verdict.score:.6f} (0 real … 1 generated)",
+        "detail": verdict.detail or None,
+        "tenant": verdict.tenant,
+        "content type": verdict.content_type,
+        "metadata": to_json(verdict.metadata) if verdict.metadata else None,
+        "decided": moment(verdict.created_at) and f"{moment(verdict.created_at)} UTC",
+        "code": provenance.code_version,
+        "took": _timings(verdict),
+        "job": verdict.job_id,
+        "verdict": f"{verdict.id} (revision {verdict.revision})",
+    }
+    return _sentence(verdict), facts
+
+
+def _sentence(verdict: Verdict) -> str:
+    if verdict.score is None:
+        again = (
+            "trying again may help" if verdict.reason and verdict.reason.retryable else "trying again will not help"
+        )
+        return f"Rejected, not judged: {verdict.reason} ({again})."
+    low, high = verdict.provenance.low, verdict.provenance.high
+    if low is None or high is None:
+        return f"Judged {verdict.label}: score {verdict.score:.3f}."
+    if verdict.score >= high:
+        why = f"at or above {high:g}, where fake begins"
+    elif verdict.score < low:
+        why = f"below {low:g}, where real ends"
+    else:
+        why = f"between {low:g} and {high:g}, which the policy leaves open"
+    return f"Judged {verdict.label}: head {verdict.head} gave a score of {verdict.score:.3f}, {why}."
+
+
+def _content(verdict: Verdict) -> str | None:
+    if (facts := verdict.facts) is None:
+        return None
+    size = f"{facts.width}×{facts.height} {facts.mode}" if facts.width else None
+    parts = (facts.format, size, f"{facts.size_bytes:,} bytes", f"sha256 {facts.sha256}")
+    return ", ".join(part for part in parts if part)
+
+
+def _with_hash(name: str | None, sha256: str | None, of: str) -> str | None:
+    return f"{name} ({of} sha256 {sha256})" if name and sha256 else name
+
+
+def _thresholds(verdict: Verdict) -> str | None:
+    provenance = verdict.provenance
+    if provenance.low is None or provenance.high is None:
+        return provenance.policy
+    return f"{provenance.policy}: real below {provenance.low:g}, fake from {provenance.high:g}"
+
+
+def _timings(verdict: Verdict) -> str | None:
+    stages = (
+        "embedding reused" if stage == "reused" else f"{stage} {value:.0f} ms"
+        for stage, value in verdict.timings_ms.items()
+    )
+    return ", ".join(stages) or None

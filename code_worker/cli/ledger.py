@@ -1,0 +1,50 @@
+"""The database, as commands open it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
+
+from code_worker.errors import ConfigurationError
+from code_worker.logs import configure_logging
+from code_worker.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from code_worker.store.engine import Store
+
+__all__ = ["has_database", "open_ledger", "quiet_settings"]
+
+
+def quiet_settings() -> Settings:
+    """The settings of a command that prints an answer: of its log only warnings reach stderr."""
+    settings = load_settings()
+    configure_logging("error" if settings.log_level == "error" else "warning", settings.log_format)
+    return settings
+
+
+def has_database(settings: Settings) -> bool:
+    """False while nothing was ever started in the data directory; a database of yours is taken as there."""
+    return settings.database_url is not None or (settings.data_path / "code_worker.db").is_file()
+
+
+@contextmanager
+def open_ledger(settings: Settings | None = None) -> Iterator[Store]:
+    """The store that the settings name, migrated.
+
+    Raises:
+        ConfigurationError: there is none yet.
+        StoreError: it is of another version.
+    """
+    from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy, only for commands that read the database
+    from code_worker.store.engine import open_store  # noqa: PLC0415 - as above
+
+    settings = settings or quiet_settings()
+    if not has_database(settings):
+        raise ConfigurationError(
+            f"no database in {settings.data_path}: start `code-worker up`, run `code-worker db upgrade`, "
+            "or name another with CODE_WORKER_DATA_DIR or CODE_WORKER_DATABASE_URL"
+        )
+    with closing(open_store(settings.resolved_database_url)) as store:
+        migrate.require_current(store)
+        yield store

@@ -1,0 +1,62 @@
+"""Verdicts and jobs as flat records: the same names in JSON and CSV, whoever prints them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import IO, TYPE_CHECKING, Any
+
+from code_worker.cli.output import to_json
+
+if TYPE_CHECKING:
+    from code_worker.store.jobs import JobInfo
+    from code_worker.types import Verdict
+
+__all__ = ["SCAN_FIELDS", "VERDICT_FIELDS", "csv_cells", "job_record", "judgement", "verdict_record", "write_csv"]
+
+SCAN_FIELDS = (
+    *("uri", "sha256", "outcome", "label", "score", "reason", "head", "release"),
+    *("detail", "policy", "low", "high", "format", "width", "height", "mode", "size_bytes"),
+    *("etag", "version_id", "manifest_sha256", "head_sha256", "code_version", "timings_ms"),
+)
+"""What is known of an image that was judged without a job."""
+VERDICT_FIELDS = (*SCAN_FIELDS, "tenant", "content_type", "metadata", "id", "job_id", "revision", "created_at")
+
+
+def verdict_record(verdict: Verdict) -> dict[str, Any]:
+    """Every field of a verdict, facts and provenance on the same level; see `VERDICT_FIELDS`."""
+    flat = asdict(verdict)
+    inner = {**(flat.pop("facts") or {}), **flat.pop("provenance")}
+    values = {**inner, **flat}
+    return {name: values.get(name) for name in VERDICT_FIELDS}
+
+
+def job_record(job: JobInfo) -> dict[str, Any]:
+    """Every field of a job."""
+    return asdict(job)
+
+
+def judgement(verdict: Verdict) -> str:
+    """The answer in one word: the label, or why there is none."""
+    return str(verdict.label or verdict.reason)
+
+
+def write_csv(rows: Iterable[Mapping[str, Any]], fields: Iterable[str], stream: IO[str]) -> None:
+    """A header and one line per row; what is no plain value is written as JSON."""
+    writer = csv.writer(stream, lineterminator="\n")
+    names = tuple(fields)
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow(csv_cells(row, names))
+
+
+def csv_cells(row: Mapping[str, Any], fields: Iterable[str]) -> list[object]:
+    """One line of CSV."""
+    return [_cell(row[name]) for name in fields]
+
+
+def _cell(value: object) -> object:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else to_json(value)

@@ -1,0 +1,163 @@
+"""`code-worker verdicts`: list, explain and export what was decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option
+from code_worker.cli.explanation import explain
+from code_worker.cli.ledger import open_ledger
+from code_worker.cli.output import print_facts, print_json_lines, print_table, to_json
+from code_worker.cli.progress import progress
+from code_worker.cli.records import VERDICT_FIELDS, judgement, verdict_record, write_csv
+from code_worker.cli.whole_file import whole_file
+from code_worker.errors import StoreError
+from code_worker.types import Label, Outcome, RejectReason
+
+if TYPE_CHECKING:
+    from code_worker.store.verdicts import VerdictFilter
+    from code_worker.types import Verdict
+
+__all__ = ["verdicts"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_FILTERS = (
+    click.option("--outcome", type=click.Choice([str(one) for one in Outcome]), help="Judged or rejected ones."),
+    click.option("--label", type=click.Choice([str(one) for one in Label]), help="Of judged images."),
+    click.option("--reason", type=click.Choice([str(one) for one in RejectReason]), help="Of rejected images."),
+    click.option("--tenant", help="Whose images."),
+    click.option("--content-type", help="Kind of content."),
+    click.option("--release", help="Release that judged."),
+    click.option("--head", help="Head that scored."),
+    click.option("--sha256", help="Of the image's bytes."),
+    click.option("--uri-prefix", help="Beginning of the URI."),
+    click.option("--since", type=AGO_OR_DATE, help="From then on: 2026-01-31, 7d or 12h; UTC."),
+    click.option("--until", type=AGO_OR_DATE, help="Before then; likewise."),
+    click.option("--score-min", type=click.FloatRange(0, 1), help="Least score."),
+    click.option("--score-max", type=click.FloatRange(0, 1), help="Greatest score."),
+    click.option("--superseded", is_flag=True, help="Also verdicts that a retry has replaced."),
+)
+
+
+def _filters(command: F) -> F:
+    for option in reversed(_FILTERS):
+        command = option(command)
+    return command
+
+
+def _wanted(filters: dict[str, Any]) -> VerdictFilter:
+    from code_worker.store.verdicts import VerdictFilter  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    values = {**filters, "live_only": not filters["superseded"]}
+    del values["superseded"]
+    for name, kind in (("outcome", Outcome), ("label", Label), ("reason", RejectReason)):
+        values[name] = values[name] and kind(values[name])
+    return VerdictFilter(**values)
+
+
+@click.group()
+def verdicts() -> None:
+    """List, explain and export verdicts."""
+
+
+@verdicts.command("list")
+@_filters
+@limit_option(50)
+@click.option("--after", type=ID, metavar="VERDICT_ID", help="Continue after this verdict: the next page.")
+@click.option("--oldest-first", is_flag=True, help="In the order of time; newest first unless said.")
+@json_option
+def list_(*, limit: int, after: str | None, oldest_first: bool, as_json: bool, **filters: Any) -> None:
+    """List verdicts, newest first, one page at a time.
+
+    A page stays what it was while new verdicts arrive: the next one begins after the last id of this one.
+    """
+    from code_worker.store.verdicts import list_verdicts  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    wanted = _wanted(filters)
+    with open_ledger() as store:
+        found = store.run(
+            lambda session: list_verdicts(
+                session, wanted, after=after, limit=limit + 1, newest_first=not oldest_first
+            ),
+            write=False,
+        )
+    page = found[:limit]
+    if as_json:
+        print_json_lines(map(verdict_record, page))
+    else:
+        columns = ("created_at", "verdict", "score", "head", "uri", "job")
+        print_table(
+            map(_row, page), columns, empty="no verdicts match" if any(filters.values()) else "no verdicts yet"
+        )
+    if len(found) > limit:
+        click.echo(f"more: --after {page[-1].id}", err=True)
+
+
+def _row(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "created_at": verdict.created_at,
+        "verdict": judgement(verdict),
+        "score": None if verdict.score is None else f"{verdict.score:.3f}",
+        "head": verdict.head,
+        "uri": verdict.uri,
+        "job": verdict.job_id,
+    }
+
+
+@verdicts.command()
+@click.argument("id_", metavar="JOB_ID|VERDICT_ID", type=ID)
+@json_option
+def show(id_: str, *, as_json: bool) -> None:
+    """Explain one verdict: what was judged, by what, and why.
+
+    Given a job's id, its live verdict. Exit status 1: there is none (yet).
+    """
+    from code_worker.store import jobs  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.verdicts import get, live  # noqa: PLC0415 - as above
+
+    with open_ledger() as store:
+        verdict, job = store.run(
+            lambda session: (live(session, id_) or get(session, id_), jobs.get(session, id_)), write=False
+        )
+    if verdict is None:
+        raise StoreError(
+            f"job {id_} has no verdict yet; it is {job.state}" if job else f"no job and no verdict has the id {id_}"
+        )
+    if as_json:
+        click.echo(to_json(verdict_record(verdict)))
+    else:
+        sentence, facts = explain(verdict)
+        click.echo(f"{sentence}\n")
+        print_facts(facts)
+
+
+@verdicts.command()
+@click.option("--csv", "form", flag_value="csv", help="Comma-separated, with a header.")
+@click.option("--jsonl", "form", flag_value="jsonl", default=True, help="One JSON object per line (default).")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File; it appears once it is whole.")
+@_filters
+def export(*, form: str, output: Path | None, **filters: Any) -> None:
+    """Write every verdict that matches, oldest first, however many there are."""
+    from code_worker.store.verdicts import stream  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    wanted = _wanted(filters)
+    bar = progress("exporting verdicts", counted=True, beside_rows=output is None)
+    with open_ledger() as store, whole_file(output) as file, bar as advance:
+        written = 0
+
+        def records() -> Iterator[dict[str, Any]]:
+            nonlocal written
+            for verdict in stream(store, wanted):
+                written += 1
+                advance(1)
+                yield verdict_record(verdict)
+
+        if form == "csv":
+            write_csv(records(), VERDICT_FIELDS, file)
+        else:
+            file.writelines(f"{to_json(record)}\n" for record in records())
+    click.echo(f"{written} verdicts written{f' to {output}' if output else ''}", err=True)
