@@ -1,0 +1,113 @@
+"""`code-worker enqueue`: images named one by one, under a prefix, or in a list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from typing import IO, Any
+
+import click
+
+from code_worker.cli.arguments import JSON_OBJECT, json_option
+from code_worker.cli.enqueue_list import Accepted, Line, accept_lines, listed_lines, named_lines, prefix_lines
+from code_worker.cli.ledger import has_database, quiet_settings
+from code_worker.cli.output import to_json
+from code_worker.cli.progress import progress
+from code_worker.cli.waiting import print_verdicts
+from code_worker.errors import ConfigurationError
+from code_worker.settings import Settings
+
+__all__ = ["enqueue"]
+
+_SHOWN = 20
+
+
+@click.command()
+@click.argument("uris", metavar="[URI]…", nargs=-1)
+@click.option("--prefix", metavar="s3://BUCKET/PREFIX", help="Every object under it.")
+@click.option(
+    "--from",
+    "listed",
+    type=click.File("r", encoding="utf-8"),
+    metavar="FILE|-",
+    help='A list: one URI per line, or JSON objects such as {"uri": "s3://b/a.jpg", "tenant": "acme"}.',
+)
+@click.option("--head", help="Head to judge with; unset: what plugins, policy and settings say.")
+@click.option("--tenant", help="Whose images; chooses the policy.")
+@click.option("--content-type", help="Kind of content (avatar, listing …); chooses the policy.")
+@click.option("--priority", type=click.IntRange(0, 9), help="0-3 backfill, 4-6 normal (default 4), 7-9 live.")
+@click.option("--key", help="Idempotency key, for one image: the same key twice is one job.")
+@click.option("--metadata", type=JSON_OBJECT, metavar="JSON", help="Object handed through to the verdicts.")
+@click.option("--wait", is_flag=True, help="Wait for the verdicts and print them.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="With --wait: give up after so long."
+)
+@json_option
+def enqueue(
+    *,
+    uris: Sequence[str],
+    prefix: str | None,
+    listed: IO[str] | None,
+    wait: bool,
+    timeout: float | None,
+    as_json: bool,
+    **common: Any,
+) -> None:
+    """Enqueue images for the workers to judge.
+
+    Paths are made absolute; workers must be able to read them there. A line of a list that cannot be accepted is
+    named on stderr and does not stop the others.
+
+    Exit status: 0 all accepted (with --wait: and judged); 1 a line was refused, an image rejected, or the time is
+    up; 2 wrong use or configuration.
+    """
+    if sum(map(bool, (uris, prefix, listed))) != 1:
+        raise click.UsageError("name URIs, or --prefix, or --from: exactly one of them")
+    if common["key"] and len(uris) != 1:
+        raise click.UsageError("--key names one job: give exactly one URI, or keys in the lines of --from")
+    settings = quiet_settings()
+    if not has_database(settings):
+        raise ConfigurationError(
+            f"no database in {settings.data_path}: start `code-worker up`, "
+            "or name yours with CODE_WORKER_DATABASE_URL"
+        )
+    lines = _lines(settings, uris, prefix, listed)
+    given = {name: value for name, value in common.items() if value is not None}
+    accepted, refused = _enqueue(settings, lines, given, total=len(uris) or None, keep=wait, as_json=as_json)
+    judged = print_verdicts(settings, accepted, timeout, as_json=as_json) if wait else True
+    raise SystemExit(1 if refused or not judged else 0)
+
+
+def _lines(settings: Settings, uris: Sequence[str], prefix: str | None, listed: IO[str] | None) -> Iterator[Line]:
+    if prefix:
+        return prefix_lines(settings, prefix)
+    return listed_lines(listed) if listed else named_lines(uris)
+
+
+def _enqueue(
+    settings: Settings, lines: Iterator[Line], common: dict[str, Any], *, total: int | None, keep: bool, as_json: bool
+) -> tuple[list[Accepted], int]:
+    """Accepts all lines; returns what was accepted (unless kept, only the first) and how many lines were refused."""
+    from code_worker.client import Client  # noqa: PLC0415 - SQLAlchemy and Celery, not for --help
+
+    kept: list[Accepted] = []
+    count = refused = 0
+    bar = progress("enqueueing jobs", total, counted=True, beside_rows=as_json)
+    with closing(Client(settings)) as client, bar as advance:
+        for done in accept_lines(client, lines, common):
+            for line, problem in done.refused:
+                click.echo(f"{line}: {problem}", err=True)
+            refused += len(done.refused)
+            count += len(done.accepted)
+            advance(len(done.refused) + len(done.accepted))
+            kept += done.accepted if keep else islice(done.accepted, max(0, _SHOWN + 1 - len(kept)))
+            if as_json and not keep:
+                click.echo(
+                    "".join(f"{to_json({'job': one.job_id, 'uri': one.uri})}\n" for one in done.accepted), nl=False
+                )
+    if not as_json and not keep:
+        for one in kept if count <= _SHOWN else ():
+            click.echo(f"{one.job_id}  {one.uri}")
+        click.echo(f"{count} jobs accepted{f', {refused} lines refused' if refused else ''}", err=True)
+    return kept, refused

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis import Redis
+
+from code_worker.store import jobs, verdicts
+from code_worker.store.engine import Store
+from code_worker.types import Label, Outcome, RejectReason, Verdict
+from tests.cli.conftest import Cli
+from tests.servers import RedisServer, S3Server
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+
+@pytest.fixture
+def broker(redis_server: RedisServer) -> Iterator[Redis]:
+    with closing(Redis.from_url(redis_server.url)) as client:
+        yield client
+
+
+@pytest.fixture
+def producer(sqlite_cli: Cli, redis_server: RedisServer) -> Cli:
+    sqlite_cli.env["CODE_WORKER_BROKER_URL"] = redis_server.url
+    return sqlite_cli
+
+
+def messages(broker: Redis, queue: str = "normal") -> list[list[str]]:
+    """Job ids by message, oldest first."""
+    import base64  # noqa: PLC0415 - beside its one use
+
+    raw: list[Any] = broker.lrange(f"cw:code_worker.{queue}", 0, -1)  # type: ignore[assignment]
+    bodies = [json.loads(base64.b64decode(json.loads(one)["body"])) for one in reversed(raw)]
+    return [body[0][0]["jobs"] for body in bodies]
+
+
+def test_uris_become_jobs_and_one_message(producer: Cli, sqlite_store: Store, broker: Redis, tmp_path: Path) -> None:
+    ran = producer(
+        *("enqueue", "s3://b/a.jpg", "relative/b.jpg", "--tenant", "acme", "--head", "knn", "--json"),
+        *("--metadata", '{"post": 7}', "--priority", "7", "--content-type", "avatar"),
+    )
+    assert ran.status == 0
+    ids = [record["job"] for record in ran.records]
+    assert messages(broker, "live") == [ids]
+    found = [sqlite_store.run(lambda session, id_=id_: jobs.get(session, id_)) for id_ in ids]
+    assert [job and job.uri for job in found] == ["s3://b/a.jpg", str(Path("relative/b.jpg").absolute())]
+    assert {(job.tenant, job.head, job.content_type, job.metadata["post"]) for job in found if job} == {
+        ("acme", "knn", "avatar", 7)
+    }
+
+
+def test_the_same_key_is_the_same_job_and_a_conflict_is_named(producer: Cli) -> None:
+    first = producer("enqueue", "s3://b/a.jpg", "--key", "post-7", "--json")
+    assert producer("enqueue", "s3://b/a.jpg", "--key", "post-7", "--json").records == first.records
+    conflict = producer("enqueue", "s3://b/other.jpg", "--key", "post-7")
+    assert conflict.status == 1
+    assert "post-7" in conflict.stderr
+    assert producer("enqueue", "a", "b", "--key", "post-7").status == 2
+
+
+def test_bad_lines_are_named_and_the_others_enqueued(producer: Cli, broker: Redis) -> None:
+    lines = [
+        "s3://b/plain.jpg",
+        '{"uri": "s3://b/object.jpg", "tenant": "own", "priority": 0}',
+        "",
+        '{"uri": "s3://b/a.jpg", "colour": "red"}',
+        '{"uri": "s3://b/a.jpg", "priority": 11}',
+        "{not json}",
+        '{"tenant": "acme"}',
+        '{"uri": "s3://b/nul\\u0000.jpg"}',
+        "s3://b/last.jpg",
+    ]
+    ran = producer("enqueue", "--from", "-", "--tenant", "acme", "--json", stdin="\n".join(lines))
+    assert ran.status == 1
+    assert [record["uri"] for record in ran.records] == ["s3://b/plain.jpg", "s3://b/object.jpg", "s3://b/last.jpg"]
+    named = [line.partition(":")[0] for line in ran.stderr.splitlines() if line.startswith("line ")]
+    assert sorted(named) == ["line 4", "line 5", "line 6", "line 7", "line 8"]
+    assert "colour" in ran.stderr
+    assert [len(one) for one in messages(broker)] == [1, 1]
+    assert [len(one) for one in messages(broker, "backfill")] == [1]
+
+
+def test_a_long_list_is_one_message_per_64_jobs(producer: Cli, broker: Redis, tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"s3://b/{number}.jpg\n" for number in range(1100)))
+    ran = producer("enqueue", "--from", str(listed))
+    assert (ran.status, ran.stdout) == (0, "")
+    assert "1100 jobs accepted" in ran.stderr
+    sent = messages(broker)
+    assert max(map(len, sent)) == 64
+    assert len({job for one in sent for job in one}) == 1100
+
+
+def test_a_prefix_enqueues_every_object_under_it(producer: Cli, s3_server: S3Server) -> None:
+    with closing(s3_server.client()) as s3:
+        s3.create_bucket(Bucket="cli-enqueue")
+        for name in ("in/a.jpg", "in/b.jpg", "out/c.jpg"):
+            s3.put_object(Bucket="cli-enqueue", Key=name, Body=b"x")
+    env = {**s3_server.environment, "CODE_WORKER_S3__BUCKETS": '["cli-enqueue"]'}
+    ran = producer("enqueue", "--prefix", "s3://cli-enqueue/in/", "--json", env=env)
+    assert [record["uri"] for record in ran.records] == ["s3://cli-enqueue/in/a.jpg", "s3://cli-enqueue/in/b.jpg"]
+    refused = producer("enqueue", "--prefix", "s3://somebody-elses/", env=env)
+    assert refused.status == 2
+    assert "source_not_allowed" in refused.stderr
+
+
+def test_without_a_broker_jobs_are_accepted_all_the_same(sqlite_cli: Cli, sqlite_store: Store) -> None:
+    ran = sqlite_cli("enqueue", "s3://b/a.jpg")
+    assert ran.status == 0
+    assert "publish_postponed" in ran.stderr
+    assert len(sqlite_store.run(lambda session: jobs.list_jobs(session, limit=9))) == 1
+
+
+def decide(store: Store, reasons: dict[str, RejectReason | None]) -> None:
+    """Judges each job by its URI as soon as it is there, as a worker would."""
+
+    def work(session: Session) -> int:
+        ids = [job.id for job in jobs.list_jobs(session, jobs.JobFilter(), limit=9)]
+        for job in jobs.claim(session, ids, owner="test", lease_s=60, max_attempts=3):
+            reason = reasons[job.uri]
+            answer: dict[str, Any] = {"outcome": Outcome.REJECTED, "reason": reason}
+            if reason is None:
+                answer = {"outcome": Outcome.JUDGED, "label": Label.REAL, "score": 0.1}
+            verdicts.write(session, [Verdict(job.id, job.uri, **answer)])
+        return len(ids)
+
+    deadline = time.monotonic() + 20
+    while store.run(work) < len(reasons) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("reason", "status"), [(None, 0), (RejectReason.EMPTY, 1)])
+def test_wait_prints_the_verdicts_in_order(
+    producer: Cli, sqlite_store: Store, reason: RejectReason | None, status: int
+) -> None:
+    worker = threading.Thread(target=decide, args=(sqlite_store, {"s3://b/a.jpg": None, "s3://b/b.jpg": reason}))
+    worker.start()
+    ran = producer("enqueue", "s3://b/a.jpg", "s3://b/b.jpg", "--wait", "--timeout", "20", "--json")
+    worker.join()
+    assert ran.status == status
+    assert [(record["uri"], record["reason"]) for record in ran.records] == [
+        ("s3://b/a.jpg", None),
+        ("s3://b/b.jpg", reason),
+    ]
+
+
+def test_wait_gives_up_when_the_time_is_up(producer: Cli) -> None:
+    ran = producer("enqueue", "s3://b/a.jpg", "--wait", "--timeout", "0")
+    assert ran.status == 1
+    assert "1 jobs are not decided" in ran.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("a.jpg", "--prefix", "s3://b/"), ("a.jpg", "--metadata", "[1]")])
+def test_wrong_use_ends_with_status_2(bare_cli: Cli, arguments: tuple[str, ...]) -> None:
+    assert bare_cli("enqueue", *arguments).status == 2
