@@ -15,7 +15,7 @@ from code_worker.types import EMBEDDING_DIM
 __all__ = ["TOLERANCE", "NotConformingError", "Subject", "largest_difference", "sample_embeddings"]
 
 TOLERANCE: Final = 1e-6
-_ROWS: Final = 240
+_ROWS: Final = 1000
 
 
 def sample_embeddings(rows: int = _ROWS, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int8]]:

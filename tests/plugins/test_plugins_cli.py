@@ -1,0 +1,182 @@
+"""`code-worker heads` and `code-worker plugins`, run as a user runs them, with plugins really installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "plugins" / "example_head"
+UPSIDE_DOWN = """
+import numpy as np
+from code_worker import HeadSpec, hookimpl
+from code_worker_heads.linear import LinearHead
+
+class UpsideDown(LinearHead):
+    def score(self, embeddings):
+        return np.float32(1) - super().score(embeddings)
+
+@hookimpl
+def code_worker_register_heads():
+    return [HeadSpec("upside-down", UpsideDown)]
+"""
+
+
+def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", *arguments],
+        env={**os.environ, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def code_worker(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("code_worker", *arguments, cwd=ROOT, **environment)
+
+
+def rows(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert done.returncode in (0, 1), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def install(source: Path, target: Path) -> dict[str, str]:
+    """Installs a plugin into a directory of its own; returns the environment in which it is found."""
+    copied = shutil.copytree(source, target.with_name(f"{target.name}-source"))
+    offline = ("--no-cache-dir", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *offline, "--target", str(target), str(copied)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return {"PYTHONPATH": str(target)}
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return install(EXAMPLE, tmp_path_factory.mktemp("installed") / "example")
+
+
+def test_the_installed_example_is_listed_with_its_distribution_and_hooks(example: dict[str, str]) -> None:
+    (plugin,) = [
+        row for row in rows(code_worker("plugins", "list", "--json", **example)) if row["name"] == "example_head"
+    ]
+    assert plugin == {
+        "name": "example_head",
+        "version": "0.1.0",
+        "distribution": "code-worker-example-head",
+        "hooks": ["code_worker_register_heads", "code_worker_select_head"],
+        "heads": ["mahalanobis"],
+        "path": None,
+    }
+    heads = {row["name"]: row for row in rows(code_worker("heads", "list", "--json", **example))}
+    assert set(heads) == {"knn", "linear", "mahalanobis", "svm"}
+    assert heads["mahalanobis"]["distribution"] == "code-worker-example-head"
+
+
+def test_the_installed_example_passes_the_kit(example: dict[str, str]) -> None:
+    done = code_worker("plugins", "check", "example_head", "--json", **example)
+    checks = rows(done)
+    assert done.returncode == 0
+    assert {row["head"] for row in checks} == {"mahalanobis"}
+    assert all(row["passed"] for row in checks)
+    assert len(checks) > 10
+
+
+def test_the_example_works_as_a_single_file_too(tmp_path: Path) -> None:
+    shutil.copy(EXAMPLE / "code_worker_example_head.py", tmp_path)
+    environment = {"CODE_WORKER_PLUGINS_DIR": str(tmp_path)}
+    listed = code_worker("heads", "list", **environment)
+    assert listed.returncode == 0, listed.stderr
+    assert "mahalanobis" in listed.stdout
+    assert "sha256:" in listed.stdout
+    assert code_worker("plugins", "check", "mahalanobis", **environment).returncode == 0
+
+
+def test_a_new_plugin_installs_and_passes_its_own_test(tmp_path: Path) -> None:
+    made = code_worker("plugins", "new", "my-texture_2", "--dir", str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    directory = tmp_path / "code-worker-my-texture-2"
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "README.md",
+        "code_worker_my_texture_2.py",
+        "pyproject.toml",
+        "test_code_worker_my_texture_2.py",
+    ]
+    assert not [path for path in directory.iterdir() if "$" in path.read_text(encoding="utf-8")]
+    environment = install(directory, tmp_path / "installed")
+    tested = run("pytest", "-q", "-p", "no:cacheprovider", cwd=directory, **environment)
+    assert tested.returncode == 0, tested.stdout
+    assert "2 passed" in tested.stdout
+    assert "my-texture_2" in {row["name"] for row in rows(code_worker("heads", "list", "--json", **environment))}
+    checked = code_worker("plugins", "check", "my-texture_2", **environment)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("new", "Texture"), "'Texture' cannot be a head's name"),
+        (("new", "knn"), "there is a head called 'knn' already, of plugin 'code_worker_heads' of code-worker"),
+        (("check", "nope"), "no head and no plugin is called 'nope'; known: code_worker_heads, knn, linear, svm"),
+    ],
+)
+def test_wrong_use_says_what_is_wrong(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = code_worker("plugins", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_new_plugin_never_overwrites_anything(tmp_path: Path) -> None:
+    (tmp_path / "code-worker-texture").mkdir()
+    done = code_worker("plugins", "new", "texture", "--dir", str(tmp_path))
+    assert done.returncode == 2
+    assert "exists already" in done.stderr
+    assert not list((tmp_path / "code-worker-texture").iterdir())
+
+
+def test_a_head_that_breaks_a_rule_fails_the_check_and_says_how_to_mend_it(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(UPSIDE_DOWN)
+    done = code_worker("plugins", "check", "bad", CODE_WORKER_PLUGINS_DIR=str(tmp_path))
+    assert done.returncode == 1
+    assert "FAILED" in done.stdout
+    assert "flip the sign" in done.stdout
+    failed = code_worker("plugins", "check", "bad", "--json", CODE_WORKER_PLUGINS_DIR=str(tmp_path))
+    assert {row["name"] for row in rows(failed) if not row["passed"]} >= {"direction", "border"}
+
+
+def test_a_plugin_without_heads_is_checked_by_loading_it(tmp_path: Path) -> None:
+    (tmp_path / "chooser.py").write_text(
+        "from code_worker import hookimpl\n@hookimpl\ndef code_worker_select_head(job, heads):\n    return None\n"
+    )
+    done = code_worker("plugins", "check", "chooser", CODE_WORKER_PLUGINS_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "plugin chooser loads; it offers no head to check" in done.stdout
+
+
+def test_a_broken_plugin_ends_the_command_with_its_file_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0")
+    done = code_worker("heads", "list", CODE_WORKER_PLUGINS_DIR=str(tmp_path))
+    assert done.returncode == 2
+    assert f"plugin {tmp_path / 'broken.py'} cannot be loaded: ZeroDivisionError: division by zero" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_options_reach_the_head_that_is_checked() -> None:
+    done = code_worker("plugins", "check", "knn", "--options", '{"n_neighbors": 0}')
+    assert done.returncode == 1
+    assert "n_neighbors" in done.stdout
