@@ -1,0 +1,112 @@
+"""Policies: thresholds per tenant and content type, each change a new version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import RowMapping, func, literal, select
+from sqlalchemy.orm import Session
+
+from code_worker.errors import StoreError
+from code_worker.store.ids import as_uuid, uuid7
+from code_worker.store.models import PolicyRecord
+from code_worker.store.sql import insert_into, table_of
+
+__all__ = ["PolicyRow", "get", "history", "in_force", "put"]
+
+_POLICIES = table_of(PolicyRecord)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRow:
+    """One version of a policy; None as tenant or content type means every one. Verdicts carry its `id`."""
+
+    id: str
+    tenant: str | None
+    content_type: str | None
+    version: int
+    head: str | None
+    low: float
+    high: float
+    created_at: datetime
+    created_by: str
+    note: str
+
+
+_COLUMNS = tuple(_POLICIES.c[name] for name in PolicyRow.__dataclass_fields__)
+
+
+def put(
+    session: Session,
+    *,
+    low: float,
+    high: float,
+    tenant: str | None = None,
+    content_type: str | None = None,
+    head: str | None = None,
+    by: str,
+    note: str = "",
+) -> PolicyRow:
+    """Puts thresholds in force for a tenant and content type, as the next version.
+
+    Raises:
+        ValueError: not 0 ≤ low ≤ high ≤ 1, or an empty name, which would mean every one.
+        StoreError: somebody else put one at the same moment.
+    """
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"thresholds must be 0 <= low <= high <= 1, not {low} and {high}")
+    if "" in {tenant, content_type}:
+        raise ValueError("tenant and content type must not be empty")
+    scope = (_POLICIES.c.tenant == (tenant or ""), _POLICIES.c.content_type == (content_type or ""))
+    last = session.scalar(select(func.max(_POLICIES.c.version)).where(*scope))
+    row = {
+        "id": uuid7(),
+        "tenant": tenant or "",
+        "content_type": content_type or "",
+        "version": (last or 0) + 1,
+        "head": head,
+        "low": low,
+        "high": high,
+        "created_by": by,
+        "note": note,
+    }
+    written = insert_into(session, PolicyRecord).on_conflict_do_nothing().values(row).returning(*_COLUMNS)
+    made = session.execute(written).mappings().one_or_none()
+    if made is None:
+        raise StoreError("the policy was changed by somebody else just now: look at it and try again")
+    return _policy(made)
+
+
+def in_force(session: Session) -> list[PolicyRow]:
+    """The highest version for every tenant and content type that has one."""
+    newer = _POLICIES.alias("newer")
+    superseded = select(literal(1)).where(
+        newer.c.tenant == _POLICIES.c.tenant,
+        newer.c.content_type == _POLICIES.c.content_type,
+        newer.c.version > _POLICIES.c.version,
+    )
+    statement = select(*_COLUMNS).where(~superseded.exists()).order_by(_POLICIES.c.tenant, _POLICIES.c.content_type)
+    return [_policy(row) for row in session.execute(statement).mappings()]
+
+
+def history(session: Session, *, tenant: str | None = None, content_type: str | None = None) -> list[PolicyRow]:
+    """All versions for exactly this tenant and content type, newest first."""
+    statement = (
+        select(*_COLUMNS)
+        .where(_POLICIES.c.tenant == (tenant or ""), _POLICIES.c.content_type == (content_type or ""))
+        .order_by(_POLICIES.c.version.desc())
+    )
+    return [_policy(row) for row in session.execute(statement).mappings()]
+
+
+def get(session: Session, policy_id: str) -> PolicyRow | None:
+    """The version that a verdict names, in force or superseded, or None."""
+    if (known := as_uuid(policy_id)) is None:
+        return None
+    row = session.execute(select(*_COLUMNS).where(_POLICIES.c.id == known)).mappings().one_or_none()
+    return None if row is None else _policy(row)
+
+
+def _policy(row: RowMapping) -> PolicyRow:
+    return PolicyRow(**{**row, "tenant": row["tenant"] or None, "content_type": row["content_type"] or None})

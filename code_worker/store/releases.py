@@ -1,0 +1,184 @@
+"""Releases that may judge, and the aliases (`champion` …) that say which one does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import RowMapping, insert, select, update
+from sqlalchemy.orm import Session
+
+from code_worker.errors import StoreError
+from code_worker.store.models import AliasMoveRow, AliasRow, ReleaseRow, db_now
+from code_worker.store.sql import insert_into, insert_new, table_of
+
+__all__ = [
+    "AliasMove",
+    "ReleaseInfo",
+    "add",
+    "alias",
+    "aliases",
+    "get",
+    "list_releases",
+    "move_alias",
+    "moves",
+    "rollback",
+]
+
+_RELEASES = table_of(ReleaseRow)
+_ALIASES = table_of(AliasRow)
+_MOVES = table_of(AliasMoveRow)
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseInfo:
+    """A registered release; `location` is under the artifact root."""
+
+    id: str
+    manifest_sha256: str
+    location: str
+    manifest: Mapping[str, Any]
+    created_at: datetime
+    source: str
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class AliasMove:
+    """One move of an alias; `undoes` is the number of the move that a rollback took back."""
+
+    id: int
+    alias: str
+    release_id: str
+    previous_id: str | None
+    undoes: int | None
+    at: datetime
+    by: str
+    reason: str
+
+
+_MOVE_COLUMNS = tuple(_MOVES.c[name] for name in AliasMove.__dataclass_fields__)
+
+
+def add(
+    session: Session,
+    *,
+    id: str,  # noqa: A002 - the word of the table
+    manifest_sha256: str,
+    location: str,
+    manifest: Mapping[str, Any],
+    source: str,
+    status: str = "ready",
+) -> bool:
+    """Registers a release; returns False when it was registered before, which changes nothing.
+
+    Raises:
+        StoreError: the id is taken by a release with another manifest.
+    """
+    known = get(session, id)
+    row = {
+        "id": id,
+        "manifest_sha256": manifest_sha256,
+        "location": location,
+        "manifest": dict(manifest),
+        "source": source,
+        "status": status,
+    }
+    insert_new(session, ReleaseRow, [row], same=["id"])
+    written = get(session, id)
+    if written is None or written.manifest_sha256 != manifest_sha256:
+        raise StoreError(f"release {id} is registered with another manifest")
+    return known is None
+
+
+def get(session: Session, release_id: str) -> ReleaseInfo | None:
+    """One release, or None."""
+    row = session.execute(select(_RELEASES).where(_RELEASES.c.id == release_id)).mappings().one_or_none()
+    return None if row is None else _info(row)
+
+
+def list_releases(session: Session, *, limit: int | None = None) -> list[ReleaseInfo]:
+    """Releases, newest first."""
+    newest = select(_RELEASES).order_by(_RELEASES.c.created_at.desc(), _RELEASES.c.id).limit(limit)
+    return [_info(row) for row in session.execute(newest).mappings()]
+
+
+def _info(row: RowMapping) -> ReleaseInfo:
+    return ReleaseInfo(**row)
+
+
+def alias(session: Session, name: str) -> str | None:
+    """Id of the release that the alias points to, or None."""
+    return session.scalar(select(_ALIASES.c.release_id).where(_ALIASES.c.name == name))
+
+
+def aliases(session: Session) -> dict[str, str]:
+    """Release ids by alias."""
+    return {row.name: row.release_id for row in session.execute(select(_ALIASES.c.name, _ALIASES.c.release_id))}
+
+
+def move_alias(session: Session, name: str, release_id: str, *, by: str, reason: str) -> str | None:
+    """Points an alias to a release and returns where it pointed before; moving it nowhere new is no move.
+
+    Raises:
+        StoreError: no such release.
+    """
+    if get(session, release_id) is None:
+        raise StoreError(f"no release {release_id}: see `code-worker releases list`")
+    previous = _locked(session, name, release_id, by)
+    if previous != release_id:
+        _move(session, name, release_id, previous_id=previous, undoes=None, by=by, reason=reason)
+    return previous
+
+
+def rollback(session: Session, name: str, *, by: str, reason: str) -> str:
+    """Takes back the last move that still stands and returns the release that the alias points to now.
+
+    A rollback is no move to be taken back in turn: rolling back twice goes two moves back, never to and fro.
+
+    Raises:
+        StoreError: no move is left to take back, or its release was the first.
+    """
+    now = session.scalar(select(_ALIASES.c.release_id).where(_ALIASES.c.name == name).with_for_update())
+    undone = select(_MOVES.c.undoes).where(_MOVES.c.alias == name, _MOVES.c.undoes.is_not(None))
+    last = session.execute(
+        select(_MOVES.c.id, _MOVES.c.previous_id)
+        .where(_MOVES.c.alias == name, _MOVES.c.undoes.is_(None), _MOVES.c.id.not_in(undone))
+        .order_by(_MOVES.c.id.desc())
+        .limit(1)
+    ).one_or_none()
+    if now is None or last is None or last.previous_id is None:
+        raise StoreError(f"{name} pointed nowhere before: nothing to roll back to")
+    _move(session, name, last.previous_id, previous_id=now, undoes=last.id, by=by, reason=reason)
+    return str(last.previous_id)
+
+
+def moves(session: Session, name: str, *, limit: int | None = None) -> list[AliasMove]:
+    """History of an alias, newest first."""
+    newest = select(*_MOVE_COLUMNS).where(_MOVES.c.alias == name).order_by(_MOVES.c.id.desc()).limit(limit)
+    return [AliasMove(**row) for row in session.execute(newest).mappings()]
+
+
+def _locked(session: Session, name: str, release_id: str, by: str) -> str | None:
+    """Where the alias points, its row locked until commit; a new alias is made, pointing to the release already."""
+    made = insert_into(session, AliasRow).on_conflict_do_nothing(index_elements=["name"]).returning(_ALIASES.c.name)
+    if session.scalar(made.values(name=name, release_id=release_id, updated_by=by)) is not None:
+        return None
+    return session.scalar(select(_ALIASES.c.release_id).where(_ALIASES.c.name == name).with_for_update())
+
+
+def _move(
+    session: Session, name: str, release_id: str, *, previous_id: str | None, undoes: int | None, by: str, reason: str
+) -> None:
+    session.execute(
+        update(_ALIASES)
+        .where(_ALIASES.c.name == name)
+        .values(release_id=release_id, updated_at=db_now(), updated_by=by)
+    )
+    session.execute(
+        insert(_MOVES).values(
+            alias=name, release_id=release_id, previous_id=previous_id, undoes=undoes, by=by, reason=reason
+        )
+    )

@@ -1,0 +1,233 @@
+"""The running system: who lives, who plays which role, which sources rest, what could not be read."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, Protocol
+
+from sqlalchemy import case, delete, or_, select
+from sqlalchemy.orm import Session
+
+from code_worker.errors import StoreError
+from code_worker.store.ids import as_uuid, uuid7
+from code_worker.store.models import (
+    DeadLetterRow,
+    LeaseRow,
+    PluginSeenRow,
+    SourcePauseRow,
+    WorkerRow,
+    db_now,
+    db_now_plus,
+)
+from code_worker.store.sql import insert_into, plain, table_of
+
+__all__ = [
+    "DeadLetter",
+    "PluginSeen",
+    "SourcePause",
+    "WorkerInfo",
+    "alive",
+    "beat",
+    "dead_letter",
+    "drop_lease",
+    "gone",
+    "list_dead_letters",
+    "pause_source",
+    "paused_sources",
+    "plugins_seen",
+    "resume_source",
+    "saw_plugins",
+    "take_lease",
+]
+
+_WORKERS = table_of(WorkerRow)
+_LEASES = table_of(LeaseRow)
+_PAUSES = table_of(SourcePauseRow)
+_LETTERS = table_of(DeadLetterRow)
+_PLUGINS = table_of(PluginSeenRow)
+_MAX_BODY: Final = 64 * 1024
+_MAX_TEXT: Final = 2000
+_SAME_TROUBLE_S: Final = 600.0
+_FORGOTTEN_AFTER_S: Final = 7 * 86_400.0
+
+
+class Plugin(Protocol):
+    """What is recorded of an installed plugin."""
+
+    @property
+    def name(self) -> str:
+        """Its name among plugins."""
+
+    @property
+    def version(self) -> str | None:
+        """Its version, if it has one."""
+
+    @property
+    def distribution(self) -> str | None:
+        """The installed package it came with, if any."""
+
+    @property
+    def hooks(self) -> Sequence[str]:
+        """Hooks it implements."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker process, as it last said of itself."""
+
+    owner: str
+    host: str
+    pid: int
+    version: str
+    release: str | None
+    started_at: datetime
+    seen_at: datetime
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePause:
+    """A source that is left alone until a time."""
+
+    source: str
+    until: datetime
+    since: datetime
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A broker message that could not be read."""
+
+    id: str
+    task: str
+    body: str
+    error: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PluginSeen:
+    """A plugin that a host had installed, from when to when."""
+
+    host: str
+    name: str
+    version: str
+    distribution: str | None
+    hooks: list[str]
+    first_seen: datetime
+    last_seen: datetime
+
+
+def beat(
+    session: Session,
+    owner: str,
+    *,
+    version: str,
+    release: str | None = None,
+    host: str | None = None,
+    pid: int | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Says that the process `owner` lives; host and process id are this process's unless given."""
+    said = {
+        "host": host or socket.gethostname(),
+        "pid": pid or os.getpid(),
+        "version": version,
+        "release": release,
+        "seen_at": db_now(),
+        "info": dict(info or {}),
+    }
+    statement = insert_into(session, WorkerRow).values(owner=owner, **said)
+    session.execute(statement.on_conflict_do_update(index_elements=["owner"], set_=said))
+
+
+def alive(session: Session, *, within_s: float) -> list[WorkerInfo]:
+    """Processes that were heard of within so many seconds, longest lived first."""
+    columns = (_WORKERS.c[name] for name in WorkerInfo.__dataclass_fields__)
+    rows = session.execute(
+        select(*columns).where(_WORKERS.c.seen_at > db_now_plus(-within_s)).order_by(_WORKERS.c.started_at)
+    )
+    return [WorkerInfo(**row) for row in rows.mappings()]
+
+
+def gone(session: Session, owner: str) -> None:
+    """The process ends in order: its row goes, and those that fell silent a week ago with it."""
+    session.execute(
+        delete(_WORKERS).where(or_(_WORKERS.c.owner == owner, _WORKERS.c.seen_at < db_now_plus(-_FORGOTTEN_AFTER_S)))
+    )
+
+
+def take_lease(session: Session, name: str, owner: str, ttl_s: float) -> bool:
+    """Takes or renews a role for `ttl_s`; False while somebody else holds it."""
+    held = {"owner": owner, "until": db_now_plus(ttl_s)}
+    statement = insert_into(session, LeaseRow).values(name=name, **held)
+    free = or_(_LEASES.c.owner == owner, _LEASES.c.until <= db_now())
+    taken = statement.on_conflict_do_update(index_elements=["name"], set_=held, where=free).returning(_LEASES.c.name)
+    return session.scalar(taken) is not None
+
+
+def drop_lease(session: Session, name: str, owner: str) -> None:
+    """Gives a role back, if the owner holds it."""
+    session.execute(delete(_LEASES).where(_LEASES.c.name == name, _LEASES.c.owner == owner))
+
+
+def pause_source(session: Session, source: str, *, seconds: float, detail: str) -> None:
+    """Leaves a source alone for a while; a pause within ten minutes of the last is the same trouble, with its start."""
+    said = {"until": db_now_plus(seconds), "detail": plain(detail, _MAX_TEXT)}
+    since = case((_PAUSES.c.until < db_now_plus(-_SAME_TROUBLE_S), db_now()), else_=_PAUSES.c.since)
+    statement = insert_into(session, SourcePauseRow).values(source=source, **said)
+    session.execute(statement.on_conflict_do_update(index_elements=["source"], set_={**said, "since": since}))
+
+
+def paused_sources(session: Session) -> dict[str, SourcePause]:
+    """Sources that rest now, by name."""
+    rows = session.execute(select(_PAUSES).where(_PAUSES.c.until > db_now()).order_by(_PAUSES.c.source))
+    return {row["source"]: SourcePause(**row) for row in rows.mappings()}
+
+
+def resume_source(session: Session, source: str) -> None:
+    """Ends the trouble of a source."""
+    session.execute(delete(_PAUSES).where(_PAUSES.c.source == source))
+
+
+def dead_letter(session: Session, *, task: str, body: str, error: str) -> str:
+    """Keeps a message that could not be read, cut at 64 KiB; returns its id."""
+    letter_id = uuid7()
+    row = {"id": letter_id, "task": task, "body": plain(body, _MAX_BODY), "error": plain(error, _MAX_TEXT)}
+    session.execute(_LETTERS.insert().values(row))
+    return letter_id
+
+
+def list_dead_letters(session: Session, *, after: str | None = None, limit: int = 100) -> list[DeadLetter]:
+    """Unreadable messages, newest first, after the id `after` of the page before.
+
+    Raises:
+        StoreError: `after` is no id.
+    """
+    statement = select(_LETTERS).order_by(_LETTERS.c.id.desc()).limit(limit)
+    if after is not None:
+        if (last := as_uuid(after)) is None:
+            raise StoreError(f"{after!r} is no id of a message to continue the list after")
+        statement = statement.where(_LETTERS.c.id < last)
+    return [DeadLetter(**row) for row in session.execute(statement).mappings()]
+
+
+def saw_plugins(session: Session, plugins: Iterable[Plugin], *, host: str | None = None) -> None:
+    """Records which plugins this host (or `host`) has, with the time."""
+    for plugin in sorted(plugins, key=lambda plugin: plugin.name):
+        said = {"distribution": plugin.distribution, "hooks": list(plugin.hooks), "last_seen": db_now()}
+        statement = insert_into(session, PluginSeenRow).values(
+            host=host or socket.gethostname(), name=plugin.name, version=plugin.version or "", **said
+        )
+        session.execute(statement.on_conflict_do_update(index_elements=["host", "name", "version"], set_=said))
+
+
+def plugins_seen(session: Session) -> list[PluginSeen]:
+    """Every plugin that any host ever had, latest first."""
+    rows = session.execute(select(_PLUGINS).order_by(_PLUGINS.c.last_seen.desc(), _PLUGINS.c.host, _PLUGINS.c.name))
+    return [PluginSeen(**row) for row in rows.mappings()]
