@@ -119,10 +119,10 @@ def create_jobs() -> None:
         sa.Column("created_at", TIME, nullable=False, comment="When it was accepted."),
         sa.Column("last_fault", sa.Text(), nullable=True, comment="Reason and detail of the last transient fault."),
         sa.CheckConstraint(
-            "(state IN ('accepted', 'running')) = (due_at IS NOT NULL)", name="ck_jobs_unfinished_is_due"
+            "(state IN ('accepted', 'running')) = (due_at IS NOT NULL)", name=op.f("ck_jobs_unfinished_is_due")
         ),
-        sa.CheckConstraint("state IN ('accepted', 'running', 'done', 'quarantined')", name="ck_jobs_state"),
-        sa.CheckConstraint("priority BETWEEN 0 AND 9", name="ck_jobs_priority"),
+        sa.CheckConstraint("state IN ('accepted', 'running', 'done', 'quarantined')", name=op.f("ck_jobs_state")),
+        sa.CheckConstraint("priority BETWEEN 0 AND 9", name=op.f("ck_jobs_priority")),
         sa.PrimaryKeyConstraint("id", name="pk_jobs"),
         comment="Requests to judge one image; the truth about what is still to do.",
     )
@@ -176,12 +176,14 @@ def create_verdicts() -> None:
         sa.Column("created_at", TIME, nullable=False, comment="When it was written."),
         sa.CheckConstraint(
             "(outcome = 'judged') = (label IS NOT NULL) AND (outcome = 'judged') = (score IS NOT NULL)",
-            name="ck_verdicts_judged_has_label_and_score",
+            name=op.f("ck_verdicts_judged_has_label_and_score"),
         ),
-        sa.CheckConstraint("(outcome = 'rejected') = (reason IS NOT NULL)", name="ck_verdicts_rejected_has_reason"),
-        sa.CheckConstraint("label IN ('real', 'fake', 'uncertain')", name="ck_verdicts_label"),
-        sa.CheckConstraint("outcome IN ('judged', 'rejected')", name="ck_verdicts_outcome"),
-        sa.CheckConstraint("score BETWEEN 0 AND 1", name="ck_verdicts_score"),
+        sa.CheckConstraint(
+            "(outcome = 'rejected') = (reason IS NOT NULL)", name=op.f("ck_verdicts_rejected_has_reason")
+        ),
+        sa.CheckConstraint("label IN ('real', 'fake', 'uncertain')", name=op.f("ck_verdicts_label")),
+        sa.CheckConstraint("outcome IN ('judged', 'rejected')", name=op.f("ck_verdicts_outcome")),
+        sa.CheckConstraint("score BETWEEN 0 AND 1", name=op.f("ck_verdicts_score")),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_verdicts_job_id"),
         sa.PrimaryKeyConstraint("id", name="pk_verdicts"),
         sa.UniqueConstraint("job_id", "revision", name="uq_verdicts_job_id_revision"),
@@ -191,7 +193,7 @@ def create_verdicts() -> None:
     op.create_index("ix_verdicts_label_id", "verdicts", ["label", "id"], **where("label IS NOT NULL"))
     op.create_index("ix_verdicts_reason_id", "verdicts", ["reason", "id"], **where("reason IS NOT NULL"))
     op.create_index("ix_verdicts_release_id", "verdicts", ["release", "id"], **where("release IS NOT NULL"))
-    op.create_index("ix_verdicts_sha256", "verdicts", ["sha256"], **where("sha256 IS NOT NULL"))
+    op.create_index("ix_verdicts_sha256_id", "verdicts", ["sha256", "id"], **where("sha256 IS NOT NULL"))
     op.create_index("ix_verdicts_tenant_id", "verdicts", ["tenant", "id"], **where("tenant IS NOT NULL"))
 
 
@@ -202,7 +204,7 @@ def create_embeddings() -> None:
         sa.Column("sha256", sa.String(length=64), nullable=False, comment="Of the image's bytes."),
         sa.Column("vector", sa.LargeBinary(), nullable=False, comment="192 float32, little-endian."),
         sa.Column("created_at", TIME, nullable=False, comment="When it was computed."),
-        sa.CheckConstraint("length(vector) = 768", name="ck_embeddings_vector_length"),
+        sa.CheckConstraint("length(vector) = 768", name=op.f("ck_embeddings_vector_length")),
         sa.PrimaryKeyConstraint("encoder_sha256", "sha256", name="pk_embeddings"),
         comment="Embeddings by encoder and content.",
     )
@@ -271,7 +273,7 @@ def create_policies() -> None:
         sa.Column("created_by", sa.Text(), nullable=False, comment="Who set it."),
         sa.Column("note", sa.Text(), nullable=False, comment="Why."),
         sa.CheckConstraint(
-            "low BETWEEN 0 AND 1 AND high BETWEEN 0 AND 1 AND low <= high", name="ck_policies_thresholds"
+            "low BETWEEN 0 AND 1 AND high BETWEEN 0 AND 1 AND low <= high", name=op.f("ck_policies_thresholds")
         ),
         sa.PrimaryKeyConstraint("id", name="pk_policies"),
         sa.UniqueConstraint("tenant", "content_type", "version", name="uq_policies_tenant_content_type_version"),

@@ -129,7 +129,7 @@ class VerdictRow(Base):
         # A verdict has either a label or a reason, so these two cost one entry together.
         partial_index("ix_verdicts_label_id", "label", "id", where="label IS NOT NULL"),
         partial_index("ix_verdicts_reason_id", "reason", "id", where="reason IS NOT NULL"),
-        partial_index("ix_verdicts_sha256", "sha256", where="sha256 IS NOT NULL"),
+        partial_index("ix_verdicts_sha256_id", "sha256", "id", where="sha256 IS NOT NULL"),
         partial_index("ix_verdicts_tenant_id", "tenant", "id", where="tenant IS NOT NULL"),
         partial_index("ix_verdicts_release_id", "release", "id", where="release IS NOT NULL"),
         {"comment": "Immutable answers; UPDATE is refused, DELETE belongs to retention."},

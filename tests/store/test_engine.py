@@ -1,0 +1,254 @@
+"""The unit of work: what it refuses, what it retries, and what its errors say."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy.exc import DBAPIError
+
+from code_worker.errors import ConfigurationError, StoreError, StoreFullError, StoreUnavailableError
+from code_worker.store import engine, jobs
+from code_worker.store.engine import MAX_TRIES, Session, Store, open_store
+from code_worker.store.faults import DbFault, classify
+from code_worker.store.models import JobRow, db_now, db_now_plus
+from code_worker.types import JobState
+from tests.servers import free_port
+from tests.store.acts import accept, info
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://host/db",
+        "postgresql+asyncpg://host/db",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "no url",
+        "sqlite:///a?b=c",
+    ],
+)
+def test_other_databases_are_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="database_url"):
+        open_store(url)
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_postgresql_may_be_called_as_one_likes(scheme: str) -> None:
+    with closing(open_store(f"{scheme}://host/db")) as store:
+        assert store.dialect == "postgresql"
+        assert store.url == "postgresql+psycopg://host/db"
+
+
+def test_a_new_sqlite_file_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "deep" / "ledger.db"
+    with closing(open_store(f"sqlite:///{path}")) as store:
+        store.run(lambda session: session.execute(text("CREATE TABLE t (id int)")))
+        assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o600}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match=r"in_the_way\.db cannot be written"):
+        open_store(f"sqlite:///{tmp_path / 'file' / 'in_the_way.db'}")
+
+
+def test_sqlite_is_set_up_for_many_threads(sqlite_store: Store) -> None:
+    def pragmas(session: Session) -> list[object]:
+        names = ("journal_mode", "busy_timeout", "synchronous", "foreign_keys")
+        return [session.scalar(text(f"PRAGMA {name}")) for name in names]
+
+    assert sqlite_store.run(pragmas) == ["wal", 30000, 1, 1]
+
+
+def test_postgresql_is_set_up_to_let_go(postgres_store: Store) -> None:
+    def settings(session: Session) -> list[object]:
+        names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "timezone")
+        return [session.scalar(text(f"SHOW {name}")) for name in names]
+
+    assert postgres_store.run(settings) == ["15s", "5s", "30s", "UTC"]
+
+
+def test_options_of_the_url_win(postgres_store: Store) -> None:
+    with closing(open_store(f"{postgres_store.url}&options=-c%20statement_timeout%3D7000")) as store:
+        assert store.run(lambda session: session.scalar(text("SHOW statement_timeout"))) == "7s"
+        assert store.run(lambda session: session.scalar(text("SHOW lock_timeout"))) == "5s"
+
+
+def test_nothing_is_written_when_the_work_raises(store: Store) -> None:
+    def work(session: Session) -> None:
+        jobs.accept(session, [jobs.NewJob("s3://b/a")])
+        raise LookupError("changed my mind")
+
+    with pytest.raises(LookupError):
+        store.run(work)
+    assert store.run(jobs.counts)[JobState.ACCEPTED] == 0
+
+
+def test_the_databases_clock_compares_with_stored_times(store: Store) -> None:
+    (job_id,) = accept(store, "s3://b/a")
+
+    def compare(session: Session) -> tuple[bool, ...]:
+        created = JobRow.created_at
+        row = session.execute(
+            select(
+                created <= db_now(),
+                created > db_now_plus(-60),
+                created < db_now_plus(0.5),
+                db_now_plus(-1) < db_now(),
+            )
+        ).one()
+        found = session.scalars(select(JobRow.id).where(created == info(store, job_id).created_at)).all()
+        return (*map(bool, row), found == [job_id])
+
+    assert store.run(compare, write=False) == (True,) * 5
+
+
+def test_a_serialization_failure_runs_the_whole_transaction_again(postgres_store: Store) -> None:
+    accept(postgres_store, "s3://b/a")
+    tries = 0
+
+    def work(session: Session) -> int:
+        nonlocal tries
+        tries += 1
+        session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        attempts = session.scalar(text("SELECT attempts FROM jobs")) or 0
+        if tries == 1:
+            postgres_store.run(lambda other: other.execute(text("UPDATE jobs SET attempts = 40")))
+        session.execute(text("UPDATE jobs SET attempts = :more"), {"more": attempts + 1})
+        return attempts
+
+    assert postgres_store.run(work) == 40
+    assert tries == 2
+    assert postgres_store.run(lambda session: session.scalar(text("SELECT attempts FROM jobs"))) == 41
+
+
+def test_a_connection_that_was_cut_runs_the_whole_transaction_again(postgres_store: Store) -> None:
+    tries = 0
+
+    def work(session: Session) -> list[str]:
+        nonlocal tries
+        tries += 1
+        made = jobs.accept(session, [jobs.NewJob(f"s3://b/{tries}")])
+        if tries == 1:
+            pid = session.scalar(text("SELECT pg_backend_pid()"))
+            postgres_store.run(lambda other: other.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid}))
+        session.execute(text("SELECT 1"))
+        return made
+
+    (job_id,) = postgres_store.run(work)
+    assert tries == 2
+    assert info(postgres_store, job_id).uri == "s3://b/2"
+    assert postgres_store.run(jobs.counts)[JobState.ACCEPTED] == 1
+
+
+def test_a_locked_sqlite_is_tried_again_and_then_unavailable(
+    sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    sqlite_store.close()
+    event.listen(sqlite_store.engine, "connect", lambda made, _: made.execute("PRAGMA busy_timeout = 10"))
+    with closing(sqlite3.connect(sqlite_store.engine.url.database or "", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr(engine.time, "sleep", waits.append)
+        with pytest.raises(StoreUnavailableError, match="locked"):
+            accept(sqlite_store, "s3://b/a")
+        assert len(waits) == MAX_TRIES - 1
+        assert sqlite_store.run(jobs.counts, write=False)[JobState.ACCEPTED] == 0
+        monkeypatch.setattr(engine.time, "sleep", lambda _: other.in_transaction and other.execute("ROLLBACK"))
+        accept(sqlite_store, "s3://b/a")
+    assert sqlite_store.run(jobs.counts)[JobState.ACCEPTED] == 1
+
+
+def test_a_database_that_is_away_is_unavailable_and_its_password_stays_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(engine.time, "sleep", waits.append)
+    url = f"postgresql://me:hunter2@127.0.0.1:{free_port()}/db"
+    with closing(open_store(url)) as store, pytest.raises(StoreUnavailableError, match="does not answer") as raised:
+        store.run(jobs.counts)
+    assert "hunter2" not in str(raised.value)
+    assert len(waits) == MAX_TRIES - 1
+
+
+def test_a_full_disk_is_called_storage_full(sqlite_store: Store) -> None:
+    sqlite_store.close()
+    event.listen(sqlite_store.engine, "connect", lambda made, _: made.execute("PRAGMA max_page_count = 1"))
+    with pytest.raises(StoreFullError, match="storage_full"):
+        accept(sqlite_store, *(f"s3://b/{'a' * 3000}/{number}" for number in range(100)))
+    assert sqlite_store.run(jobs.counts)[JobState.ACCEPTED] == 0
+
+
+def test_a_broken_rule_is_a_store_error_without_the_statement(store: Store) -> None:
+    accept(store, "s3://b/secret")
+    with pytest.raises(StoreError, match="the database refused") as raised:
+        store.run(lambda session: session.execute(text("UPDATE jobs SET priority = 77")))
+    assert "secret" not in str(raised.value)
+    assert "UPDATE" not in str(raised.value)
+
+
+def test_a_database_without_tables_says_how_to_make_them(database_url: str) -> None:
+    with closing(open_store(database_url)) as store, pytest.raises(StoreError, match="code-worker db upgrade"):
+        store.run(jobs.counts)
+
+
+def test_a_bug_of_ours_keeps_its_own_type(store: Store) -> None:
+    with pytest.raises(DBAPIError):
+        store.run(lambda session: session.execute(text("SELEC 1")))
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (psycopg.errors.SerializationFailure, DbFault.RETRY),
+        (psycopg.errors.DeadlockDetected, DbFault.RETRY),
+        (psycopg.errors.TooManyConnections, DbFault.RETRY),
+        (psycopg.errors.AdminShutdown, DbFault.RETRY),
+        (psycopg.errors.CrashShutdown, DbFault.RETRY),
+        (psycopg.errors.CannotConnectNow, DbFault.RETRY),
+        (psycopg.errors.ConnectionFailure, DbFault.RETRY),
+        (psycopg.errors.LockNotAvailable, DbFault.RETRY),
+        (psycopg.OperationalError, DbFault.RETRY),
+        (psycopg.errors.DiskFull, DbFault.FULL),
+        (psycopg.errors.InvalidPassword, DbFault.UNAVAILABLE),
+        (psycopg.errors.QueryCanceled, DbFault.UNAVAILABLE),
+        (psycopg.errors.UndefinedTable, DbFault.UNMIGRATED),
+        (psycopg.errors.UniqueViolation, DbFault.REFUSED),
+        (psycopg.errors.SyntaxError, DbFault.BUG),
+        (psycopg.errors.NumericValueOutOfRange, DbFault.BUG),
+    ],
+)
+def test_each_state_of_postgresql_has_its_disposition(error: type[psycopg.Error], fault: DbFault) -> None:
+    wrapped = DBAPIError.instance("", {}, error(), psycopg.Error)
+    assert isinstance(wrapped, DBAPIError)
+    assert classify(wrapped) is fault
+
+
+_WRITER = """
+import sys
+from code_worker.store import jobs
+from code_worker.store.engine import open_store
+store = open_store(sys.argv[1])
+for number in range(60):
+    (job,) = store.run(lambda session: jobs.accept(session, [jobs.NewJob(f"s3://b/{sys.argv[2]}/{number}")]))
+    store.run(lambda session: jobs.claim(session, [job], owner=sys.argv[2], lease_s=30, max_attempts=3))
+store.close()
+"""
+
+
+def test_many_processes_write_one_sqlite_file(sqlite_store: Store) -> None:
+    command = [sys.executable, "-W", "error", "-c", _WRITER, sqlite_store.url]
+    writers = [subprocess.Popen([*command, f"p{number}"], stderr=subprocess.PIPE) for number in range(4)]
+    said = [writer.communicate(timeout=120)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * 4, said
+    assert not any(b"retried" in text for text in said)
+    assert sqlite_store.run(jobs.counts)[JobState.RUNNING] == 240

@@ -1,0 +1,85 @@
+"""What runs all the time must not read all of history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from code_worker.store import jobs, verdicts
+from code_worker.store.engine import Session, Store
+from code_worker.store.ids import uuid7
+from code_worker.types import JobState, Label, RejectReason
+
+NORMAL = "code_worker.normal"
+IDS = [uuid7(), uuid7()]
+FAULT = jobs.Fault(IDS[0], RejectReason.FETCH_FAILED, "", 1.0)
+
+QUERIES: dict[str, Callable[[Session], object]] = {
+    "attempts_of": lambda session: jobs.attempts_of(session, IDS),
+    "claim": lambda session: jobs.claim(session, IDS, owner="me", lease_s=1, max_attempts=3),
+    "due": lambda session: jobs.due(session, limit=9, min_wait_s={NORMAL: 60.0}),
+    "exhausted": lambda session: jobs.exhausted(session, max_attempts=3, limit=9),
+    "get": lambda session: jobs.get(session, IDS[0]),
+    "list_jobs": lambda session: jobs.list_jobs(session, limit=9),
+    "list_jobs_of_state": lambda session: jobs.list_jobs(session, jobs.JobFilter(state=JobState.DONE), limit=9),
+    "list_jobs_of_tenant": lambda session: jobs.list_jobs(session, jobs.JobFilter(tenant="acme"), limit=9),
+    "live": lambda session: verdicts.live(session, IDS[0]),
+    "list_verdicts": lambda session: verdicts.list_verdicts(session, limit=9),
+    "mark_published": lambda session: jobs.mark_published(session, IDS),
+    "oldest_unfinished_s": jobs.oldest_unfinished_s,
+    "put_back": lambda session: jobs.put_back(session, [FAULT]),
+    "queue_wait_s": lambda session: jobs.queue_wait_s(session, NORMAL),
+    "release_owner": lambda session: jobs.release_owner(session, "me"),
+    "renew": lambda session: jobs.renew(session, owner="me", lease_s=1),
+    "retry": lambda session: jobs.retry(session, IDS),
+    "ring_empty": lambda session: jobs.ring_empty(session, [NORMAL], older_than_s=5, limit=9),
+    "unfinished_counts": lambda session: jobs.counts(session, finished=False),
+    **{
+        f"list_verdicts_of_{name}": lambda session, name=name, value=value: verdicts.list_verdicts(
+            session, verdicts.VerdictFilter(**{name: value}), limit=9
+        )
+        for name, value in {
+            "label": Label.FAKE,
+            "reason": RejectReason.EMPTY,
+            "release": "r",
+            "sha256": "a" * 64,
+            "tenant": "acme",
+        }.items()
+    },
+}
+
+
+def plans(store: Store, work: Callable[[Session], object]) -> list[str]:
+    """SQLite's plan of each statement that the work runs."""
+    seen: list[tuple[str, Any]] = []
+
+    def note(_: object, __: object, statement: str, parameters: Any, ___: object, many: bool) -> None:
+        if statement.split(maxsplit=1)[0] in {"SELECT", "UPDATE", "WITH"}:
+            seen.append((statement, parameters[0] if many else parameters))
+
+    event.listen(store.engine, "before_cursor_execute", note)
+    store.run(work)
+    event.remove(store.engine, "before_cursor_execute", note)
+
+    def explain(session: Session) -> list[str]:
+        connection = session.connection()
+        return [
+            f"{row[3]} [{statement}]"
+            for statement, parameters in seen
+            for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        ]
+
+    return store.run(explain)
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_no_frequent_query_reads_a_whole_table_or_sorts_it(sqlite_store: Store, name: str) -> None:
+    steps = plans(sqlite_store, QUERIES[name])
+    assert steps
+    for step in steps:
+        full = step.startswith(("SCAN jobs", "SCAN verdicts")) and "USING" not in step.partition(" [")[0]
+        assert not full, step
+        assert not step.startswith("USE TEMP B-TREE FOR ORDER BY"), step

@@ -1,0 +1,107 @@
+"""Migrations: up, down, without drift from the models, one at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import CheckConstraint, inspect, text
+
+from code_worker.errors import StoreError
+from code_worker.store import jobs, migrate
+from code_worker.store.engine import Session, Store, open_store
+from code_worker.store.models import Base
+from tests.store.acts import accept, judged, write
+
+
+@pytest.fixture
+def empty(database_url: str) -> Iterator[Store]:
+    with closing(open_store(database_url)) as store:
+        yield store
+
+
+def tables(store: Store) -> set[str]:
+    return set(inspect(store.engine).get_table_names()) - {"alembic_version"}
+
+
+def test_up_makes_every_table_and_down_leaves_nothing(empty: Store) -> None:
+    assert migrate.current(empty) is None
+    assert migrate.upgrade(empty) is None
+    assert migrate.current(empty) == migrate.head()
+    assert tables(empty) == set(Base.metadata.tables)
+    accept(empty, "s3://b/a")
+    migrate.downgrade(empty, "base")
+    assert migrate.current(empty) is None
+    assert tables(empty) == set()
+    migrate.upgrade(empty)
+    assert len(accept(empty, "s3://b/a")) == 1
+
+
+def test_up_again_changes_nothing(store: Store) -> None:
+    (job_id,) = accept(store, "s3://b/a")
+    write(store, judged(job_id))
+    assert migrate.upgrade(store) == migrate.head()
+    assert store.run(lambda session: jobs.get(session, job_id)) is not None
+
+
+def test_the_migrations_and_the_models_agree(store: Store) -> None:
+    def differences(session: Session) -> list[object]:
+        options = {"compare_type": True, "compare_server_default": True}
+        return list(compare_metadata(MigrationContext.configure(session.connection(), opts=options), Base.metadata))
+
+    assert store.run(differences, write=False) == []
+
+
+def test_the_check_constraints_agree(store: Store) -> None:
+    found = inspect(store.engine)
+    for table in Base.metadata.sorted_tables:
+        wanted = {str(one.name) for one in table.constraints if isinstance(one, CheckConstraint)}
+        assert {one["name"] for one in found.get_check_constraints(table.name)} == wanted, table.name
+
+
+def test_two_at_once_migrate_once(database_url: str) -> None:
+    with closing(open_store(database_url)) as first, closing(open_store(database_url)) as second:
+        with ThreadPoolExecutor(2) as pool:
+            before = list(pool.map(migrate.upgrade, (first, second)))
+        assert sorted(before, key=str) == sorted([None, migrate.head()], key=str)
+        assert migrate.current(first) == migrate.head()
+
+
+def test_an_empty_or_older_database_names_the_command(empty: Store) -> None:
+    with pytest.raises(StoreError, match="no tables yet: run `code-worker db upgrade`"):
+        migrate.require_current(empty)
+    migrate.upgrade(empty)
+    migrate.require_current(empty)
+
+
+def test_a_newer_database_still_serves(store: Store) -> None:
+    store.run(lambda session: session.execute(text("UPDATE alembic_version SET version_num = 'from_the_future'")))
+    migrate.require_current(store)
+
+
+def test_migrating_leaves_logging_alone(empty: Store) -> None:
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers), logging.getLogger("code_worker").disabled)
+    migrate.upgrade(empty)
+    assert (root.level, list(root.handlers), logging.getLogger("code_worker").disabled) == before
+
+
+@pytest.mark.parametrize("url", ["sqlite:////tmp/none.db", "postgresql://nobody@nowhere/none"])
+def test_the_sql_can_be_had_without_a_database(url: str) -> None:
+    written = migrate.script(url)
+    assert "CREATE TABLE verdicts" in written
+    assert "verdicts_immutable" in written
+    assert f"'{migrate.head()}'" in written
+
+
+def test_the_sql_that_is_printed_makes_the_same_database(postgres_url: str) -> None:
+    with closing(open_store(postgres_url)) as store:
+        statements = migrate.script(postgres_url).replace("BEGIN;", "", 1).rpartition("COMMIT;")[0]
+        store.run(lambda session: session.connection().exec_driver_sql(statements))
+        migrate.require_current(store)
+        assert tables(store) == set(Base.metadata.tables)
