@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 from kombu.entity import Queue
 from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from code_worker.broker import celery_config
 from code_worker.errors import BrokerUnavailableError
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from code_worker.settings import Settings
 
 __all__ = ["Doorbell"]
+
+_MARK = "code_worker.mark"
 
 
 class Doorbell:
@@ -53,14 +57,47 @@ class Doorbell:
         Raises:
             BrokerUnavailableError: the broker did not answer in time.
         """
+        with self._channel() as channel:
+            # Not passively: kombu looks for the key without its prefix then, and calls every queue unknown.
+            return int(Queue(queue, channel=channel).queue_declare().message_count)
+
+    def marked(self) -> bool:
+        """Whether the broker still holds the mark of an earlier `mark`; a broker that is not Redis is trusted to.
+
+        The mark lies beside the messages and is lost with them: a Redis that came back empty has none.
+
+        Raises:
+            BrokerUnavailableError: see `depth`.
+        """
+        with self._channel() as channel:
+            if not _is_redis(channel):
+                return True
+            # A hash, because kombu puts its key prefix before the keys of HGET and HSET, but not of GET.
+            return channel.client.hget(_MARK, "set") is not None
+
+    def mark(self) -> None:
+        """Leaves the mark.
+
+        Raises:
+            BrokerUnavailableError: see `depth`.
+        """
+        with self._channel() as channel:
+            if _is_redis(channel):
+                channel.client.hset(_MARK, "set", "1")
+
+    @contextmanager
+    def _channel(self) -> Iterator[Any]:
         try:
             with self._app.connection_for_read() as connection:
                 connection.ensure_connection(max_retries=1, interval_start=0.1)
-                # Not passively: kombu looks for the key without its prefix then, and calls every queue unknown.
-                return int(Queue(queue, channel=connection.default_channel).queue_declare().message_count)
-        except (OperationalError, ConnectionError, TimeoutError) as error:
+                yield connection.default_channel
+        except (OperationalError, RedisError, ConnectionError, TimeoutError) as error:
             raise BrokerUnavailableError(f"broker did not answer: {error}") from error
 
     def close(self) -> None:
         """Closes the connections."""
         self._app.close()
+
+
+def _is_redis(channel: Any) -> bool:
+    return getattr(channel.connection, "driver_type", None) == "redis"

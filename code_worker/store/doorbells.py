@@ -15,7 +15,7 @@ from code_worker.store.ids import valid_uuids
 from code_worker.store.models import JobRow, db_now, db_now_plus, time_plus
 from code_worker.store.sql import IN_LIST, table_of
 
-__all__ = ["DueJob", "due", "mark_published", "queue_wait_s", "ring_empty"]
+__all__ = ["DueJob", "due", "mark_published", "queue_wait_s", "ring_empty", "unpublish"]
 
 _JOBS = table_of(JobRow)
 _POSTPONE: Final = 20_000
@@ -107,6 +107,22 @@ def ring_empty(session: Session, queues: Sequence[str], *, older_than_s: float, 
         .with_for_update(skip_locked=True)
     )
     return [DueJob(row.id, row.queue, row.attempts) for row in rows]
+
+
+def unpublish(session: Session, *, limit: int) -> int:
+    """The broker lost its messages: some published, unclaimed jobs become due as if never rung for; returns how many.
+
+    Called again until it returns 0, so that no transaction grows with the backlog.
+    """
+    lost = (
+        select(_JOBS.c.id)
+        .where(_JOBS.c.due_at.is_not(None), _JOBS.c.published_at.is_not(None), _JOBS.c.state == "accepted")
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("lost")
+    )
+    statement = update(_JOBS).where(_JOBS.c.id.in_(select(lost.c.id))).values(published_at=None, due_at=db_now())
+    return len(session.execute(statement.returning(_JOBS.c.id)).all())
 
 
 def queue_wait_s(session: Session, queue: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from code_worker.logs import get_logger
 from code_worker.store import migrate
@@ -64,7 +65,7 @@ class Host:
 
                 store = open_store(self.settings.resolved_database_url)
                 migrate.require_current(store)
-                ledger = Ledger(store, self.settings.worker, f"sweeper:{id(self):x}")
+                ledger = Ledger(store, self.settings.worker, f"sweeper-{uuid4().hex[:12]}")
                 self._sweeper = Sweeper(ledger, Doorbell(self._app), self.settings)
         return self._sweeper.sweep()
 

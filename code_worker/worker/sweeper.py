@@ -20,6 +20,8 @@ __all__ = ["Sweeper"]
 
 log = get_logger(__name__)
 _LIMIT = 1000
+_PASSES = 20
+_UNPUBLISH = 10_000
 _MIN_WAIT_S = 60.0
 _LOST_AFTER_S = 5.0
 
@@ -53,22 +55,41 @@ class Sweeper:
                 lambda session: {queue: jobs.queue_wait_s(session, queue) for queue in QUEUES}, write=False
             ).items()
         }
-        due = store.run(lambda session: jobs.due(session, limit=_LIMIT, min_wait_s=waits))
-        rung = self._ring(due, waits)
+        rung = 0
         try:
-            empty = [queue for queue in QUEUES if self._doorbell.depth(queue) == 0]
+            self._look_for_losses()
+            for _ in range(_PASSES):
+                due = store.run(lambda session: jobs.due(session, limit=_LIMIT, min_wait_s=waits))
+                rung += self._ring(due, waits)
+                if len(due) < _LIMIT:
+                    break
+            rung += self._ring(self._unheard(), waits)
         except BrokerUnavailableError as error:
             log.warning("broker_unavailable", error=str(error))
-            return Swept(rung, quarantined)
-        if empty:
-            # An empty queue beside jobs that were published and not claimed: the broker lost their messages.
-            lost = store.run(
-                lambda session: jobs.ring_empty(session, empty, older_than_s=_LOST_AFTER_S, limit=_LIMIT)
-            )
-            rung += self._ring(lost, waits)
         if rung or quarantined:
             log.info("swept", rung=rung, quarantined=quarantined)
         return Swept(rung, quarantined)
+
+    def _look_for_losses(self) -> None:
+        """A broker without our mark came back empty: everything it was told of is due again."""
+        if self._doorbell.marked():
+            return
+        store, lost = self._ledger.store, 0
+        while count := store.run(lambda session: jobs.unpublish(session, limit=_UNPUBLISH)):
+            lost += count
+        # Last, so that a sweeper that dies before this is followed by one that does it again.
+        self._doorbell.mark()
+        if lost:
+            log.warning("broker_lost_messages", jobs=lost)
+
+    def _unheard(self) -> Sequence[jobs.DueJob]:
+        """Jobs that were published and not claimed although their queue is empty: somebody deleted their messages."""
+        empty = [queue for queue in QUEUES if self._doorbell.depth(queue) == 0]
+        if not empty:
+            return []
+        return self._ledger.store.run(
+            lambda session: jobs.ring_empty(session, empty, older_than_s=_LOST_AFTER_S, limit=_LIMIT)
+        )
 
     def _ring(self, due: Sequence[jobs.DueJob], waits: dict[str, float]) -> int:
         rung = 0
@@ -78,16 +99,10 @@ class Sweeper:
             # Suspects in short messages, so that several workers can look at them.
             suspects = [job.id for job in mine if job.attempts]
             for group in [*chunks(fresh), *chunks(suspects, SUSPECTS_PER_MESSAGE)]:
-                if not self._publish(queue, group, waits[queue]):
-                    return rung
+                self._publish(queue, group, waits[queue])
                 rung += len(group)
         return rung
 
-    def _publish(self, queue: str, group: list[str], wait_s: float) -> bool:
-        try:
-            self._doorbell.ring(queue, group)
-        except BrokerUnavailableError as error:
-            log.warning("broker_unavailable", error=str(error))
-            return False
+    def _publish(self, queue: str, group: list[str], wait_s: float) -> None:
+        self._doorbell.ring(queue, group)
         self._ledger.store.run(lambda session: jobs.mark_published(session, group, wait_s=wait_s))
-        return True
