@@ -177,7 +177,7 @@ def drop_lease(session: Session, name: str, owner: str) -> None:
 
 
 def pause_source(session: Session, source: str, *, seconds: float, detail: str) -> None:
-    """Leaves a source alone for a while; a pause within ten minutes of the last is the same trouble, with its start."""
+    """Leaves a source alone for a while; within ten minutes of the last pause it is the same trouble."""
     said = {"until": db_now_plus(seconds), "detail": plain(detail, _MAX_TEXT)}
     since = case((_PAUSES.c.until < db_now_plus(-_SAME_TROUBLE_S), db_now()), else_=_PAUSES.c.since)
     statement = insert_into(session, SourcePauseRow).values(source=source, **said)
