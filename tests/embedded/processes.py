@@ -1,7 +1,9 @@
-"""Small real child programs, and a bounded wait."""
+"""Small real child programs, `code-worker up` as a process, and a bounded wait."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import psutil
 
 from code_worker.worker.supervisor import Child
 
+CLI = (sys.executable, "-m", "code_worker")
 _PRELUDE = """
 import os, signal, sys, time
 from code_worker.worker.lifeline import die_with_parent
@@ -45,3 +48,33 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+class Up:
+    """`code-worker up` as a process of its own, its output in a file."""
+
+    def __init__(self, data_dir: Path, output: Path, **env: str) -> None:
+        self.data_dir = data_dir
+        self.output = output
+        with output.open("wb") as stream:
+            self.process = subprocess.Popen(
+                [*CLI, "up", "--data-dir", str(data_dir)],
+                env={**os.environ, **env},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> None:
+        until(lambda: "Ctrl-C" in self.text() or self.process.poll() is not None, 60)
+        assert self.process.poll() is None, self.text()
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def children(self) -> list[int]:
+        return [each.pid for each in psutil.Process(self.process.pid).children(recursive=True)]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)

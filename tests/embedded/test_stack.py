@@ -4,12 +4,10 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import psutil
 import pytest
 from redis import Redis
 
@@ -18,40 +16,8 @@ from code_worker.settings import load_settings
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
 from code_worker.worker.stack import Stack
-from tests.embedded.processes import is_gone, until
+from tests.embedded.processes import CLI, Up, is_gone, until
 from tests.servers import RedisServer
-
-CLI = (sys.executable, "-c", "from code_worker.cli.main import main; main()")
-
-
-class Up:
-    """`code-worker up` as a process of its own, its output in a file."""
-
-    def __init__(self, data_dir: Path, output: Path, **env: str) -> None:
-        self.data_dir = data_dir
-        self.output = output
-        with output.open("wb") as stream:
-            self.process = subprocess.Popen(
-                [*CLI, "up", "--data-dir", str(data_dir)],
-                env={**os.environ, **env},
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait_ready(self) -> None:
-        until(lambda: "Ctrl-C" in self.text() or self.process.poll() is not None, 60)
-        assert self.process.poll() is None, self.text()
-
-    def text(self) -> str:
-        return self.output.read_text()
-
-    def children(self) -> list[int]:
-        return [each.pid for each in psutil.Process(self.process.pid).children(recursive=True)]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
 
 
 @pytest.fixture
