@@ -29,6 +29,8 @@ with warnings.catch_warnings():
     from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
+# Two threads of torch that wait for each other crawl as soon as servers or other tests want a core as well.
+torch.set_num_threads(1)
 
 LINEAR_FILE = "linear_tot_classifier_epoch-32.sav"
 KNN_FILE = "knn_tot_classifier_epoch-32.sav"
