@@ -102,7 +102,7 @@ def jobs(settings: Settings) -> Iterator[Check]:
     if letters:
         number = f"{len(letters)}{' or more' if len(letters) == _LETTERS else ''}"
         text = f"{number} broker messages could not be read; the last on {letters[0].at:%Y-%m-%d}: {letters[0].error}"
-        yield Check("jobs", Status.WARN, text, "docs/operations.md: messages that nobody can read")
+        yield Check("jobs", Status.WARN, text, 'mend the producer: a message is {"v": 1, "items": [{"uri": …}]}')
 
 
 def pauses(settings: Settings) -> Iterator[Check]:
