@@ -131,16 +131,14 @@ def _found(store: Store, reason: str | None, limit: int) -> Iterator[str]:
 def _quarantined(store: Store) -> Iterator[str]:
     from code_worker.store.jobs import JobFilter, list_jobs  # noqa: PLC0415 - SQLAlchemy, not for --help
 
-    wanted = JobFilter(JobState.QUARANTINED)
-    after: str | None = None
-    while True:
-        page = store.run(
-            lambda session, after=after: list_jobs(session, wanted, after=after, limit=_PER_TRANSACTION), write=False
-        )
+    def page_after(last: str | None) -> list[JobInfo]:
+        wanted = JobFilter(JobState.QUARANTINED)
+        return store.run(lambda session: list_jobs(session, wanted, after=last, limit=_PER_TRANSACTION), write=False)
+
+    page = page_after(None)
+    while page:
         yield from (job.id for job in page)
-        if len(page) < _PER_TRANSACTION:
-            return
-        after = page[-1].id
+        page = page_after(page[-1].id)
 
 
 def _retry(store: Store, wanted: Sequence[str]) -> int:

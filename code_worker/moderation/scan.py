@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ScanOptions", "scan"]
 
-_WAITS_S: Final = (0.5, 2.0)
+WAITS_S: Final = (0.5, 2.0)
 """Before the second and the third try of an image whose source failed in a way that may pass."""
 
 
@@ -94,7 +94,7 @@ class _Scan:
         """Verdicts in the order of the jobs."""
         found: dict[str, Verdict] = {}
         left = list(batch)
-        for wait_s in (*_WAITS_S, None):
+        for wait_s in (*WAITS_S, None):
             judged = self._judge.judge(left, self._runtime, self._policies)
             found |= {verdict.job_id: verdict for verdict in judged.verdicts}
             again = [fault for fault in judged.faults if wait_s is not None and _may_pass(fault)]

@@ -1,0 +1,70 @@
+"""What a scan is to look at: files, directories and buckets named on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from code_worker.errors import ConfigurationError, ImageRejectedError, TransientError
+
+if TYPE_CHECKING:
+    from code_worker.images.source import Sources
+    from code_worker.settings import Settings
+
+__all__ = ["Inputs"]
+
+_IMAGES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"})
+
+
+class Inputs:
+    """The arguments of a scan; `passed_over` counts files of directories that are no images by their name."""
+
+    def __init__(self, paths: Sequence[str], *, every_file: bool) -> None:
+        self._paths = paths
+        self._every_file = every_file
+        self.passed_over = 0
+
+    def allow(self, settings: Settings) -> Settings:
+        """The settings, with what is named here allowed to be read: who runs a scan may read it anyway."""
+        roots = {_root(path) for path in self._paths if not _is_uri(path)}
+        files = settings.files.model_copy(update={"roots": (*settings.files.roots, *sorted(roots))})
+        return settings.model_copy(update={"files": files})
+
+    def uris(self, sources: Sources) -> Iterator[str]:
+        """Every image in the order of the arguments, listed as the scan proceeds.
+
+        Raises:
+            ConfigurationError: a directory or prefix that cannot be listed.
+        """
+        for path in self._paths:
+            if _is_collection(path):
+                yield from self._listed(sources, path)
+            else:
+                yield path if _is_uri(path) else str(Path(path).absolute())
+
+    def _listed(self, sources: Sources, path: str) -> Iterator[str]:
+        try:
+            for uri in sources.list(path if _is_uri(path) else str(Path(path).absolute())):
+                if self._every_file or PurePosixPath(uri).suffix.lower() in {"", *_IMAGES}:
+                    yield uri
+                else:
+                    self.passed_over += 1
+        except (ImageRejectedError, TransientError) as error:
+            raise ConfigurationError(f"cannot list {path}: {error}") from error
+
+
+def _is_uri(path: str) -> bool:
+    return "://" in path
+
+
+def _is_collection(path: str) -> bool:
+    if path.startswith("s3://"):
+        return path.endswith("/") or "/" not in path.removeprefix("s3://")
+    return not _is_uri(path) and Path(path).is_dir()
+
+
+def _root(path: str) -> Path:
+    """A directory itself, else the directory of the file that a link may lead to."""
+    resolved = Path(path).resolve()
+    return resolved if resolved.is_dir() else resolved.parent

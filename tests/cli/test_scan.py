@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import csv
+import io
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from code_worker.plugins import load_plugins
+from code_worker.releases.registry import open_registry
+from code_worker.settings import Settings
+from code_worker.store.engine import Store
+from tests.cli.conftest import Cli
+from tests.servers import S3Server
+from tests.toy_release import toy_crops, write_toy_release
+
+FIRST_FIELDS = ["uri", "sha256", "outcome", "label", "score", "reason", "head", "release"]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six images that the toy release tells apart, a broken one between them, and a file that is no image."""
+    directory = tmp_path / "pictures"
+    (directory / "deeper").mkdir(parents=True)
+    for number, crop in enumerate(toy_crops(6, seed=7)[0]):
+        place = directory / "deeper" if number > 3 else directory
+        Image.fromarray(crop).save(place / f"{number}.png")
+    (directory / "1-broken.jpg").write_bytes(b"no image at all")
+    (directory / "notes.txt").write_text("not looked at")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def shallow_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One block deep: what is tested here is not how long an encoder takes."""
+    return write_toy_release(tmp_path_factory.mktemp("shallow") / "release", depth=1)
+
+
+@pytest.fixture
+def scan(bare_cli: Cli, shallow_release: Path) -> Cli:
+    """A command line without broker and database, and a release's directory in `TOY`."""
+    bare_cli.env["TOY"] = str(shallow_release)
+    return bare_cli
+
+
+def test_a_directory_is_judged_in_order_without_any_database(scan: Cli, pictures: Path, tmp_path: Path) -> None:
+    ran = scan("scan", str(pictures), "--release", scan.env["TOY"], "--json")
+    assert ran.status == 1
+    assert list(ran.records[0])[: len(FIRST_FIELDS)] == FIRST_FIELDS
+    names = [Path(record["uri"]).relative_to(pictures).as_posix() for record in ran.records]
+    assert names == ["0.png", "1-broken.jpg", "1.png", "2.png", "3.png", "deeper/4.png", "deeper/5.png"]
+    labels = {name: record["label"] for name, record in zip(names, ran.records, strict=True)}
+    assert {name: label for name, label in labels.items() if label} == {
+        name: "fake" if int(Path(name).stem) % 2 else "real" for name in names if name != "1-broken.jpg"
+    }
+    (broken,) = (record for record in ran.records if record["outcome"] == "rejected")
+    assert broken["reason"] == "unsupported_format"
+    assert "7 images" in ran.stderr
+    assert "1 other files passed over" in ran.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_every_form_of_output_says_the_same(scan: Cli, pictures: Path) -> None:
+    ask = ("scan", str(pictures), "--release", scan.env["TOY"], "--head", "knn")
+    lines = scan(*ask, "--json").records
+    rows = list(csv.DictReader(io.StringIO(scan(*ask, "--csv").stdout)))
+    assert list(rows[0]) == list(lines[0])
+    assert [(row["uri"], row["label"], row["head"]) for row in rows] == [
+        (line["uri"], line["label"] or "", line["head"] or "") for line in lines
+    ]
+    table = scan(*ask).stdout.splitlines()[1:]
+    assert [row.split()[0] for row in table] == [line["label"] or line["reason"] for line in lines]
+    assert all(line["uri"] in row for row, line in zip(table, lines, strict=True))
+
+
+def test_status_0_means_that_all_were_judged(scan: Cli, pictures: Path) -> None:
+    ran = scan("scan", str(pictures / "0.png"), str(pictures / "1.png"), "--release", scan.env["TOY"])
+    assert ran.status == 0
+
+
+def test_a_link_on_the_command_line_is_followed_and_one_in_a_directory_is_not(
+    scan: Cli, pictures: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside.png"
+    (pictures / "0.png").rename(outside)
+    (pictures / "link.png").symlink_to(outside)
+    named = scan("scan", str(pictures / "link.png"), "--release", scan.env["TOY"], "--json")
+    assert named.records[0]["outcome"] == "judged"
+    found = scan("scan", str(pictures), "--release", scan.env["TOY"], "--json").records
+    assert {Path(record["uri"]).name: record["reason"] for record in found}["link.png"] == "source_not_allowed"
+
+
+def test_what_cannot_be_fetched_is_rejected_on_its_own(scan: Cli, pictures: Path) -> None:
+    good = str(pictures / "0.png")
+    ran = scan(
+        "scan", "missing.png", "s3://private/a.png", "https://x/y.png", good, "--release", scan.env["TOY"], "--json"
+    )
+    assert [record["reason"] for record in ran.records] == [
+        "not_found",
+        "source_not_allowed",
+        "source_not_allowed",
+        None,
+    ]
+
+
+def test_an_s3_prefix_is_listed_and_judged(scan: Cli, pictures: Path, s3_server: S3Server) -> None:
+    with closing(s3_server.client()) as s3:
+        s3.create_bucket(Bucket="cli-scan")
+        for path in (pictures / "0.png", pictures / "1.png"):
+            s3.put_object(Bucket="cli-scan", Key=f"in/{path.name}", Body=path.read_bytes())
+    env = {**s3_server.environment, "CODE_WORKER_S3__BUCKETS": '["cli-scan"]'}
+    ran = scan("scan", "s3://cli-scan/in/", "--release", scan.env["TOY"], "--json", env=env)
+    assert [(record["uri"], record["label"]) for record in ran.records] == [
+        ("s3://cli-scan/in/0.png", "real"),
+        ("s3://cli-scan/in/1.png", "fake"),
+    ]
+
+
+def test_a_source_that_stays_away_ends_as_a_rejection_that_says_so(scan: Cli, pictures: Path) -> None:
+    env = {
+        "CODE_WORKER_S3__ENDPOINT_URL": "http://127.0.0.1:9",
+        "CODE_WORKER_S3__BUCKETS": '["away"]',
+        "CODE_WORKER_S3__ACCESS_KEY_ID": "a",
+        "CODE_WORKER_S3__SECRET_ACCESS_KEY": "b",
+        "CODE_WORKER_S3__MAX_ATTEMPTS": "1",
+    }
+    good = str(pictures / "0.png")
+    ran = scan("scan", "s3://away/a.png", good, "--release", scan.env["TOY"], "--json", env=env)
+    assert [record["reason"] for record in ran.records] == ["fetch_failed", None]
+    assert "another try may succeed" in ran.records[0]["detail"]
+
+
+def test_an_unknown_head_is_refused_before_any_image(scan: Cli, pictures: Path) -> None:
+    ran = scan("scan", str(pictures), "--release", scan.env["TOY"], "--head", "crystal-ball")
+    assert (ran.status, ran.stdout) == (2, "")
+    assert "unknown head 'crystal-ball'; known: knn, linear, svm" in ran.stderr
+
+
+def test_without_a_release_the_way_to_one_is_named(cli: Cli, pictures: Path) -> None:
+    ran = cli("scan", str(pictures))
+    assert (ran.status, ran.stdout) == (2, "")
+    assert "code-worker releases import hf:aimagelab/CoDE --promote" in ran.stderr
+
+
+def test_without_anything_the_way_to_a_release_is_named_too(bare_cli: Cli, pictures: Path) -> None:
+    for ran in (bare_cli("scan", str(pictures)), bare_cli("scan", str(pictures), "--release", "r-nowhere")):
+        assert (ran.status, ran.stdout) == (2, "")
+        assert "code-worker releases import" in ran.stderr
+
+
+def test_the_champion_judges_unless_another_release_is_named(
+    sqlite_cli: Cli, sqlite_store: Store, shallow_release: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path / "data")
+    registry = open_registry(settings, store=sqlite_store, plugins=load_plugins(settings))
+    release = registry.add(shallow_release)
+    registry.promote(release, by="test")
+    image = str(pictures / "0.png")
+    assert sqlite_cli("scan", image, "--json").records[0]["release"] == release
+    assert sqlite_cli("scan", image, "--json", "--release", release).records[0]["release"] == release
+    assert sqlite_cli("scan", image, "--release", "r-000000000000").status == 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("a.png", "--json", "--csv")])
+def test_wrong_use_ends_with_status_2(bare_cli: Cli, arguments: tuple[str, ...]) -> None:
+    assert bare_cli("scan", *arguments).status == 2
