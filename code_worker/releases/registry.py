@@ -1,0 +1,206 @@
+"""Which releases there are and which one is live: the store's rows and the artifact store's files, kept in step."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, StoreError
+from code_worker.logs import get_logger
+from code_worker.releases.artifacts import ArtifactStore, open_artifacts
+from code_worker.releases.importer import ImportOptions, build_release
+from code_worker.releases.loading import LoadedRelease, load_release
+from code_worker.releases.manifest import read_manifest, release_id, verify_files
+from code_worker.store import releases
+
+if TYPE_CHECKING:
+    from code_worker.plugins import Plugins
+    from code_worker.releases.hashing import OnBytes
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Session, Store
+
+__all__ = ["CHAMPION", "LoadedRelease", "Registered", "Registry", "open_registry"]
+
+CHAMPION = "champion"
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A release as the store knows it, with the aliases that point to it now."""
+
+    info: releases.ReleaseInfo
+    aliases: tuple[str, ...]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of its heads."""
+        return tuple(sorted(self.info.manifest.get("heads", ())))
+
+    def summary(self) -> dict[str, Any]:
+        """What a list shows, as plain values."""
+        manifest, info = self.info.manifest, self.info
+        return {
+            "id": info.id,
+            "aliases": list(self.aliases),
+            "created_at": info.created_at,
+            "source": info.source,
+            "heads": list(self.heads),
+            "default_head": manifest.get("default_head"),
+            "status": info.status,
+            "toy": manifest.get("toy", False),
+            "notes": manifest.get("notes", ""),
+            "manifest_sha256": info.manifest_sha256,
+            "location": info.location,
+        }
+
+
+class Registry:
+    """Imports, loads and promotes releases. Safe to share between threads."""
+
+    def __init__(self, store: Store, artifacts: ArtifactStore, plugins: Plugins) -> None:
+        self._store = store
+        self._artifacts = artifacts
+        self._plugins = plugins
+
+    def import_(self, source: str, options: ImportOptions | None = None) -> str:
+        """Builds a release from `source` (see `build_release`), stores and registers it; returns its id.
+
+        Raises:
+            ConfigurationError, ArtifactError: see `build_release`.
+        """
+        with tempfile.TemporaryDirectory(prefix="code-worker-import-") as directory:
+            built = Path(directory) / "release"
+            build_release(source, self._plugins, built, options)
+            return self.add(built)
+
+    def add(self, directory: Path) -> str:
+        """Stores and registers a finished release directory; returns its id. Adding it again changes nothing.
+
+        The files are in the artifact store before the row is written: a row always leads to a whole release, and
+        what a crash in between leaves behind is taken up by the next attempt.
+
+        Raises:
+            IntegrityError: the directory is damaged.
+            ArtifactError: it is no release, or cannot be stored.
+        """
+        manifest, sha256 = verify_files(directory)
+        id_ = release_id(sha256)
+        location = self._artifacts.put(directory)
+        plain, source = manifest.model_dump(mode="json"), manifest.source.uri
+        added = self._store.run(
+            lambda session: releases.add(
+                session, id=id_, manifest_sha256=sha256, location=location, manifest=plain, source=source
+            )
+        )
+        log.info("release_added", release=id_, new=added, source=source, heads=sorted(manifest.heads))
+        return id_
+
+    def list(self) -> list[Registered]:
+        """Every release, newest first."""
+
+        def read(session: Session) -> tuple[Sequence[releases.ReleaseInfo], dict[str, str]]:
+            return releases.list_releases(session), releases.aliases(session)
+
+        rows, aliases = self._store.run(read, write=False)
+        return [Registered(row, _pointing_to(row.id, aliases)) for row in rows]
+
+    def show(self, release: str) -> Registered:
+        """One release.
+
+        Raises:
+            NoReleaseError: there is none with this id.
+        """
+        row, aliases = self._store.run(
+            lambda session: (releases.get(session, release), releases.aliases(session)), write=False
+        )
+        if row is None:
+            raise NoReleaseError(f"no release {release!r}; see `code-worker releases list`")
+        return Registered(row, _pointing_to(release, aliases))
+
+    def champion(self) -> str | None:
+        """Id of the release that judges, or None."""
+        return self._store.run(lambda session: releases.alias(session, CHAMPION), write=False)
+
+    def load(self, release: str, on_bytes: OnBytes | None = None) -> LoadedRelease:
+        """The release in memory: every file compared with the manifest, the manifest with the registered hash.
+
+        Raises:
+            NoReleaseError: it is not registered.
+            ArtifactError: it is missing, damaged (IntegrityError) or cannot be loaded.
+            PluginError: a head's plugin is not installed.
+        """
+        registered = self.show(release).info
+        directory = self._artifacts.fetch(release)
+        _, sha256 = read_manifest(directory)
+        if sha256 != registered.manifest_sha256:
+            raise IntegrityError(
+                f"{release}: the manifest in {directory} is not the registered one "
+                f"({sha256[:16]}… instead of {registered.manifest_sha256[:16]}…)"
+            )
+        return load_release(directory, self._plugins, on_bytes)
+
+    def promote(self, release: str, *, by: str, reason: str = "") -> str | None:
+        """Makes a release the champion, after it was proven to load; returns the champion before.
+
+        Raises:
+            NoReleaseError, ArtifactError, PluginError: see `load`; the champion stays.
+            ArtifactError: the release has no head, or its status forbids it.
+        """
+        self._check_fit_to_judge(release)
+        before = self._store.run(
+            lambda session: releases.move_alias(session, CHAMPION, release, by=by, reason=reason)
+        )
+        log.info("champion_moved", release=release, before=before, by=by)
+        return before
+
+    def rollback(self, *, by: str, reason: str = "") -> str:
+        """Makes the previous champion the champion again, after it was proven to load; returns its id.
+
+        Raises:
+            StoreError: there is no previous champion, or somebody moved the alias meanwhile.
+            ArtifactError, PluginError: it cannot be loaded any more; the champion stays.
+        """
+        wanted = self._previous_champion()
+        self._check_fit_to_judge(wanted)
+
+        def take_back(session: Session) -> str:
+            found = releases.rollback(session, CHAMPION, by=by, reason=reason)
+            if found != wanted:
+                raise StoreError("the champion was moved by somebody else just now: look at it and try again")
+            return found
+
+        self._store.run(take_back)
+        log.info("champion_rolled_back", release=wanted, by=by)
+        return wanted
+
+    def _previous_champion(self) -> str:
+        history = self._store.run(lambda session: releases.moves(session, CHAMPION), write=False)
+        undone = {move.undoes for move in history}
+        standing = [move for move in history if move.undoes is None and move.id not in undone]
+        if not standing or standing[0].previous_id is None:
+            raise StoreError("no champion before this one: nothing to roll back to")
+        return standing[0].previous_id
+
+    def _check_fit_to_judge(self, release: str) -> None:
+        status = self.show(release).info.status
+        if status != "ready":
+            raise ArtifactError(f"{release} must not be promoted: {status}")
+        if not self.load(release).heads:
+            raise ArtifactError(f"{release} has no head and cannot judge: import it again with --heads DIR")
+
+
+def _pointing_to(release: str, aliases: dict[str, str]) -> tuple[str, ...]:
+    return tuple(sorted(name for name, target in aliases.items() if target == release))
+
+
+def open_registry(settings: Settings, *, store: Store, plugins: Plugins) -> Registry:
+    """The registry over a store and the artifacts that the settings name.
+
+    Raises:
+        ConfigurationError: an artifact address that cannot be.
+    """
+    return Registry(store, open_artifacts(settings), plugins)
