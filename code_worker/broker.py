@@ -98,4 +98,9 @@ def celery_config(settings: Settings) -> dict[str, Any]:
     if is_redis(url):
         config["broker_transport"] = REDIS_TRANSPORT
         config["broker_transport_options"] = transport_options(settings)
+        config["redbeat_redis_url"] = url
+        config["redbeat_redis_options"] = {
+            "socket_timeout": settings.broker.socket_timeout_s,
+            "socket_keepalive": True,
+        }
     return config

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from celery import signals
 
-from code_worker.errors import CodeWorkerError, ConfigurationError
+from code_worker.errors import CodeWorkerError, ConfigurationError, StoreError, StoreUnavailableError
 from code_worker.logs import configure_logging, get_logger, redact
 from code_worker.queues import QUEUES, SWEEP_QUEUE
 from code_worker.settings import Settings, load_settings
@@ -33,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(settings, arguments.queues.split(","), arguments.concurrency)
     except ConfigurationError as error:
         log.error("configuration_error", error=redact(str(error)))  # noqa: TRY400 - a traceback would not help
+        return 2
+    except StoreUnavailableError as error:
+        log.error("worker_failed", error=redact(str(error)))  # noqa: TRY400 - as above
+        return 1
+    except StoreError as error:
+        # Tables that are missing do not come by starting again.
+        log.error("database_not_ready", error=redact(str(error)))  # noqa: TRY400 - as above
         return 2
     except CodeWorkerError as error:
         log.error("worker_failed", error=redact(str(error)))  # noqa: TRY400 - as above

@@ -80,7 +80,7 @@ class Sweeper:
         # Last, so that a sweeper that dies before this is followed by one that does it again.
         self._doorbell.mark()
         if lost:
-            log.warning("broker_lost_messages", jobs=lost)
+            log.warning("broker_without_mark", jobs_rung_again=lost)
 
     def _unheard(self) -> Sequence[jobs.DueJob]:
         """Jobs that were published and not claimed although their queue is empty: somebody deleted their messages."""
