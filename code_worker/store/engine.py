@@ -39,6 +39,8 @@ _POSTGRESQL_OPTIONS: Final = (
     "-c timezone=UTC -c statement_timeout=15000 -c lock_timeout=5000 -c idle_in_transaction_session_timeout=30000"
 )
 
+_JSON: Final = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
 _log = get_logger(__name__)
 
 
@@ -104,16 +106,12 @@ def open_store(url: str, *, threads: int = 8) -> Store:
     raise ConfigurationError(f"database_url: {kind} is not supported; use sqlite:///… or postgresql+psycopg://…")
 
 
-def _dumps(value: object) -> str:
-    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-
-
 def _make_engine(url: URL, threads: int, pool_timeout_s: float, connect_args: Mapping[str, Any]) -> Engine:
     return create_engine(
         url,
         connect_args=dict(connect_args),
         hide_parameters=True,
-        json_serializer=_dumps,
+        json_serializer=_JSON.encode,
         max_overflow=0,
         pool_pre_ping=True,
         pool_recycle=900,

@@ -17,7 +17,7 @@ from code_worker.errors import StoreError
 from code_worker.logs import get_logger
 from code_worker.store.engine import Store
 
-__all__ = ["current", "head", "require_current", "script", "upgrade"]
+__all__ = ["current", "downgrade", "head", "require_current", "script", "upgrade"]
 
 _log = get_logger(__name__)
 _LOCK: Final = 0x636F6465_776F726B
