@@ -1,0 +1,231 @@
+"""`code-worker releases`: import, verify, promote and roll back what judges."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from code_worker.cli.arguments import json_option
+from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
+from code_worker.cli.output import print_json_lines, print_table, to_json
+from code_worker.cli.progress import progress
+from code_worker.cli.who import who
+from code_worker.errors import ConfigurationError, NoReleaseError
+
+if TYPE_CHECKING:
+    from code_worker.releases.registry import Registered, Registry
+    from code_worker.releases.verify import VerifyReport
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Store
+
+__all__ = ["releases"]
+
+_TAKES_OVER = "running workers take it over within seconds"
+_NO_RELEASE = "no release yet: code-worker releases import hf:aimagelab/CoDE --promote (or a directory)"
+
+
+@contextmanager
+def _registry(settings: Settings, *, create: bool = False) -> Iterator[Registry]:
+    from code_worker.plugins import load_plugins  # noqa: PLC0415 - plugins, SQLAlchemy and numpy: not for --help
+    from code_worker.releases.registry import open_registry  # noqa: PLC0415 - as above
+
+    plugins = load_plugins(settings)
+    with _create_ledger(settings) if create else open_ledger(settings) as store:
+        yield open_registry(settings, store=store, plugins=plugins)
+
+
+@contextmanager
+def _create_ledger(settings: Settings) -> Iterator[Store]:
+    """The first thing a new user does may be an import: the data directory's own database is made on the way."""
+    from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.engine import open_store  # noqa: PLC0415 - as above
+
+    if settings.database_url is None:
+        with closing(open_store(settings.resolved_database_url)) as store:
+            migrate.upgrade(store)
+    with open_ledger(settings) as store:
+        yield store
+
+
+@click.group()
+def releases() -> None:
+    """Import, verify, promote and roll back releases: encoder, heads and thresholds deployed as one."""
+
+
+@releases.command("import")
+@click.argument("source")
+@click.option("--promote", is_flag=True, help="Make it the champion at once.")
+@click.option("--note", default="", help="Free text for the manifest.")
+@click.option(
+    "--heads", "heads_dir", type=click.Path(path_type=Path), help="Directory of head files (.sav, .joblib)."
+)
+@click.option("--head", "named", multiple=True, metavar="FILE=NAME", help="Call the head of this file NAME.")
+@click.option("--default-head", help="Head for jobs that nobody chose one for.")
+@click.option("--skip-unknown-heads", is_flag=True, help="Leave out head files that cannot be taken.")
+@click.option("--averaged", is_flag=True, help="Take a training checkpoint's averaged weights (EMA).")
+@json_option
+def import_(
+    source: str,
+    *,
+    promote: bool,
+    note: str,
+    heads_dir: Path | None,
+    named: tuple[str, ...],
+    default_head: str | None,
+    skip_unknown_heads: bool,
+    averaged: bool,
+    as_json: bool,
+) -> None:
+    """Import SOURCE as a release.
+
+    SOURCE is a directory in the published form, hf:owner/name[@revision] (the published weights are
+    hf:aimagelab/CoDE), a timm training checkpoint, or a release directory. Nothing of it is unpickled.
+    """
+    from code_worker.releases.importer import ImportOptions  # noqa: PLC0415 - plugins and numpy: not for --help
+
+    options = ImportOptions(
+        heads_dir=heads_dir,
+        head_names=_names(named),
+        skip_unknown_heads=skip_unknown_heads,
+        averaged=averaged,
+        default_head=default_head,
+        notes=note,
+    )
+    with _registry(quiet_settings(), create=True) as registry:
+        with progress(f"importing {source}"):
+            release = registry.import_(source, options)
+            if promote:
+                registry.promote(release, by=who(), reason="promoted on import")
+        _say_imported(registry.show(release), promoted=promote, as_json=as_json)
+
+
+def _names(named: tuple[str, ...]) -> dict[str, str]:
+    pairs = [item.partition("=") for item in named]
+    if wrong := [item for item, (file, _, name) in zip(named, pairs, strict=True) if not (file and name)]:
+        raise ConfigurationError(f"--head {wrong[0]}: write FILE=NAME")
+    return {file: name for file, _, name in pairs}
+
+
+def _say_imported(release: Registered, *, promoted: bool, as_json: bool) -> None:
+    if as_json:
+        click.echo(to_json(release.summary()))
+        return
+    name = release.info.id
+    click.echo(f"imported {name} from {release.info.source}; heads: {', '.join(release.heads) or 'none'}")
+    if promoted:
+        click.echo(f"{name} is the champion; {_TAKES_OVER}")
+    elif release.heads:
+        click.echo(f"make it live with: code-worker releases promote {name}")
+    else:
+        click.echo("it has no head, so it cannot be promoted: import it again with --heads DIR")
+
+
+@releases.command("list")
+@json_option
+def list_(*, as_json: bool) -> None:
+    """List releases, newest first; the champion judges, a challenger runs in its shadow."""
+    settings = quiet_settings()
+    rows = []
+    if has_database(settings):
+        with _registry(settings) as registry:
+            rows = [release.summary() for release in registry.list()]
+    if as_json:
+        print_json_lines(rows)
+        return
+    for row in rows:
+        row["heads"], row["alias"] = ", ".join(row["heads"]), ", ".join(row["aliases"])
+        row["created"] = f"{row['created_at']:%Y-%m-%d %H:%M}"
+    print_table(rows, ("id", "alias", "created", "source", "heads", "notes"), empty=_NO_RELEASE)
+
+
+@releases.command()
+@click.argument("release")
+def show(release: str) -> None:
+    """Print where a release stands, and its manifest, as JSON."""
+    with _registry(quiet_settings()) as registry:
+        found = registry.show(release)
+    click.echo(to_json({**found.summary(), "manifest": found.info.manifest}))
+
+
+@releases.command()
+@click.argument("release")
+@click.option("--reason", default="", help="Why, for the history.")
+def promote(release: str, reason: str) -> None:
+    """Make RELEASE the champion, after proving that it loads here."""
+    with _registry(quiet_settings()) as registry, progress(f"loading {release}"):
+        before = registry.promote(release, by=who(), reason=reason)
+    if before == release:
+        click.echo(f"{release} is the champion already")
+    else:
+        click.echo(f"{release} is the champion{f' (was {before})' if before else ''}; {_TAKES_OVER}")
+
+
+@releases.command()
+@click.option("--reason", default="", help="Why, for the history.")
+def rollback(reason: str) -> None:
+    """Make the previous champion the champion again."""
+    with _registry(quiet_settings()) as registry, progress("loading the previous champion"):
+        before = registry.champion()
+        release = registry.rollback(by=who(), reason=reason)
+    click.echo(f"{release} is the champion again (was {before}); {_TAKES_OVER}")
+
+
+@releases.command()
+@click.argument("release", required=False)
+@click.option("--device", help="Device to test; unset: that of the settings.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Arithmetic; unset: as above.")
+@click.option("--images", default=256, show_default=True, type=click.IntRange(1), help="Crops to compare.")
+@json_option
+def verify(release: str | None, *, device: str | None, precision: str | None, images: int, as_json: bool) -> None:
+    """Check RELEASE (the champion, if none is named): hashes, then its answers on this device.
+
+    The encoder runs over seeded crops here and in float32 on the CPU; exit status 1 when a file differs from the
+    manifest, or when more than 1 label in 10,000 flips.
+    """
+    from code_worker.releases.verify import verify as compare  # noqa: PLC0415 - plugins and numpy: not for --help
+
+    settings = quiet_settings()
+    with _registry(settings) as registry:
+        if (wanted := release or registry.champion()) is None:
+            raise NoReleaseError("no champion to verify; name a release (code-worker releases list)")
+        with progress(f"checking the files of {wanted}"):
+            loaded = registry.load(wanted)
+    with progress(f"comparing encoders of {wanted}", total=images) as advance:
+        report = compare(
+            loaded,
+            device=device or settings.device,
+            precision=precision or settings.precision,
+            images=images,
+            on_images=advance,
+        )
+    if as_json:
+        click.echo(to_json(report.to_dict()))
+    else:
+        _say_report(report)
+    sys.exit(0 if report.passed else 1)
+
+
+def _say_report(report: VerifyReport) -> None:
+    click.echo(f"{report.release}: {report.files} files match the manifest")
+    click.echo(
+        f"{report.device} {report.precision} against cpu fp32 on {report.images} crops: "
+        f"embeddings differ by at most {report.embedding_error:.2g}"
+    )
+    rows = [
+        {
+            "head": name,
+            "score_error": f"{head.score_error:.2g}",
+            "labels_flipped": f"{head.flips} of {report.images}",
+            "per_10000": f"{head.flips_per_10000:g}",
+            "deterministic": "yes" if head.deterministic else "NO",
+        }
+        for name, head in report.heads.items()
+    ]
+    print_table(rows, ("head", "score_error", "labels_flipped", "per_10000", "deterministic"), empty="no heads")
+    if not report.passed:
+        click.echo("FAILED: more than 1 label in 10,000 flips, or a head is not deterministic", err=True)
