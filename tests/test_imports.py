@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from tests.servers import free_port
 
 HEAVY = (
     "PIL",
@@ -20,7 +23,7 @@ HEAVY = (
     "torch",
     "torchvision",
 )
-REPORT = "import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+REPORT = "import sys; print('modules:', *sorted({name.partition('.')[0] for name in sys.modules}))"
 
 
 def modules_after(statement: str) -> set[str]:
@@ -33,7 +36,7 @@ def modules_after(statement: str) -> set[str]:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return set(done.stdout.rpartition("modules: ")[2].split())
 
 
 @pytest.mark.parametrize(
@@ -43,11 +46,30 @@ def modules_after(statement: str) -> set[str]:
         "import code_worker; code_worker.Head; code_worker.HeadSpec; code_worker.hookimpl",
         "import code_worker; code_worker.Job; code_worker.Verdict; code_worker.RejectReason",
         "import code_worker.errors, code_worker.types, code_worker.settings, code_worker.logs, code_worker.queues",
+        "import code_worker; code_worker.enqueue; code_worker.enqueue_many; code_worker.verdict",
+        "import code_worker.client, code_worker.doorbell, code_worker.broker",
+        "import code_worker; code_worker.install; code_worker.create_app",
         "import code_worker.cli.main",
     ],
 )
 def test_a_light_import_loads_no_model_code(statement: str) -> None:
     assert modules_after(statement).isdisjoint(HEAVY)
+
+
+def test_an_enqueue_loads_no_model_code(tmp_path: Path) -> None:
+    code = f"""
+from code_worker.client import Client
+from code_worker.settings import Settings
+from code_worker.store import migrate
+from code_worker.store.engine import open_store
+settings = Settings(data_dir={str(tmp_path)!r}, broker_url="redis://127.0.0.1:{free_port()}/0")
+migrate.upgrade(open_store(settings.resolved_database_url))
+client = Client(settings)
+job = client.enqueue("s3://uploads/a.jpg")
+assert client.verdict(job) is None
+client.close()
+"""
+    assert modules_after(code).isdisjoint(HEAVY)
 
 
 def test_importing_the_package_alone_loads_neither_celery_nor_sqlalchemy() -> None:

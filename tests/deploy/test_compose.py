@@ -144,6 +144,17 @@ def test_the_broker_user_can_do_what_a_producer_and_a_worker_need(tmp_path: Path
         app.close()
 
 
+def test_the_documented_broker_user_is_the_one_that_was_tried() -> None:
+    command = services()["redis"]["command"]
+    tried = command[command.index("code_worker") : command.index("+info") + 1]
+    text = (DEPLOY.parent / "docs" / "operations.md").read_text(encoding="utf-8")
+    documented = re.search(r"^user (code_worker .*)$", text, re.MULTILINE)
+    assert documented
+    assert [re.sub(r"^>.*", ">", word) for word in documented[1].split()] == [
+        re.sub(r"^>.*", ">", word) for word in tried
+    ]
+
+
 def test_the_broker_user_can_neither_empty_nor_reconfigure_the_server(tmp_path: Path) -> None:
     with ComposeRedis(tmp_path) as server:
         client = redis.Redis.from_url(server.url)
