@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from code_worker.errors import BrokerUnavailableError, ConfigurationError
+from code_worker.errors import BrokerUnavailableError, ConfigurationError, StoreUnavailableError
 from code_worker.logs import get_logger
 from code_worker.queues import MAX_URI_LENGTH, chunks, queue_for
 from code_worker.settings import Settings, load_settings
@@ -101,14 +101,20 @@ class Client:
         by_queue: dict[str, list[str]] = {}
         for job_id, job in zip(ids, new, strict=True):
             by_queue.setdefault(queue_for(job.priority), []).append(job_id)
+        rung: list[str] = []
         try:
             for queue, members in by_queue.items():
                 for group in chunks(members):
                     self._doorbell().ring(queue, group)
-                    self._store.run(lambda session, group=group: jobs.mark_published(session, group))  # type: ignore[misc]
+                    rung += group
         except (BrokerUnavailableError, ConfigurationError) as error:
             # The rows are safe; the sweeper of any worker rings for them.
-            log.warning("publish_postponed", error=str(error), jobs=len(ids))
+            log.warning("publish_postponed", error=str(error), jobs=len(ids) - len(rung))
+        try:
+            self._store.run(lambda session: jobs.mark_published(session, rung))
+        except StoreUnavailableError as error:
+            # Accepted all the same: unmarked, the sweeper rings once more, and a claim is taken only once.
+            log.warning("publish_not_noted", error=str(error), jobs=len(rung))
         return ids
 
     def _doorbell(self) -> Doorbell:

@@ -243,6 +243,9 @@ def test_a_training_checkpoint_keeps_timms_eps(tmp_path: Path, trained: dict[str
     torch.save(
         {
             "epoch": 3,
+            "metric": np.float64(97.25),
+            "best": np.float32(0.5),
+            "steps": np.int64(7),
             "arch": "vit_tiny_patch16_224",
             "args": argparse.Namespace(model="vit_tiny_patch16_224", mean=(0.5,), resume="", lr=2e-3),
             "state_dict": {f"module.{name}": tensor for name, tensor in trained.items()},

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -36,6 +37,19 @@ _DAMAGE = (
 )
 
 
+# Trainers store their metric as a numpy scalar: a plain number, in a pickle that names numpy's old or new module.
+_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]  # noqa: SLF001 - numpy has no public name for it
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    np.dtypes.Int64DType,
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+]
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors by name.
 
@@ -49,15 +63,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch_pickle(path: Path) -> Any:
-    """Whatever `torch.save` wrote, by torch's restricted unpickler: tensors, containers and `argparse.Namespace`.
+    """Whatever `torch.save` wrote, by torch's restricted unpickler: tensors, numbers, `argparse.Namespace`.
 
     Raises:
         UnsafeArtifactError: the pickle asks for anything else, which the text names; nothing of it was executed.
         ArtifactError: a file that is missing, damaged or of another form.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle protocol torch may not read: it reads it or raises
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle protocol torch may not read: it reads or raises
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refusal(path, error) from error

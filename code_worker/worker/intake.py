@@ -42,13 +42,14 @@ def handle_message(node: Node, message: object) -> None:
 
 
 def _accept(store: Store, items: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Writes rows for a producer that reaches only the broker; a conflicting one is buried, the others count."""
+    """Writes rows for a producer that reaches only the broker; one that conflicts or cannot be stored is buried."""
     new = [jobs.NewJob(**item) for item in items]
     try:
         return store.run(lambda session: jobs.accept(session, new))
-    except IdConflictError:
+    except (IdConflictError, ValueError) as error:
         if len(new) == 1:
-            _bury(store, {"items": list(items)}, "id_conflict: the key was used for a different job")
+            reason = "id_conflict: " if isinstance(error, IdConflictError) else ""
+            _bury(store, {"items": list(items)}, f"{reason}{error}")
             return []
     return [job for item in items for job in _accept(store, [item])]
 

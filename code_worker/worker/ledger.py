@@ -56,7 +56,7 @@ class Ledger:
 
         def write(session: Session) -> None:
             verdicts.write(session, rows)
-            jobs.put_back(session, again)
+            jobs.put_back(session, again, owner=self.owner)
             if keep:
                 embeddings.keep(session, encoder_sha256, judged.embeddings)
             for source, fault in sources:

@@ -131,7 +131,13 @@ class Node:
         self.store.run(write)
 
     def watch(self) -> None:
-        """Ends a process in which a batch is stuck: threads cannot be stopped, Celery's time limits pass them by."""
+        """Ends a process in which a batch is stuck or the device is lost; its supervisor starts another.
+
+        Threads cannot be stopped, and Celery's time limits pass them by.
+        """
+        if (failure := self.runtimes.failure) is not None:
+            log.critical("device_lost", error=str(failure))
+            os._exit(STUCK_STATUS)
         silent_s = self.in_flight.silent_s()
         if silent_s > self.settings.worker.batch_timeout_s:
             log.critical("batch_stuck", silent_s=round(silent_s, 1), jobs=self.in_flight.jobs())

@@ -60,6 +60,11 @@ class Runtimes:
         """Id of the release in use."""
         return self._current.runtime.release if self._current else None
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the device of the release in use, if anything did."""
+        return self._current.runtime.embedder.failure if self._current else None
+
     def follow(self) -> None:
         """Looks where the alias points; on a move loads that release and swaps.
 

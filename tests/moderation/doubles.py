@@ -48,6 +48,7 @@ class MeanEmbedder:
     def __init__(self, spoil: Callable[[NDArray[np.uint8]], Exception | None] = lambda _: None) -> None:
         self.crops = 0
         self.closed = False
+        self.failure: BaseException | None = None
         self._spoil = spoil
 
     def submit(self, crop: NDArray[np.uint8], priority: int = 4) -> Future[NDArray[np.float32]]:
