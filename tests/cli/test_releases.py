@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +207,27 @@ def test_releases_kept_in_s3_are_imported_promoted_and_verified(
     shutil.rmtree(data_dir / "cache")
     assert run("verify", "--images", 2).status == 0
     assert (data_dir / "cache" / "releases" / id_of(two[0])).is_dir()
+
+
+def test_a_published_checkpoint_is_imported_from_the_hubs_cache(parity_set: ParitySet, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--team--code"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    for file in (path for path in parity_set.directory.rglob("*") if path.is_file()):
+        link = cached / "snapshots" / commit / file.relative_to(parity_set.directory)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    words = [sys.executable, "-m", "code_worker", "releases", "import", "hf:team/code", "--json"]
+    # A process of its own: the hub's client reads its environment when it is imported.
+    env = {
+        **os.environ,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "CODE_WORKER_DATA_DIR": str(tmp_path / "data"),
+    }
+    done = subprocess.run(words, check=False, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    imported = json.loads(done.stdout)
+    assert imported["source"] == f"hf:team/code@{commit}"
+    assert imported["heads"] == ["knn", "linear", "svm"]
