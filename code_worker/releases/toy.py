@@ -49,11 +49,13 @@ def build_toy_release(
     """
     from code_worker.encoder.checkpoint import random_weights  # noqa: PLC0415 - torch: only who builds pays for it
     from code_worker.encoder.engine import Engine  # noqa: PLC0415 - as above
+    from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
 
     if len(crops) != len(labels):
         raise ValueError(f"{len(crops)} crops, but {len(labels)} labels")
     weights = random_weights(seed, depth=depth)
-    embeddings = Engine(weights, device="cpu").embed(crops)
+    with EncoderLoop(Engine(weights, device="cpu"), streams=None, micro_batch=None) as loop:
+        embeddings = loop.embed(crops)
     fitted = {name: _fit(plugins.head_class(name)(), embeddings, labels) for name in heads}
     facts = ReleaseFacts(source=Source(uri=f"toy, seed {seed}"), toy=True, notes=TOY_NOTE)
     return build_from_parts(directory, weights, fitted, plugins, facts)
