@@ -31,14 +31,19 @@ class Stack:
     """
 
     def __init__(
-        self, settings: Settings, *, env: Mapping[str, str] | None = None, backoff: Backoff | None = None
+        self,
+        settings: Settings,
+        *,
+        env: Mapping[str, str] | None = None,
+        backoff: Backoff | None = None,
+        log_path: Path | None = None,
     ) -> None:
         self.settings = settings
         self.data_path = settings.data_path
         self._env = {**(env or {}), "CODE_WORKER_DATA_DIR": str(self.data_path)}
         self._lock = _Lock(self.data_path / "run" / "up.lock")
         # No batch may take longer than this: its own watchdog sees to that.
-        self._supervisor = Supervisor(grace_s=settings.worker.batch_timeout_s, backoff=backoff)
+        self._supervisor = Supervisor(grace_s=settings.worker.batch_timeout_s, backoff=backoff, log_path=log_path)
         self._broker = EmbeddedBroker(self.data_path) if settings.broker_url is None else None
 
     def start(self) -> None:

@@ -11,8 +11,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -63,8 +64,9 @@ class Backoff:
 class _Running:
     """One child's present life, or its wait for the next; used by the supervisor's thread alone."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Child, log_path: Path | None) -> None:
         self.child = child
+        self._log_path = log_path
         self.owner = ""
         self.process: subprocess.Popen[bytes] | None = None
         self.started_at = 0.0
@@ -76,10 +78,17 @@ class _Running:
         self.owner = f"{socket.gethostname()}:{self.child.name}:{uuid.uuid4().hex[:12]}"
         environment = {**os.environ, **self.child.env, OWNER_ENV: self.owner, SUPERVISOR_ENV: str(os.getpid())}
         self.started_at = time.monotonic()
-        # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which then stops in order.
-        self.process = subprocess.Popen(
-            list(self.child.command), env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        with ExitStack() as opened:
+            out = None if self._log_path is None else opened.enter_context(self._log_path.open("ab"))
+            # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which then stops in order.
+            self.process = subprocess.Popen(
+                list(self.child.command),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         log.info("child_started", child=self.child.name, pid=self.process.pid, owner=self.owner)
 
     def ended(self) -> int | None:
@@ -104,11 +113,15 @@ class Supervisor:
     """Runs children until told to stop; all of them are started and reaped by one thread of its own.
 
     The kernel ties a child to the *thread* that started it, hence one thread for as long as there are children.
-    Children stop in the reverse of the order in which they were added.
+    Children stop in the reverse of the order in which they were added. What they print goes where this process's
+    goes, or is appended to the file `log_path`.
     """
 
-    def __init__(self, *, grace_s: float = 30.0, backoff: Backoff | None = None) -> None:
+    def __init__(
+        self, *, grace_s: float = 30.0, backoff: Backoff | None = None, log_path: Path | None = None
+    ) -> None:
         self.grace_s = grace_s
+        self._log_path = log_path
         self._backoff = backoff or Backoff()
         self._new: queue.SimpleQueue[Child] = queue.SimpleQueue()
         self._running: list[_Running] = []
@@ -185,7 +198,7 @@ class Supervisor:
 
     def _start_due(self) -> None:
         while not self._new.empty():
-            self._running.append(_Running(self._new.get()))
+            self._running.append(_Running(self._new.get(), self._log_path))
         for each in self._running:
             if each.process is None and each.start_at <= time.monotonic() and not self._stopping:
                 self._start(each)

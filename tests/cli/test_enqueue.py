@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -35,8 +36,6 @@ def producer(sqlite_cli: Cli, redis_server: RedisServer) -> Cli:
 
 def messages(broker: Redis, queue: str = "normal") -> list[list[str]]:
     """Job ids by message, oldest first."""
-    import base64  # noqa: PLC0415 - beside its one use
-
     raw: list[Any] = broker.lrange(f"cw:code_worker.{queue}", 0, -1)  # type: ignore[assignment]
     bodies = [json.loads(base64.b64decode(json.loads(one)["body"])) for one in reversed(raw)]
     return [body[0][0]["jobs"] for body in bodies]

@@ -52,6 +52,16 @@ def test_a_death_is_reported_with_its_owner_and_status(supervisor: Supervisor, l
     assert deaths == [(lines(log)[0], -signal.SIGKILL)]
 
 
+def test_what_children_print_is_appended_to_the_log_through_restarts(log: Path) -> None:
+    supervisor = Supervisor(grace_s=10, backoff=QUICK, log_path=log)
+    supervisor.add(child("one", "print('out', flush=True)\nprint('err', file=sys.stderr, flush=True)"))
+    supervisor.start()
+    try:
+        until(lambda: lines(log).count("out") >= 2 and lines(log).count("err") >= 2)
+    finally:
+        supervisor.stop()
+
+
 def test_a_report_that_hangs_delays_no_restart(supervisor: Supervisor, log: Path) -> None:
     supervisor.add(child("one", f"note({str(log)!r}, 'up')\nsys.exit(1)", on_death=lambda *_: time.sleep(600)))
     supervisor.start()

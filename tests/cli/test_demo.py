@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cli.conftest import Cli
+
+LIMIT_S = 240
+
+
+def demo(directory: Path, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "code_worker", "demo", "--directory", str(directory), *arguments],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def processes_of(directory: Path) -> list[str]:
+    """Command lines of processes that this demo started and that still run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(directory) in process.environ().get("CODE_WORKER_DATA_DIR", ""):
+                found.append(" ".join(process.cmdline()))
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def counted(printed: str, title: str) -> dict[str, list[str]]:
+    """Rows of one of the tables: first word → the others."""
+    _, _, below = printed.partition(f"\n{title}")
+    rows = below.partition("\n\n")[0].splitlines()[2:]
+    return {row.split()[0]: row.split()[1:] for row in rows}
+
+
+def test_the_demo_judges_everything_and_leaves_nothing_running(tmp_path: Path, bare_cli: Cli) -> None:
+    directory = tmp_path / "demo"
+    # Somebody's own settings must not lead a demo to their database or buckets.
+    foreign = {"CODE_WORKER_DATABASE_URL": "postgresql://nobody@127.0.0.1:9/none", "CODE_WORKER_HEAD": "none"}
+    running = demo(directory, "--images", "40", **foreign)
+    printed, complaints = running.communicate(timeout=LIMIT_S)
+    assert (running.returncode, complaints) == (0, ""), printed
+    assert "mean nothing about images that a real generator made" in " ".join(printed.replace("│", " ").split())
+    sources = counted(printed, "Verdicts by source")
+    assert {name: int(row[0]) for name, row in sources.items()} == {
+        "real": 20,
+        "toy-bilinear": 7,
+        "toy-checkerboard": 6,
+        "toy-nearest": 7,
+        "all": 40,
+    }
+    assert all(int(row[0]) == int(row[1]) + int(row[2]) for row in sources.values())
+    reasons = counted(printed, "Rejections by reason")
+    assert {name: int(row[0]) for name, row in reasons.items()} == {
+        "empty": 2,
+        "not_found": 2,
+        "source_not_allowed": 2,
+        "too_many_pixels": 1,
+        "truncated": 2,
+        "unsupported_format": 2,
+    }
+    assert re.search(r"\d+\.\d images/s through broker, worker and database", printed)
+    assert printed.count("\nok   ") == 5
+    assert "FAIL" not in printed
+    assert processes_of(directory) == []
+    suggested(printed, bare_cli)
+
+
+def suggested(printed: str, cli: Cli) -> None:
+    """What the demo says to try next works."""
+    lines = re.findall(r"^  CODE_WORKER_DATA_DIR=(\S+) code-worker (.*)$", printed, re.MULTILINE)
+    assert len(lines) == 5
+    for data, command in lines:
+        ran = cli(*command.split(), env={"CODE_WORKER_DATA_DIR": data})
+        # The images lie between broken ones, which a scan tells by its status.
+        assert ran.status == 0 or (command.startswith("scan") and ran.status == 1), (command, ran.stderr)
+        assert ran.stdout
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_demo_that_is_interrupted_stops_what_it_started(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "demo"
+    running = demo(directory, "--images", "8")
+    deadline = time.monotonic() + LIMIT_S
+    while not any("code_worker.worker.process" in one for one in processes_of(directory)):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    running.send_signal(getattr(signal, name))
+    printed, complaints = running.communicate(timeout=LIMIT_S)
+    assert running.returncode == 1, printed
+    assert "Aborted!" in complaints
+    assert "Traceback" not in complaints
+    assert processes_of(directory) == []
+
+
+def test_a_directory_with_something_else_in_it_is_left_alone(bare_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    ran = bare_cli("demo", "--directory", str(tmp_path))
+    assert ran.status == 2
+    assert "holds something that no demo left" in ran.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
