@@ -47,7 +47,7 @@ class ChildServer:
         raise NotImplementedError
 
     def start(self) -> Self:
-        self.process = subprocess.Popen(  # noqa: S603 - a fixed command
+        self.process = subprocess.Popen(
             self.command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         wait_for_port(self.port, self.process)
