@@ -104,7 +104,7 @@ class Judge:
             if item.error is not None:
                 self._record_error(item, runtime, result)
                 continue
-            policy = policies.find(item.job.tenant, item.job.content_type)
+            policy = policies.find(item.job.tenant, item.job.content_type, runtime.default_policy)
             head = self._head_for(item, policy, runtime, result)
             if head is not None:
                 ready.append((item, policy, head))

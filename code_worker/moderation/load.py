@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from code_worker.errors import UnknownHeadError
+from code_worker.moderation.policy import DEFAULT_POLICY, Policy
 from code_worker.moderation.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -42,4 +43,12 @@ def start_runtime(loaded: LoadedRelease, settings: Settings) -> Runtime:
         heads=loaded.heads,
         head_sha256=loaded.head_sha256,
         default_head=default_head,
+        default_policy=_thresholds(loaded),
     )
+
+
+def _thresholds(loaded: LoadedRelease) -> Policy:
+    own = loaded.manifest.thresholds
+    if (own.low, own.high) == (DEFAULT_POLICY.low, DEFAULT_POLICY.high):
+        return DEFAULT_POLICY
+    return Policy(id=f"{loaded.id}:thresholds", low=own.low, high=own.high)

@@ -47,7 +47,7 @@ class PolicyBook:
     def __init__(self, policies: Iterable[Policy] = ()) -> None:
         self._by_scope = {(policy.tenant, policy.content_type): policy for policy in policies}
 
-    def find(self, tenant: str | None, content_type: str | None) -> Policy:
-        """Tenant and content type, else tenant, else content type, else the general one, else the published."""
+    def find(self, tenant: str | None, content_type: str | None, otherwise: Policy = DEFAULT_POLICY) -> Policy:
+        """Tenant and content type, else tenant, else content type, else the general one, else the release's own."""
         scopes = ((tenant, content_type), (tenant, None), (None, content_type), (None, None))
-        return next((self._by_scope[scope] for scope in scopes if scope in self._by_scope), DEFAULT_POLICY)
+        return next((self._by_scope[scope] for scope in scopes if scope in self._by_scope), otherwise)

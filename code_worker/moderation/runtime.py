@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from code_worker.heads import Head
+from code_worker.moderation.policy import DEFAULT_POLICY, Policy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,7 @@ class Runtime:
         heads: fitted heads by name.
         head_sha256: hash of each head's files.
         default_head: head used when nobody names one.
+        default_policy: thresholds of the release, for jobs that no policy covers.
     """
 
     release: str
@@ -50,3 +52,4 @@ class Runtime:
     heads: Mapping[str, Head]
     head_sha256: Mapping[str, str]
     default_head: str
+    default_policy: Policy = DEFAULT_POLICY

@@ -23,7 +23,8 @@ _LIMIT = 1000
 _PASSES = 20
 _UNPUBLISH = 10_000
 _MIN_WAIT_S = 60.0
-_LOST_AFTER_S = 5.0
+_LOST_AFTER_S = 10.0
+_PASS_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,20 @@ class Sweeper:
 
     def sweep(self) -> Swept:
         """Quarantines what killed too many workers and rings for what waits unheard."""
-        owner, ttl_s = self._ledger.owner, 3 * self._settings.worker.sweep_interval_s + 10
-        store = self._ledger.store
-        if not store.run(lambda session: workers.take_lease(session, "sweeper", owner, ttl_s)):
+        if not self._take_turn(_PASS_S):
             return Swept()
+        try:
+            return self._sweep()
+        finally:
+            # Held on for the interval alone: were it longer, a worker that dies would take the sweeping with it.
+            self._take_turn(self._settings.worker.sweep_interval_s * 0.8)
+
+    def _take_turn(self, seconds: float) -> bool:
+        owner = self._ledger.owner
+        return self._ledger.store.run(lambda session: workers.take_lease(session, "sweeper", owner, seconds))
+
+    def _sweep(self) -> Swept:
+        store = self._ledger.store
         quarantined = self._ledger.quarantine(_LIMIT)
         waits = {
             queue: max(_MIN_WAIT_S, 3 * (wait or 0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,20 @@ def test_a_head_spoils_no_more_than_its_own_images(judge_objects: Callable[..., 
     assert {(fault.job.id, fault.reason) for fault in judged.faults} == {
         ("broken-1", RejectReason.MODEL_UNAVAILABLE),
         ("broken-2", RejectReason.MODEL_UNAVAILABLE),
+    }
+
+
+def test_a_release_brings_its_own_thresholds_for_what_no_policy_covers(judge_objects: Callable[..., Judged]) -> None:
+    strict = replace(runtime(), default_policy=Policy("r-test:thresholds", 0.6, 0.9))
+    judged = judge_objects(
+        {"covered": png(150), "open": png(150)},
+        runtime=strict,
+        jobs={"covered": {"tenant": "t"}},
+        policies=PolicyBook([Policy("t@1", 0.5, 0.5, tenant="t")]),
+    )
+    assert {verdict.job_id: (verdict.label, verdict.provenance.policy) for verdict in judged.verdicts} == {
+        "covered": (Label.FAKE, "t@1"),
+        "open": (Label.REAL, "r-test:thresholds"),
     }
 
 
