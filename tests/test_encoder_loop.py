@@ -90,6 +90,18 @@ def test_urgent_crops_go_first_and_equals_in_order_of_arrival() -> None:
     assert engine.batches == [[0], [91, 92], [41, 42], [1, 2]]
 
 
+def test_within_a_priority_the_older_batch_goes_first() -> None:
+    engine = Recorder()
+    with EncoderLoop(engine, streams=1, micro_batch=2, linger_ms=0) as loop:
+        held(engine, loop)
+        later = [loop.submit(crop(10 * turn + n), 4, turn) for n in (1, 2) for turn in (2, 1)]
+        later.append(loop.submit(crop(99), 9, 7))
+        engine.go_on.set()
+        for future in later:
+            future.result(30)
+    assert engine.batches == [[0], [99, 11], [12, 21], [22]]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     values=st.lists(st.one_of(st.integers(0, 20), st.sampled_from([POISON, BLANK])), min_size=1, max_size=24),

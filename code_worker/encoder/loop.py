@@ -55,9 +55,9 @@ class LoopStats:
 
 @dataclass(order=True, slots=True)
 class _Item:
-    """A waiting crop; items order by urgency, then by arrival."""
+    """A waiting crop; items order by urgency, then by turn, then by arrival."""
 
-    rank: tuple[int, int]
+    rank: tuple[int, int, int]
     crop: Crop = field(compare=False)
     future: Future[Embedding] = field(compare=False)
 
@@ -118,9 +118,10 @@ class EncoderLoop:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, crop: Crop, priority: int = 4) -> Future[Embedding]:
+    def submit(self, crop: Crop, priority: int = 4, turn: int = 0) -> Future[Embedding]:
         """Queues one `(224, 224, 3) uint8` crop; the future yields its `(192,) float32` embedding.
 
+        Higher priorities first, within one the lower `turn` (the number of a caller's batch), then order of arrival.
         Blocks while too many crops that are as urgent wait; less urgent ones never hold it up. Cancelling the
         future takes the crop out, unless it is being embedded already.
 
@@ -135,7 +136,7 @@ class EncoderLoop:
             self._drained.wait_for(lambda: self._ended or self._ahead_of(priority) < self._max_waiting)
             if self._ended:
                 raise self._unavailable()
-            heapq.heappush(self._heap, _Item((-priority, next(self._arrivals)), crop, future))
+            heapq.heappush(self._heap, _Item((-priority, turn, next(self._arrivals)), crop, future))
             self._waiting[priority] += 1
             # A stream looks when the first crop is there and when a batch is full; between the two it lingers.
             if len(self._heap) == 1 or len(self._heap) >= self.micro_batch:

@@ -168,7 +168,7 @@ class _Batch:
                 twin.error = error
             return
         item.timings_ms["encode"] = -time.perf_counter()
-        self._encoding[item] = self._runtime.embedder.submit(future.result(), item.job.priority)
+        self._encoding[item] = self._runtime.embedder.submit(future.result(), item.job.priority, self._number)
 
     def finish(self, item: Item) -> None:
         """Waits for the embedding of one item; its twins (same bytes in this batch) take it over."""

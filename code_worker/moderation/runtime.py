@@ -23,8 +23,11 @@ class Embedder(Protocol):
     failure: BaseException | None
     """What ended the device for good; the process should then be replaced."""
 
-    def submit(self, crop: NDArray[np.uint8], priority: int = 4) -> Future[NDArray[np.float32]]:
-        """Queues one `(224, 224, 3) uint8` crop; the future yields its `(192,) float32` embedding."""
+    def submit(self, crop: NDArray[np.uint8], priority: int = 4, turn: int = 0) -> Future[NDArray[np.float32]]:
+        """Queues one `(224, 224, 3) uint8` crop; the future yields its `(192,) float32` embedding.
+
+        Higher priorities come first, then lower turns.
+        """
 
     def close(self) -> None:
         """Finishes what is queued and frees the device."""

@@ -51,7 +51,7 @@ class MeanEmbedder:
         self.failure: BaseException | None = None
         self._spoil = spoil
 
-    def submit(self, crop: NDArray[np.uint8], priority: int = 4) -> Future[NDArray[np.float32]]:
+    def submit(self, crop: NDArray[np.uint8], priority: int = 4, turn: int = 0) -> Future[NDArray[np.float32]]:
         self.crops += 1
         future: Future[NDArray[np.float32]] = Future()
         if (error := self._spoil(crop)) is not None:

@@ -147,8 +147,8 @@ def test_a_crop_that_the_encoder_cannot_take_leaves_the_others(judge_objects: Ca
 
 def test_an_embedding_that_is_not_finite_is_refused(judge_objects: Callable[..., Judged]) -> None:
     class NanEmbedder(MeanEmbedder):
-        def submit(self, crop: Any, priority: int = 4) -> Any:
-            future = super().submit(crop, priority)
+        def submit(self, crop: Any, priority: int = 4, turn: int = 0) -> Any:
+            future = super().submit(crop, priority, turn)
             future.result()[3] = np.nan
             return future
 

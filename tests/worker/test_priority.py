@@ -34,6 +34,6 @@ def test_a_live_job_overtakes_a_backfill(
     wait_until(lambda: client.verdict(live), 60, "the live verdict")
     overtaken_by = done() - before
     print(f"{overtaken_by} verdicts were written between the live job's enqueue and its verdict")
-    # One batch that had to end first, and what else ended while the live one was fetched: batches of 64, 4 at a time.
+    # The batch that had to end first, and at most one more that ended while the live one was fetched.
     assert overtaken_by <= 2 * 64 + 1
     assert before + overtaken_by < BACKFILL, "the backfill went on"
