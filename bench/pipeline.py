@@ -2,7 +2,7 @@
 
     python -m bench.pipeline [--images 160] [--rounds 5] [--size 640x480] [--format JPEG]
 
-The published pipeline is a loop over a torch DataLoader (Pillow and torchvision: CenterCrop, ToTensor, Normalize; 0 or
+The published pipeline is a loop over a torch DataLoader (Pillow; torchvision CenterCrop, ToTensor, Normalize; 0 or
 2 worker processes), transformers' ViTModel and scikit-learn's LogisticRegression, with torch's own number of threads.
 Every run is a process of its own, times only the images (after a warm-up batch) and prints its labels, which must be
 equal in all runs. Weights are random: speed does not depend on them.

@@ -24,7 +24,7 @@ from code_worker.settings import Settings, load_settings
 from code_worker.store import workers
 from code_worker.store.engine import Store, open_store
 from code_worker.worker.doctor import Check, Status, examine, services
-from code_worker.worker.doctor.check import bounded
+from code_worker.worker.doctor.check import bounded, hung
 from code_worker.worker.embedded import EmbeddedBroker
 from code_worker.worker.supervisor import Supervisor
 from tests.servers import RedisServer, S3Server, free_port
@@ -296,6 +296,7 @@ def test_a_probe_that_raises_or_hangs_is_a_finding() -> None:
         yield
 
     first, late = bounded("part", hang, limit_s=0.2)
+    assert hung()
     release.set()
     assert (first.message, late.message) == ("first half", "no answer in 0.2 s")
     (failed,) = bounded("part", fail, hint="do this")

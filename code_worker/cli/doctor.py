@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from code_worker.cli.output import console, print_json_lines
 from code_worker.logs import configure_logging
-from code_worker.worker.doctor import PARTS, Check, Status, examine
+from code_worker.worker.doctor import PARTS, Check, Status, examine, hung
 
 __all__ = ["doctor"]
 
@@ -40,7 +41,13 @@ def doctor(parts: tuple[str, ...], data_dir: Path | None, as_json: bool) -> None
         with console(stderr=True).status("looking"):
             found = list(examine(parts or PARTS, **overrides))
         _print(found)
-    sys.exit(1 if any(check.status is Status.FAIL for check in found) else 0)
+    status = 1 if any(check.status is Status.FAIL for check in found) else 0
+    if hung():
+        # A thread that is stuck in a driver would make the interpreter abort while it shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _print(found: Sequence[Check]) -> None:

@@ -8,9 +8,9 @@ from typing import Final
 from code_worker.errors import ConfigurationError
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.doctor import ledger, machine, services
-from code_worker.worker.doctor.check import Check, Status, bounded
+from code_worker.worker.doctor.check import Check, Status, bounded, hung
 
-__all__ = ["PARTS", "Check", "Status", "examine"]
+__all__ = ["PARTS", "Check", "Status", "examine", "hung"]
 
 Probe = Callable[[Settings], Iterable[Check]]
 _DATABASE: Final = "database"

@@ -11,9 +11,10 @@ from typing import Final
 from code_worker.errors import CodeWorkerError
 from code_worker.logs import redact
 
-__all__ = ["Check", "Status", "bounded"]
+__all__ = ["Check", "Status", "bounded", "hung"]
 
 LIMIT_S: Final = 20.0
+_THREAD_PREFIX: Final = "doctor-"
 
 
 class Status(StrEnum):
@@ -34,6 +35,11 @@ class Check:
     hint: str = ""
 
 
+def hung() -> bool:
+    """Whether a probe that was given up is still running."""
+    return any(thread.name.startswith(_THREAD_PREFIX) for thread in threading.enumerate())
+
+
 def bounded(
     name: str, probe: Callable[[], Iterable[Check]], *, hint: str = "", limit_s: float = LIMIT_S
 ) -> list[Check]:
@@ -49,7 +55,7 @@ def bounded(
             found.append(Check(name, Status.FAIL, redact(f"{type(error).__name__}: {error}"), hint))
 
     # On a thread: some calls into drivers and resolvers know no time limit.
-    thread = threading.Thread(target=run, name=f"doctor-{name}", daemon=True)
+    thread = threading.Thread(target=run, name=f"{_THREAD_PREFIX}{name}", daemon=True)
     thread.start()
     thread.join(limit_s)
     if thread.is_alive():
