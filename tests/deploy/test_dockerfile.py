@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.servers import RedisServer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -46,6 +52,11 @@ def in_stage(stage: str, word: str) -> list[str]:
 
 def bases() -> dict[str, str]:
     return {each.stage: each.rest.split()[0] for each in instructions() if each.word == "FROM"}
+
+
+def health_check() -> list[str]:
+    (rest,) = in_stage("cpu", "HEALTHCHECK")
+    return [str(word) for word in json.loads(rest.partition("CMD ")[2])]
 
 
 def test_there_is_a_target_for_cpu_and_one_for_gpu() -> None:
@@ -96,4 +107,29 @@ def test_the_process_is_started_without_a_shell(word: str) -> None:
 
 def test_the_image_says_how_it_is_and_how_it_stops() -> None:
     assert in_stage("cpu", "STOPSIGNAL") == ["SIGTERM"]
-    assert 'CMD ["code-worker", "doctor", "--json"]' in in_stage("cpu", "HEALTHCHECK")[0]
+    assert health_check()[:2] == ["code-worker", "doctor"]
+
+
+def test_the_health_check_looks_at_what_can_fail_later_and_loads_no_model_code(
+    tmp_path: Path, migrated_sqlite: Path, redis_server: RedisServer
+) -> None:
+    shutil.copy(migrated_sqlite, tmp_path / "code_worker.db")
+    (tmp_path / "code_worker.db").chmod(0o600)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "code_worker", *health_check()[1:]],
+        env={**os.environ, "CODE_WORKER_DATA_DIR": str(tmp_path), "CODE_WORKER_BROKER_URL": redis_server.url},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout
+    assert {json.loads(line)["name"] for line in done.stdout.splitlines()} == {
+        "broker",
+        "clock",
+        "database",
+        "workers",
+    }
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "sqlalchemy" in loaded
+    assert loaded.isdisjoint({"torch", "torchvision", "timm", "sklearn", "transformers"})
