@@ -31,6 +31,7 @@ __all__ = ["HEAD_NAME", "InstalledPlugin", "Plugins", "load_plugins"]
 
 T = TypeVar("T")
 HEAD_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+"""Of a head, whole: as plugins register it and as manifests list it."""
 _HOOKS: Final = tuple(sorted(name for name in vars(hookspecs) if name.startswith(f"{hookspecs.PROJECT}_")))
 
 

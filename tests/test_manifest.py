@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from code_worker.errors import ArtifactError, IntegrityError
+from code_worker.plugins import HEAD_NAME
 from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, verify_files
 from tests.release_parts import FILES, plain_manifest, write_plain_release
 
@@ -129,6 +130,29 @@ def test_an_unknown_format_version_is_said_before_anything_else(release: Path, v
 def test_a_manifest_that_does_not_fit_together_says_what_is_wrong(release: Path, change: Change, said: str) -> None:
     rewrite(release, change)
     with pytest.raises(ArtifactError, match=said):
+        read_manifest(release)
+
+
+def rename_head(release: Path, name: str) -> None:
+    def change(plain: dict[str, Any]) -> None:
+        plain["heads"] = {name: {**plain["heads"].pop("linear"), "plugin_head": name}}
+
+    rewrite(release, change)
+
+
+@pytest.mark.parametrize("name", ["a" * 64, "3d", "real-"])
+def test_a_head_that_a_plugin_may_offer_fits_into_a_manifest(release: Path, name: str) -> None:
+    assert HEAD_NAME.fullmatch(name)
+    rename_head(release, name)
+    manifest, _ = read_manifest(release)
+    assert manifest.heads[name].plugin_head == name
+
+
+@pytest.mark.parametrize("name", ["", "a" * 65, "Knn", "-a", "a/b", "a\n"])
+def test_a_head_that_no_plugin_may_offer_is_refused_in_a_manifest(release: Path, name: str) -> None:
+    assert HEAD_NAME.fullmatch(name) is None
+    rename_head(release, name)
+    with pytest.raises(ArtifactError, match="heads"):
         read_manifest(release)
 
 

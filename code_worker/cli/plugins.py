@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from code_worker.plugins import Plugins
 
 __all__ = ["plugins"]
+
+# Narrower than a head's name: a class, a module and a distribution are named after it.
+_NEW_NAME: Final = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 
 @click.group()
@@ -60,10 +64,10 @@ def new(name: str, parent: Path) -> None:
     from code_worker.cli.scaffold import write_plugin  # noqa: PLC0415 - only this command needs it
     from code_worker.plugins import HEAD_NAME  # noqa: PLC0415 - not for --help
 
-    if HEAD_NAME.fullmatch(name) is None:
+    if _NEW_NAME.fullmatch(name) is None or HEAD_NAME.fullmatch(name) is None:
         raise ConfigurationError(
-            f"{name!r} cannot be a head's name: it may hold lower case letters, digits, '-' and '_', "
-            "and begins with a letter or digit"
+            f"{name!r} cannot name a new plugin: begin with a lower case letter, go on with lower case letters and "
+            "digits, put a single '-' or '_' between words only, and use at most 64 characters"
         )
     loaded = _load()
     if name in loaded.heads():

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from code_worker.errors import ArtifactError, IntegrityError
+from code_worker.plugins import HEAD_NAME
 from code_worker.releases.hashing import FileEntry, OnBytes, Sha256, digest_of, files_below, hash_file
 from code_worker.types import IMAGE_SIZE
 
@@ -46,7 +47,7 @@ FORMAT = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 8 * 2**20
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_HEAD_NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+_HEAD_NAME = f"^{HEAD_NAME.pattern}$"
 
 
 class _Entry(BaseModel):

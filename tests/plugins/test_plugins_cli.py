@@ -129,15 +129,23 @@ def test_a_new_plugin_installs_and_passes_its_own_test(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("new", "Texture"), "'Texture' cannot be a head's name"),
+        (("new", "Texture"), "'Texture' cannot name a new plugin"),
+        (("new", "3d"), "'3d' cannot name a new plugin: begin with a lower case letter"),
+        (("new", "real-"), "'real-' cannot name a new plugin"),
+        (("new", "real--world"), "put a single '-' or '_' between words only"),
+        (("new", "a" * 65), "use at most 64 characters"),
         (("new", "knn"), "there is a head called 'knn' already, of plugin 'code_worker_heads' of code-worker"),
         (("check", "nope"), "no head and no plugin is called 'nope'; known: code_worker_heads, knn, linear, svm"),
     ],
 )
-def test_wrong_use_says_what_is_wrong(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    done = code_worker("plugins", *arguments)
+def test_wrong_use_says_what_is_wrong_and_writes_nothing(
+    arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    where = ("--dir", str(tmp_path)) if arguments[0] == "new" else ()
+    done = code_worker("plugins", *arguments, *where)
     assert done.returncode == 2
     assert said in done.stderr
+    assert not list(tmp_path.iterdir())
     assert "Traceback" not in done.stderr
 
 
