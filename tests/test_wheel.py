@@ -16,6 +16,22 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
 
 
+SOURCES = (
+    (ROOT / "code_worker", "code_worker"),
+    (ROOT / "plugins" / "code_worker_heads", "code_worker_heads"),
+    (ROOT / "migrations", "code_worker/_migrations"),
+)
+
+
+def files_of(source: Path, inside: str) -> set[str]:
+    """Names in the wheel of all files of a directory, but for what Python caches there."""
+    return {
+        f"{inside}/{path.relative_to(source).as_posix()}"
+        for path in source.rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("wheel")
@@ -49,15 +65,15 @@ def required(wheel: Path, extra: str) -> set[str]:
 
 
 def test_the_wheel_holds_the_package_the_built_in_heads_and_the_migrations(wheel: Path) -> None:
-    names = contents(wheel)
-    for source, inside in (
-        (ROOT / "code_worker", "code_worker"),
-        (ROOT / "plugins" / "code_worker_heads", "code_worker_heads"),
-        (ROOT / "migrations", "code_worker/_migrations"),
-    ):
-        wanted = {f"{inside}/{path.relative_to(source).as_posix()}" for path in source.rglob("*.py")}
-        assert wanted <= names
-    assert "code_worker/py.typed" in names
+    packed = {name for name in contents(wheel) if not name.partition("/")[0].endswith(".dist-info")}
+    wanted = {name for source, inside in SOURCES for name in files_of(source, inside)}
+    assert packed == wanted
+    assert wanted >= {
+        "code_worker/py.typed",
+        "code_worker/_migrations/script.py.mako",
+        "code_worker/cli/scaffold/pyproject.toml.template",
+        "code_worker_heads/__init__.py",
+    }
 
 
 def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
