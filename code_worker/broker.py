@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -9,9 +10,10 @@ from code_worker.errors import ConfigurationError
 from code_worker.queues import MODERATE, SWEEP, SWEEP_QUEUE
 from code_worker.settings import Settings
 
-__all__ = ["REDIS_TRANSPORT", "celery_config", "check_broker", "is_redis", "transport_options"]
+__all__ = ["REDIS_TRANSPORT", "celery_config", "check_broker", "is_redis", "tls_options", "transport_options"]
 
 REDIS_TRANSPORT = "code_worker.worker.transport:RedisTransport"
+_OTHER_REDIS = frozenset({"redis+socket", "sentinel"})
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", None, ""})
 
 
@@ -28,6 +30,11 @@ def check_broker(settings: Settings) -> str:
     """
     url = settings.resolved_broker_url
     parts = urlsplit(url)
+    if parts.scheme in _OTHER_REDIS:
+        raise ConfigurationError(
+            f"broker URLs that begin with {parts.scheme}:// would lose queue order, timeouts and the guard against "
+            "restarts; use redis:// or rediss://"
+        )
     remote = parts.hostname not in _LOCAL_HOSTS
     if (
         remote
@@ -39,6 +46,14 @@ def check_broker(settings: Settings) -> str:
             "can feed workers; use rediss:// or a password, or set CODE_WORKER_BROKER__ALLOW_INSECURE=true"
         )
     return url
+
+
+def tls_options(url: str) -> dict[str, Any] | None:
+    """What makes kombu speak TLS to a `rediss://` server, with its certificate checked; None for other URLs.
+
+    kombu derives TLS from the transport's name, which is ours and not `rediss`. `ssl_…` parameters of the URL win.
+    """
+    return {"ssl_cert_reqs": ssl.CERT_REQUIRED} if urlsplit(url).scheme == "rediss" else None
 
 
 def transport_options(settings: Settings) -> dict[str, Any]:
@@ -98,6 +113,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
     if is_redis(url):
         config["broker_transport"] = REDIS_TRANSPORT
         config["broker_transport_options"] = transport_options(settings)
+        config["broker_use_ssl"] = tls_options(url)
         config["redbeat_redis_url"] = url
         config["redbeat_redis_options"] = {
             "socket_timeout": settings.broker.socket_timeout_s,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from code_worker.errors import BrokerUnavailableError, ConfigurationError, StoreUnavailableError
+from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
 from code_worker.queues import MAX_URI_LENGTH, chunks, queue_for
 from code_worker.settings import Settings, load_settings
@@ -22,6 +26,8 @@ __all__ = ["Client", "enqueue", "enqueue_many", "verdict"]
 
 log = get_logger(__name__)
 _ROWS_PER_TRANSACTION = 1024
+_REST_S = 30.0
+_INHERITED: list[object] = []
 _MAX_METADATA = 16 * 1024
 _MAX_NAME = 200
 _ITEM_FIELDS = frozenset({"uri", "head", "tenant", "content_type", "priority", "metadata", "key"})
@@ -40,6 +46,9 @@ class Client:
         self._store = open_store(self._settings.resolved_database_url)
         migrate.require_current(self._store)
         self._bell: Doorbell | None = None
+        self._rest_until = 0.0
+        forget = weakref.WeakMethod(self._forget)
+        os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
 
     def enqueue(
         self,
@@ -102,13 +111,16 @@ class Client:
         for job_id, job in zip(ids, new, strict=True):
             by_queue.setdefault(queue_for(job.priority), []).append(job_id)
         rung: list[str] = []
+        if time.monotonic() < self._rest_until:
+            return ids
         try:
             for queue, members in by_queue.items():
                 for group in chunks(members):
                     self._doorbell().ring(queue, group)
                     rung += group
         except (BrokerUnavailableError, ConfigurationError) as error:
-            # The rows are safe; the sweeper of any worker rings for them.
+            # The rows are safe, the sweeper of any worker rings for them; in bulk, waiting each time takes hours.
+            self._rest_until = time.monotonic() + _REST_S
             log.warning("publish_postponed", error=str(error), jobs=len(ids) - len(rung))
         try:
             self._store.run(lambda session: jobs.mark_published(session, rung))
@@ -123,6 +135,12 @@ class Client:
 
             self._bell = Doorbell.for_producer(self._settings)
         return self._bell
+
+    def _forget(self) -> None:
+        """In a forked child: the parent's connections are not ours to use, nor to close."""
+        _INHERITED.append(self._bell)
+        self._bell = None
+        self._store.engine.dispose(close=False)
 
     def close(self) -> None:
         """Closes the connections."""
@@ -145,7 +163,7 @@ def _new_job(item: Mapping[str, Any]) -> jobs.NewJob:
     if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
         raise ValueError(f"priority must be a whole number from 0 to 9, not {priority!r} ({uri})")
     metadata = item.get("metadata") or {}
-    if not isinstance(metadata, Mapping) or len(json.dumps(dict(metadata))) > _MAX_METADATA:
+    if not isinstance(metadata, Mapping) or _json_length(dict(metadata)) > _MAX_METADATA:
         raise ValueError(f"metadata must be a JSON object of at most {_MAX_METADATA} bytes ({uri})")
     return jobs.NewJob(
         uri=uri,
@@ -156,6 +174,13 @@ def _new_job(item: Mapping[str, Any]) -> jobs.NewJob:
         metadata=dict(metadata),
         key=_name(item, "key"),
     )
+
+
+def _json_length(metadata: dict[Any, Any]) -> float:
+    try:
+        return len(json.dumps(metadata, sort_keys=True, allow_nan=False))
+    except (TypeError, ValueError):
+        return float("inf")
 
 
 def _name(item: Mapping[str, Any], field: str) -> str | None:

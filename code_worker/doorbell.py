@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from celery import Celery
 from kombu.entity import Queue
@@ -26,19 +26,29 @@ _MARK = "code_worker.mark"
 class Doorbell:
     """Rings for jobs; safe to share between threads."""
 
-    def __init__(self, app: Celery) -> None:
+    _installed: ClassVar[Celery | None] = None
+
+    def __init__(self, app: Celery, *, own: bool = False) -> None:
         self._app = app
+        self._own = own
+
+    @classmethod
+    def adopt(cls, app: Celery) -> None:
+        """Makes `for_producer` ring through this app from now on: our tasks are installed in it."""
+        cls._installed = app
 
     @classmethod
     def for_producer(cls, settings: Settings) -> Doorbell:
-        """A doorbell for a process that runs no worker.
+        """A doorbell for a producer: through the app that we are installed in, else by an app of our own.
 
         Raises:
             ConfigurationError: no broker is configured.
         """
+        if cls._installed is not None:
+            return cls(cls._installed)
         app = Celery("code_worker.client", set_as_current=False, changes={})
         app.config_from_object(celery_config(settings))
-        return cls(app)
+        return cls(app, own=True)
 
     def ring(self, queue: str, job_ids: Sequence[str]) -> None:
         """Publishes one message that lists the jobs.
@@ -47,7 +57,9 @@ class Doorbell:
             BrokerUnavailableError: the broker did not take it in time.
         """
         try:
-            self._app.send_task(MODERATE, args=(jobs_message(job_ids),), queue=queue, ignore_result=True)
+            self._app.send_task(
+                MODERATE, args=(jobs_message(job_ids),), queue=queue, ignore_result=True, serializer="json"
+            )
         except (OperationalError, ConnectionError, TimeoutError) as error:
             raise BrokerUnavailableError(f"broker did not take the message: {error}") from error
 
@@ -95,8 +107,9 @@ class Doorbell:
             raise BrokerUnavailableError(f"broker did not answer: {error}") from error
 
     def close(self) -> None:
-        """Closes the connections."""
-        self._app.close()
+        """Closes the connections, unless they are those of somebody's app."""
+        if self._own:
+            self._app.close()
 
 
 def _is_redis(channel: Any) -> bool:

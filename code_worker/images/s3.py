@@ -217,7 +217,13 @@ class _Download:
 
     def result(self) -> Fetched:
         """Starts the download and waits for it, at most until the deadline."""
-        threading.Thread(target=self._run, name="fetch", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="fetch", daemon=True).start()
+        except RuntimeError as error:
+            self._slots.release()
+            raise TransientError(
+                RejectReason.FETCH_FAILED, f"{self._location}: no thread left to fetch with"
+            ) from error
         self._done.wait(max(0.0, self._deadline - time.monotonic()))
         if self._fetched is not None:
             return self._fetched

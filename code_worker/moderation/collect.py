@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from code_worker.errors import ImageRejectedError
+from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.decode import decode
 from code_worker.types import EMBEDDING_DIM, ImageFacts, Job, RejectReason
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Collector", "Item"]
 
+_LOOK_S = 5.0
 _STORED = np.dtype("<f4")
 
 
@@ -122,8 +123,10 @@ class _Batch:
                 item = waiting.popleft()
                 self._fetching[self._collector.submit(self._number, item, self._collector.fetch)] = item
             pending: list[Future[Any]] = [*self._fetching, *self._decoding]
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            self._progress()
+            done, _ = wait(pending, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+            # Waiting for one's turn behind more urgent images is not being stuck.
+            if done or not any(future.running() for future in pending):
+                self._progress()
             self._after_fetch([future for future in done if future in self._fetching])
             for future in done:
                 if future in self._decoding:
@@ -168,7 +171,11 @@ class _Batch:
                 twin.error = error
             return
         item.timings_ms["encode"] = -time.perf_counter()
-        self._encoding[item] = self._runtime.embedder.submit(future.result(), item.job.priority, self._number)
+        try:
+            self._encoding[item] = self._runtime.embedder.submit(future.result(), item.job.priority, self._number)
+        except TransientError as unavailable:
+            for twin in self._twins[sha256]:
+                twin.error, twin.encoding = unavailable, True
 
     def finish(self, item: Item) -> None:
         """Waits for the embedding of one item; its twins (same bytes in this batch) take it over."""
@@ -179,6 +186,9 @@ class _Batch:
             item.error, item.encoding = first.error, first.encoding
             return
         encoded = self._encoding[first]
+        while wait([encoded], timeout=_LOOK_S).not_done:
+            if not encoded.running():
+                self._progress()
         if (error := encoded.exception()) is not None:
             item.error, item.encoding = error, True
             return

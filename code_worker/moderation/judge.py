@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from code_worker.errors import ImageRejectedError, SourceCredentialsError, SourcePausedError, TransientError
 from code_worker.logs import get_logger
 from code_worker.moderation.collect import Collector, Item
+from code_worker.moderation.faults import JobFault
 from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.scoring import score_items
 from code_worker.moderation.verdicts import judged_verdict, rejected_verdict
@@ -34,25 +35,6 @@ class Fetcher(Protocol):
 
     def fetch(self, uri: str) -> Fetched:
         """The bytes of one object; raises ImageRejectedError or TransientError."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobFault:
-    """A job that got no verdict for a reason that is not its image's.
-
-    Attributes:
-        job: the job, as it was claimed.
-        reason: what its verdict will say when the fault lasts.
-        detail: what happened.
-        source: the source whose credentials failed, else None.
-        blame: whether the fault counts towards the job's limit; a paused source is nobody's fault.
-    """
-
-    job: Job
-    reason: RejectReason
-    detail: str
-    source: str | None = None
-    blame: bool = True
 
 
 @dataclass(slots=True)
@@ -134,7 +116,7 @@ class Judge:
             by_head.setdefault(head, []).append((item, policy))
         for head, members in by_head.items():
             scores = score_items(runtime.heads[head], head, [item for item, _ in members])
-            broken = all(isinstance(score, str) for score in scores) and len(scores) > 1
+            broken = all(isinstance(score, str) for score in scores)
             for (item, policy), score in zip(members, scores, strict=True):
                 if not isinstance(score, str):
                     result.verdicts.append(judged_verdict(item, score, head, policy, runtime))
@@ -155,7 +137,8 @@ class Judge:
         else:
             log.error("image_failed", job=item.job.id, exc_info=error)
             detail = f"{type(error).__name__}: {error}"[:500]
-            if item.encoding:
+            if item.encoding or item.facts is None:
+                # Of the device or the way to the bytes, not of the image; how often it may happen is bounded.
                 result.faults.append(JobFault(item.job, RejectReason.MODEL_UNAVAILABLE, detail))
             else:
                 result.verdicts.append(rejected_verdict(item, RejectReason.INTERNAL, detail, runtime))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from code_worker.errors import UnknownHeadError
@@ -38,12 +39,13 @@ def start_runtime(loaded: LoadedRelease, settings: Settings) -> Runtime:
     return Runtime(
         release=loaded.id,
         manifest_sha256=loaded.manifest_sha256,
-        encoder_sha256=loaded.encoder_sha256,
+        encoder_sha256=_embedding_key(loaded.encoder_sha256, settings.precision),
         embedder=loop,
         heads=loaded.heads,
         head_sha256=loaded.head_sha256,
         default_head=default_head,
         default_policy=_thresholds(loaded),
+        precision=settings.precision,
     )
 
 
@@ -52,3 +54,10 @@ def _thresholds(loaded: LoadedRelease) -> Policy:
     if (own.low, own.high) == (DEFAULT_POLICY.low, DEFAULT_POLICY.high):
         return DEFAULT_POLICY
     return Policy(id=f"{loaded.id}:thresholds", low=own.low, high=own.high)
+
+
+def _embedding_key(encoder_sha256: str, precision: str) -> str:
+    """Embeddings of another precision are other numbers: they are kept and reused under another name."""
+    if precision == "fp32":
+        return encoder_sha256
+    return hashlib.sha256(f"{encoder_sha256}:{precision}".encode()).hexdigest()

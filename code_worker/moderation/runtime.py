@@ -40,12 +40,13 @@ class Runtime:
     Attributes:
         release: release id.
         manifest_sha256: hash of its manifest.
-        encoder_sha256: hash of its encoder; embeddings are kept under it, so that a refit reuses them.
+        encoder_sha256: hash of its encoder and precision; embeddings are kept under it, so that a refit reuses them.
         embedder: the encoder.
         heads: fitted heads by name.
         head_sha256: hash of each head's files.
         default_head: head used when nobody names one.
         default_policy: thresholds of the release, for jobs that no policy covers.
+        precision: arithmetic of the encoder; a verdict's code version names it when it is not fp32.
     """
 
     release: str
@@ -56,3 +57,4 @@ class Runtime:
     head_sha256: Mapping[str, str]
     default_head: str
     default_policy: Policy = DEFAULT_POLICY
+    precision: str = "fp32"

@@ -32,7 +32,7 @@ def judged_verdict(item: Item, score: float, head: str, policy: Policy, runtime:
             policy=policy.id,
             low=policy.low,
             high=policy.high,
-            code_version=__version__,
+            code_version=_code_version(runtime),
         ),
         tenant=item.job.tenant,
         content_type=item.job.content_type,
@@ -45,7 +45,7 @@ def judged_verdict(item: Item, score: float, head: str, policy: Policy, runtime:
 def rejected_verdict(item: Item, reason: RejectReason, detail: str, runtime: Runtime) -> Verdict:
     """The verdict of an image that this release could not judge."""
     provenance = Provenance(
-        release=runtime.release, manifest_sha256=runtime.manifest_sha256, code_version=__version__
+        release=runtime.release, manifest_sha256=runtime.manifest_sha256, code_version=_code_version(runtime)
     )
     return rejected_job(item.job, reason, detail, provenance=provenance, facts=item.facts, timings_ms=item.timings_ms)
 
@@ -74,3 +74,7 @@ def rejected_job(
         timings_ms=timings_ms or {},
         revision=job.revision,
     )
+
+
+def _code_version(runtime: Runtime) -> str:
+    return __version__ if runtime.precision == "fp32" else f"{__version__} {runtime.precision}"

@@ -133,6 +133,8 @@ def _open_postgresql(url: URL, threads: int) -> Engine:
             "keepalives_idle": 30,
             "keepalives_interval": 10,
             "keepalives_count": 3,
+            # Keepalives are silent while data is unacknowledged: without this a vanished host holds a thread.
+            "tcp_user_timeout": 15_000,
             # The URL's own options come last, so that they win.
             "options": f"{_POSTGRESQL_OPTIONS} {own if isinstance(own, str) else ' '.join(own)}".strip(),
         },

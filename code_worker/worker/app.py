@@ -9,12 +9,14 @@ from weakref import WeakKeyDictionary
 from celery import Celery, signals
 from kombu.entity import Queue
 
-from code_worker.broker import REDIS_TRANSPORT, celery_config, is_redis
+from code_worker.broker import REDIS_TRANSPORT, celery_config, is_redis, tls_options
+from code_worker.doorbell import Doorbell
 from code_worker.errors import ConfigurationError
 from code_worker.queues import MODERATE, NORMAL, QUEUES, SWEEP, SWEEP_QUEUE
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.host import Host
 from code_worker.worker.tasks import register_tasks
+from code_worker.worker.waker import add_waker
 
 if TYPE_CHECKING:
     from celery.apps.worker import Worker
@@ -23,6 +25,7 @@ __all__ = ["create_app", "host_of", "install"]
 
 _HOSTS: WeakKeyDictionary[Celery, Host] = WeakKeyDictionary()
 _SWEEP_EVERY_S = 30.0
+_OURS = frozenset({*QUEUES, SWEEP_QUEUE})
 
 
 def create_app(settings: Settings | None = None) -> Celery:
@@ -43,7 +46,9 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     Workers take our jobs when they consume our queues, in this order of urgency:
     `celery -A yours worker -P threads -Q code_worker.live,code_worker.normal,code_worker.backfill,code_worker.sweep`.
     On Redis, an app that sets no transport of its own gets ours, which survives a Redis restart; that of kombu 5.7.0
-    does not.
+    does not. `enqueue` in this process rings through the app; producers elsewhere need its broker URL and key prefix.
+    Let a supervisor restart the workers: a process in which a batch is stuck or whose device is lost ends with status
+    70, since threads cannot be stopped.
 
     Raises:
         ConfigurationError: called twice on one app.
@@ -54,14 +59,21 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     host = Host(app, settings)
     _HOSTS[app] = host
     register_tasks(app, host)
+    Doorbell.adopt(app)
     _add_routes(app)
     _add_queues(app)
+    add_waker(app)
     app.conf.beat_schedule = {
         **(app.conf.beat_schedule or {}),
-        "code_worker.sweep": {"task": SWEEP, "schedule": _SWEEP_EVERY_S, "options": {"queue": SWEEP_QUEUE}},
+        "code_worker.sweep": {
+            "task": SWEEP,
+            "schedule": _SWEEP_EVERY_S,
+            "options": {"queue": SWEEP_QUEUE, "expires": _SWEEP_EVERY_S},
+        },
     }
     if is_redis(str(app.conf.broker_url or "")) and not app.conf.broker_transport:
         app.conf.broker_transport = REDIS_TRANSPORT
+        app.conf.broker_use_ssl = app.conf.broker_use_ssl or tls_options(str(app.conf.broker_url))
     return app
 
 
@@ -108,8 +120,16 @@ def _of_worker(sender: Any) -> Host | None:
 
 
 def _start_sweeping(sender: Any, **_: Any) -> None:
-    if (host := _of_worker(sender)) is not None:
+    host = _of_worker(sender)
+    # A worker of other queues may not even reach the ledger.
+    if host is not None and not _OURS.isdisjoint(queue.name for queue in sender.task_consumer.queues):
         host.start_sweeping()
+
+
+def _stop_taking(**_: Any) -> None:
+    # Celery sends the host's name here; one process runs one worker.
+    for host in _HOSTS.values():
+        host.stop_taking()
 
 
 def _close(sender: Any, **_: Any) -> None:
@@ -118,4 +138,5 @@ def _close(sender: Any, **_: Any) -> None:
 
 
 signals.worker_ready.connect(_start_sweeping, weak=False)
+signals.worker_shutting_down.connect(_stop_taking, weak=False)
 signals.worker_shutdown.connect(_close, weak=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Host"]
 
 log = get_logger(__name__)
+_INHERITED: list[object] = []
 
 
 class Host:
@@ -35,6 +39,8 @@ class Host:
         self._node: Node | None = None
         self._sweeper: Sweeper | None = None
         self._repeater: Repeater | None = None
+        forget = weakref.WeakMethod(self._forget)
+        os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
 
     def node(self) -> Node:
         """The process's node, made and started at the first call.
@@ -53,7 +59,11 @@ class Host:
                 )
                 migrate.require_current(store)
                 node = Node(self.settings, store)
-                node.start()
+                try:
+                    node.start()
+                except BaseException:
+                    node.close()
+                    raise
                 self._node = node
             return self._node
 
@@ -75,6 +85,17 @@ class Host:
             if self._repeater is None:
                 self._repeater = Repeater("sweep", self.settings.worker.sweep_interval_s, self.sweep)
                 self._repeater.start()
+
+    def stop_taking(self) -> None:
+        """The worker was asked to end: what is under way is finished, nothing more is begun."""
+        if self._node is not None:
+            self._node.stopping = True
+
+    def _forget(self) -> None:
+        """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
+        _INHERITED.append((self._node, self._sweeper, self._repeater))
+        self._lock = threading.RLock()
+        self._node = self._sweeper = self._repeater = None
 
     def close(self) -> None:
         """Ends the background work of this process."""

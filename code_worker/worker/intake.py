@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid5
 
 from code_worker.errors import IdConflictError, MessageError
 from code_worker.logs import get_logger
@@ -15,46 +16,70 @@ if TYPE_CHECKING:
     from code_worker.store.engine import Store
     from code_worker.worker.node import Node
 
-__all__ = ["handle_message"]
+__all__ = ["bury", "handle_message"]
 
 log = get_logger(__name__)
+_MESSAGES = UUID("5f0a0f7e-6a53-5c3b-9d0e-0c7a5d3f1b21")
 
 
-def handle_message(node: Node, message: object) -> None:
-    """Judges what a message lists; afterwards the message may be acknowledged."""
+def handle_message(node: Node, message: object, message_id: str) -> bool:
+    """Judges what a message lists; True when it may be acknowledged, False when the rest is for another worker.
+
+    `message_id` names the message in all its deliveries.
+    """
     try:
         job_ids, items = parse_message(message)
     except MessageError as error:
-        _bury(node.store, message, str(error))
-        return
+        bury(node.store, message, str(error))
+        return True
     if items:
-        job_ids = [*job_ids, *node.ledger.outlast(lambda: _accept(node.store, items))]
+        job_ids = [*job_ids, *node.ledger.outlast(lambda: _accept(node.store, items, message_id))]
     attempts = node.store.run(lambda session: jobs.attempts_of(session, job_ids), write=False)
+    return all(
+        _unless_stopping(node, group, below, alone) for group, below, alone in _groups(node, job_ids, attempts)
+    )
+
+
+def _groups(node: Node, job_ids: Sequence[str], attempts: Mapping[str, int]) -> Iterator[tuple[list[str], int, bool]]:
+    """What to judge together: ids, the number of attempts they must be below, and whether with nothing beside them.
+
+    A job that was under way when a worker died may have killed it: such jobs go in small groups, and each by itself
+    in its last attempt, so that a file that ends processes is found out and its neighbours are not.
+    """
+    limit = node.settings.worker.max_attempts
     if fresh := [job for job in job_ids if attempts.get(job) == 0]:
-        node.moderate(fresh)
-    # A job that was under way when a worker died may have killed it: such jobs go in small groups, and each by itself
-    # in its last attempt, so that a file that ends processes is found out and its neighbours are not.
-    last = node.settings.worker.max_attempts - 1
-    for group in chunks((job for job, tried in attempts.items() if 0 < tried < last), SUSPECTS_PER_MESSAGE):
-        node.moderate(group)
-    for job in (job for job, tried in attempts.items() if tried and tried >= last):
-        node.moderate([job], alone=True)
+        yield fresh, 1, False
+    for group in chunks((job for job, tried in attempts.items() if 0 < tried < limit - 1), SUSPECTS_PER_MESSAGE):
+        yield group, limit - 1, False
+    for job in (job for job, tried in attempts.items() if tried and tried >= limit - 1):
+        yield [job], limit, True
 
 
-def _accept(store: Store, items: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Writes rows for a producer that reaches only the broker; one that conflicts or cannot be stored is buried."""
-    new = [jobs.NewJob(**item) for item in items]
-    try:
-        return store.run(lambda session: jobs.accept(session, new))
-    except (IdConflictError, ValueError) as error:
-        if len(new) == 1:
+def _unless_stopping(node: Node, group: Sequence[str], below: int, alone: bool) -> bool:
+    if node.stopping:
+        return False
+    node.moderate(group, below=below, alone=alone)
+    return True
+
+
+def _accept(store: Store, items: Sequence[Mapping[str, Any]], message_id: str) -> list[str]:
+    """Writes rows for a producer that reaches only the broker; one that conflicts or cannot be stored is buried.
+
+    Ids follow from the message, so that its second delivery brings no second job.
+    """
+    accepted: list[str] = []
+    for place, item in enumerate(items):
+        try:
+            new = jobs.NewJob(**item, id=str(uuid5(_MESSAGES, f"{message_id} {place}")))
+            accepted += store.run(lambda session, new=new: jobs.accept(session, [new]))  # type: ignore[misc]
+        except (IdConflictError, ValueError) as error:
             reason = "id_conflict: " if isinstance(error, IdConflictError) else ""
-            _bury(store, {"items": list(items)}, f"{reason}{error}")
-            return []
-    return [job for item in items for job in _accept(store, [item])]
+            bury(store, {"items": [item]}, f"{reason}{error}")
+    return accepted
 
 
-def _bury(store: Store, message: object, error: str) -> None:
+def bury(store: Store, message: object, error: str) -> None:
+    """Keeps a message that cannot be read, for somebody to look at."""
     body = json.dumps(message, default=repr)
     store.run(lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error))
     log.error("message_refused", error=error)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from code_worker.errors import StoreUnavailableError
 from code_worker.logs import get_logger
+from code_worker.moderation.faults import JobFault
 from code_worker.moderation.verdicts import rejected_job
 from code_worker.store import embeddings, jobs, verdicts, workers
 from code_worker.types import Job, RejectReason, Verdict
@@ -36,15 +37,32 @@ class Ledger:
         self.owner = owner
         self._settings = settings
 
-    def claim(self, job_ids: Sequence[str]) -> list[Job]:
-        """Takes those of the jobs that are free, with a lease."""
-        lease_s, limit = self._settings.lease_s, self._settings.max_attempts
+    def claim(self, job_ids: Sequence[str], *, below: int) -> list[Job]:
+        """Takes those of the jobs that are free and had fewer than `below` attempts, with a lease."""
+        lease_s, limit = self._settings.lease_s, min(below, self._settings.max_attempts)
         return self.store.run(
             lambda session: jobs.claim(session, job_ids, owner=self.owner, lease_s=lease_s, max_attempts=limit)
         )
 
-    def record(self, judged: Judged, encoder_sha256: str) -> None:
+    def give_back(self, claimed: Sequence[Job]) -> None:
+        """Ends claims of which nothing came; a fault each, but no attempt: the worker lives and says so.
+
+        Raises:
+            StoreError: the ledger does not take it; the leases lapse instead.
+        """
+        detail = "the batch ended in an error of the worker"
+        worn_out, again = self._split([JobFault(job, RejectReason.INTERNAL, detail) for job in claimed])
+
+        def write(session: Session) -> None:
+            verdicts.write(session, worn_out)
+            jobs.put_back(session, again, owner=self.owner)
+
+        self.store.run(write)
+
+    def record(self, judged: Judged, encoder_sha256: str, progress: Callable[[], None]) -> None:
         """Writes everything a batch yielded, or nothing; waits out a database that is away for a minute.
+
+        `progress` is called while it waits.
 
         Raises:
             StoreUnavailableError: it stayed away; the leases lapse and the sweeper rings again.
@@ -62,7 +80,7 @@ class Ledger:
             for source, fault in sources:
                 workers.pause_source(session, source, seconds=_PAUSE_S, detail=fault.detail)
 
-        self.outlast(lambda: self.store.run(write))
+        self.outlast(lambda: self.store.run(write), progress)
         for source, fault in sources:
             log.error("source_paused", source=source, seconds=_PAUSE_S, detail=fault.detail)
 
@@ -80,7 +98,7 @@ class Ledger:
             log.error("job_quarantined", job=job.id, attempts=job.attempts)
         return len(found)
 
-    def outlast(self, work: Callable[[], T]) -> T:
+    def outlast(self, work: Callable[[], T], progress: Callable[[], None] = lambda: None) -> T:
         """Calls `work` until the database is back, for up to a minute."""
         deadline = time.monotonic() + _OUTAGE_S
         while True:
@@ -90,6 +108,7 @@ class Ledger:
                 if time.monotonic() > deadline:
                     raise
                 log.warning("store_unavailable", error=str(error))
+                progress()
                 time.sleep(random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
 
     def _split(self, faults: Sequence[JobFault]) -> tuple[list[Verdict], list[jobs.Fault]]:

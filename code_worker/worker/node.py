@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from code_worker._version import __version__
-from code_worker.errors import SourcePausedError
+from code_worker.errors import CodeWorkerError, SourcePausedError, StoreUnavailableError
 from code_worker.images.source import Fetched, Sources, source_name
 from code_worker.logs import get_logger
 from code_worker.moderation.judge import Judge
@@ -30,6 +31,7 @@ from code_worker.worker.supervisor import OWNER_ENV
 if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Store
+    from code_worker.types import Job
 
 __all__ = ["STUCK_STATUS", "Node"]
 
@@ -63,6 +65,7 @@ class Node:
         self.ledger = Ledger(store, settings.worker, self.owner)
         self.gate = Gate()
         self.in_flight = InFlight()
+        self.stopping = False
         self._plugins = load_plugins(settings)
         registry = open_registry(settings, store=store, plugins=self._plugins)
         self.runtimes = Runtimes(registry.champion, lambda release: start_runtime(registry.load(release), settings))
@@ -89,23 +92,37 @@ class Node:
         for repeater in self._background:
             repeater.start()
 
-    def moderate(self, job_ids: Sequence[str], *, alone: bool = False) -> None:
-        """Claims, judges and records a batch; returns when it is in the ledger or nothing was left to do."""
+    def moderate(self, job_ids: Sequence[str], *, below: int, alone: bool = False) -> None:
+        """Claims, judges and records a batch; returns when it is in the ledger or nothing was left to do.
+
+        Jobs with `below` attempts or more are passed over: since they were looked at, another worker died over them.
+        """
         with ExitStack() as stack:
             stack.enter_context(self.gate.alone() if alone else self.gate.together())
             runtime = stack.enter_context(self.runtimes.use())
             if runtime is None:
                 self.store.run(lambda session: jobs.mark_published(session, job_ids, wait_s=_NO_RELEASE_WAIT_S))
                 return
-            claimed = self.ledger.claim(job_ids)
+            claimed = self.ledger.claim(job_ids, below=below)
             if not claimed:
                 return
             progress = stack.enter_context(self.in_flight.batch([job.id for job in claimed]))
-            judged = self.judge.judge(claimed, runtime, self._policies, progress)
-            self.ledger.record(judged, runtime.encoder_sha256)
+            try:
+                judged = self.judge.judge(claimed, runtime, self._policies, progress)
+                self.ledger.record(judged, runtime.encoder_sha256, progress)
+            except Exception:
+                # A bug or a database that stayed away; none of the jobs has killed anything.
+                self._give_back(claimed)
+                raise
         log.info(
             "batch_done", jobs=len(claimed), verdicts=len(judged.verdicts), faults=len(judged.faults), alone=alone
         )
+
+    def _give_back(self, claimed: Sequence[Job]) -> None:
+        try:
+            self.ledger.give_back(claimed)
+        except CodeWorkerError as error:
+            log.warning("claims_left_to_lapse", jobs=len(claimed), error=str(error))
 
     def follow(self) -> None:
         """Takes over what changed in the store: policies, pauses, the champion."""
@@ -135,6 +152,9 @@ class Node:
 
         Threads cannot be stopped, and Celery's time limits pass them by.
         """
+        # Somebody's C code may hold the interpreter, and with it this thread: then Python's own watchdog, armed anew
+        # at every pass, writes all stacks and ends the process.
+        faulthandler.dump_traceback_later(self.settings.worker.batch_timeout_s + 30, exit=True)
         if (failure := self.runtimes.failure) is not None:
             log.critical("device_lost", error=str(failure))
             os._exit(STUCK_STATUS)
@@ -146,12 +166,17 @@ class Node:
     def _known(self, encoder_sha256: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
         if not self.settings.worker.store_embeddings:
             return {}
-        return self.store.run(lambda session: embeddings.known(session, encoder_sha256, hashes), write=False)
+        try:
+            return self.store.run(lambda session: embeddings.known(session, encoder_sha256, hashes), write=False)
+        except StoreUnavailableError as error:
+            log.warning("embeddings_not_looked_up", error=str(error))
+            return {}
 
     def close(self) -> None:
         """Ends the background work and frees the device."""
         for repeater in self._background:
             repeater.stop()
+        faulthandler.cancel_dump_traceback_later()
         self._pool.close()
         self.runtimes.close()
         self._sources.sources.close()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from celery import signals
 
@@ -14,6 +17,9 @@ from code_worker.queues import QUEUES, SWEEP_QUEUE
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.app import create_app, host_of
 from code_worker.worker.lifeline import die_with_parent
+
+if TYPE_CHECKING:
+    from code_worker.worker.node import Node
 
 __all__ = ["main"]
 
@@ -54,7 +60,8 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None) -> 
     signals.setup_logging.connect(_keep_logging, weak=False)
     app = create_app(settings)
     # The model is loaded before the first message is taken; nothing forks afterwards, so CUDA is safe.
-    host_of(app).node()
+    node = host_of(app).node()
+    _await_release(node)
     worker = app.Worker(
         pool="threads",
         concurrency=concurrency or settings.worker.concurrency,
@@ -69,6 +76,16 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None) -> 
     log.info("worker_starting", queues=names, concurrency=worker.concurrency)
     worker.start()
     return int(worker.exitcode or 0)
+
+
+def _await_release(node: Node) -> None:
+    """Takes no message before there is something to judge with: others can, or messages wait.
+
+    A worker without a release would acknowledge them faster than any other can judge.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    while node.runtimes.release is None:
+        time.sleep(0.2)
 
 
 def _keep_logging(**_: object) -> None:

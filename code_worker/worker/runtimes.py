@@ -84,10 +84,11 @@ class Runtimes:
         began = time.monotonic()
         try:
             runtime = self._load(wanted)
-        except CodeWorkerError as error:
+        except Exception as error:  # noqa: BLE001 - whatever a device or a plugin raises: the release in use goes on, loading rests
             self._failed = (wanted, time.monotonic())
-            log.error(  # noqa: TRY400 - the text says it all, a traceback says where we looked
-                "release_load_failed", release=wanted, kept=self.release, error=str(error)
+            details = {} if isinstance(error, CodeWorkerError) else {"exc_info": error}
+            log.error(  # noqa: TRY400 - our own errors say it all, others come with their traceback
+                "release_load_failed", release=wanted, kept=self.release, error=str(error), **details
             )
             return
         self._swap(runtime)

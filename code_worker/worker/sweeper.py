@@ -23,6 +23,7 @@ _LIMIT = 1000
 _PASSES = 20
 _UNPUBLISH = 10_000
 _MIN_WAIT_S = 60.0
+_MAX_WAIT_S = 3600.0
 _LOST_AFTER_S = 10.0
 _PASS_S = 30.0
 
@@ -60,15 +61,10 @@ class Sweeper:
     def _sweep(self) -> Swept:
         store = self._ledger.store
         quarantined = self._ledger.quarantine(_LIMIT)
-        waits = {
-            queue: max(_MIN_WAIT_S, 3 * (wait or 0.0))
-            for queue, wait in store.run(
-                lambda session: {queue: jobs.queue_wait_s(session, queue) for queue in QUEUES}, write=False
-            ).items()
-        }
         rung = 0
         try:
             self._look_for_losses()
+            waits = self._waits()
             for _ in range(_PASSES):
                 due = store.run(lambda session: jobs.due(session, limit=_LIMIT, min_wait_s=waits))
                 rung += self._ring(due, waits)
@@ -81,13 +77,30 @@ class Sweeper:
             log.info("swept", rung=rung, quarantined=quarantined)
         return Swept(rung, quarantined)
 
+    def _waits(self) -> dict[str, float]:
+        """Seconds after which a job that was published and not claimed is rung for again, by queue.
+
+        Three times what jobs waited lately. Where messages lie and nobody takes any, ringing again would only add to
+        them.
+        """
+        store = self._ledger.store
+        seen = store.run(lambda session: {queue: jobs.queue_wait_s(session, queue) for queue in QUEUES}, write=False)
+        return {
+            queue: _MAX_WAIT_S
+            if wait is None and self._doorbell.depth(queue)
+            else min(_MAX_WAIT_S, max(_MIN_WAIT_S, 3 * (wait or 0.0)))
+            for queue, wait in seen.items()
+        }
+
     def _look_for_losses(self) -> None:
         """A broker without our mark came back empty: everything it was told of is due again."""
         if self._doorbell.marked():
             return
         store, lost = self._ledger.store, 0
-        while count := store.run(lambda session: jobs.unpublish(session, limit=_UNPUBLISH)):
+        while (count := store.run(lambda session: jobs.unpublish(session, limit=_UNPUBLISH))) == _UNPUBLISH:
             lost += count
+            self._take_turn(_PASS_S)
+        lost += count
         # Last, so that a sweeper that dies before this is followed by one that does it again.
         self._doorbell.mark()
         if lost:

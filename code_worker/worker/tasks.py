@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import Reject
 
-from code_worker.errors import StoreUnavailableError
+from code_worker.errors import CodeWorkerError
+from code_worker.logs import get_logger
 from code_worker.queues import MODERATE, SWEEP
 
 if TYPE_CHECKING:
@@ -16,22 +18,31 @@ if TYPE_CHECKING:
 
 __all__ = ["register_tasks"]
 
+log = get_logger(__name__)
+_REST_S = 5.0
+
 
 def register_tasks(app: Celery, host: Host) -> None:
     """Adds `code_worker.moderate` and `code_worker.sweep` to the app."""
     options = {"acks_late": True, "reject_on_worker_lost": True, "ignore_result": True, "shared": False}
+    waking = {**options, "bind": True, "Request": "code_worker.worker.waker:WakingRequest"}
 
-    def moderate(message: Any = None) -> None:
+    def moderate(task: Any, *args: Any, **kwargs: Any) -> None:
         from code_worker.worker.intake import handle_message  # noqa: PLC0415 - not in producers that list tasks
 
+        message = args[0] if len(args) == 1 and not kwargs else {"args": args, "kwargs": kwargs}
         try:
-            handle_message(host.node(), message)
-        except StoreUnavailableError as error:
-            # The ledger was away for long: the message may carry jobs that have no row yet, so it goes back.
+            done = handle_message(host.node(), message, str(task.request.id))
+        except CodeWorkerError as error:
+            # No node, or no ledger: the message may carry jobs that have no row yet, so it goes back, not too fast.
+            log.error("message_put_back", error=str(error))  # noqa: TRY400 - a traceback would not help
+            time.sleep(_REST_S)
             raise Reject(str(error), requeue=True) from error
+        if not done:
+            raise Reject("the worker stops", requeue=True)
 
     def sweep() -> None:
         host.sweep()
 
-    app.task(moderate, name=MODERATE, **options)
+    app.task(moderate, name=MODERATE, **waking)
     app.task(sweep, name=SWEEP, **options)

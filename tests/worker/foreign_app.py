@@ -16,7 +16,7 @@ app.conf.task_default_queue = "theirs.mail"
 app.conf.task_routes = {"theirs.resize": {"queue": "theirs.images"}}
 app.conf.beat_schedule = {"theirs.nightly": {"task": "theirs.resize", "schedule": 3600.0, "args": ("nightly",)}}
 app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-app.conf.broker_transport_options = {"global_keyprefix": "cw:", "visibility_timeout": 600}
+app.conf.broker_transport_options = {"visibility_timeout": 600}
 
 
 @app.task(name="theirs.resize", ignore_result=True)

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import redis
 from celery import Celery
 from kombu import Queue
 
 from code_worker.broker import REDIS_TRANSPORT
-from code_worker.errors import ConfigurationError
+from code_worker.client import Client
+from code_worker.doorbell import Doorbell
+from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.queues import MODERATE, QUEUES, SWEEP, SWEEP_QUEUE
 from code_worker.settings import Settings
+from code_worker.store.engine import Store
 from code_worker.types import Outcome
 from code_worker.worker.app import create_app, install
+from tests.servers import RedisServer
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
 
 
 def test_their_worker_runs_their_tasks_and_ours(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    deployment = deploy(f"sqlite:///{tmp_path / 'db.sqlite'}", THEIRS_DIRECTORY=str(theirs))
+    deployment = deploy(
+        f"sqlite:///{tmp_path / 'db.sqlite'}", THEIRS_DIRECTORY=str(theirs), CODE_WORKER_BROKER__KEY_PREFIX=""
+    )
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(1))
     queues = ",".join([*QUEUES, SWEEP_QUEUE, "theirs.images"])
     command = [
@@ -36,13 +46,18 @@ def test_their_worker_runs_their_tasks_and_ours(deploy: Callable[..., Deployment
     client = deployment.client()
     job = client.enqueue(str(tmp_path / "files" / "a.jpg"))
     sender = Celery("sender", broker=deployment.environment["CODE_WORKER_BROKER_URL"], set_as_current=False)
-    sender.conf.broker_transport_options = {"global_keyprefix": "cw:"}
     sender.send_task("theirs.resize", args=("asked",), queue="theirs.images")
     wait_until((theirs / "asked").exists, 60, "their task")
     verdict = wait_until(lambda: client.verdict(job), 60, "our verdict")
     assert verdict.outcome is Outcome.JUDGED
     assert worker.terminate() == 0
     sender.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_installed() -> Iterator[None]:
+    yield
+    Doorbell._installed = None
 
 
 @pytest.fixture
@@ -71,6 +86,56 @@ def test_install_adds_and_takes_nothing_away(settings: Settings) -> None:
     assert set(app.conf.beat_schedule) == {"theirs", "code_worker.sweep"}
     assert app.conf.task_serializer == "yaml"
     assert app.conf.broker_transport == REDIS_TRANSPORT
+
+
+def test_enqueue_rings_through_the_app_that_was_installed_in(
+    redis_server: RedisServer, store: Store, tmp_path: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path, database_url=store.url, broker_url="redis://127.0.0.1:1/0")
+    app = Celery("theirs", broker=redis_server.url, set_as_current=False)
+    install(app, settings)
+    client = Client(settings)
+    client.enqueue("s3://b/k")
+    with redis.Redis.from_url(redis_server.url) as server:
+        assert server.llen("code_worker.normal") == 1
+    client.close()
+    app.close()
+
+
+@pytest.mark.parametrize("through", [create_app, install])
+def test_a_rediss_broker_is_spoken_to_in_tls(through: Callable[..., Celery], tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        url = f"rediss://user:password@127.0.0.1:{listener.getsockname()[1]}/0"
+        settings = Settings(data_dir=tmp_path, broker_url=url)
+        if through is install:
+            app = install(Celery("theirs", broker=url, set_as_current=False), settings)
+        else:
+            app = create_app(settings)
+        first: list[bytes] = []
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        first.append(connection.recv(1))
+
+        server = threading.Thread(target=answer, daemon=True)
+        server.start()
+        with pytest.raises(BrokerUnavailableError):
+            Doorbell(app).depth("code_worker.normal")
+        app.close()
+        listener.shutdown(socket.SHUT_RDWR)
+        server.join(10)
+    assert set(first) == {b"\x16"}, "a TLS handshake, and no password before it"
+
+
+@pytest.mark.parametrize("url", ["redis+socket:///run/redis.sock", "sentinel://127.0.0.1:26379"])
+def test_a_broker_that_our_transport_cannot_speak_to_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="use redis:// or rediss://"):
+        create_app(Settings(data_dir=tmp_path, broker_url=url))
 
 
 def test_install_leaves_a_transport_they_chose(settings: Settings) -> None:

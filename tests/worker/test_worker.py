@@ -75,16 +75,19 @@ def test_a_producer_that_reaches_only_the_broker_sends_uris(
         app.config_from_object(celery_config(deployment.settings))
         for uri in (item["uri"], item["uri"], "s3://other/thing.jpg"):
             app.send_task(MODERATE, args=({"v": 1, "items": [{**item, "uri": uri}]},), queue=NORMAL)
+        unkeyed = {"v": 1, "items": [{"uri": item["uri"], "tenant": "twice"}, {"uri": "a", "tenant": "\ud800"}]}
+        for _ in range(2):
+            app.send_task(MODERATE, args=(unkeyed,), queue=NORMAL, task_id="the-same-delivery")
     store = deployment.store()
 
     def rows() -> list[tuple[str, str]]:
         with store.engine.connect() as connection:
             return [tuple(row) for row in connection.execute(text("select uri, tenant from verdicts")).all()]
 
-    wait_until(rows, 60, "a verdict")
-    buried = wait_until(lambda: deployment.events("message_refused"), 30, "the conflicting item to be refused")
-    assert "id_conflict" in buried[0]["error"]
-    assert rows() == [(item["uri"], "acme")]
+    buried = wait_until(lambda: len(found := deployment.events("message_refused")) >= 3 and found, 60, "refusals")
+    assert sum("id_conflict" in event["error"] for event in buried) == 1
+    wait_until(lambda: len(rows()) >= 2, 60, "the verdicts")
+    assert sorted(rows()) == [(item["uri"], "acme"), (item["uri"], "twice")]
 
 
 def test_messages_that_are_not_ours_are_kept_and_the_worker_goes_on(
