@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -23,13 +24,13 @@ from code_worker.images.damage import PILLOW_ERRORS, reason_for, tiff_tile_size,
 from code_worker.types import IMAGE_SIZE, ImageFacts, RejectReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
     from code_worker.settings import LimitSettings
 
-__all__ = ["FORMATS", "decode"]
+__all__ = ["FORMATS", "decode", "inspect"]
 
 FORMATS: Final = ("jpeg", "png", "gif", "bmp", "tiff", "webp")
 """What is judged, told by content and never by name."""
@@ -64,6 +65,23 @@ def decode(data: bytes, limits: LimitSettings) -> tuple[NDArray[np.uint8], Image
     Raises:
         ImageRejectedError: for whatever these bytes are instead of an image within the limits.
     """
+    with _opened(data, limits) as (image, facts):
+        return _centre(image), facts
+
+
+def inspect(data: bytes, limits: LimitSettings) -> ImageFacts:
+    """What `decode` says of a file beside its pixels, from the header alone, under the same limits.
+
+    Raises:
+        ImageRejectedError: as `decode`, as far as the header tells.
+    """
+    with _opened(data, limits) as (_, facts):
+        return facts
+
+
+@contextmanager
+def _opened(data: bytes, limits: LimitSettings) -> Iterator[tuple[ImageFile.ImageFile, ImageFacts]]:
+    """An image within the limits, header read and nothing decoded; errors inside the block are translated too."""
     if not data:
         raise ImageRejectedError(RejectReason.EMPTY, "the file has no bytes")
     if len(data) > limits.max_bytes:
@@ -80,7 +98,7 @@ def decode(data: bytes, limits: LimitSettings) -> tuple[NDArray[np.uint8], Image
             _check_size(image.size, limits)
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 _check_area(*tiff_tile_size(image.tag_v2), limits)
-            return _centre(image), facts
+            yield image, facts
     except PILLOW_ERRORS as error:
         raise ImageRejectedError(reason_for(error, kind, data), _detail(kind, error)) from error
 

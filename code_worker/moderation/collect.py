@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from code_worker.errors import ImageRejectedError, TransientError
-from code_worker.images.decode import decode
+from code_worker.images.decode import decode, inspect
 from code_worker.types import EMBEDDING_DIM, ImageFacts, Job, RejectReason
 
 if TYPE_CHECKING:
@@ -86,6 +86,16 @@ class Collector:
         item.facts = _with_source(facts, content.fetched)
         return crop
 
+    def reuse(self, item: Item, content: _Bytes, embedding: NDArray[np.float32]) -> None:
+        """Takes over an embedding; the header is read all the same, for the facts and for limits set since."""
+        try:
+            item.facts = _with_source(inspect(content.fetched.data, self._limits), content.fetched)
+        except ImageRejectedError as error:
+            item.error = error
+            return
+        item.embedding = embedding
+        item.timings_ms["reused"] = 1.0
+
     def known(self, encoder_sha256: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
         """Embeddings of these contents that an earlier job left."""
         return self._known(encoder_sha256, hashes)
@@ -155,8 +165,7 @@ class _Batch:
 
     def _reuse_or_decode(self, item: Item, content: _Bytes, known: Mapping[str, bytes]) -> None:
         if (stored := known.get(content.sha256)) is not None and len(stored) == EMBEDDING_DIM * _STORED.itemsize:
-            item.embedding = np.frombuffer(stored, dtype=_STORED).astype(np.float32)
-            item.timings_ms["reused"] = 1.0
+            self._collector.reuse(item, content, np.frombuffer(stored, dtype=_STORED).astype(np.float32))
         elif content.sha256 in self._twins:
             self._twins[content.sha256].append(item)
         else:

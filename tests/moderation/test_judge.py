@@ -121,10 +121,28 @@ def test_known_embeddings_are_not_computed_again(judge_objects: Callable[..., Ju
     judged = judge_objects({"old": data, "new": png(20)}, known=known, runtime=runtime(embedder))
     verdicts = _by_job(judged)
     assert verdicts["old"].score == pytest.approx(0.9)
+    assert (verdicts["old"].facts.format, verdicts["old"].facts.width, verdicts["old"].facts.etag) == (
+        "png",
+        224,
+        "etag-old",
+    )
     assert verdicts["new"].score == pytest.approx(20 / 255)
     assert embedder.crops == 1
     assert {encoder for encoder, _ in asked} == {"e" * 64}
     assert set(judged.embeddings) == {hashlib.sha256(png(20)).hexdigest()}
+
+
+def test_limits_hold_for_images_that_were_judged_before_they_were_set(pool: PriorityPool) -> None:
+    data = png(10, size=300)
+    stored = {hashlib.sha256(data).hexdigest(): np.full(192, 0.9, dtype="<f4").tobytes()}
+    judge = Judge(
+        sources=DictSources({"a": data}),
+        pool=pool,
+        limits=LimitSettings(max_pixels=200 * 200),
+        known=lambda encoder, hashes: stored,
+    )
+    (verdict,) = judge.judge([Job("a", "a")], runtime(), PolicyBook()).verdicts
+    assert verdict.reason is RejectReason.TOO_MANY_PIXELS
 
 
 def test_the_same_bytes_twice_in_a_batch_are_encoded_once(judge_objects: Callable[..., Judged]) -> None:
