@@ -110,13 +110,14 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "redbeat_lock_timeout": 50,
         "beat_max_loop_interval": 5,
     }
-    if is_redis(url):
-        config["broker_transport"] = REDIS_TRANSPORT
-        config["broker_transport_options"] = transport_options(settings)
-        config["broker_use_ssl"] = tls_options(url)
-        config["redbeat_redis_url"] = url
-        config["redbeat_redis_options"] = {
-            "socket_timeout": settings.broker.socket_timeout_s,
-            "socket_keepalive": True,
-        }
-    return config
+    return {**config, **_redis_config(url, settings)} if is_redis(url) else config
+
+
+def _redis_config(url: str, settings: Settings) -> dict[str, Any]:
+    return {
+        "broker_transport": REDIS_TRANSPORT,
+        "broker_transport_options": transport_options(settings),
+        "broker_use_ssl": tls_options(url),
+        "redbeat_redis_url": url,
+        "redbeat_redis_options": {"socket_timeout": settings.broker.socket_timeout_s, "socket_keepalive": True},
+    }

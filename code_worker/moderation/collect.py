@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +211,7 @@ class _Batch:
             item.timings_ms["encode"] *= 1000
             item.fresh = embedding.astype(_STORED).tobytes()
         elif item.facts is not None and first.facts is not None:
-            item.facts = _merged(item.facts, first.facts)
+            item.facts = replace(first.facts, etag=item.facts.etag, version_id=item.facts.version_id)
 
 
 class _timed:  # noqa: N801 - reads as a verb where it is used
@@ -228,26 +228,4 @@ class _timed:  # noqa: N801 - reads as a verb where it is used
 
 
 def _with_source(facts: ImageFacts, fetched: Fetched) -> ImageFacts:
-    return ImageFacts(
-        facts.sha256,
-        facts.size_bytes,
-        format=facts.format,
-        width=facts.width,
-        height=facts.height,
-        mode=facts.mode,
-        etag=fetched.etag,
-        version_id=fetched.version_id,
-    )
-
-
-def _merged(own: ImageFacts, twin: ImageFacts) -> ImageFacts:
-    return ImageFacts(
-        own.sha256,
-        own.size_bytes,
-        format=twin.format,
-        width=twin.width,
-        height=twin.height,
-        mode=twin.mode,
-        etag=own.etag,
-        version_id=own.version_id,
-    )
+    return replace(facts, etag=fetched.etag, version_id=fetched.version_id)
