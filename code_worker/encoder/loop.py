@@ -111,12 +111,16 @@ class EncoderLoop:
         lock = threading.RLock()
         self._filled = threading.Condition(lock)
         self._drained = threading.Condition(lock)
-        self._threads = [
+        self._threads = self._start_streams()
+
+    def _start_streams(self) -> list[threading.Thread]:
+        threads = [
             threading.Thread(target=self._stream, name=f"encoder-{number}", daemon=True)
             for number in range(self.streams)
         ]
-        for thread in self._threads:
+        for thread in threads:
             thread.start()
+        return threads
 
     def submit(self, crop: Crop, priority: int = 4, turn: int = 0) -> Future[Embedding]:
         """Queues one `(224, 224, 3) uint8` crop; the future yields its `(192,) float32` embedding.
