@@ -9,6 +9,10 @@ CodeWorkerError
 ├── ArtifactError               a checkpoint, head file or release that must not be used
 │   ├── UnsafeArtifactError     a pickle that asked for something it may not have
 │   └── IntegrityError          bytes that differ from the manifest's sha256
+├── DatasetError                labelled images, a shard or a tree that cannot be used as they are
+├── TrainingError               a run that failed, with the reason that is recorded
+│   ├── DivergedError           the loss or a weight is not finite; names the step
+│   └── RunActiveError          another run works already; one at a time
 ├── StoreError                  a rule of the ledger was broken
 │   ├── IdConflictError         one idempotency key, two different jobs
 │   └── StoreUnavailableError   the database did not answer, after every retry
@@ -34,17 +38,21 @@ __all__ = [
     "BrokerUnavailableError",
     "CodeWorkerError",
     "ConfigurationError",
+    "DatasetError",
+    "DivergedError",
     "IdConflictError",
     "ImageRejectedError",
     "IntegrityError",
     "MessageError",
     "NoReleaseError",
     "PluginError",
+    "RunActiveError",
     "SourceCredentialsError",
     "SourcePausedError",
     "StoreError",
     "StoreFullError",
     "StoreUnavailableError",
+    "TrainingError",
     "TransientError",
     "UnknownHeadError",
     "UnsafeArtifactError",
@@ -86,6 +94,22 @@ class UnsafeArtifactError(ArtifactError):
 
 class IntegrityError(ArtifactError):
     """A file whose bytes are not those that the manifest recorded."""
+
+
+class DatasetError(CodeWorkerError):
+    """Images to learn from or to measure on that are missing, unreadable, too few or of one class only."""
+
+
+class TrainingError(CodeWorkerError):
+    """A retrain or refit that cannot go on; its text becomes the run's recorded reason."""
+
+
+class DivergedError(TrainingError):
+    """A loss, gradient or weight that is not finite; the text names the step."""
+
+
+class RunActiveError(TrainingError):
+    """A retrain or refit is under way; only one runs at a time."""
 
 
 class StoreError(CodeWorkerError):

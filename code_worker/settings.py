@@ -14,9 +14,14 @@ from code_worker.errors import ConfigurationError
 __all__ = [
     "BrokerSettings",
     "FileSettings",
+    "GateSettings",
+    "LabelSettings",
     "LimitSettings",
     "S3Settings",
+    "ScheduleSettings",
     "Settings",
+    "ShadowSettings",
+    "TrainingSettings",
     "WorkerSettings",
     "load_settings",
 ]
@@ -100,6 +105,68 @@ class WorkerSettings(_Section):
     )
 
 
+class LabelSettings(_Section):
+    """How labels of people and systems become one truth per image."""
+
+    rule: Literal["latest", "majority", "unanimous", "trusted"] = Field(
+        "latest",
+        description="Which label holds where several contradict: the last said; the one most labellers say (a tie is "
+        "left out); only what all say; or the last of the most trusted labeller (`trusted`, in its order).",
+    )
+    trusted: tuple[str, ...] = Field((), description="Labellers by falling trust; others come after, the last first.")
+
+
+class TrainingSettings(_Section):
+    """How a retrain trains the encoder, and on what."""
+
+    epochs: int = Field(20, ge=1, description="Epochs at most.")
+    steps_per_epoch: int = Field(200, ge=1, description="Optimiser steps in an epoch.")
+    records: int = Field(256, ge=2, description="Records (one real and one generated image) in a step, per process.")
+    accumulate: int = Field(1, ge=1, description="Parts in which a step's records are computed, to save memory.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak; from scratch the published one is 2e-3.")
+    weight_decay: float = Field(2e-5, ge=0, description="AdamW's.")
+    warmup_epochs: float = Field(0.5, ge=0, description="Epochs of linear warm-up from 1e-6.")
+    patience: int = Field(6, ge=1, description="Epochs without a better linear head on the hold-out before it stops.")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="Average weights with this decay; unset: not.")
+    new_share: float = Field(
+        0.5, ge=0, le=1, description="Share of a step's fakes drawn from generators the champion never learned."
+    )
+    from_scratch: bool = Field(False, description="Begin with fresh weights instead of the champion's.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    processes: int = Field(1, ge=1, description="Processes (one per GPU) that torchrun starts on this machine.")
+    loader_processes: int | None = Field(None, ge=0, description="Processes that prepare views; unset: by cores.")
+    timeout_s: int = Field(86_400, ge=60, description="A retrain that takes longer is ended and recorded as failed.")
+
+
+class ScheduleSettings(_Section):
+    """When the detector learns by itself; unset: only when told to."""
+
+    retrain: str | None = Field(None, description="Cron line in UTC, such as `0 3 * * sun`.")
+    refit: str | None = Field(None, description="Cron line in UTC for refitting the heads alone.")
+    min_new_real: int = Field(20, ge=0, description="Real images labelled since the last run, below which it waits.")
+    min_new_fake: int = Field(50, ge=0, description="Generated images labelled since, below which it waits.")
+    min_holdout: int = Field(20, ge=1, description="Images of each class in the hold-out, below which it waits.")
+
+
+class GateSettings(_Section):
+    """What a candidate must prove before it replaces the champion."""
+
+    max_regression: float = Field(
+        0.02, ge=0, le=1, description="Accuracy that a generator or the reals may lose, as measured."
+    )
+    max_label_noise: float = Field(
+        0.15, ge=0, le=1, description="Share of labels of one class that their neighbours contradict."
+    )
+    bootstrap: int = Field(1000, ge=100, description="Resamples of the paired bootstrap.")
+    promote: bool = Field(True, description="Promote by itself what passes; else it becomes the challenger.")
+
+
+class ShadowSettings(_Section):
+    """How a challenger is watched."""
+
+    share: float = Field(1.0, ge=0, le=1, description="Share of judged images that it scores too, by content hash.")
+
+
 class Settings(BaseSettings):
     """All settings of the project; every field can be set by environment or file."""
 
@@ -118,6 +185,11 @@ class Settings(BaseSettings):
         None,
         description="Where releases are kept: a directory or `s3://bucket/prefix`; unset: in the data directory.",
     )
+    datasets: str | None = Field(
+        None,
+        description="Where copies of labelled images are kept: a directory or `s3://bucket/prefix`; unset: in the "
+        "data directory.",
+    )
     plugins_dir: Path | None = Field(None, description="Directory of single-file plugins.")
     head: str | None = Field(
         None, description="Head used when neither job, plugin nor policy names one; unset: the release's own default."
@@ -133,6 +205,11 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()
+    labels: LabelSettings = LabelSettings()
+    training: TrainingSettings = TrainingSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    gate: GateSettings = GateSettings()
+    shadow: ShadowSettings = ShadowSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -164,11 +241,19 @@ class Settings(BaseSettings):
     @property
     def resolved_artifacts(self) -> str:
         """Artifact root in use: an absolute directory or an `s3://` prefix."""
-        if self.artifacts is None:
-            return str(self.data_path / "releases")
-        if self.artifacts.startswith("s3://"):
-            return self.artifacts.rstrip("/")
-        return str(Path(self.artifacts).expanduser().absolute())
+        return self._resolved(self.artifacts, "releases")
+
+    @property
+    def resolved_datasets(self) -> str:
+        """Dataset storage in use: an absolute directory or an `s3://` prefix."""
+        return self._resolved(self.datasets, "dataset")
+
+    def _resolved(self, address: str | None, otherwise: str) -> str:
+        if address is None:
+            return str(self.data_path / otherwise)
+        if address.startswith("s3://"):
+            return address.rstrip("/")
+        return str(Path(address).expanduser().absolute())
 
     @property
     def resolved_broker_url(self) -> str:

@@ -164,6 +164,7 @@ class Verdict:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     revision: int = 0
+    supersedes: str | None = None
     id: str | None = None
     created_at: datetime | None = None
 

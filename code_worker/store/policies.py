@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import RowMapping, func, literal, select
 from sqlalchemy.orm import Session
@@ -32,6 +34,7 @@ class PolicyRow:
     created_at: datetime
     created_by: str
     note: str
+    evidence: Mapping[str, Any] | None = None
 
 
 _COLUMNS = tuple(_POLICIES.c[name] for name in PolicyRow.__dataclass_fields__)
@@ -47,6 +50,7 @@ def put(
     head: str | None = None,
     by: str,
     note: str = "",
+    evidence: Mapping[str, Any] | None = None,
 ) -> PolicyRow:
     """Puts thresholds in force for a tenant and content type, as the next version.
 
@@ -70,6 +74,7 @@ def put(
         "high": high,
         "created_by": by,
         "note": note,
+        "evidence": None if evidence is None else dict(evidence),
     }
     written = insert_into(session, PolicyRecord).on_conflict_do_nothing().values(row).returning(*_COLUMNS)
     made = session.execute(written).mappings().one_or_none()

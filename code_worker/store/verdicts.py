@@ -103,6 +103,7 @@ def _values(verdict: Verdict) -> dict[str, Any]:
         "content_type": verdict.content_type,
         "metadata": dict(verdict.metadata),
         "timings_ms": dict(verdict.timings_ms),
+        "supersedes": verdict.supersedes,
         **{name: getattr(facts, name, None) for name in _FACTS},
         **{name: getattr(provenance, name) for name in _PROVENANCE},
     }
@@ -123,6 +124,7 @@ def _verdict(value: RowMapping) -> Verdict:
         content_type=value["content_type"],
         metadata=value["metadata"],
         timings_ms=value["timings_ms"],
+        supersedes=value["supersedes"],
         created_at=value["created_at"],
         facts=None if value["sha256"] is None else ImageFacts(**{name: value[name] for name in _FACTS}),
         provenance=Provenance(**{name: value[name] for name in _PROVENANCE}),

@@ -5,6 +5,15 @@ from __future__ import annotations
 from code_worker.store.models.base import Base, UtcDateTime, db_now, db_now_plus, time_plus
 from code_worker.store.models.deployed import AliasMoveRow, AliasRow, PolicyRecord, ReleaseRow
 from code_worker.store.models.fleet import DeadLetterRow, LeaseRow, PluginSeenRow, SourcePauseRow, WorkerRow
+from code_worker.store.models.learning import (
+    KeptImageRow,
+    LabelRow,
+    RunMetricsRow,
+    RunRow,
+    ScheduleSlotRow,
+    ShadowScoreRow,
+    SnapshotRow,
+)
 from code_worker.store.models.ledger import EmbeddingRow, JobRow, VerdictRow
 
 __all__ = [
@@ -14,10 +23,17 @@ __all__ = [
     "DeadLetterRow",
     "EmbeddingRow",
     "JobRow",
+    "KeptImageRow",
+    "LabelRow",
     "LeaseRow",
     "PluginSeenRow",
     "PolicyRecord",
     "ReleaseRow",
+    "RunMetricsRow",
+    "RunRow",
+    "ScheduleSlotRow",
+    "ShadowScoreRow",
+    "SnapshotRow",
     "SourcePauseRow",
     "UtcDateTime",
     "VerdictRow",

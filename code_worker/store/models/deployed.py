@@ -81,6 +81,9 @@ class PolicyRecord(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it came into force.")
     created_by: Mapped[str] = mapped_column(Text, comment="Who set it.")
     note: Mapped[str] = mapped_column(Text, comment="Why.")
+    evidence: Mapped[dict[str, Any] | None] = mapped_column(
+        JSON_OBJECT, comment="Data and figures it was calibrated on, if it was."
+    )
 
     __table_args__ = (
         UniqueConstraint(tenant, content_type, version),

@@ -113,6 +113,9 @@ class VerdictRow(Base):
     content_type: Mapped[str | None] = mapped_column(Text, comment="The job's.")
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", JSON_OBJECT, comment="The job's.")
     timings_ms: Mapped[dict[str, float]] = mapped_column(JSON_OBJECT, comment="Milliseconds by stage.")
+    supersedes: Mapped[str | None] = mapped_column(
+        Uuid(as_uuid=False), comment="Verdict that this one judges again; that one stays."
+    )
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was written.")
 
     __table_args__ = (

@@ -1,0 +1,1 @@
+"""From labelled images to a release that is better: views, objective, trainer, evaluation, gate."""
