@@ -108,6 +108,46 @@ def test_promoting_the_champion_again_is_no_move(registry: Registry, store: Stor
     assert len(history(store)) == 1
 
 
+def test_a_challenger_is_watched_until_it_is_withdrawn_or_becomes_the_champion(
+    registry: Registry, three: list[Path]
+) -> None:
+    a, b, c = (registry.add(directory) for directory in three)
+    registry.promote(a, by="ann")
+    assert registry.challenger() is None
+    assert registry.challenge(b, by="ann", reason="looks better") is None
+    assert registry.challenge(c, by="bob") == b
+    assert registry.show(c).aliases == ("challenger",)
+    assert registry.withdraw(by="ann") == c
+    assert registry.withdraw(by="ann") is None
+    assert (registry.champion(), registry.challenger()) == (a, None)
+    registry.challenge(b, by="ann")
+    registry.promote(c, by="ann")
+    assert registry.challenger() == b, "another promotion leaves it"
+    registry.promote(b, by="ann")
+    assert registry.challenger() is None
+    registry.challenge(c, by="ann")
+    registry.rollback(by="ann")
+    assert (registry.champion(), registry.challenger()) == (c, None), "a rollback to it ends it as well"
+
+
+def test_the_champion_is_not_its_own_challenger(registry: Registry, three: list[Path]) -> None:
+    a = registry.add(three[0])
+    registry.promote(a, by="ann")
+    with pytest.raises(StoreError, match="cannot be its own challenger"):
+        registry.challenge(a, by="ann")
+    assert registry.challenger() is None
+
+
+def test_a_challenger_must_load(registry: Registry, artifacts: LocalArtifacts, three: list[Path]) -> None:
+    a, b = (registry.add(directory) for directory in three[:2])
+    registry.promote(a, by="ann")
+    with (artifacts.root / b / "heads" / "linear" / "head.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(IntegrityError):
+        registry.challenge(b, by="ann")
+    assert registry.challenger() is None
+
+
 def test_without_a_champion_there_is_nothing_to_roll_back(registry: Registry) -> None:
     with pytest.raises(StoreError, match="nothing to roll back to"):
         registry.rollback(by="ann")

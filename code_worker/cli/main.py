@@ -23,7 +23,7 @@ _COMMANDS = {
     "jobs": ("code_worker.cli.jobs:jobs", "List, show and retry jobs."),
     "plugins": ("code_worker.cli.plugins:plugins", "List, create and check plugins."),
     "policies": ("code_worker.cli.policies:policies", "Show and set thresholds per tenant and content type."),
-    "releases": ("code_worker.cli.releases:releases", "Import, verify, promote and roll back releases."),
+    "releases": ("code_worker.cli.releases:releases", "Import, verify, promote, watch and roll back releases."),
     "scan": ("code_worker.cli.scan:scan", "Judge images now, in this process, with no broker."),
     "up": ("code_worker.cli.up:up", "Run the whole stack on this machine."),
     "verdicts": ("code_worker.cli.verdicts:verdicts", "List, show and export verdicts."),

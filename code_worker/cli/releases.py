@@ -1,4 +1,4 @@
-"""`code-worker releases`: import, verify, promote and roll back what judges."""
+"""`code-worker releases`: import, verify, promote, watch and roll back what judges."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _create_ledger(settings: Settings) -> Iterator[Store]:
 
 @click.group()
 def releases() -> None:
-    """Import, verify, promote and roll back releases: encoder, heads and thresholds deployed as one."""
+    """Import, verify, promote, watch and roll back releases: encoder, heads and thresholds deployed as one."""
 
 
 @releases.command("import")
@@ -173,6 +173,33 @@ def rollback(reason: str) -> None:
         before = registry.champion()
         release = registry.rollback(by=who(), reason=reason)
     click.echo(f"{release} is the champion again (was {before}); {_TAKES_OVER}")
+
+
+@releases.command()
+@click.argument("release", required=False)
+@click.option("--none", "withdraw", is_flag=True, help="Let no release score in shadow.")
+@click.option("--reason", default="", help="Why, for the history.")
+def challenge(release: str | None, *, withdraw: bool, reason: str) -> None:
+    """Let RELEASE score live traffic in the champion's shadow, after proving that it loads here.
+
+    It never acts: see what it would have said with `code-worker shadow report`.
+    """
+    if withdraw == (release is not None):
+        raise click.UsageError("name a release, or say --none: exactly one of them")
+    with _registry(quiet_settings()) as registry:
+        if release is None:
+            before = registry.withdraw(by=who(), reason=reason)
+            click.echo(f"{before} is no longer the challenger" if before else "there is no challenger")
+            return
+        with progress(f"loading {release}"):
+            before = registry.challenge(release, by=who(), reason=reason)
+    if before == release:
+        click.echo(f"{release} is the challenger already")
+    else:
+        click.echo(
+            f"{release} is the challenger{f' (was {before})' if before else ''}; it scores in shadow and never acts: "
+            "code-worker shadow report"
+        )
 
 
 @releases.command()

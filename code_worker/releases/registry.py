@@ -15,6 +15,7 @@ from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import LoadedRelease, load_release
 from code_worker.releases.manifest import read_manifest, release_id, verify_files
 from code_worker.store import releases
+from code_worker.store.releases import CHALLENGER, CHAMPION
 
 if TYPE_CHECKING:
     from code_worker.plugins import Plugins
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Session, Store
 
-__all__ = ["CHAMPION", "LoadedRelease", "Registered", "Registry", "open_registry"]
+__all__ = ["CHALLENGER", "CHAMPION", "LoadedRelease", "Registered", "Registry", "open_registry"]
 
-CHAMPION = "champion"
 log = get_logger(__name__)
 
 
@@ -125,6 +125,10 @@ class Registry:
         """Id of the release that judges, or None."""
         return self._store.run(lambda session: releases.alias(session, CHAMPION), write=False)
 
+    def challenger(self) -> str | None:
+        """Id of the release that scores in the champion's shadow, or None."""
+        return self._store.run(lambda session: releases.alias(session, CHALLENGER), write=False)
+
     def load(self, release: str, on_bytes: OnBytes | None = None) -> LoadedRelease:
         """The release in memory: every file compared with the manifest, the manifest with the registered hash.
 
@@ -150,7 +154,7 @@ class Registry:
             NoReleaseError, ArtifactError, PluginError: see `load`; the champion stays.
             ArtifactError: the release has no head, or its status forbids it.
         """
-        self._check_fit_to_judge(release)
+        self.load_to_judge(release)
         before = self._store.run(
             lambda session: releases.move_alias(session, CHAMPION, release, by=by, reason=reason)
         )
@@ -165,7 +169,7 @@ class Registry:
             ArtifactError, PluginError: it cannot be loaded any more; the champion stays.
         """
         wanted = self._previous_champion()
-        self._check_fit_to_judge(wanted)
+        self.load_to_judge(wanted)
 
         def take_back(session: Session) -> str:
             found = releases.rollback(session, CHAMPION, by=by, reason=reason)
@@ -177,6 +181,40 @@ class Registry:
         log.info("champion_rolled_back", release=wanted, by=by)
         return wanted
 
+    def challenge(self, release: str, *, by: str, reason: str = "") -> str | None:
+        """Makes a release the challenger, after it was proven to load; returns the challenger before.
+
+        Since it never acts, one that must not be promoted may be watched all the same.
+
+        Raises:
+            NoReleaseError, ArtifactError, PluginError: see `load`; the challenger stays.
+            ArtifactError: the release has no head.
+            StoreError: it is the champion.
+        """
+        self._load_with_heads(release)
+        before = self._store.run(lambda session: releases.challenge(session, release, by=by, reason=reason))
+        log.info("challenger_moved", release=release, before=before, by=by)
+        return before
+
+    def withdraw(self, *, by: str, reason: str = "") -> str | None:
+        """Leaves the champion without a challenger; returns the one that was, or None."""
+        before = self._store.run(lambda session: releases.drop_alias(session, CHALLENGER))
+        if before is not None:
+            log.info("challenger_withdrawn", release=before, by=by, reason=reason)
+        return before
+
+    def load_to_judge(self, release: str) -> LoadedRelease:
+        """The release in memory, if it may judge.
+
+        Raises:
+            NoReleaseError, ArtifactError, PluginError: see `load`.
+            ArtifactError: the release has no head, or its status forbids it.
+        """
+        status = self.show(release).info.status
+        if status != "ready":
+            raise ArtifactError(f"{release} must not be promoted: {status}")
+        return self._load_with_heads(release)
+
     def _previous_champion(self) -> str:
         history = self._store.run(lambda session: releases.moves(session, CHAMPION), write=False)
         undone = {move.undoes for move in history}
@@ -185,12 +223,11 @@ class Registry:
             raise StoreError("no champion before this one: nothing to roll back to")
         return standing[0].previous_id
 
-    def _check_fit_to_judge(self, release: str) -> None:
-        status = self.show(release).info.status
-        if status != "ready":
-            raise ArtifactError(f"{release} must not be promoted: {status}")
-        if not self.load(release).heads:
+    def _load_with_heads(self, release: str) -> LoadedRelease:
+        loaded = self.load(release)
+        if not loaded.heads:
             raise ArtifactError(f"{release} has no head and cannot judge: import it again with --heads DIR")
+        return loaded
 
 
 def _pointing_to(release: str, aliases: dict[str, str]) -> tuple[str, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import RowMapping, insert, select, update
+from sqlalchemy import RowMapping, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
@@ -15,11 +15,15 @@ from code_worker.store.models import AliasMoveRow, AliasRow, ReleaseRow, db_now
 from code_worker.store.sql import insert_into, insert_new, table_of
 
 __all__ = [
+    "CHALLENGER",
+    "CHAMPION",
     "AliasMove",
     "ReleaseInfo",
     "add",
     "alias",
     "aliases",
+    "challenge",
+    "drop_alias",
     "get",
     "list_releases",
     "move_alias",
@@ -27,6 +31,8 @@ __all__ = [
     "rollback",
 ]
 
+CHAMPION: Final = "champion"
+CHALLENGER: Final = "challenger"
 _RELEASES = table_of(ReleaseRow)
 _ALIASES = table_of(AliasRow)
 _MOVES = table_of(AliasMoveRow)
@@ -122,6 +128,8 @@ def aliases(session: Session) -> dict[str, str]:
 def move_alias(session: Session, name: str, release_id: str, *, by: str, reason: str) -> str | None:
     """Points an alias to a release and returns where it pointed before; moving it nowhere new is no move.
 
+    A challenger that becomes the champion is no challenger any more.
+
     Raises:
         StoreError: no such release.
     """
@@ -131,6 +139,24 @@ def move_alias(session: Session, name: str, release_id: str, *, by: str, reason:
     if previous != release_id:
         _move(session, name, release_id, previous_id=previous, undoes=None, by=by, reason=reason)
     return previous
+
+
+def challenge(session: Session, release_id: str, *, by: str, reason: str) -> str | None:
+    """Makes a release the challenger and returns the one before.
+
+    Raises:
+        StoreError: no such release, or it is the champion.
+    """
+    # Locked, so that it is not promoted at the same moment.
+    champion = select(_ALIASES.c.release_id).where(_ALIASES.c.name == CHAMPION).with_for_update()
+    if session.scalar(champion) == release_id:
+        raise StoreError(f"{release_id} is the champion: it cannot be its own challenger")
+    return move_alias(session, CHALLENGER, release_id, by=by, reason=reason)
+
+
+def drop_alias(session: Session, name: str) -> str | None:
+    """Makes an alias point nowhere; returns where it pointed. Its moves stay in the history."""
+    return session.scalar(delete(_ALIASES).where(_ALIASES.c.name == name).returning(_ALIASES.c.release_id))
 
 
 def rollback(session: Session, name: str, *, by: str, reason: str) -> str:
@@ -182,3 +208,5 @@ def _move(
             alias=name, release_id=release_id, previous_id=previous_id, undoes=undoes, by=by, reason=reason
         )
     )
+    if name == CHAMPION:
+        session.execute(delete(_ALIASES).where(_ALIASES.c.name == CHALLENGER, _ALIASES.c.release_id == release_id))

@@ -112,6 +112,28 @@ def test_promote_and_rollback_say_what_was_before(run: Run, two: list[Path]) -> 
     assert {row["id"]: row["aliases"] for row in listed(run)} == {first: ["champion"], second: []}
 
 
+def test_challenge_and_its_end_say_what_was_before(run: Run, two: list[Path]) -> None:
+    first, second = map(id_of, two)
+    run("import", two[0], "--promote")
+    run("import", two[1])
+    own = run("challenge", first)
+    assert (own.status, own.stdout) == (1, "")
+    assert f"{first} is the champion: it cannot be its own challenger" in own.stderr
+    assert f"{second} is the challenger; it scores in shadow" in run("challenge", second).stdout
+    assert f"{second} is the challenger already" in run("challenge", second).stdout
+    assert {row["id"]: row["aliases"] for row in listed(run)} == {first: ["champion"], second: ["challenger"]}
+    assert f"{second} is no longer the challenger" in run("challenge", "--none").stdout
+    assert run("challenge", "--none").stdout == "there is no challenger\n"
+    assert listed(run)[0]["aliases"] == []
+
+
+@pytest.mark.parametrize("words", [("challenge",), ("challenge", "r-0123456789ab", "--none")])
+def test_a_challenge_names_one_release_or_none(run: Run, words: tuple[str, ...]) -> None:
+    result = run(*words)
+    assert result.status == 2
+    assert "exactly one of them" in result.stderr
+
+
 def test_show_prints_the_whole_manifest(run: Run, two: list[Path]) -> None:
     run("import", two[0])
     shown = json.loads(run("show", id_of(two[0])).stdout)
@@ -162,7 +184,15 @@ def test_verify_fails_when_labels_flip(run: Run, bare_cli: Cli, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "words", [("promote", "r-0123456789ab"), ("rollback",), ("verify",), ("show", "r-0123456789ab")]
+    "words",
+    [
+        ("promote", "r-0123456789ab"),
+        ("rollback",),
+        ("challenge", "r-0123456789ab"),
+        ("challenge", "--none"),
+        ("verify",),
+        ("show", "r-0123456789ab"),
+    ],
 )
 def test_without_a_database_commands_say_how_to_get_one(run: Run, data_dir: Path, words: tuple[str, ...]) -> None:
     result = run(*words)
