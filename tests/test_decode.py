@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import CenterCrop
 
-from code_worker.images.decode import decode
+from code_worker.images.decode import decode, decode_whole
 from code_worker.settings import LimitSettings
 from tests.image_files import encoded, exif_orientation, pixels, valid_files
 
@@ -47,6 +47,12 @@ def test_pixels_equal_those_of_pillow_and_torchvision(name: str) -> None:
 def test_pixels_equal_for_any_size_and_mode(width: int, height: int, mode: str) -> None:
     data = encoded(pixels(width, height).convert(mode), "PNG", compress_level=1)
     np.testing.assert_array_equal(decode(data, LIMITS)[0], reference(data))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_whole_image_has_the_same_centre(name: str) -> None:
+    whole = decode_whole(FILES[name], LIMITS)
+    np.testing.assert_array_equal(np.asarray(CenterCrop(224)(whole)), decode(FILES[name], LIMITS)[0])
 
 
 def test_the_offset_is_rounded_to_the_even_pixel() -> None:

@@ -15,8 +15,9 @@ from PIL import Image
 from code_worker.encoder.checkpoint import EncoderWeights, load_checkpoint, random_weights
 from code_worker.encoder.engine import Engine, resolve_device
 from code_worker.encoder.forward import CropEncoder
-from code_worker.encoder.vit import build_vit
+from code_worker.encoder.vit import VitConfig, build_vit
 from code_worker.errors import ConfigurationError
+from code_worker.types import EMBEDDING_DIM
 from tests.parity import MEAN, STD, ParitySet
 
 TOLERANCE = 2e-5
@@ -141,3 +142,22 @@ def test_importing_the_encoder_touches_no_cuda_and_sets_no_threads() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_smaller_encoder_sees_the_centre_and_fills_up_with_zeros(fold: bool) -> None:
+    config = VitConfig(image_size=48, patch_size=8, width=96, depth=2, heads=3, mlp_width=160)
+    torch.manual_seed(3)
+    model = build_vit(config)
+    weights = EncoderWeights(config, dict(model.state_dict()), "a test")
+    crops = np.random.default_rng(3).integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
+    embeddings = Engine(weights, device="cpu", fold=fold).embed(crops)
+    centre = crops[:, 88:136, 88:136]
+    pixels = (torch.from_numpy(centre).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    with torch.inference_mode():
+        expected = model(pixels.permute(0, 3, 1, 2)).numpy()
+    assert embeddings.shape == (3, EMBEDDING_DIM)
+    assert distance(embeddings[:, :96], expected) < TOLERANCE
+    assert not embeddings[:, 96:].any()
+    crops[:, :88] = 0
+    assert np.array_equal(Engine(weights, device="cpu", fold=fold).embed(crops), embeddings)

@@ -9,12 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from code_worker.encoder.vit import VitConfig, build_vit
+from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 
 __all__ = ["CropEncoder"]
 
 
 class CropEncoder(nn.Module):
     """`(n, 224, 224, 3) uint8` crops to `(n, 192) float32`: the CLS token after the final LayerNorm.
+
+    An encoder for smaller images takes the centre of the crop; one of a smaller width leaves the last numbers 0,
+    which changes neither distances nor what a linear head sees.
 
     Three shortcuts, all exact but for rounding (a few 1e-6 of an embedding):
     patches are cut straight out of the bytes and projected by one matrix product, which also keeps TF32
@@ -40,6 +44,8 @@ class CropEncoder(nn.Module):
         self._dtype = dtype
         self._side = config.image_size // config.patch_size
         self._patch_size = config.patch_size
+        self._margin = (IMAGE_SIZE - config.image_size) // 2
+        self._missing = EMBEDDING_DIM - config.width
         self.fold = fold
         self.blocks: nn.Sequential = vit.blocks.to(dtype)
         self.norm: nn.LayerNorm = vit.norm
@@ -59,11 +65,14 @@ class CropEncoder(nn.Module):
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         cls_token = _cls_of_last_block(self.blocks[-1], tokens)
-        return cast("Tensor", self.norm(cls_token.float()))
+        embeddings = cast("Tensor", self.norm(cls_token.float()))
+        return F.pad(embeddings, (0, self._missing)) if self._missing else embeddings
 
     def _patches(self, crops: Tensor) -> Tensor:
         """`(n, patches, patch_size² · 3) float32`, a patch's values in row, column, channel order."""
-        side, size = self._side, self._patch_size
+        side, size, margin = self._side, self._patch_size, self._margin
+        if margin:
+            crops = crops[:, margin:-margin, margin:-margin]
         grid = crops.reshape(-1, side, size, side, size, 3).transpose(2, 3)
         values = grid.reshape(-1, side * side, size * size * 3).to(torch.float32)
         return values if self.fold else (values / 255 - self.mean) / self.std

@@ -25,6 +25,8 @@ TIMM_LAYER_NORM_EPS = 1e-6
 class VitConfig:
     """A plain ViT with a CLS token, learned positions and pre-norm blocks; the defaults are ViT-Tiny/16.
 
+    A smaller `image_size` sees the centre of the 224×224 crop, a smaller `width` fills the embedding up with zeros.
+
     Raises:
         ArtifactError: sizes that do not fit each other or this project (224×224 crops, 192 numbers per image),
             or an activation other than the exact GELU.
@@ -47,9 +49,12 @@ class VitConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ArtifactError(f"encoder config: {name} must be a positive whole number, not {value!r}")
-        if self.image_size != IMAGE_SIZE:
-            raise ArtifactError(f"encoder config: image_size is {self.image_size}; crops are {IMAGE_SIZE} wide")
-        if self.width != EMBEDDING_DIM:
+        # An even difference: the centre of the crop is then the centre of the image, however sides are rounded.
+        if self.image_size > IMAGE_SIZE or self.image_size % 2:
+            raise ArtifactError(
+                f"encoder config: image_size is {self.image_size}; it must be even and at most {IMAGE_SIZE}"
+            )
+        if self.width > EMBEDDING_DIM:
             raise ArtifactError(f"encoder config: width is {self.width}; heads take {EMBEDDING_DIM} numbers")
         if self.image_size % self.patch_size:
             raise ArtifactError(f"encoder config: patch_size {self.patch_size} does not divide {self.image_size}")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from code_worker.settings import LimitSettings
 
-__all__ = ["FORMATS", "decode", "inspect"]
+__all__ = ["FORMATS", "centre", "decode", "decode_whole", "inspect"]
 
 FORMATS: Final = ("jpeg", "png", "gif", "bmp", "tiff", "webp")
 """What is judged, told by content and never by name."""
@@ -66,7 +66,7 @@ def decode(data: bytes, limits: LimitSettings) -> tuple[NDArray[np.uint8], Image
         ImageRejectedError: for whatever these bytes are instead of an image within the limits.
     """
     with _opened(data, limits) as (image, facts):
-        return _centre(image), facts
+        return centre(image), facts
 
 
 def inspect(data: bytes, limits: LimitSettings) -> ImageFacts:
@@ -77,6 +77,19 @@ def inspect(data: bytes, limits: LimitSettings) -> ImageFacts:
     """
     with _opened(data, limits) as (_, facts):
         return facts
+
+
+def decode_whole(data: bytes, limits: LimitSettings) -> Image.Image:
+    """The whole image at its native resolution as RGB, for those who transform it before they crop it.
+
+    Its centre is what `decode` gives.
+
+    Raises:
+        ImageRejectedError: as `decode`.
+    """
+    with _opened(data, limits) as (image, _):
+        image.load()
+        return _as_rgb(image.copy())
 
 
 @contextmanager
@@ -147,17 +160,22 @@ def _facts(data: bytes, image: ImageFile.ImageFile) -> ImageFacts:
     )
 
 
-def _centre(image: Image.Image) -> NDArray[np.uint8]:
+def centre(image: Image.Image) -> NDArray[np.uint8]:
+    """The central `(224, 224, 3) uint8` pixels of an image, as `decode` cuts them."""
     image.load()
     # Sides are read again: Pillow turns a TIFF by its orientation while loading it.
     left, right, pad_left = _span(image.width)
     top, bottom, pad_top = _span(image.height)
-    crop = image.crop((left, top, right, bottom))
-    # convert("RGB") drops alpha whatever this says; it would only complain about palettes with several alphas.
-    crop.info.pop("transparency", None)
+    crop = _as_rgb(image.crop((left, top, right, bottom)))
     pixels = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    pixels[pad_top : pad_top + bottom - top, pad_left : pad_left + right - left] = np.asarray(crop.convert("RGB"))
+    pixels[pad_top : pad_top + bottom - top, pad_left : pad_left + right - left] = np.asarray(crop)
     return pixels
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    # convert("RGB") drops alpha whatever this says; it would only complain about palettes with several alphas.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
 
 
 def _span(side: int) -> tuple[int, int, int]:

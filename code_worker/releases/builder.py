@@ -98,7 +98,7 @@ def _describe(
     directory: Path, weights: EncoderWeights, heads: Mapping[str, Head], plugins: Plugins, facts: ReleaseFacts
 ) -> Manifest:
     files = describe_files(directory, leave_out={MANIFEST_NAME})
-    preprocessing = Preprocessing(mean=weights.config.mean, std=weights.config.std)
+    preprocessing = Preprocessing(crop=weights.config.image_size, mean=weights.config.mean, std=weights.config.std)
     encoder = tuple(name for name in files if name.startswith("encoder/"))
     try:
         return Manifest(
@@ -126,7 +126,17 @@ def _describe(
 
 def _summary(weights: EncoderWeights) -> dict[str, Any]:
     parameters = sum(tensor.numel() for tensor in weights.state.values())
-    sizes = ("patch_size", "width", "depth", "heads", "mlp_width", "qkv_bias", "layer_norm_eps", "activation")
+    sizes = (
+        "image_size",
+        "patch_size",
+        "width",
+        "depth",
+        "heads",
+        "mlp_width",
+        "qkv_bias",
+        "layer_norm_eps",
+        "activation",
+    )
     return {"parameters": parameters, **{name: getattr(weights.config, name) for name in sizes}}
 
 

@@ -1,0 +1,133 @@
+"""What a training process is told: a directory with the job, the images to learn from and those to measure on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from code_worker.errors import TrainingError
+from code_worker.settings import LimitSettings, TrainingSettings
+
+__all__ = [
+    "FAILED_STATUS",
+    "HOLDOUT_FILE",
+    "TRAIN_FILE",
+    "Item",
+    "TrainingJob",
+    "read_items",
+    "read_job",
+    "write_job",
+]
+
+JOB_FILE: Final = "job.json"
+TRAIN_FILE: Final = "train.jsonl"
+HOLDOUT_FILE: Final = "holdout.jsonl"
+FAILED_STATUS: Final = 3
+"""Exit status of a training process that failed for the reason in `failure.json`."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Item(_Part):
+    """One labelled image as a local file; `new` marks what the champion never learned."""
+
+    path: str
+    label: Literal[0, 1]
+    generator: str | None = None
+    collection: str | None = None
+    sha256: str
+    group: str | None = None
+    new: bool = False
+
+
+class TrainingJob(_Part):
+    """Everything that decides a training beside the images.
+
+    Attributes:
+        name: what messages and pictures call it.
+        initial: directory of the encoder to begin with (see `encoder.weights.read_weights`); None: fresh weights.
+        encoder: fields of `VitConfig` for fresh weights; empty: ViT-Tiny/16.
+        start: how fresh weights are drawn: timm's way, or with a patch projection that begins as the whitened
+            cosine transform of a patch, in which traces of generators stand out from the first step.
+        settings: the hyper-parameters.
+        native: views are cut at native resolution, as inference does, instead of being resized first.
+        refuse_holdout: refuse to learn from images that the hold-out rule sets aside; False only where the
+            caller's items are split otherwise, such as the starter's photographs.
+        device: as `Settings.device`.
+        precision: `auto` is bf16 autocast on CUDA and float32 on a CPU.
+        compile: `torch.compile` the encoder; unset: on CUDA.
+        evaluated_items: hold-out images measured each epoch, at most.
+        picture_every: epochs between two t-SNE pictures; 0: none.
+        limits: what an image may cost.
+    """
+
+    format: Literal[1] = 1
+    name: str
+    initial: str | None = None
+    encoder: dict[str, Any] = Field(default_factory=dict)
+    start: Literal["timm", "cosine"] = "timm"
+    settings: TrainingSettings = TrainingSettings()
+    native: bool = False
+    refuse_holdout: bool = True
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool | None = None
+    evaluated_items: int = Field(4000, ge=2)
+    picture_every: int = Field(5, ge=0)
+    limits: LimitSettings = LimitSettings()
+
+
+def write_job(directory: Path, job: TrainingJob, train: Iterable[Item], holdout: Iterable[Item]) -> None:
+    """Writes the job into its directory, the description last: a directory with one is complete."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_items(directory / TRAIN_FILE, train)
+    _write_items(directory / HOLDOUT_FILE, holdout)
+    partial = directory / f"{JOB_FILE}.partial"
+    partial.write_text(job.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    partial.replace(directory / JOB_FILE)
+
+
+def _write_items(path: Path, items: Iterable[Item]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{item.model_dump_json()}\n" for item in items)
+
+
+def read_job(directory: Path) -> TrainingJob:
+    """Reads what `write_job` wrote.
+
+    Raises:
+        TrainingError: it is missing or not a job of this version.
+    """
+    try:
+        return TrainingJob.model_validate_json((directory / JOB_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise TrainingError(f"{directory / JOB_FILE}: no training job: {error}") from error
+
+
+def read_items(path: Path) -> list[Item]:
+    """The images that a job lists.
+
+    Raises:
+        TrainingError: a line that is no item, by its number.
+    """
+    items = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                items.append(_item(line, f"{path}:{number}"))
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
+    return items
+
+
+def _item(line: str, where: str) -> Item:
+    try:
+        return Item.model_validate(json.loads(line))
+    except ValueError as error:
+        raise TrainingError(f"{where}: no item of a training job: {error}") from error
