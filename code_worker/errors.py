@@ -10,9 +10,12 @@ CodeWorkerError
 │   ├── UnsafeArtifactError     a pickle that asked for something it may not have
 │   └── IntegrityError          bytes that differ from the manifest's sha256
 ├── DatasetError                labelled images, a shard or a tree that cannot be used as they are
+│   └── StorageError            the dataset storage is full, closed or away; no image's fault
 ├── TrainingError               a run that failed, with the reason that is recorded
 │   ├── DivergedError           the loss or a weight is not finite; names the step
-│   └── RunActiveError          another run works already; one at a time
+│   ├── RunActiveError          another run works already; one at a time
+│   ├── RunLostError            another process took the run over; this one writes nothing more
+│   └── RunStoppedError         this process was told to stop; the run goes on in the next
 ├── StoreError                  a rule of the ledger was broken
 │   ├── IdConflictError         one idempotency key, two different jobs
 │   └── StoreUnavailableError   the database did not answer, after every retry
@@ -47,8 +50,11 @@ __all__ = [
     "NoReleaseError",
     "PluginError",
     "RunActiveError",
+    "RunLostError",
+    "RunStoppedError",
     "SourceCredentialsError",
     "SourcePausedError",
+    "StorageError",
     "StoreError",
     "StoreFullError",
     "StoreUnavailableError",
@@ -100,6 +106,10 @@ class DatasetError(CodeWorkerError):
     """Images to learn from or to measure on that are missing, unreadable, too few or of one class only."""
 
 
+class StorageError(DatasetError):
+    """The dataset storage cannot be written or read: full, closed to us, or away; no single image is to blame."""
+
+
 class TrainingError(CodeWorkerError):
     """A retrain or refit that cannot go on; its text becomes the run's recorded reason."""
 
@@ -110,6 +120,14 @@ class DivergedError(TrainingError):
 
 class RunActiveError(TrainingError):
     """A retrain or refit is under way; only one runs at a time."""
+
+
+class RunLostError(TrainingError):
+    """A run that another process took over, or that has ended: nothing of it may be written here any more."""
+
+
+class RunStoppedError(TrainingError):
+    """A run that this process leaves because it was told to stop; the next process goes on with it."""
 
 
 class StoreError(CodeWorkerError):

@@ -136,6 +136,12 @@ class TrainingSettings(_Section):
     processes: int = Field(1, ge=1, description="Processes (one per GPU) that torchrun starts on this machine.")
     loader_processes: int | None = Field(None, ge=0, description="Processes that prepare views; unset: by cores.")
     timeout_s: int = Field(86_400, ge=60, description="A retrain that takes longer is ended and recorded as failed.")
+    lease_s: float = Field(
+        60, ge=1, description="A run whose process gives no sign of life for so long is taken over by another."
+    )
+    max_attempts: int = Field(
+        10, ge=1, description="Processes that may die over one run before it is recorded as failed."
+    )
 
 
 class ScheduleSettings(_Section):
