@@ -27,7 +27,7 @@ from code_worker.releases.manifest import (
 if TYPE_CHECKING:
     from code_worker.settings import S3Settings, Settings
 
-__all__ = ["ArtifactStore", "LocalArtifacts", "S3Artifacts", "open_artifacts"]
+__all__ = ["ArtifactStore", "LocalArtifacts", "S3Artifacts", "open_artifacts", "s3_client", "s3_errors"]
 
 _RELEASE_ID = re.compile(r"r-[0-9a-f]{12}")
 _INCOMPLETE = ".incomplete-"
@@ -132,7 +132,7 @@ class S3Artifacts:
     @property
     def _client(self) -> Any:
         if self._made is None:
-            self._made = _s3_client(self._settings)
+            self._made = s3_client(self._settings)
         return self._made
 
     def _key(self, release: str, name: str) -> str:
@@ -197,12 +197,17 @@ class S3Artifacts:
         return sorted(found)
 
 
-def _s3_client(settings: S3Settings) -> Any:
+def s3_client(settings: S3Settings) -> Any:
+    """A client for the project's own storage, which settings name; image sources have another, bounded one.
+
+    Raises:
+        ConfigurationError: boto3 is not installed.
+    """
     try:
         import boto3  # noqa: PLC0415 - heavy, and needed for S3 alone
         from botocore.config import Config  # noqa: PLC0415 - as above
     except ImportError:
-        raise ConfigurationError("artifacts in S3 need boto3: pip install 'code-worker[worker]'") from None
+        raise ConfigurationError("storage in S3 needs boto3: pip install 'code-worker[worker]'") from None
     secret, key = settings.secret_access_key, settings.access_key_id
     config = Config(
         connect_timeout=settings.connect_timeout_s,
@@ -227,11 +232,12 @@ def _translated(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ArtifactError(f"{doing}: {error}") from error
-    except _s3_errors() as error:
+    except s3_errors() as error:
         raise ArtifactError(f"{doing}: {error}") from error
 
 
-def _s3_errors() -> tuple[type[Exception], ...]:
+def s3_errors() -> tuple[type[Exception], ...]:
+    """What that client raises; nothing where boto3 is not installed."""
     try:
         from boto3.exceptions import Boto3Error  # noqa: PLC0415 - absent where S3 is not used
         from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - as above

@@ -19,6 +19,7 @@ IMMUTABLE = ("labels", "snapshots")
 
 def upgrade() -> None:
     create_labels()
+    create_imported_rows()
     create_kept_images()
     create_snapshots()
     create_runs()
@@ -46,7 +47,9 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_column("verdicts", "supersedes")
     op.drop_column("policies", "evidence")
-    for table in ("shadow_scores", "schedule_slots", "run_metrics", "runs", "snapshots", "kept_images", "labels"):
+    for table in ("shadow_scores", "schedule_slots", "run_metrics", "runs", "snapshots"):
+        op.drop_table(table)
+    for table in ("kept_images", "imported_rows", "labels"):
         op.drop_table(table)
 
 
@@ -96,6 +99,17 @@ def create_labels() -> None:
     )
     op.create_index("ix_labels_created_at", "labels", ["created_at"])
     op.create_index("ix_labels_sha256_id", "labels", ["sha256", "id"])
+
+
+def create_imported_rows() -> None:
+    op.create_table(
+        "imported_rows",
+        sa.Column("key", sa.String(length=64), nullable=False, comment="Of all that the row says."),
+        sa.Column("sha256", sa.String(length=64), nullable=False, comment="Of the image's bytes."),
+        sa.Column("created_at", TIME, nullable=False, comment="When it was imported."),
+        sa.PrimaryKeyConstraint("key", name="pk_imported_rows"),
+        comment="Rows of label files, so that none is fetched again.",
+    )
 
 
 def create_kept_images() -> None:

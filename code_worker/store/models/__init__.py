@@ -6,6 +6,7 @@ from code_worker.store.models.base import Base, UtcDateTime, db_now, db_now_plus
 from code_worker.store.models.deployed import AliasMoveRow, AliasRow, PolicyRecord, ReleaseRow
 from code_worker.store.models.fleet import DeadLetterRow, LeaseRow, PluginSeenRow, SourcePauseRow, WorkerRow
 from code_worker.store.models.learning import (
+    ImportedRow,
     KeptImageRow,
     LabelRow,
     RunMetricsRow,
@@ -22,6 +23,7 @@ __all__ = [
     "Base",
     "DeadLetterRow",
     "EmbeddingRow",
+    "ImportedRow",
     "JobRow",
     "KeptImageRow",
     "LabelRow",

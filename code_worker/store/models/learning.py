@@ -24,6 +24,7 @@ from code_worker.store.ids import uuid7
 from code_worker.store.models.base import BIG_KEY, JSON_OBJECT, Base, UtcDateTime, db_now
 
 __all__ = [
+    "ImportedRow",
     "KeptImageRow",
     "LabelRow",
     "RunMetricsRow",
@@ -65,6 +66,18 @@ class LabelRow(Base):
         Index("ix_labels_created_at", "created_at"),
         {"comment": "Statements about images, append-only; a stated rule resolves those that contradict."},
     )
+
+
+class ImportedRow(Base):
+    """A row of a label file, and the image it turned out to mean."""
+
+    __tablename__ = "imported_rows"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True, comment="Of all that the row says.")
+    sha256: Mapped[str] = mapped_column(String(64), comment="Of the image's bytes.")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was imported.")
+
+    __table_args__ = ({"comment": "Rows of label files, so that none is fetched again."},)
 
 
 class KeptImageRow(Base):

@@ -1,0 +1,183 @@
+"""Copies of labelled images: whole or not at all, private, and compared with their hash when read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import stat
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from code_worker.data.kept import KeptImages, LocalKept, S3Kept, open_kept
+from code_worker.errors import ConfigurationError, DatasetError, StorageError
+from code_worker.settings import S3Settings, Settings
+from tests.servers import S3Server, free_port
+
+DATA = b"bytes of an image"
+SHA = hashlib.sha256(DATA).hexdigest()
+NAME = f"{SHA[:2]}/{SHA[2:4]}/{SHA}"
+
+
+def s3_settings(url: str) -> S3Settings:
+    return S3Settings(
+        endpoint_url=url,
+        region="us-east-1",
+        access_key_id="test",
+        secret_access_key="test",
+        path_style=True,
+        max_attempts=1,
+        connect_timeout_s=1.0,
+    )
+
+
+class Storage:
+    """A storage, and a way to reach behind it."""
+
+    def __init__(self, kept: KeptImages, damage: Callable[[str, bytes | None], None]) -> None:
+        self.kept = kept
+        self.damage = damage
+        """Overwrites (or with None removes) what lies under this name below the root."""
+
+
+@pytest.fixture(params=["directory", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "directory":
+        root = tmp_path / "kept"
+        return Storage(
+            LocalKept(root),
+            lambda name, data: (root / name).unlink() if data is None else (root / name).write_bytes(data) and None,
+        )
+    server: S3Server = request.getfixturevalue("s3_server")
+    client, bucket = server.client(), f"kept-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=bucket)
+
+    def damage(name: str, data: bytes | None) -> None:
+        if data is None:
+            client.delete_object(Bucket=bucket, Key=f"some/prefix/{name}")
+        else:
+            client.put_object(Bucket=bucket, Key=f"some/prefix/{name}", Body=data)
+
+    return Storage(S3Kept(f"s3://{bucket}/some/prefix/", s3_settings(server.url), cache=tmp_path / "cache"), damage)
+
+
+def test_what_was_put_is_read_byte_for_byte(storage: Storage) -> None:
+    assert not storage.kept.exists(SHA)
+    assert storage.kept.put(DATA) == SHA
+    assert storage.kept.exists(SHA)
+    assert storage.kept.read(SHA) == DATA
+    assert storage.kept.path(SHA).read_bytes() == DATA
+
+
+def test_putting_it_again_changes_nothing(storage: Storage) -> None:
+    assert storage.kept.put(DATA) == storage.kept.put(DATA) == SHA
+    assert storage.kept.read(SHA) == DATA
+
+
+def test_a_copy_that_rots_is_refused_and_put_mends_it(storage: Storage) -> None:
+    storage.kept.put(DATA)
+    storage.damage(NAME, b"bytes of an imagE")
+    with pytest.raises(DatasetError, match=f"{SHA} is damaged"):
+        storage.kept.read(SHA)
+    storage.kept.put(DATA)
+    assert storage.kept.read(SHA) == DATA
+
+
+def test_a_copy_that_vanished_is_named(storage: Storage) -> None:
+    storage.kept.put(DATA)
+    storage.damage(NAME, None)
+    assert not storage.kept.exists(SHA)
+    for get in (storage.kept.read, storage.kept.path):
+        with pytest.raises(DatasetError, match=f"no copy of image {SHA} is kept in"):
+            get(SHA)
+
+
+@pytest.mark.parametrize("wrong", ["", "abc", "../../etc/passwd", "A" * 64, "a" * 64 + "\n"])
+def test_what_is_no_content_hash_leads_nowhere(storage: Storage, wrong: str) -> None:
+    for get in (storage.kept.read, storage.kept.path, storage.kept.exists):
+        with pytest.raises(DatasetError, match="is no content hash"):
+            get(wrong)
+
+
+def test_threads_may_keep_the_same_image_at_once(storage: Storage) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: storage.kept.put(DATA), range(16))) == {SHA}
+    assert storage.kept.read(SHA) == DATA
+
+
+def test_only_its_owner_reads_a_kept_file(tmp_path: Path) -> None:
+    root = tmp_path / "kept"
+    LocalKept(root).put(DATA)
+    made = [root, *root.rglob("*")]
+    assert root / NAME in made
+    assert not [path for path in made if stat.S_IMODE(path.stat().st_mode) & 0o077]
+
+
+def test_a_writer_that_died_leaves_no_copy_and_its_rest_is_swept_later(tmp_path: Path) -> None:
+    kept = LocalKept(tmp_path)
+    kept.put(DATA)
+    old, young = tmp_path / ".incomplete" / "old", tmp_path / ".incomplete" / "young"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 2 * 86_400,) * 2)
+    LocalKept(tmp_path).put(b"another")
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_storage_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"a file, no directory")
+    with pytest.raises(StorageError, match=r"cannot keep a copy in .*kept: (File exists|Not a directory)"):
+        LocalKept(tmp_path / "kept").put(DATA)
+
+
+def test_a_disk_that_fills_up_leaves_no_half_copy(tmp_path: Path) -> None:
+    kept = LocalKept(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The nearest to a full disk without one: no file of this process may grow beyond 1,000 bytes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"cannot keep a copy in .*: File too large"):
+            kept.put(bytes(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_from_s3_a_file_is_fetched_once(s3_server: S3Server, tmp_path: Path) -> None:
+    client, bucket = s3_server.client(), f"kept-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=bucket)
+    kept = S3Kept(f"s3://{bucket}", s3_settings(s3_server.url), cache=tmp_path / "cache")
+    kept.put(DATA)
+    first = kept.path(SHA)
+    client.delete_object(Bucket=bucket, Key=NAME)
+    assert kept.path(SHA) == first
+    assert first.is_relative_to(tmp_path / "cache")
+
+
+def test_a_bucket_that_is_missing_or_a_server_that_is_away_is_the_storages_fault(
+    s3_server: S3Server, tmp_path: Path
+) -> None:
+    missing = S3Kept("s3://no-such-bucket-here/x", s3_settings(s3_server.url), cache=tmp_path)
+    with pytest.raises(StorageError, match="NoSuchBucket"):
+        missing.put(DATA)
+    with pytest.raises(StorageError, match="NoSuchBucket"):
+        missing.read(SHA)
+    away = S3Kept("s3://b", s3_settings(f"http://127.0.0.1:{free_port()}"), cache=tmp_path)
+    with pytest.raises(StorageError, match="Could not connect"):
+        away.exists(SHA)
+
+
+def test_the_settings_choose_the_storage(tmp_path: Path) -> None:
+    local = open_kept(Settings(data_dir=tmp_path))
+    assert isinstance(local, LocalKept)
+    assert local.root == tmp_path / "dataset"
+    remote = open_kept(Settings(data_dir=tmp_path, datasets="s3://bucket/labels"))
+    assert isinstance(remote, S3Kept)
+    assert remote.cache.root == tmp_path / "cache" / "dataset"
+    with pytest.raises(ConfigurationError, match="names no bucket"):
+        open_kept(Settings(data_dir=tmp_path, datasets="s3://"))
