@@ -1,0 +1,1 @@
+"""How good a release is: measured, compared with another, and shown."""

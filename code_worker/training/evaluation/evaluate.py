@@ -1,0 +1,287 @@
+"""Measures a release on labelled images: every head, under every condition, for every group of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from code_worker._version import __version__
+from code_worker.errors import DatasetError, UnknownHeadError
+from code_worker.releases.golden import checked_scores
+from code_worker.training.embed import Embedded, Keep, Known, embed_examples
+from code_worker.training.evaluation.describe import describe_data, describe_release, nothing_usable
+from code_worker.training.evaluation.groups import group_images, labels_of
+from code_worker.training.metrics import DECISIONS, FIGURES, LEVEL, RANKINGS, Threshold, figures, intervals
+from code_worker.training.robustness import Condition, Transform, conditions, make_crop
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from code_worker.data.examples import Example, Skipped
+    from code_worker.moderation.policy import Policy
+    from code_worker.moderation.runtime import Runtime
+    from code_worker.settings import LimitSettings
+
+__all__ = ["FORMAT", "PUBLISHED", "Evaluation", "Plan", "Scored", "evaluate", "measure", "published_table"]
+
+FORMAT: Final = 1
+"""Of `metrics.json`; raised when a reader of it would have to change."""
+PUBLISHED: Final = 0.5
+"""The published decision: from here on generated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to measure, and how.
+
+    Attributes:
+        heads: which; none named: all of the release.
+        presets: names in `robustness.PRESETS`.
+        deployed: thresholds in use beside the published 0.5; None: those of the release.
+        resamples: of the bootstrap; 0: no intervals.
+        seed: of everything random.
+        threads: images read and decoded at the same time.
+    """
+
+    heads: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ("clean",)
+    deployed: Policy | None = None
+    resamples: int = 1000
+    seed: int = 0
+    threads: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What one head says of the images under one condition.
+
+    Attributes:
+        condition: key of the condition.
+        head: name of the head.
+        examples: the images, each with its sha256.
+        scores: `(n,) float32`.
+    """
+
+    condition: str
+    head: str
+    examples: tuple[Example, ...]
+    scores: NDArray[np.float32]
+
+    @property
+    def labels(self) -> NDArray[np.int8]:
+        """`(n,) int8`."""
+        return labels_of(self.examples)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        report: plain values, the content of `metrics.json`.
+        scored: scores per condition and head, in the order of the plan.
+        embedded: the images, after the first condition's transform if it has one, with their embeddings.
+    """
+
+    report: dict[str, Any]
+    scored: tuple[Scored, ...]
+    embedded: Embedded = field(repr=False)
+
+    def of(self, condition: str, head: str) -> Scored:
+        """The scores of one condition and head.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        for one in self.scored:
+            if (one.condition, one.head) == (condition, head):
+                return one
+        raise KeyError((condition, head))
+
+
+def evaluate(
+    examples: Iterable[Example],
+    runtime: Runtime,
+    limits: LimitSettings,
+    plan: Plan,
+    *,
+    source: str = "",
+    toy: bool = False,
+    skipped: Sequence[Skipped] = (),
+    known: Known | None = None,
+    keep: Keep | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Evaluation:
+    """Embeds the images once per transform, scores them with each head, and measures each group.
+
+    Args:
+        examples: the images; read once per transform.
+        runtime: the release.
+        limits: what an image may cost.
+        plan: what to measure.
+        source: what the report calls the data.
+        toy: whether the release is one that is only good for demonstrations.
+        skipped: what was unusable before it came here; goes into the report.
+        known: vectors of earlier runs, for images as they are.
+        keep: takes new vectors of images as they are.
+        progress: hears how many more images are done; each counts once per transform.
+
+    Raises:
+        UnknownHeadError: a head that the release lacks; nothing was read.
+        DatasetError: not one image could be used.
+        ArtifactError: a head that does not keep its contract.
+    """
+    heads = _chosen(runtime, plan.heads)
+    images = tuple(examples)
+    wanted = conditions(plan.presets, {one.variant for one in images if one.variant is not None})
+
+    def embed(transform: Transform | None) -> Embedded:
+        crop = None if transform is None else make_crop(transform, limits)
+        return embed_examples(
+            images,
+            runtime.embedder,
+            limits,
+            known=known,
+            keep=keep,
+            crop=crop,
+            threads=plan.threads,
+            progress=progress,
+        )
+
+    embeddings = _Embeddings(embed)
+    scored = [
+        _score(runtime, condition.key, head, embeddings.under(condition)) for condition in wanted for head in heads
+    ]
+    unusable = [*skipped, *embeddings.skipped]
+    if not any(one.examples for one in scored):
+        raise DatasetError(nothing_usable(source, unusable))
+    whole = embeddings.under(replace(wanted[0], variant=None))
+    report = {
+        "format": FORMAT,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_version": __version__,
+        "release": describe_release(runtime, heads, toy=toy),
+        "data": describe_data(source, whole.examples),
+        "plan": _describe_plan(plan, runtime, [one.key for one in wanted]),
+        "results": [row for one in scored for row in measure(one, plan, _deployed(plan, runtime))],
+        "skipped": [{"key": one.key, "reason": one.reason} for one in unusable],
+    }
+    return Evaluation(report, tuple(scored), whole)
+
+
+class _Embeddings:
+    """Embeddings of the images per transform; conditions that differ in what they select share them."""
+
+    def __init__(self, embed: Callable[[Transform | None], Embedded]) -> None:
+        self._embed = embed
+        self._made: dict[Transform | None, Embedded] = {}
+
+    def under(self, condition: Condition) -> Embedded:
+        if condition.transform not in self._made:
+            self._made[condition.transform] = self._embed(condition.transform)
+        whole = self._made[condition.transform]
+        if condition.variant is None:
+            return whole
+        rows = [row for row, one in enumerate(whole.examples) if one.variant == condition.variant]
+        return Embedded(tuple(whole.examples[row] for row in rows), whole.embeddings[rows], whole.skipped)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """What no condition could use, each image once."""
+        return list({one.key: one for made in self._made.values() for one in made.skipped}.values())
+
+
+def _chosen(runtime: Runtime, heads: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(sorted(runtime.heads))
+    if unknown := [name for name in heads if name not in runtime.heads]:
+        raise UnknownHeadError(unknown[0], names)
+    chosen = tuple(dict.fromkeys(heads)) or names
+    # The one that judges comes first, in tables and on the page.
+    return tuple(sorted(chosen, key=lambda name: name != runtime.default_head))
+
+
+def _score(runtime: Runtime, condition: str, head: str, embedded: Embedded) -> Scored:
+    if not embedded.examples:
+        return Scored(condition, head, (), np.empty(0, np.float32))
+    scores = checked_scores(head, runtime.heads[head], embedded.embeddings)
+    return Scored(condition, head, embedded.examples, scores.astype(np.float32))
+
+
+def measure(scored: Scored, plan: Plan, deployed: tuple[float, float]) -> list[dict[str, Any]]:
+    """A row per group: counts, ranking figures, and decisions at the published and at the deployed thresholds.
+
+    A figure is `{"value", "low", "high"}` with the 95 % interval (None without a bootstrap), or None where the group
+    cannot tell.
+    """
+    labels = scored.labels
+    rows = []
+    for group in group_images(scored.examples):
+        kinds, scores = labels[group.members], scored.scores[group.members]
+        counts = figures(kinds, scores)
+        at = {"published": _figures(kinds, scores, (PUBLISHED, PUBLISHED), plan, FIGURES)}
+        at["deployed"] = (
+            at["published"]
+            if deployed == (PUBLISHED, PUBLISHED)
+            else _figures(kinds, scores, deployed, plan, DECISIONS)
+        )
+        rows.append(
+            {
+                "condition": scored.condition,
+                "head": scored.head,
+                "kind": group.kind,
+                "name": group.name,
+                **{name: counts[name] for name in ("n", "n_real", "n_fake")},
+                "ranking": {name: at["published"][name] for name in RANKINGS},
+                **{where: {name: found[name] for name in DECISIONS} for where, found in at.items()},
+            }
+        )
+    return rows
+
+
+def _figures(
+    labels: NDArray[np.int8], scores: NDArray[np.float32], threshold: Threshold, plan: Plan, names: Sequence[str]
+) -> dict[str, dict[str, float | None] | None]:
+    values = figures(labels, scores, threshold=threshold)
+    bounds: dict[str, tuple[float, float] | None] = {}
+    if plan.resamples and len(labels):
+        bounds = intervals(labels, scores, threshold=threshold, names=names, resamples=plan.resamples, seed=plan.seed)
+    found: dict[str, dict[str, float | None] | None] = {}
+    for name in names:
+        low, high = bounds.get(name) or (None, None)
+        found[name] = None if values[name] is None else {"value": values[name], "low": low, "high": high}
+    return found
+
+
+def published_table(report: dict[str, Any], head: str) -> list[tuple[str, float | None, float | None, float | None]]:
+    """The published form: for each condition and generator, accuracy on reals, fakes and both in percent, at 0.5."""
+    lines = []
+    for row in report["results"]:
+        if row["head"] == head and row["kind"] == "generator":
+            shares = (row["published"][name] for name in ("real_accuracy", "fake_accuracy", "accuracy"))
+            real, fake, both = (None if share is None else 100 * share["value"] for share in shares)
+            lines.append((f"{row['condition']}_{row['name']}", real, fake, both))
+    return lines
+
+
+def _deployed(plan: Plan, runtime: Runtime) -> tuple[float, float]:
+    policy = plan.deployed or runtime.default_policy
+    return policy.low, policy.high
+
+
+def _describe_plan(plan: Plan, runtime: Runtime, keys: Sequence[str]) -> dict[str, Any]:
+    policy = plan.deployed or runtime.default_policy
+    return {
+        "presets": list(plan.presets),
+        "conditions": list(keys),
+        "thresholds": {
+            "published": {"low": PUBLISHED, "high": PUBLISHED},
+            "deployed": {"policy": policy.id, "low": policy.low, "high": policy.high},
+        },
+        "resamples": plan.resamples,
+        "level": LEVEL,
+        "seed": plan.seed,
+    }
