@@ -1,0 +1,197 @@
+"""The frozen list of labelled images that a run learns from and is measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from code_worker.data.examples import FAKE, REAL
+from code_worker.data.holdout import is_holdout
+from code_worker.errors import DatasetError
+from code_worker.store import kept_images, labels, runs, snapshots
+from code_worker.store.ids import uuid7
+
+if TYPE_CHECKING:
+    from code_worker.settings import LabelSettings, ScheduleSettings
+    from code_worker.store.engine import Session
+
+__all__ = ["Member", "Snapshot", "check_classes", "freeze", "is_holdout", "load", "shortages", "take"]
+
+TRAIN: Final = "train"
+HOLDOUT: Final = "holdout"
+UNNAMED: Final = "unnamed"
+"""Stands for the generator of fakes that nobody named one for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One labelled image; `new` unless the last champion that learned here was taught the same of it."""
+
+    sha256: str
+    label: int
+    generator: str | None
+    collection: str | None
+    new: bool
+
+    @property
+    def holdout(self) -> bool:
+        """Whether it is only measured on."""
+        return is_holdout(self.sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Members by content hash, and how they were come by.
+
+    Attributes:
+        rule: how contradicting labels were resolved.
+        members: one per image, sorted by content hash.
+        contradicted: members of which labellers differ, decided by the rule.
+        undecided: labelled images that the rule left undecided; they are not members.
+        unkept: labelled images of which no copy is kept; they are not members.
+        id: of the frozen snapshot, or of the one to be.
+    """
+
+    rule: str
+    members: tuple[Member, ...]
+    contradicted: int = 0
+    undecided: int = 0
+    unkept: int = 0
+    id: str = field(default_factory=uuid7)
+
+    @property
+    def train(self) -> list[Member]:
+        """What may be learned from."""
+        return [member for member in self.members if not member.holdout]
+
+    @property
+    def holdout(self) -> list[Member]:
+        """What is only measured on."""
+        return [member for member in self.members if member.holdout]
+
+    @property
+    def digest(self) -> str:
+        """Of what is known of which image, whether new or not: equal digests teach the same."""
+        known = [[one.sha256, one.label, one.generator, one.collection] for one in self.members]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def counts(self) -> dict[str, Any]:
+        """Members by split, label and generator, and what was left out; plain JSON."""
+        return {
+            TRAIN: _counted(self.train),
+            HOLDOUT: _counted(self.holdout),
+            "contradicted": self.contradicted,
+            "undecided": self.undecided,
+            "unkept": self.unkept,
+        }
+
+
+def _counted(members: Sequence[Member]) -> dict[str, Any]:
+    fakes = Counter(member.generator or UNNAMED for member in members if member.label == FAKE)
+    return {
+        "real": sum(member.label == REAL for member in members),
+        "fake": fakes.total(),
+        "new_real": sum(member.new and member.label == REAL for member in members),
+        "new_fake": sum(member.new and member.label == FAKE for member in members),
+        "generators": dict(sorted(fakes.items())),
+    }
+
+
+def take(session: Session, settings: LabelSettings) -> Snapshot:
+    """What is labelled now, resolved by the rule, as far as copies are kept; nothing is written."""
+    resolved = labels.resolve(session, rule=settings.rule, trusted=settings.trusted)
+    kept = kept_images.kept(session, (label.sha256 for label in resolved))
+    before = _learned_before(session)
+    members = [
+        Member(
+            sha256=label.sha256,
+            label=(number := FAKE if label.label == "fake" else REAL),
+            generator=label.generator,
+            collection=label.collection,
+            new=before.get(label.sha256) != number,
+        )
+        for label in resolved
+        if label.sha256 in kept
+    ]
+    disputed = {conflict.sha256 for conflict in labels.conflicts(session)}
+    return Snapshot(
+        rule=settings.rule,
+        members=tuple(sorted(members, key=lambda member: member.sha256)),
+        contradicted=len(disputed & {member.sha256 for member in members}),
+        undecided=len(disputed - {label.sha256 for label in resolved}),
+        unkept=len(resolved) - len(members),
+    )
+
+
+def _learned_before(session: Session) -> Mapping[str, int]:
+    """Labels by content hash in the snapshot of the last run that taught a champion."""
+    run = runs.learned(session)
+    if run is None or run.snapshot_id is None:
+        return {}
+    return {row["sha256"]: row["label"] for row in snapshots.unpack(snapshots.members(session, run.snapshot_id))}
+
+
+def freeze(session: Session, snapshot: Snapshot) -> None:
+    """Writes the snapshot, which is never changed afterwards; writing it again changes nothing."""
+    snapshots.add(
+        session,
+        id=snapshot.id,
+        digest=snapshot.digest,
+        rule=snapshot.rule,
+        counts=snapshot.counts(),
+        members=snapshots.pack([asdict(member) for member in snapshot.members]),
+    )
+
+
+def load(session: Session, snapshot_id: str) -> Snapshot:
+    """A frozen snapshot as it was taken.
+
+    Raises:
+        StoreError: there is none of this id, or it is damaged.
+    """
+    members = tuple(Member(**row) for row in snapshots.unpack(snapshots.members(session, snapshot_id)))
+    info = snapshots.get(session, snapshot_id)
+    counts = {} if info is None else info.counts
+    return Snapshot(
+        rule="" if info is None else info.rule,
+        members=members,
+        contradicted=counts.get("contradicted", 0),
+        undecided=counts.get("undecided", 0),
+        unkept=counts.get("unkept", 0),
+        id=snapshot_id,
+    )
+
+
+def check_classes(snapshot: Snapshot) -> None:
+    """What no minimum number could excuse.
+
+    Raises:
+        DatasetError: nothing is labelled, or nothing to learn from is of one of the two classes.
+    """
+    if not snapshot.members:
+        left_out = snapshot.undecided + snapshot.unkept
+        why = f" ({snapshot.undecided} undecided, {snapshot.unkept} without a kept copy)" if left_out else ""
+        raise DatasetError(f"no labelled image to learn from{why}: label some with `code-worker label`")
+    counts = _counted(snapshot.train)
+    for label in ("real", "fake"):
+        if not counts[label]:
+            raise DatasetError(
+                f"no {label} image to learn from among {len(snapshot.members)} labelled ones: both classes are needed"
+            )
+
+
+def shortages(snapshot: Snapshot, settings: ScheduleSettings) -> list[str]:
+    """What is missing to the minimum numbers, one sentence each; empty when a run is due."""
+    counts = snapshot.counts()
+    new = {name: counts[TRAIN][name] + counts[HOLDOUT][name] for name in ("new_real", "new_fake")}
+    wanted = [
+        ("new real images", new["new_real"], settings.min_new_real),
+        ("new generated images", new["new_fake"], settings.min_new_fake),
+        ("real images in the hold-out", counts[HOLDOUT]["real"], settings.min_holdout),
+        ("generated images in the hold-out", counts[HOLDOUT]["fake"], settings.min_holdout),
+    ]
+    return [f"{found} {what}, {least} are needed" for what, found, least in wanted if found < least]
