@@ -1,0 +1,141 @@
+"""D³ as the Hugging Face hub has it: a stream of records with four generated images and the real one's URL."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from code_worker.data.examples import FAKE, REAL, Example, Skipped
+from code_worker.data.names import generator_slug, numbered_generator, printable
+from code_worker.data.reading import Held
+from code_worker.errors import ConfigurationError, DatasetError
+
+if TYPE_CHECKING:
+    from code_worker.data.urls import UrlSource
+
+__all__ = ["HUB_PREFIX", "RealUrls", "hub_examples", "parquet_examples"]
+
+HUB_PREFIX: Final = "hf:"
+_NAME: Final = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
+_IMAGE_COLUMN: Final = re.compile(r"image_gen_?(\d{1,4})")
+
+
+class RealUrls:
+    """How many real images may still be fetched by their URL, and by what."""
+
+    def __init__(self, source: UrlSource, most: int) -> None:
+        self._source = source
+        self._left = most
+
+    def take(self, url: str) -> partial[bytes] | None:
+        """What reads the image, unless the number allowed is used up."""
+        if self._left <= 0:
+            return None
+        self._left -= 1
+        return partial(self._source.fetch, url)
+
+
+def hub_examples(
+    source: str, *, max_bytes: int, skipped: list[Skipped], real_urls: RealUrls | None = None
+) -> Iterator[Example]:
+    """Images of `hf:owner/name[@revision][:split]`, streamed: nothing is stored, and nothing decoded.
+
+    Args:
+        source: The name; the split is `train` unless it says otherwise.
+        max_bytes: Larger images are skipped.
+        skipped: Takes images that are missing or too large.
+        real_urls: Fetches real images; None: there are none, the hub has only their URLs.
+
+    Raises:
+        ConfigurationError: a malformed name, or the `datasets` library is not installed.
+        DatasetError: no such data set or split, another form, or the hub cannot be reached.
+    """
+    match = _NAME.fullmatch(source)
+    if match is None:
+        raise ConfigurationError(f"{source!r} is no data set of the hub; write hf:owner/name[@revision][:split]")
+    arguments = {"path": match["repo"], "revision": match["revision"], "split": match["split"] or "train"}
+    rows = _rows(source, arguments)
+    return _examples(rows, source, match["repo"], max_bytes=max_bytes, skipped=skipped, real_urls=real_urls)
+
+
+def parquet_examples(
+    paths: Sequence[Path], *, max_bytes: int, skipped: list[Skipped], real_urls: RealUrls | None = None
+) -> Iterator[Example]:
+    """As `hub_examples`, of parquet files that were downloaded; of one that is damaged, what comes before is used.
+
+    Raises:
+        ConfigurationError: the `datasets` library is not installed.
+    """
+    for path in paths:
+        name = printable(str(path))
+        rows = _rows(name, {"path": "parquet", "data_files": [str(path)], "split": "train"})
+        try:
+            collection = path.absolute().parent.name
+            yield from _examples(rows, name, collection, max_bytes=max_bytes, skipped=skipped, real_urls=real_urls)
+        except DatasetError as error:
+            skipped.append(Skipped(name, str(error)))
+
+
+def _rows(what: str, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    try:
+        from datasets import load_dataset  # noqa: PLC0415 - an extra, and seconds to import
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"{what} is read with datasets: pip install 'code-worker[data]'") from error
+    from huggingface_hub import errors  # noqa: PLC0415 - comes with datasets
+
+    # The hub's client changed its HTTP library more than once; this is the base class of whichever it uses.
+    http_error: type[Exception] = getattr(errors, "HTTPError", OSError)
+    try:
+        yield from load_dataset(**arguments, streaming=True).decode(False)
+    # RuntimeError: a data set that is a program, which is not run. The others: parquet's, and what the network says.
+    except (OSError, ValueError, RuntimeError, NotImplementedError, http_error) as error:
+        first = str(error).partition("\n")[0] or type(error).__name__
+        raise DatasetError(
+            f"cannot read {what}: {first}. Without network, download its parquet files elsewhere and name these"
+            if what.startswith(HUB_PREFIX)
+            else f"cannot be read: {first}"
+        ) from error
+
+
+def _examples(
+    rows: Iterator[Mapping[str, Any]],
+    name: str,
+    collection: str,
+    *,
+    max_bytes: int,
+    skipped: list[Skipped],
+    real_urls: RealUrls | None,
+) -> Iterator[Example]:
+    first = next(rows, None)
+    if first is None:
+        return
+    columns = sorted((int(match[1]), column) for column in first if (match := _IMAGE_COLUMN.fullmatch(column)))
+    if not columns:
+        raise DatasetError(
+            f"{name} is not of the form that is read: columns id, image_gen0 …, model_gen0 …, url; it has "
+            f"{printable(', '.join(map(str, first)))}"
+        )
+    for index, row in enumerate(itertools.chain([first], rows)):
+        identity = printable(str(index if row.get("id") is None else row["id"]))
+        key, group = f"{name}#{identity}", f"{collection}#{identity}"
+        for number, column in columns:
+            found = _image(row[column], max_bytes)
+            if isinstance(found, str):
+                skipped.append(Skipped(f"{key}.gen_{number}", found))
+                continue
+            made = generator_slug(str(row.get(f"model_gen{number}") or "")) or numbered_generator(number)
+            yield Example(f"{key}.gen_{number}", FAKE, found, made, collection, group=group)
+        if real_urls is not None and isinstance(url := row.get("url"), str) and (read := real_urls.take(url)):
+            yield Example(f"{key}.real", REAL, read, collection=collection, group=group)
+
+
+def _image(value: object, max_bytes: int) -> Held | str:
+    """What reads the image of a column, or why there is none; a path in it names a place on somebody else's disk."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes) or not data:
+        return "its bytes are not in the data set"
+    return Held(data) if len(data) <= max_bytes else f"over {max_bytes} bytes"

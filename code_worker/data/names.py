@@ -1,0 +1,42 @@
+"""What generators, image files and shards are called in published data sets."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+__all__ = ["IMAGE_SUFFIXES", "PUBLISHED_GENERATORS", "generator_slug", "numbered_generator", "printable"]
+
+IMAGE_SUFFIXES: Final = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
+)
+PUBLISHED_GENERATORS: Final = ("deepfloyd-if", "sd-1.4", "sd-2.1", "sd-xl")
+"""D³'s gen_0 to gen_3, where a record does not say otherwise in its `model_gen*` fields."""
+
+_SD_XL: Final = re.compile(r"(?:stable-diffusion-xl|sd-?xl)(?:-base)?(?:-1\.0)?")
+_SD: Final = re.compile(r"(?:stable-diffusion|sd)-?v?(\d)[-.](\d)(?:-base)?")
+
+
+def numbered_generator(number: int) -> str:
+    """Generator of D³'s column or member `gen_N`; `gen_N` itself beyond the published four."""
+    return PUBLISHED_GENERATORS[number] if number < len(PUBLISHED_GENERATORS) else f"gen_{number}"
+
+
+def generator_slug(model: str) -> str | None:
+    """One spelling for a model that is named in several: `CompVis/stable-diffusion-v1-4` is `sd-1.4`.
+
+    A model that is not one of D³'s keeps the last part of its name, in lower case; None if nothing is left of it.
+    """
+    slug = re.sub(r"[^a-z0-9.]+", "-", model.rstrip("/").rpartition("/")[2].lower()).strip("-.")
+    if "deepfloyd" in model.lower():
+        return PUBLISHED_GENERATORS[0]
+    if _SD_XL.fullmatch(slug):
+        return PUBLISHED_GENERATORS[3]
+    if match := _SD.fullmatch(slug):
+        return f"sd-{match[1]}.{match[2]}"
+    return slug or None
+
+
+def printable(name: str) -> str:
+    """A name out of somebody else's file, safe to print: escapes in place of control characters and broken text."""
+    return name if name.isprintable() else ascii(name)[1:-1]

@@ -1,0 +1,231 @@
+"""Directories whose names are the labels, in the layouts that detectors are measured on."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from code_worker.data.examples import FAKE, REAL, Example, Skipped
+from code_worker.data.open import open_examples
+from code_worker.errors import DatasetError, ImageRejectedError
+from code_worker.settings import S3Settings, Settings
+from tests.data.shard_files import picture
+from tests.servers import S3Server
+
+
+def tree(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return root
+
+
+def read(root: Path | str, settings: Settings | None = None) -> tuple[list[Example], list[Skipped]]:
+    skipped: list[Skipped] = []
+    return list(open_examples(str(root), settings=settings or Settings(), skipped=skipped)), skipped
+
+
+def facts(root: Path, example: Example) -> tuple[str, int, str | None, str | None, str | None]:
+    name = str(Path(example.key).relative_to(root))
+    assert example.read() == name.encode()
+    return name, example.label, example.generator, example.collection, example.variant
+
+
+def test_the_test_tree_of_d3_gives_generators_variants_and_siblings(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path / "d3",
+        *(
+            f"{variant}/{kind}/{stem}.png"
+            for variant in ("augm", "no_augm")
+            for kind in ("gen_0", "gen_1", "gen_2", "gen_3", "real")
+            for stem in ("a", "b")
+        ),
+    )
+    examples, skipped = read(root)
+    assert not skipped
+    assert [facts(root, example) for example in examples[:10:2]] == [
+        ("augm/gen_0/a.png", FAKE, "deepfloyd-if", "d3", "augm"),
+        ("augm/gen_1/a.png", FAKE, "sd-1.4", "d3", "augm"),
+        ("augm/gen_2/a.png", FAKE, "sd-2.1", "d3", "augm"),
+        ("augm/gen_3/a.png", FAKE, "sd-xl", "d3", "augm"),
+        ("augm/real/a.png", REAL, None, "d3", "augm"),
+    ]
+    assert [example.variant for example in examples[10:]] == ["no_augm"] * 10
+    assert {example.group for example in examples} == {"a", "b"}
+
+
+def test_a_part_of_the_tree_of_d3_is_read_the_same(tmp_path: Path) -> None:
+    tree(tmp_path / "no_augm", "real/a.jpg", "gen_2/a.jpg")
+    examples, _ = read(tmp_path / "no_augm")
+    assert [(example.generator, example.variant, example.group) for example in examples] == [
+        ("sd-2.1", "no_augm", "a"),
+        (None, "no_augm", "a"),
+    ]
+    (example,), _ = read(tmp_path / "no_augm" / "gen_2")
+    assert (example.label, example.generator) == (FAKE, "sd-2.1")
+
+
+def test_benchmarks_with_numbered_labels_are_named_after_their_generators(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path / "bench",
+        "biggan/0_real/1.jpg",
+        "biggan/1_fake/1.png",
+        "progan/cat/0_real/2.jpg",
+        "progan/cat/1_fake/2.jpg",
+        "stargan/1_fake/nature/3.jpg",
+    )
+    examples, skipped = read(root)
+    assert [facts(root, example) for example in examples] == [
+        ("biggan/0_real/1.jpg", REAL, None, "biggan", None),
+        ("biggan/1_fake/1.png", FAKE, "biggan", "biggan", None),
+        ("progan/cat/0_real/2.jpg", REAL, None, "progan", None),
+        ("progan/cat/1_fake/2.jpg", FAKE, "progan", "progan", None),
+        ("stargan/1_fake/nature/3.jpg", FAKE, "stargan", "stargan", None),
+    ]
+    assert {example.group for example in examples} == {None}
+    assert not skipped
+    inner, _ = read(root / "biggan")
+    assert [(example.label, example.generator) for example in inner] == [(REAL, None), (FAKE, "biggan")]
+
+
+def test_plain_trees_may_name_generators_collections_and_splits(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path / "mine",
+        "fake/1.jpg",
+        "fake/sdxl/2.JPEG",
+        "fake/gen_1/3.webp",
+        "real/4.tif",
+        "real/coco/5.gif",
+        "train/REAL/6.bmp",
+        "train/FAKE/7.jpg",
+        "glide/val/ai/8.png",
+        "glide/val/nature/9.png",
+    )
+    examples, _ = read(root)
+    assert {facts(root, example)[:4] for example in examples} == {
+        ("fake/1.jpg", FAKE, None, "mine"),
+        ("fake/sdxl/2.JPEG", FAKE, "sdxl", "mine"),
+        ("fake/gen_1/3.webp", FAKE, "sd-1.4", "mine"),
+        ("real/4.tif", REAL, None, "mine"),
+        ("real/coco/5.gif", REAL, None, "coco"),
+        ("train/REAL/6.bmp", REAL, None, "mine"),
+        ("train/FAKE/7.jpg", FAKE, None, "mine"),
+        ("glide/val/ai/8.png", FAKE, "glide", "glide"),
+        ("glide/val/nature/9.png", REAL, None, "glide"),
+    }
+
+
+def test_the_order_is_that_of_the_names(tmp_path: Path) -> None:
+    names = ["real/b/2.jpg", "real/a/9.jpg", "real/c.jpg", "fake/z.jpg", "real/b/1.jpg"]
+    examples, _ = read(tree(tmp_path / "t", *names))
+    assert [str(Path(example.key).relative_to(tmp_path / "t")) for example in examples] == sorted(names)
+
+
+def test_other_files_are_passed_over_and_images_nobody_labelled_are_told(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path / "t",
+        "real/1.jpg",
+        "real/notes.txt",
+        "real/.hidden.jpg",
+        ".cache/real/1.jpg",
+        "__MACOSX/real/1.jpg",
+        "logo.png",
+        "real/x/fake/2.jpg",
+    )
+    examples, skipped = read(root)
+    assert [Path(example.key).name for example in examples] == ["1.jpg"]
+    assert [(Path(lost.key).name, lost.reason[:29]) for lost in skipped] == [
+        ("logo.png", "no directory above it says wh"),
+        ("2.jpg", "directories above it say both"),
+    ]
+
+
+def test_links_lead_nowhere_outside_and_loops_end(tmp_path: Path) -> None:
+    root = tree(tmp_path / "t", "real/1.jpg")
+    outside = tree(tmp_path / "other", "secret.jpg", "real/9.jpg")
+    (root / "real" / "2.jpg").symlink_to(outside / "secret.jpg")
+    (root / "real" / "3.jpg").symlink_to(root / "real" / "1.jpg")
+    (root / "real" / "loop").symlink_to(root)
+    (root / "fake").symlink_to(outside)
+    (root / "real" / "4.jpg").symlink_to("nowhere")
+    examples, skipped = read(root)
+    assert [Path(example.key).name for example in examples] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert [Path(lost.key).name for lost in skipped] == ["fake", "loop"]
+    assert examples[2].read() == b"real/1.jpg"
+    for refused in (examples[1], examples[3]):
+        with pytest.raises(ImageRejectedError):
+            refused.read()
+
+
+def test_a_tree_may_itself_be_named_by_a_link(tmp_path: Path) -> None:
+    tree(tmp_path / "t", "real/1.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "t")
+    (example,), _ = read(tmp_path / "link")
+    assert example.read() == b"real/1.jpg"
+
+
+def test_a_name_that_is_no_text_is_read_and_shown_escaped(tmp_path: Path) -> None:
+    directory = tree(tmp_path / "t", "real/1.jpg") / "real"
+    Path(os.fsdecode(os.fsencode(directory) + b"/\xff\n.jpg")).write_bytes(b"odd")
+    examples, _ = read(tmp_path / "t")
+    assert examples[1].key == f"{directory}/\\udcff\\n.jpg"
+    assert examples[1].read() == b"odd"
+
+
+def test_a_file_that_is_gone_or_no_file_is_told_when_it_is_read(tmp_path: Path) -> None:
+    root = tree(tmp_path / "t", "real/1.jpg")
+    os.mkfifo(root / "real" / "2.jpg")
+    examples, _ = read(root)
+    (root / "real" / "1.jpg").unlink()
+    for example in examples:
+        with pytest.raises(ImageRejectedError):
+            example.read()
+
+
+@pytest.mark.parametrize("names", [(), ("notes.txt",), ("a.jpg", "b.jpg")])
+def test_a_directory_without_labelled_images_is_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    (tmp_path / "t").mkdir()
+    with pytest.raises(DatasetError, match="holds no usable image"):
+        read(tree(tmp_path / "t", *names))
+
+
+@pytest.mark.parametrize("source", ["missing", "no\0name", "x" * 5000, "{a,b}.tar", "*.tar", ""])
+def test_what_is_not_there_is_refused_with_the_known_forms(source: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError):
+        read(source)
+
+
+def test_a_file_of_another_form_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(DatasetError, match=r"no data set of a known form: labels: .*hf:owner/name.*\.tar"):
+        read(tmp_path / "a.zip")
+
+
+def test_a_bucket_is_read_as_a_tree(s3_server: S3Server) -> None:
+    with closing(s3_server.client()) as s3:
+        s3.create_bucket(Bucket="trees")
+        for name in ("set/real/1.jpg", "set/fake/sdxl/2.jpg", "set/fake/notes.txt", "other/real/3.jpg"):
+            s3.put_object(Bucket="trees", Key=name, Body=picture(len(name)))
+    settings = Settings(
+        s3=S3Settings(
+            endpoint_url=s3_server.url,
+            region="us-east-1",
+            access_key_id=s3_server.access_key_id,
+            secret_access_key=s3_server.secret_access_key,
+            path_style=True,
+            buckets=("trees",),
+        )
+    )
+    examples, _ = read("s3://trees/set/", settings)
+    assert [(example.label, example.generator, example.collection) for example in examples] == [
+        (FAKE, "sdxl", "set"),
+        (REAL, None, "set"),
+    ]
+    assert examples[1].read() == picture(len("set/real/1.jpg"))
+    with pytest.raises(DatasetError, match="cannot list s3://closed/"):
+        read("s3://closed/", settings)
