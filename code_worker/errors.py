@@ -115,7 +115,11 @@ class TrainingError(CodeWorkerError):
 
 
 class DivergedError(TrainingError):
-    """A loss, gradient or weight that is not finite; the text names the step."""
+    """A loss or gradient that is not finite, or a loss beyond chance; `step` is the one at which it was noticed."""
+
+    def __init__(self, detail: str, step: int) -> None:
+        self.step = step
+        super().__init__(f"the training diverged at step {step}: {detail}")
 
 
 class RunActiveError(TrainingError):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Simulation = Callable[[NDArray[np.uint8], Generator], NDArray[np.uint8]]
 
-__all__ = ["GENERATORS"]
+__all__ = ["GENERATORS", "NEWCOMER", "NEWCOMERS"]
 
 
 def _nearest(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
@@ -55,6 +55,58 @@ def _transposed(values: NDArray[np.float64], kernel: NDArray[np.float64], axis: 
     return np.moveaxis(out, 0, axis)
 
 
+def _sharpened(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
+    """A smaller picture enlarged 2 to 3 times by Lanczos' kernel and sharpened, as upscalers do."""
+    from PIL import Image, ImageFilter  # noqa: PLC0415 - as above
+
+    height, width, _ = pixels.shape
+    factor = rng.uniform(2, 3)
+    small = Image.fromarray(pixels).resize((round(width / factor), round(height / factor)), Image.Resampling.BOX)
+    large = small.resize((width, height), Image.Resampling.LANCZOS)
+    percent = int(rng.integers(80, 161))
+    return np.asarray(large.filter(ImageFilter.UnsharpMask(radius=2, percent=percent, threshold=0)))
+
+
+def _quantised(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
+    """What differs from a blurred picture, quantised in blocks of 8×8: the residual of a learned codec or decoder."""
+    from PIL import Image, ImageFilter  # noqa: PLC0415 - as above
+
+    image = Image.fromarray(pixels)
+    smooth = np.asarray(image.filter(ImageFilter.GaussianBlur(1.5)), dtype=np.float64)
+    step = rng.uniform(10, 20)
+    coefficients = _in_blocks(pixels - smooth, _COSINES)
+    residual = _in_blocks(np.rint(coefficients / step) * step, _COSINES.T)
+    return np.asarray(np.clip(np.rint(smooth + residual), 0, 255), dtype=np.uint8)
+
+
+def _in_blocks(values: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`M·block·Mᵀ` for each whole 8×8 block of each channel; what is left at the edges becomes 0."""
+    out = np.zeros_like(values)
+    rows, columns = values.shape[0] // 8, values.shape[1] // 8
+    blocks = values[: rows * 8, : columns * 8].reshape(rows, 8, columns, 8, 3)
+    out[: rows * 8, : columns * 8] = np.einsum("ij,ajbkc,lk->aiblc", matrix, blocks, matrix).reshape(
+        rows * 8, columns * 8, 3
+    )
+    return out
+
+
+def _cosines() -> NDArray[np.float64]:
+    """The orthonormal 8×8 DCT-II."""
+    positions = np.arange(8)
+    waves = np.cos(np.pi * (2 * positions[None] + 1) * positions[:, None] / 16) / 2
+    waves[0] /= np.sqrt(2)
+    return waves
+
+
+def _woven(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
+    """A faint weave of period 3 or 4, as a decoder leaves whose filters respond to their own grid."""
+    height, width, _ = pixels.shape
+    period, depth = int(rng.integers(3, 5)), rng.uniform(2.5, 5)
+    rows, columns = np.mgrid[0:height, 0:width]
+    weave = depth * np.cos(2 * np.pi * rows / period) * np.cos(2 * np.pi * columns / period)
+    return np.asarray(np.clip(np.rint(pixels + weave[..., None]), 0, 255), dtype=np.uint8)
+
+
 def _shrunk(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     from PIL import Image  # noqa: PLC0415 - as above
 
@@ -67,8 +119,18 @@ def _fitted(pixels: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uin
     return np.ascontiguousarray(pixels[: shape[0], : shape[1]])
 
 
+_COSINES: Final = _cosines()
+
 GENERATORS: Final[dict[str, Simulation]] = {
     "toy-nearest": _nearest,
     "toy-bilinear": _bilinear,
     "toy-checkerboard": _checkerboard,
+    "toy-sharpened": _sharpened,
 }
+"""What the starter encoder was trained on."""
+
+NEWCOMERS: Final[dict[str, Simulation]] = {"toy-woven": _woven, "toy-quantised": _quantised}
+"""What it has never seen."""
+
+NEWCOMER: Final = "toy-woven"
+"""The one that appears in the second act."""

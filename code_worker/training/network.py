@@ -111,4 +111,4 @@ def _filter(colour: Sequence[float], waves: Tensor, place: tuple[int, int]) -> T
     weights = torch.tensor(colour, dtype=torch.float64)
     gain = min(_MOST, _GAIN * (1 + _radius(place)) ** _SLOPE)
     plane = torch.outer(waves[place[0]], waves[place[1]])
-    return gain * (weights / weights.norm())[:, None, None] * plane
+    return cast("Tensor", gain * (weights / weights.norm())[:, None, None] * plane)

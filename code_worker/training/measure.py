@@ -1,0 +1,145 @@
+"""What an epoch is worth: heads fitted anew on the present encoder, measured on images it never learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from PIL import Image
+
+from code_worker.errors import ImageRejectedError, TrainingError
+from code_worker.images.decode import decode, decode_whole
+from code_worker.training.augment import Augmenter
+from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from code_worker.heads import Head
+    from code_worker.plugins import Plugins
+    from code_worker.settings import LimitSettings
+    from code_worker.training.job import Item
+    from code_worker.training.network import TrainableEncoder
+
+__all__ = ["HEADS", "Measured", "Measurer", "spread"]
+
+HEADS: Final = ("linear", "knn", "svm")
+_CHUNK: Final = 64
+_CLEAN, _TRANSFORMED = "clean", "transformed"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """One epoch's figures, and the hold-out's embeddings for a picture.
+
+    Attributes:
+        figures: `head/set/group` → accuracy, groups being `real`, `fake`, `mean` of the two, and each generator.
+        linear: mean of the linear head over both sets: what decides which epoch was best.
+        embeddings: `(n, 192) float32` of the untransformed hold-out.
+        groups: its generators, `real` for real images.
+    """
+
+    figures: Mapping[str, float]
+    linear: float
+    embeddings: NDArray[np.float32]
+    groups: Sequence[str]
+
+
+class Measurer:
+    """Holds the crops it measures with; the images are decoded once.
+
+    Raises:
+        TrainingError: a class of which no image can be decoded.
+    """
+
+    def __init__(
+        self, fit: Sequence[Item], holdout: Sequence[Item], limits: LimitSettings, plugins: Plugins, *, size: int
+    ) -> None:
+        self._size = size
+        self._limits = limits
+        self._heads = {name: plugins.head_class(name) for name in HEADS if name in plugins.heads()}
+        self._fit, self._fit_crops = self._decoded(fit, "to fit heads on")
+        self._holdout, self._clean = self._decoded(holdout, "to measure on")
+        self._changed = np.stack([self._transformed(item) for item in self._holdout])
+
+    def _decoded(self, items: Sequence[Item], what: str) -> tuple[list[Item], NDArray[np.uint8]]:
+        margin = (IMAGE_SIZE - self._size) // 2
+        inner = slice(margin, IMAGE_SIZE - margin)
+        found, crops = [], []
+        for item in items:
+            try:
+                crop, _ = decode(Path(item.path).read_bytes(), self._limits)
+            except (ImageRejectedError, OSError):
+                continue
+            found.append(item)
+            crops.append(crop[inner, inner].copy())
+        if {item.label for item in found} != {0, 1}:
+            raise TrainingError(f"of {len(items)} images {what}, not both real and generated ones can be decoded")
+        return found, np.stack(crops)
+
+    def _transformed(self, item: Item) -> NDArray[np.uint8]:
+        """The centre after augmentations that the content's hash draws: the same in every epoch and run."""
+        whole = decode_whole(Path(item.path).read_bytes(), self._limits)
+        rng = np.random.default_rng(int(item.sha256[:16], 16))
+        # Augmentations of what the encoder sees and a margin, not of a whole photograph.
+        image = Augmenter(self._size)(_centre(whole, 2 * self._size), rng)
+        return np.asarray(_centre(image, self._size))
+
+    def measure(self, encoder: TrainableEncoder) -> Measured:
+        """Fits each head on the fitting images' embeddings and counts what it gets right."""
+        fit = _embed(encoder, self._fit_crops)
+        labels = np.array([item.label for item in self._fit], np.int8)
+        sets = {_CLEAN: _embed(encoder, self._clean), _TRANSFORMED: _embed(encoder, self._changed)}
+        figures: dict[str, float] = {}
+        for name, head_class in self._heads.items():
+            head = _fitted(head_class(), fit, labels)
+            for kind, embeddings in sets.items():
+                for group, value in self._right(head.score(embeddings) >= 0.5).items():
+                    figures[f"{name}/{kind}/{group}"] = value
+        linear = (figures[f"linear/{_CLEAN}/mean"] + figures[f"linear/{_TRANSFORMED}/mean"]) / 2
+        return Measured(figures, linear, sets[_CLEAN], [_group(item) for item in self._holdout])
+
+    def _right(self, called_fake: NDArray[np.bool_]) -> dict[str, float]:
+        labels = np.array([item.label for item in self._holdout], bool)
+        right = called_fake == labels
+        groups = np.array([_group(item) for item in self._holdout])
+        real, fake = float(right[~labels].mean()), float(right[labels].mean())
+        own = {name: float(right[groups == name].mean()) for name in sorted(set(groups[labels]))}
+        return {"mean": (real + fake) / 2, "real": real, "fake": fake, **own}
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` of the items, half of them real where so many are, chosen by content hash: always the same."""
+    ordered = sorted(items, key=lambda item: item.sha256)
+    reals, fakes = ([item for item in ordered if item.label == label] for label in (0, 1))
+    real_count = min(len(reals), max(count // 2, count - len(fakes)))
+    return reals[:real_count] + fakes[: count - real_count]
+
+
+def _group(item: Item) -> str:
+    return "real" if item.label == 0 else item.generator or "unnamed"
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _fitted(head: Head, embeddings: NDArray[np.float32], labels: NDArray[np.int8]) -> Head:
+    if head.one_class:
+        return head.fit(embeddings[labels == 0], labels[labels == 0])
+    return head.fit(embeddings, labels)
+
+
+@torch.inference_mode()
+def _embed(encoder: TrainableEncoder, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    device = encoder.mean.device
+    encoder.eval()
+    parts = [encoder(torch.from_numpy(crops[i : i + _CHUNK]).to(device)) for i in range(0, len(crops), _CHUNK)]
+    encoder.train()
+    rows = torch.cat(parts).float().cpu().numpy()
+    return np.pad(rows, ((0, 0), (0, EMBEDDING_DIM - rows.shape[1])))

@@ -1,0 +1,59 @@
+"""How weights move: AdamW without decay on biases, warm-up and cosine, an average on the side."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from code_worker.settings import TrainingSettings
+
+__all__ = ["WARMUP_FROM", "WeightAverage", "learning_rate", "make_optimiser", "set_learning_rate"]
+
+WARMUP_FROM = 1e-6
+
+
+def make_optimiser(model: nn.Module, settings: TrainingSettings, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW; vectors (biases, norms) and the tokens are not decayed, as timm's recipes have it."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (plain if parameter.ndim < 2 or name.endswith(("cls_token", "pos_embed")) else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused or None)
+
+
+def learning_rate(step: int, settings: TrainingSettings) -> float:
+    """Rate of a step (from 0): linear from 1e-6 over the warm-up, then half a cosine down to 0 at the last step."""
+    total = settings.epochs * settings.steps_per_epoch
+    warmup = min(round(settings.warmup_epochs * settings.steps_per_epoch), total - 1)
+    if step < warmup:
+        return WARMUP_FROM + (settings.learning_rate - WARMUP_FROM) * step / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Gives every group of the optimiser this rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+class WeightAverage:
+    """Exponential moving average of a model's parameters (Polyak); the model itself stays as it is."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self.state: dict[str, Tensor] = {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Moves the average towards the present weights by one step."""
+        for name, tensor in model.state_dict().items():
+            self.state[name].lerp_(tensor.to(self.state[name].dtype), 1 - self._decay)

@@ -1,0 +1,112 @@
+"""The training process: `python -m code_worker.training.process JOBDIR`, or several of them under torchrun.
+
+Exit status: 0 when the result is written, or after SIGTERM, when a checkpoint is; 3 when the training failed for the
+reason in `failure.json`; 2 when there is no job to do. Started again on the same directory it resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from code_worker.data.holdout import refuse_holdout
+from code_worker.encoder.engine import resolve_device
+from code_worker.encoder.vit import VitConfig
+from code_worker.encoder.weights import read_weights
+from code_worker.errors import CodeWorkerError, ConfigurationError, DivergedError, TrainingError
+from code_worker.logs import configure_logging, get_logger
+from code_worker.plugins import load_plugins
+from code_worker.settings import load_settings
+from code_worker.training.job import FAILED_STATUS, HOLDOUT_FILE, TRAIN_FILE, TrainingJob, read_items, read_job
+from code_worker.training.network import TrainableEncoder
+from code_worker.training.processes import World, join
+from code_worker.training.record import Record
+from code_worker.training.trainer import Trainer
+
+__all__ = ["main"]
+
+log = get_logger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains; see the module for exit statuses."""
+    parser = argparse.ArgumentParser(prog="code_worker.training.process")
+    parser.add_argument("directory", type=Path)
+    directory: Path = parser.parse_args(argv).directory
+    settings = load_settings()
+    configure_logging(settings.log_level, settings.log_format)
+    try:
+        job = read_job(directory)
+    except TrainingError as error:
+        log.error("no_training_job", error=str(error))  # noqa: TRY400 - a traceback would not help
+        return 2
+    (directory / "failure.json").unlink(missing_ok=True)
+    try:
+        _train(directory, job)
+    except CodeWorkerError as error:
+        _fail(directory, str(error), error)
+    except (OSError, torch.OutOfMemoryError) as error:
+        _fail(directory, f"{type(error).__name__}: {error}", error)
+    else:
+        return 0
+    return FAILED_STATUS
+
+
+def _train(directory: Path, job: TrainingJob) -> None:
+    train, holdout = read_items(directory / TRAIN_FILE), read_items(directory / HOLDOUT_FILE)
+    if job.refuse_holdout:
+        refuse_holdout(train)
+    if both := {item.sha256 for item in train} & {item.sha256 for item in holdout}:
+        raise TrainingError(f"{len(both)} images are to be learned from and measured on, {min(both)[:16]}… for one")
+    device = resolve_device(job.device)
+    with join(device) as world:
+        encoder = _encoder(job).to(_own_device(device, world))
+        _share_cores(device, world)
+        trainer = Trainer(directory, job, train, holdout, encoder, world=world, plugins=load_plugins(load_settings()))
+        signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
+        if not trainer.run():
+            log.info("training_stopped", step=trainer.step)
+
+
+def _encoder(job: TrainingJob) -> TrainableEncoder:
+    if job.initial is not None:
+        return TrainableEncoder.from_weights(read_weights(Path(job.initial)))
+    try:
+        config = VitConfig(**job.encoder)
+    except TypeError as error:
+        raise ConfigurationError(f"encoder of the training job: {error}") from error
+    return TrainableEncoder.fresh(config, seed=job.settings.seed, start=job.start)
+
+
+def _own_device(device: str, world: World) -> str:
+    if device == "cuda" and world.size > 1:
+        torch.cuda.set_device(world.local_rank)
+        return f"cuda:{world.local_rank}"
+    return device
+
+
+def _share_cores(device: str, world: World) -> None:
+    """Processes of one machine share its cores; torchrun alone would give each one thread whatever there is."""
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and world.size == 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // world.size))
+
+
+def _fail(directory: Path, reason: str, error: BaseException) -> None:
+    step = error.step if isinstance(error, DivergedError) else None
+    log.error("training_failed", reason=reason, step=step)
+    if int(os.environ.get("RANK", "0")) == 0:
+        try:
+            Record(directory).failure(reason, step)
+        except OSError as full:
+            log.error("failure_not_written", error=str(full))  # noqa: TRY400 - the reason was logged before
+
+
+if __name__ == "__main__":
+    sys.exit(main())
