@@ -15,6 +15,7 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "beat": ("code_worker.cli.worker:beat", "Run the scheduler (one per deployment, supervised)."),
+    "data": ("code_worker.cli.data:data", "Look into labelled data sets, and pack them into shards."),
     "db": ("code_worker.cli.db:db", "Create, upgrade and inspect the database."),
     "demo": ("code_worker.cli.demo:demo", "Run the whole main job on a toy set and print what happened."),
     "doctor": ("code_worker.cli.doctor:doctor", "Check each part of an installation, with a hint for each fault."),

@@ -22,7 +22,20 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr
 
 @pytest.mark.parametrize(
     "arguments",
-    ["", "demo", "enqueue", "jobs", "jobs retry", "scan", "verdicts", "verdicts list", "verdicts export"],
+    [
+        "",
+        "data",
+        "data pack",
+        "data show",
+        "demo",
+        "enqueue",
+        "jobs",
+        "jobs retry",
+        "scan",
+        "verdicts",
+        "verdicts list",
+        "verdicts export",
+    ],
 )
 def test_help_imports_nothing_heavy(arguments: str) -> None:
     done = subprocess.run(
