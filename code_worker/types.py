@@ -18,6 +18,7 @@ __all__ = [
     "Outcome",
     "Provenance",
     "RejectReason",
+    "ShadowScore",
     "Verdict",
 ]
 
@@ -182,3 +183,22 @@ class Verdict:
     def sha256(self) -> str | None:
         """Content hash of the bytes that were judged."""
         return self.facts.sha256 if self.facts else None
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowScore:
+    """What a challenger says of an image beside what the champion's verdict said; it never acts."""
+
+    job_id: str
+    revision: int
+    sha256: str
+    release: str
+    head: str
+    score: float
+    label: Label
+    champion: str
+    champion_head: str
+    champion_score: float
+    champion_label: Label
+    tenant: str | None = None
+    content_type: str | None = None

@@ -166,6 +166,20 @@ def test_a_full_queue_blocks_its_callers_but_not_more_urgent_ones() -> None:
     assert engine.batches[1] == [100]
 
 
+def test_a_loop_is_busy_while_crops_wait_or_are_embedded() -> None:
+    engine = Recorder(lambda values: ValueError("bad") if 7 in values else None)
+    with EncoderLoop(engine, streams=2, micro_batch=2, linger_ms=0) as loop:
+        assert not loop.busy
+        first = held(engine, loop)
+        assert loop.busy
+        loop.submit(crop(1)).cancel()
+        bad = loop.submit(crop(7))
+        engine.go_on.set()
+        assert first.result(30)[0] == 0
+        assert isinstance(bad.exception(30), ValueError)
+        wait_until(lambda: not loop.busy)
+
+
 def test_closing_finishes_what_is_queued_and_refuses_more() -> None:
     loop = EncoderLoop(Recorder(), streams=2, micro_batch=3, linger_ms=20_000)
     futures = [loop.submit(crop(n)) for n in range(20)]

@@ -26,6 +26,7 @@ _COMMANDS = {
     "policies": ("code_worker.cli.policies:policies", "Show and set thresholds per tenant and content type."),
     "releases": ("code_worker.cli.releases:releases", "Import, verify, promote, watch and roll back releases."),
     "scan": ("code_worker.cli.scan:scan", "Judge images now, in this process, with no broker."),
+    "shadow": ("code_worker.cli.shadow:shadow", "Compare the challenger with the champion."),
     "up": ("code_worker.cli.up:up", "Run the whole stack on this machine."),
     "verdicts": ("code_worker.cli.verdicts:verdicts", "List, show and export verdicts."),
     "worker": ("code_worker.cli.worker:worker", "Run a moderation worker."),

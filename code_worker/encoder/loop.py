@@ -106,7 +106,7 @@ class EncoderLoop:
         self._waiting: Counter[int] = Counter()
         self._arrivals = itertools.count()
         self._closed = False
-        self._crops = self._batches = self._failed = 0
+        self._crops = self._batches = self._failed = self._running = 0
         self._busy_s = 0.0
         lock = threading.RLock()
         self._filled = threading.Condition(lock)
@@ -163,6 +163,12 @@ class EncoderLoop:
                 future.cancel()
         return np.stack(rows) if rows else np.empty((0, EMBEDDING_DIM), np.float32)
 
+    @property
+    def busy(self) -> bool:
+        """Whether crops wait or are being embedded at this moment."""
+        with self._filled:
+            return self.failure is None and (bool(self._heap) or self._running > 0)
+
     def stats(self) -> LoopStats:
         """Counters at this moment."""
         with self._filled:
@@ -205,6 +211,7 @@ class EncoderLoop:
                 started = time.perf_counter()
                 self._encode(batch)
                 with self._filled:
+                    self._running -= 1
                     self._batches += 1
                     self._busy_s += time.perf_counter() - started
         except torch.AcceleratorError as error:
@@ -224,9 +231,12 @@ class EncoderLoop:
                 self._filled.wait_for(lambda: len(self._heap) >= self.micro_batch or self._ended, self._linger_s)
                 taken = [heapq.heappop(self._heap) for _ in range(min(self.micro_batch, len(self._heap)))]
                 self._waiting.subtract(item.priority for item in taken)
+                self._running += 1
                 self._drained.notify_all()
             if batch := [item for item in taken if item.future.set_running_or_notify_cancel()]:
                 return batch
+            with self._filled:
+                self._running -= 1
 
     def _encode(self, batch: list[_Item]) -> None:
         """Settles the future of every item, halving the batch as long as it fails as a whole."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from code_worker.moderation.runtime import Runtime
     from code_worker.settings import LimitSettings
 
-__all__ = ["Collector", "Item"]
+__all__ = ["STORED", "Collector", "Item", "Witness"]
 
 _LOOK_S = 5.0
-_STORED = np.dtype("<f4")
+STORED = np.dtype("<f4")
+"""Of an embedding as the store keeps it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +54,19 @@ class _Bytes:
     sha256: str
 
 
+class Witness(Protocol):
+    """Who looks on: called from the batch's own thread, so it must neither wait nor raise."""
+
+    def saw_bytes(self, sha256: str, data: bytes) -> None:
+        """The bytes of an image whose embedding was known, so that it is not decoded."""
+
+    def saw_crop(self, sha256: str, crop: NDArray[np.uint8]) -> None:
+        """The `(224, 224, 3) uint8` crop of an image that is encoded now."""
+
+    def saw_embedding(self, sha256: str, embedding: NDArray[np.float32]) -> None:
+        """The `(192,) float32` embedding of any image."""
+
+
 class Collector:
     """Fetches and decodes in the shared pool, a bounded number of objects at a time."""
 
@@ -63,9 +77,11 @@ class Collector:
         self._known = known
         self.numbers = count()
 
-    def embeddings(self, jobs: Sequence[Job], runtime: Runtime, progress: Callable[[], None]) -> Iterator[Item]:
+    def embeddings(
+        self, jobs: Sequence[Job], runtime: Runtime, progress: Callable[[], None], witness: Witness | None = None
+    ) -> Iterator[Item]:
         """One item per job, in the jobs' order, each with an embedding or an error; calls `progress` on the way."""
-        batch = _Batch(self, runtime, progress)
+        batch = _Batch(self, runtime, progress, witness)
         items = [Item(job) for job in jobs]
         batch.run(items)
         for item in items:
@@ -116,10 +132,13 @@ class Collector:
 class _Batch:
     """The state of one call: which futures belong to which item, and what was seen twice."""
 
-    def __init__(self, collector: Collector, runtime: Runtime, progress: Callable[[], None]) -> None:
+    def __init__(
+        self, collector: Collector, runtime: Runtime, progress: Callable[[], None], witness: Witness | None
+    ) -> None:
         self._collector = collector
         self._runtime = runtime
         self._progress = progress
+        self._witness = witness
         self._number = next(collector.numbers)
         self._fetching: dict[Future[_Bytes], Item] = {}
         self._decoding: dict[Future[NDArray[np.uint8]], tuple[Item, str]] = {}
@@ -164,8 +183,10 @@ class _Batch:
             self._reuse_or_decode(item, content, known)
 
     def _reuse_or_decode(self, item: Item, content: _Bytes, known: Mapping[str, bytes]) -> None:
-        if (stored := known.get(content.sha256)) is not None and len(stored) == EMBEDDING_DIM * _STORED.itemsize:
-            self._collector.reuse(item, content, np.frombuffer(stored, dtype=_STORED).astype(np.float32))
+        if (stored := known.get(content.sha256)) is not None and len(stored) == EMBEDDING_DIM * STORED.itemsize:
+            self._collector.reuse(item, content, np.frombuffer(stored, dtype=STORED).astype(np.float32))
+            if self._witness is not None and item.error is None:
+                self._witness.saw_bytes(content.sha256, content.fetched.data)
         elif content.sha256 in self._twins:
             self._twins[content.sha256].append(item)
         else:
@@ -179,15 +200,23 @@ class _Batch:
             for twin in self._twins[sha256]:
                 twin.error = error
             return
+        crop = future.result()
+        if self._witness is not None:
+            self._witness.saw_crop(sha256, crop)
         item.timings_ms["encode"] = -time.perf_counter()
         try:
-            self._encoding[item] = self._runtime.embedder.submit(future.result(), item.job.priority, self._number)
+            self._encoding[item] = self._runtime.embedder.submit(crop, item.job.priority, self._number)
         except TransientError as unavailable:
             for twin in self._twins[sha256]:
                 twin.error, twin.encoding = unavailable, True
 
     def finish(self, item: Item) -> None:
         """Waits for the embedding of one item; its twins (same bytes in this batch) take it over."""
+        self._take_embedding(item)
+        if self._witness is not None and item.embedding is not None and item.facts is not None:
+            self._witness.saw_embedding(item.facts.sha256, item.embedding)
+
+    def _take_embedding(self, item: Item) -> None:
         if item.error is not None or item.embedding is not None:
             return
         first = self._twins[item.facts.sha256][0] if item.facts else item
@@ -209,7 +238,7 @@ class _Batch:
         if item is first:
             item.timings_ms["encode"] += time.perf_counter()
             item.timings_ms["encode"] *= 1000
-            item.fresh = embedding.astype(_STORED).tobytes()
+            item.fresh = embedding.astype(STORED).tobytes()
         elif item.facts is not None and first.facts is not None:
             item.facts = replace(first.facts, etag=item.facts.etag, version_id=item.facts.version_id)
 

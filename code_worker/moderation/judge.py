@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from code_worker.errors import ImageRejectedError, SourceCredentialsError, SourcePausedError, TransientError
 from code_worker.logs import get_logger
-from code_worker.moderation.collect import Collector, Item
+from code_worker.moderation.collect import Collector, Item, Witness
 from code_worker.moderation.faults import JobFault
 from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.scoring import score_items
@@ -75,14 +75,16 @@ class Judge:
         runtime: Runtime,
         policies: PolicyBook,
         progress: Callable[[], None] = lambda: None,
+        witness: Witness | None = None,
     ) -> Judged:
         """Fetches, decodes, encodes and scores a batch; one bad image never touches its neighbours.
 
         `progress` is called whenever a step of some image ended, so that a watchdog can tell slow from stuck.
+        `witness` is shown what the images turn into on the way.
         """
         result = Judged()
         ready: list[tuple[Item, Policy, str]] = []
-        for item in self._collector.embeddings(jobs, runtime, progress):
+        for item in self._collector.embeddings(jobs, runtime, progress, witness):
             if item.error is not None:
                 self._record_error(item, runtime, result)
                 continue

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from code_worker.errors import UnknownHeadError
+from code_worker.moderation.lazy import LazyEmbedder
 from code_worker.moderation.policy import DEFAULT_POLICY, Policy
-from code_worker.moderation.runtime import Runtime
+from code_worker.moderation.runtime import Embedder, Runtime
 
 if TYPE_CHECKING:
     from code_worker.releases.registry import LoadedRelease
     from code_worker.settings import Settings
 
-__all__ = ["start_runtime"]
+__all__ = ["embedding_key", "start_runtime"]
 
 
-def start_runtime(loaded: LoadedRelease, settings: Settings) -> Runtime:
+def start_runtime(
+    loaded: LoadedRelease, settings: Settings, *, lazy: bool = False, streams: int | None = None
+) -> Runtime:
     """Puts the encoder on its device, warms it up and starts its loop.
+
+    Args:
+        loaded: the release.
+        settings: device, precision and how the loop is driven.
+        lazy: do so when the first crop comes, for those who may need none.
+        streams: of the loop; unset: as the settings say.
 
     Raises:
         ConfigurationError: a device or precision that this machine lacks, or a default head the release lacks.
@@ -25,28 +35,31 @@ def start_runtime(loaded: LoadedRelease, settings: Settings) -> Runtime:
     default_head = settings.head or loaded.manifest.default_head
     if default_head is None or default_head not in loaded.heads:
         raise UnknownHeadError(str(default_head), tuple(sorted(loaded.heads)))
-    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only processes that judge pay for it
-    from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
-
-    engine = Engine(loaded.weights, device=settings.device, precision=settings.precision)
-    engine.warm_up()
-    loop = EncoderLoop(
-        engine,
-        streams=settings.worker.streams,
-        micro_batch=settings.worker.micro_batch,
-        linger_ms=settings.worker.linger_ms,
-    )
+    start = _starter(loaded, settings, streams or settings.worker.streams)
     return Runtime(
         release=loaded.id,
         manifest_sha256=loaded.manifest_sha256,
-        encoder_sha256=_embedding_key(loaded.encoder_sha256, settings.precision),
-        embedder=loop,
+        encoder_sha256=embedding_key(loaded.encoder_sha256, settings.precision),
+        embedder=LazyEmbedder(start) if lazy else start(),
         heads=loaded.heads,
         head_sha256=loaded.head_sha256,
         default_head=default_head,
         default_policy=_thresholds(loaded),
         precision=settings.precision,
     )
+
+
+def _starter(loaded: LoadedRelease, settings: Settings, streams: int | None) -> Callable[[], Embedder]:
+    def start() -> Embedder:
+        from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only processes that judge pay for it
+        from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
+
+        engine = Engine(loaded.weights, device=settings.device, precision=settings.precision)
+        engine.warm_up()
+        worker = settings.worker
+        return EncoderLoop(engine, streams=streams, micro_batch=worker.micro_batch, linger_ms=worker.linger_ms)
+
+    return start
 
 
 def _thresholds(loaded: LoadedRelease) -> Policy:
@@ -56,7 +69,7 @@ def _thresholds(loaded: LoadedRelease) -> Policy:
     return Policy(id=f"{loaded.id}:thresholds", low=own.low, high=own.high)
 
 
-def _embedding_key(encoder_sha256: str, precision: str) -> str:
+def embedding_key(encoder_sha256: str, precision: str) -> str:
     """Embeddings of another precision are other numbers: they are kept and reused under another name."""
     if precision == "fp32":
         return encoder_sha256

@@ -20,8 +20,13 @@ __all__ = ["Embedder", "Runtime"]
 class Embedder(Protocol):
     """What turns crops into embeddings; in a worker the process's one encoder loop."""
 
-    failure: BaseException | None
-    """What ended the device for good; the process should then be replaced."""
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the device for good; the process should then be replaced."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether crops wait or are being embedded at this moment."""
 
     def submit(self, crop: NDArray[np.uint8], priority: int = 4, turn: int = 0) -> Future[NDArray[np.float32]]:
         """Queues one `(224, 224, 3) uint8` crop; the future yields its `(192,) float32` embedding.

@@ -26,6 +26,7 @@ from code_worker.worker.gate import Gate
 from code_worker.worker.inflight import InFlight
 from code_worker.worker.ledger import Ledger
 from code_worker.worker.runtimes import Runtimes
+from code_worker.worker.shadow import Shadow
 from code_worker.worker.supervisor import OWNER_ENV
 
 if TYPE_CHECKING:
@@ -69,6 +70,13 @@ class Node:
         self._plugins = load_plugins(settings)
         registry = open_registry(settings, store=store, plugins=self._plugins)
         self.runtimes = Runtimes(registry.champion, lambda release: start_runtime(registry.load(release), settings))
+        self.shadow = Shadow(
+            registry.challenger,
+            lambda release: start_runtime(registry.load(release), settings, lazy=True, streams=1),
+            settings,
+            store,
+            busy=lambda: self.runtimes.encoding,
+        )
         self._sources = _PausableSources(Sources(settings))
         self._pool = PriorityPool(settings.worker.fetch_threads)
         self.judge = Judge(
@@ -91,6 +99,7 @@ class Node:
         self.follow()
         for repeater in self._background:
             repeater.start()
+        self.shadow.start()
 
     def moderate(self, job_ids: Sequence[str], *, below: int, alone: bool = False) -> None:
         """Claims, judges and records a batch; returns when it is in the ledger or nothing was left to do.
@@ -107,13 +116,17 @@ class Node:
             if not claimed:
                 return
             progress = stack.enter_context(self.in_flight.batch([job.id for job in claimed]))
+            # What may have killed a worker is shown to nobody else.
+            sight = None if alone else stack.enter_context(self.shadow.watch(runtime))
             try:
-                judged = self.judge.judge(claimed, runtime, self._policies, progress)
+                judged = self.judge.judge(claimed, runtime, self._policies, progress, sight)
                 self.ledger.record(judged, runtime.encoder_sha256, progress)
             except Exception:
                 # A bug or a database that stayed away; none of the jobs has killed anything.
                 self._give_back(claimed)
                 raise
+            if sight is not None:
+                self.shadow.offer(sight, judged.verdicts)
         log.info(
             "batch_done", jobs=len(claimed), verdicts=len(judged.verdicts), faults=len(judged.faults), alone=alone
         )
@@ -177,6 +190,7 @@ class Node:
         for repeater in self._background:
             repeater.stop()
         faulthandler.cancel_dump_traceback_later()
+        self.shadow.close()
         self._pool.close()
         self.runtimes.close()
         self._sources.sources.close()

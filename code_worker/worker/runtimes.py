@@ -1,4 +1,4 @@
-"""Follows the champion: loads a new release beside the old one and swaps between batches."""
+"""Follows an alias: loads a new release beside the old one and swaps between batches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from code_worker.errors import CodeWorkerError
 from code_worker.logs import get_logger
 from code_worker.moderation.runtime import Runtime
+from code_worker.store.releases import CHAMPION
 
 __all__ = ["Runtimes"]
 
@@ -30,9 +31,27 @@ class _Held:
 class Runtimes:
     """The runtime in use; a batch keeps the one it began with."""
 
-    def __init__(self, champion: Callable[[], str | None], load: Callable[[str], Runtime]) -> None:
-        self._champion = champion
+    def __init__(
+        self,
+        wanted: Callable[[], str | None],
+        load: Callable[[str], Runtime],
+        *,
+        alias: str = CHAMPION,
+        required: bool = True,
+    ) -> None:
+        """Begins with none.
+
+        Args:
+            wanted: id of the release that the alias points to now.
+            load: makes the runtime of a release.
+            alias: its name, for the log.
+            required: whether the last release stays in use while the alias points nowhere.
+        """
+        self._wanted = wanted
         self._load = load
+        self._alias = alias
+        self._required = required
+        self._given_up: str | None = None
         self._lock = threading.Lock()
         self._current: _Held | None = None
         self._failed: tuple[str, float] | None = None
@@ -40,7 +59,7 @@ class Runtimes:
 
     @contextmanager
     def use(self) -> Iterator[Runtime | None]:
-        """The current runtime for the length of a batch; None while there is no champion."""
+        """The current runtime for the length of a batch; None while there is none."""
         with self._lock:
             held = self._current
             if held is not None:
@@ -65,19 +84,40 @@ class Runtimes:
         """What ended the device of the release in use, if anything did."""
         return self._current.runtime.embedder.failure if self._current else None
 
+    @property
+    def encoding(self) -> bool:
+        """Whether the encoder of the release in use has work at this moment."""
+        held = self._current
+        return held is not None and held.runtime.embedder.busy
+
+    def give_up(self, release: str) -> None:
+        """Lets go of a release that cannot be used here, until the alias has pointed elsewhere."""
+        self._given_up = release
+        if self.release == release:
+            self._swap(None)
+
     def follow(self) -> None:
         """Looks where the alias points; on a move loads that release and swaps.
 
         A release that does not load leaves the old one in place: answers stay those of a known release.
         """
-        wanted = self._champion()
+        wanted = self._wanted()
+        if wanted != self._given_up:
+            self._given_up = None
         if wanted is None:
-            if not self._waiting_said:
-                log.warning("waiting_for_release", hint="code-worker releases import DIR --promote")
-                self._waiting_said = True
-            return
-        if wanted == self.release or self._recently_failed(wanted):
-            return
+            self._stay_without()
+        elif wanted not in {self.release, self._given_up} and not self._recently_failed(wanted):
+            self._take_over(wanted)
+
+    def _stay_without(self) -> None:
+        if self._required and not self._waiting_said:
+            log.warning("waiting_for_release", hint="code-worker releases import DIR --promote")
+            self._waiting_said = True
+        if not self._required and (release := self.release) is not None:
+            self._swap(None)
+            log.info("release_out_of_use", alias=self._alias, release=release)
+
+    def _take_over(self, wanted: str) -> None:
         if self._current is not None:
             # A fleet that loads at the same moment would stall together.
             time.sleep(random.uniform(0, _JITTER_S))  # noqa: S311 - jitter, not a secret
@@ -88,20 +128,25 @@ class Runtimes:
             self._failed = (wanted, time.monotonic())
             details = {} if isinstance(error, CodeWorkerError) else {"exc_info": error}
             log.error(  # noqa: TRY400 - our own errors say it all, others come with their traceback
-                "release_load_failed", release=wanted, kept=self.release, error=str(error), **details
+                "release_load_failed",
+                alias=self._alias,
+                release=wanted,
+                kept=self.release,
+                error=str(error),
+                **details,
             )
             return
         self._swap(runtime)
-        log.info("release_in_use", release=wanted, seconds=round(time.monotonic() - began, 2))
+        log.info("release_in_use", alias=self._alias, release=wanted, seconds=round(time.monotonic() - began, 2))
 
     def _recently_failed(self, release: str) -> bool:
         return (
             self._failed is not None and self._failed[0] == release and time.monotonic() - self._failed[1] < _RETRY_S
         )
 
-    def _swap(self, runtime: Runtime) -> None:
+    def _swap(self, runtime: Runtime | None) -> None:
         with self._lock:
-            old, self._current = self._current, _Held(runtime)
+            old, self._current = self._current, None if runtime is None else _Held(runtime)
             close = False
             if old is not None:
                 old.retired = True

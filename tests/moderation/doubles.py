@@ -48,6 +48,7 @@ class MeanEmbedder:
     def __init__(self, spoil: Callable[[NDArray[np.uint8]], Exception | None] = lambda _: None) -> None:
         self.crops = 0
         self.closed = False
+        self.busy = False
         self.failure: BaseException | None = None
         self._spoil = spoil
 

@@ -65,6 +65,53 @@ def test_a_release_that_nobody_uses_is_closed_at_the_swap() -> None:
     assert held.release == "r-2"
 
 
+def test_an_alias_that_may_point_nowhere_takes_its_release_out_of_use() -> None:
+    alias = Alias()
+    held = Runtimes(alias.champion, alias.load, alias="challenger", required=False)
+    held.follow()
+    alias.release = "r-1"
+    held.follow()
+    with held.use() as used:
+        assert used is not None
+        alias.release = None
+        held.follow()
+        assert held.release is None
+        assert not alias.loaded["r-1"].closed
+    assert alias.loaded["r-1"].closed
+    champion = Runtimes(alias.champion, alias.load)
+    alias.release = "r-2"
+    champion.follow()
+    alias.release = None
+    champion.follow()
+    assert champion.release == "r-2", "what judges stays"
+
+
+def test_a_release_that_was_given_up_comes_back_only_after_the_alias_pointed_elsewhere() -> None:
+    alias = Alias()
+    held = Runtimes(alias.champion, alias.load)
+    alias.release = "r-1"
+    held.follow()
+    held.give_up("r-1")
+    assert alias.loaded.pop("r-1").closed
+    held.follow()
+    assert (held.release, alias.loaded) == (None, {})
+    for release in ("r-2", "r-1"):
+        alias.release = release
+        held.follow()
+        assert held.release == release
+
+
+def test_encoding_is_what_the_encoder_in_use_says() -> None:
+    alias = Alias()
+    held = Runtimes(alias.champion, alias.load)
+    assert not held.encoding
+    alias.release = "r-1"
+    held.follow()
+    assert not held.encoding
+    alias.loaded["r-1"].busy = True
+    assert held.encoding
+
+
 def test_a_release_that_does_not_load_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
     alias = Alias()
     held = Runtimes(alias.champion, alias.load)

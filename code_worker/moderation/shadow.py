@@ -1,0 +1,175 @@
+"""What a challenger would have said: material taken along while the champion judges, scored afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from code_worker.moderation.policy import Policy
+from code_worker.moderation.scoring import score_rows
+from code_worker.types import Label, Outcome, ShadowScore, Verdict
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from code_worker.moderation.runtime import Runtime
+
+__all__ = ["Budget", "Sight", "in_share", "shadow_scores"]
+
+_OVERHEAD_BYTES: Final = 4096
+"""Of an image that waits beside its pixels: its verdict, its place in the queue."""
+
+
+def in_share(sha256: str, share: float) -> bool:
+    """Whether an image belongs to a share of all: a pure function of its content hash, for every worker the same.
+
+    The last digits decide; the first ones choose the hold-out, and the two must not go together.
+    """
+    return int(sha256[-8:], 16) < share * 2**32
+
+
+class Budget:
+    """How many bytes may wait at a time; safe to share between threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """Takes so many bytes; False if they are not left, and nothing is taken."""
+        with self._lock:
+            if size > self._left:
+                return False
+            self._left -= size
+            return True
+
+    def give(self, size: int) -> None:
+        """Gives back what was taken."""
+        with self._lock:
+            self._left += size
+
+
+class Sight:
+    """What a challenger gets to see of one batch; a `Witness` of the champion's work.
+
+    With the champion's encoder it needs embeddings alone, with another one crops, or bytes where the champion decoded
+    nothing. What the budget does not hold is not kept, and counted in `dropped`.
+
+    Attributes:
+        release: the challenger's id.
+        same_encoder: whether its encoder is the champion's.
+        images: by content hash an embedding, a crop or a file's bytes.
+        dropped: images of the share that were not kept.
+        verdicts: the champion's, once it has judged.
+        own_policy: id of the thresholds that the champion brings along itself.
+    """
+
+    def __init__(self, challenger: Runtime, champion: Runtime, share: float, budget: Budget) -> None:
+        self.release = challenger.release
+        self.images: dict[str, NDArray[Any] | bytes] = {}
+        self.dropped = 0
+        self.verdicts: Sequence[Verdict] = ()
+        self.own_policy = champion.default_policy.id
+        self.same_encoder = challenger.encoder_sha256 == champion.encoder_sha256
+        self._share = share
+        self._budget = budget
+        self._held = 0
+
+    def saw_bytes(self, sha256: str, data: bytes) -> None:
+        """See `Witness`."""
+        if not self.same_encoder:
+            self._keep(sha256, data, len(data))
+
+    def saw_crop(self, sha256: str, crop: NDArray[np.uint8]) -> None:
+        """See `Witness`."""
+        if not self.same_encoder:
+            self._keep(sha256, crop, crop.nbytes)
+
+    def saw_embedding(self, sha256: str, embedding: NDArray[np.float32]) -> None:
+        """See `Witness`."""
+        if self.same_encoder:
+            self._keep(sha256, embedding, embedding.nbytes)
+
+    def _keep(self, sha256: str, material: NDArray[Any] | bytes, size: int) -> None:
+        if sha256 in self.images or not in_share(sha256, self._share):
+            return
+        if not self._budget.take(size + _OVERHEAD_BYTES):
+            self.dropped += 1
+            return
+        self._held += size + _OVERHEAD_BYTES
+        self.images[sha256] = material
+
+    def judged(self) -> list[tuple[str, Verdict]]:
+        """Content hash and verdict of each image that was judged and is at hand."""
+        return [
+            (sha256, verdict)
+            for verdict in self.verdicts
+            if verdict.outcome is Outcome.JUDGED and (sha256 := verdict.sha256) in self.images and sha256 is not None
+        ]
+
+    def free(self) -> None:
+        """Lets go of everything; the budget has it back."""
+        self.images.clear()
+        self._budget.give(self._held)
+        self._held = 0
+
+
+def shadow_scores(
+    sight: Sight,
+    embeddings: Mapping[str, NDArray[np.float32]],
+    challenger: Runtime,
+    failed: Callable[[str, Exception, int], None],
+) -> list[ShadowScore]:
+    """What the challenger says of the judged images whose embeddings by its encoder are given, by content hash.
+
+    It scores with the head that the verdict names, or its own default if it has none of that name, under the policy
+    of the verdict; where none covers the job, under the thresholds that it brings along itself. Images that its head
+    cannot take are left out; `failed(head, error, images)` is told what a head raised, and over how many.
+    """
+    by_head: dict[str, list[tuple[str, Verdict]]] = {}
+    for sha256, verdict in sight.judged():
+        if sha256 in embeddings:
+            head = verdict.head if verdict.head in challenger.heads else challenger.default_head
+            by_head.setdefault(str(head), []).append((sha256, verdict))
+    found: list[ShadowScore] = []
+    for head, members in by_head.items():
+        matrix = np.stack([embeddings[sha256] for sha256, _ in members])
+        scores = score_rows(challenger.heads[head], head, matrix, partial(failed, head))
+        for (sha256, verdict), score in zip(members, scores, strict=True):
+            if not isinstance(score, str):
+                label = _policy(verdict, sight.own_policy, challenger).label(score)
+                found.append(
+                    _beside(verdict, sha256, release=challenger.release, head=head, score=score, label=label)
+                )
+    return found
+
+
+def _policy(verdict: Verdict, own_policy: str, challenger: Runtime) -> Policy:
+    by = verdict.provenance
+    if by.policy is None or by.policy == own_policy or by.low is None or by.high is None:
+        return challenger.default_policy
+    return Policy(by.policy, by.low, by.high)
+
+
+def _beside(verdict: Verdict, sha256: str, *, release: str, head: str, score: float, label: Label) -> ShadowScore:
+    by = verdict.provenance
+    assert verdict.label is not None and verdict.score is not None  # noqa: S101, PT018 - it was judged
+    return ShadowScore(
+        job_id=verdict.job_id,
+        revision=verdict.revision,
+        sha256=sha256,
+        release=release,
+        head=head,
+        score=score,
+        label=label,
+        champion=by.release or "",
+        champion_head=by.head or "",
+        champion_score=verdict.score,
+        champion_label=verdict.label,
+        tenant=verdict.tenant,
+        content_type=verdict.content_type,
+    )
