@@ -1,8 +1,8 @@
 """The starter encoder: a miniature that two cores train on toy records, for the demonstration and for tests.
 
 `python -m bench.starter DIRECTORY` writes records, trains (or resumes), and writes encoder and report into
-`code_worker/demo/starter`; it takes about an hour on one core. `--full` trains ViT-Tiny on the same recipe, for which a
-GPU is wanted, and keeps the result in the directory.
+`code_worker/demo/starter`; it takes about an hour on one core. `--full` trains ViT-Tiny on the same recipe, for which
+a GPU is wanted, and keeps the result in the directory.
 """
 
 from __future__ import annotations
