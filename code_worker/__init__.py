@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from code_worker._version import __version__
 
 if TYPE_CHECKING:
-    from code_worker.client import enqueue, enqueue_many, verdict
+    from code_worker.client import enqueue, enqueue_many, label, verdict
     from code_worker.heads import Head, HeadSpec
     from code_worker.hookspecs import hookimpl
     from code_worker.types import Job, Label, Outcome, RejectReason, Verdict
@@ -31,6 +31,7 @@ __all__ = [
     "enqueue_many",
     "hookimpl",
     "install",
+    "label",
     "verdict",
 ]
 
@@ -47,6 +48,7 @@ _HOMES = {
     "enqueue_many": "code_worker.client",
     "hookimpl": "code_worker.hookspecs",
     "install": "code_worker.worker.app",
+    "label": "code_worker.client",
     "verdict": "code_worker.client",
 }
 

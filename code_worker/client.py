@@ -1,4 +1,4 @@
-"""What producers import: enqueue images and look verdicts up; no model code, no boto3, no numpy."""
+"""What producers import: enqueue images, look verdicts up, label; no model code, and no boto3 or numpy to enqueue."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from code_worker.store import jobs, migrate, verdicts
 from code_worker.store.engine import open_store
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from code_worker.data.labelling import Labelled, Labeller
     from code_worker.doorbell import Doorbell
     from code_worker.types import Verdict
 
-__all__ = ["Client", "enqueue", "enqueue_many", "verdict"]
+__all__ = ["Client", "enqueue", "enqueue_many", "label", "verdict"]
 
 log = get_logger(__name__)
 _ROWS_PER_TRANSACTION = 1024
@@ -46,6 +49,7 @@ class Client:
         self._store = open_store(self._settings.resolved_database_url)
         migrate.require_current(self._store)
         self._bell: Doorbell | None = None
+        self._labelling: Labeller | None = None
         self._rest_until = 0.0
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
@@ -105,6 +109,44 @@ class Client:
         """The live verdict of a job; None until it is decided, or when there is no such job."""
         return self._store.run(lambda session: verdicts.live(session, job_id), write=False)
 
+    def label(
+        self,
+        target: str,
+        label: str,
+        *,
+        generator: str | None = None,
+        by: str | None = None,
+        collection: str | None = None,
+        note: str = "",
+        at: datetime | None = None,
+    ) -> Labelled:
+        """Says that an image is real or generated, and keeps a copy of it; both are safe when this returns.
+
+        This process fetches the image, so it needs the extra `worker` and may read only what the settings allow.
+
+        Args:
+            target: URI, path, id of a job, or content hash of an image of which a copy is kept.
+            label: `real` or `fake`.
+            generator: what made a fake one, if known.
+            by: who says so; unset: the user that this process runs as.
+            collection: where the image came from: a data set, a channel.
+            note: free text.
+            at: when it was said; unset: now.
+
+        Returns:
+            Content hash and URI of the image, and whether this said anything new.
+
+        Raises:
+            ValueError: an argument that is out of range.
+            DatasetError: no such job, no copy of such a hash, or other bytes than the job judged.
+            ImageRejectedError: the image may not be read, is not there, or is no image.
+            TransientError: its source failed; try again.
+            StoreUnavailableError: the database could not be reached.
+        """
+        return self._labeller().label(
+            target, label, generator=generator, by=by, collection=collection, note=note, at=at
+        )
+
     def _accept(self, new: list[jobs.NewJob]) -> list[str]:
         ids = self._store.run(lambda session: jobs.accept(session, new))
         by_queue: dict[str, list[str]] = {}
@@ -136,16 +178,25 @@ class Client:
             self._bell = Doorbell.for_producer(self._settings)
         return self._bell
 
+    def _labeller(self) -> Labeller:
+        if self._labelling is None:
+            from code_worker.data.labelling import Labeller  # noqa: PLC0415 - numpy and Pillow: only for who labels
+
+            self._labelling = Labeller(self._settings, self._store)
+        return self._labelling
+
     def _forget(self) -> None:
         """In a forked child: the parent's connections are not ours to use, nor to close."""
-        _INHERITED.append(self._bell)
-        self._bell = None
+        _INHERITED.extend((self._bell, self._labelling))
+        self._bell = self._labelling = None
         self._store.engine.dispose(close=False)
 
     def close(self) -> None:
         """Closes the connections."""
         if self._bell is not None:
             self._bell.close()
+        if self._labelling is not None:
+            self._labelling.close()
         self._store.close()
 
 
@@ -208,3 +259,8 @@ def enqueue_many(items: Iterable[str | Mapping[str, Any]], **common: Any) -> lis
 def verdict(job_id: str) -> Verdict | None:
     """`Client.verdict` on the default client."""
     return _default().verdict(job_id)
+
+
+def label(target: str, label: str, **options: Any) -> Labelled:
+    """`Client.label` on the default client."""
+    return _default().label(target, label, **options)

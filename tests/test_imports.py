@@ -46,7 +46,7 @@ def modules_after(statement: str) -> set[str]:
         "import code_worker; code_worker.Head; code_worker.HeadSpec; code_worker.hookimpl",
         "import code_worker; code_worker.Job; code_worker.Verdict; code_worker.RejectReason",
         "import code_worker.errors, code_worker.types, code_worker.settings, code_worker.logs, code_worker.queues",
-        "import code_worker; code_worker.enqueue; code_worker.enqueue_many; code_worker.verdict",
+        "import code_worker; code_worker.enqueue; code_worker.enqueue_many; code_worker.verdict; code_worker.label",
         "import code_worker.client, code_worker.doorbell, code_worker.broker",
         "import code_worker; code_worker.install; code_worker.create_app",
         "import code_worker.cli.main",

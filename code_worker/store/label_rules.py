@@ -15,7 +15,6 @@ __all__ = ["RULES", "ResolvedLabel", "Said", "latest_of_each", "resolve_image"]
 class Said:
     """What a rule looks at of one statement; `at` is when it was said, `created_at` when it was written here."""
 
-    id: str
     sha256: str
     label: str
     generator: str | None
@@ -23,6 +22,7 @@ class Said:
     by: str
     at: datetime
     created_at: datetime
+    id: str = ""
 
     @property
     def content(self) -> tuple[str, str | None, str | None]:

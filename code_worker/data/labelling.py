@@ -1,0 +1,212 @@
+"""Labelling: the image is fetched, a copy is kept, and the statement names it by the hash of its bytes."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from code_worker.data.kept import KeptImages, open_kept
+from code_worker.errors import DatasetError
+from code_worker.images.decode import inspect
+from code_worker.images.source import Sources
+from code_worker.store import jobs, kept_images, labels, verdicts
+from code_worker.store.kept_images import KeptImage
+from code_worker.store.labels import NewLabel
+
+if TYPE_CHECKING:
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Session, Store
+
+__all__ = ["Found", "Labelled", "Labeller", "absolute", "labeller_name"]
+
+_HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
+_JOB: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_UNKNOWN: Final = "0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """What was labelled: content hash, where the image was, and whether that said anything new."""
+
+    sha256: str
+    uri: str
+    new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The image that somebody named, of which a copy is kept now; `uri` is where they said it is."""
+
+    image: KeptImage
+    uri: str
+    job_id: str | None = None
+
+
+class Labeller:
+    """Finds and keeps images and records what is said of them; safe to share between threads.
+
+    Args:
+        settings: limits, allow-list and dataset storage.
+        store: the ledger.
+        sources: where images come from; unset: as the settings say.
+        kept: dataset storage; unset: the one that the settings name.
+    """
+
+    def __init__(
+        self, settings: Settings, store: Store, *, sources: Sources | None = None, kept: KeptImages | None = None
+    ) -> None:
+        self._limits = settings.limits
+        self._store = store
+        self._sources = sources or Sources(settings)
+        self._kept = kept or open_kept(settings)
+
+    def label(
+        self,
+        target: str,
+        label: str,
+        *,
+        by: str | None = None,
+        generator: str | None = None,
+        collection: str | None = None,
+        note: str = "",
+        source: str = "api",
+        at: datetime | None = None,
+    ) -> Labelled:
+        """Says that an image is real or generated; when this returns, statement and copy are safe.
+
+        Args:
+            target: a URI or path, the id of a job, or the content hash of an image of which a copy is kept.
+            label: `real` or `fake`.
+            by: who says so; unset: the user that this process runs as.
+            generator: what made a fake one, if known.
+            collection: where the image came from, if known.
+            note: free text.
+            source: by which way it is said.
+            at: when it was said; unset: now.
+
+        Raises:
+            ValueError: an argument that cannot be stored; nothing was fetched.
+            DatasetError: no such job, no copy of such a hash, or other bytes than the job judged.
+            ImageRejectedError: the image may not be read, is not there, or is no image.
+            TransientError: its source failed; try again.
+        """
+        draft = NewLabel(
+            sha256=_UNKNOWN,
+            label=label,
+            by=labeller_name() if by is None else by,
+            source=source,
+            generator=generator,
+            collection=collection,
+            note=note,
+            at=at,
+        )
+        found = self.find(target)
+        new = replace(draft, sha256=found.image.sha256, uri=found.uri, job_id=found.job_id)
+        return Labelled(new.sha256, found.uri, self.record([new], [found.image]) > 0)
+
+    def find(self, target: str, *, sha256: str | None = None) -> Found:
+        """The image that a target names; a copy of it is kept afterwards, and only what is not kept is fetched.
+
+        Args:
+            target: as for `label`.
+            sha256: what the bytes at a URI must be.
+
+        Raises:
+            DatasetError, ImageRejectedError, TransientError: as `label`.
+            StorageError: the copy cannot be written.
+        """
+        if _HASH.fullmatch(target):
+            return self._copy(target.lower())
+        if _JOB.fullmatch(target):
+            return self._of_job(target)
+        return self._at(absolute(target), sha256)
+
+    def record(
+        self, new: Sequence[NewLabel], images: Sequence[KeptImage], rows: Mapping[str, str] | None = None
+    ) -> int:
+        """Writes statements, the images they are about and rows that were read, in one transaction.
+
+        Args:
+            new: statements, in the order said.
+            images: every image that they name and that `find` gave.
+            rows: keys of a file's rows and the content hashes they turned out to mean.
+
+        Returns:
+            How many statements said something new.
+        """
+
+        def write(session: Session) -> int:
+            kept_images.note_kept(session, images)
+            added = labels.add(session, new)
+            labels.note_imported(session, rows or {})
+            return added
+
+        return self._store.run(write)
+
+    def imported(self, keys: Sequence[str]) -> dict[str, str]:
+        """Content hashes of the images of rows that were read before, by the row's key."""
+        return self._store.run(lambda session: labels.imported(session, keys), write=False)
+
+    def close(self) -> None:
+        """Closes the connections to sources; a later call opens new ones."""
+        self._sources.close()
+
+    def _copy(self, sha256: str) -> Found:
+        if (image := self._known(sha256, uri=sha256)) is None:
+            raise DatasetError(f"no copy of image {sha256} is kept: label it by its URI or by a job that judged it")
+        return Found(image, image.uri)
+
+    def _of_job(self, job_id: str) -> Found:
+        verdict, job = self._store.run(
+            lambda session: (verdicts.live(session, job_id), jobs.get(session, job_id)), write=False
+        )
+        if job is None:
+            raise DatasetError(f"no job has the id {job_id}; a file of that name is written ./{job_id}")
+        found = self._at(job.uri, verdict.sha256 if verdict else None)
+        return replace(found, job_id=job.id)
+
+    def _at(self, uri: str, sha256: str | None) -> Found:
+        if sha256 is not None and (image := self._known(sha256, uri=uri)) is not None:
+            return Found(image, uri)
+        data = self._sources.fetch(uri).data
+        image = self._inspected(data, uri)
+        if sha256 is not None and image.sha256 != sha256:
+            raise DatasetError(
+                f"{uri} holds other bytes now ({image.sha256}) than those meant ({sha256}), of which no copy is "
+                "kept: label the URI itself to speak of what is there now"
+            )
+        self._kept.put(data)
+        return Found(image, uri)
+
+    def _known(self, sha256: str, *, uri: str) -> KeptImage | None:
+        if not self._kept.exists(sha256):
+            return None
+        noted = self._store.run(partial(kept_images.kept, hashes=[sha256]), write=False)
+        # A storage may be older than the database, or shared with another one.
+        return noted.get(sha256) or self._inspected(self._kept.read(sha256), uri)
+
+    def _inspected(self, data: bytes, uri: str) -> KeptImage:
+        facts = inspect(data, self._limits)
+        return KeptImage(facts.sha256, facts.size_bytes, facts.format, facts.width, facts.height, uri)
+
+
+def absolute(target: str) -> str:
+    """A URI as it is; a path independent of this process's directory."""
+    if "://" in target or target.startswith("file:"):
+        return target
+    return str(Path(target).absolute())
+
+
+def labeller_name() -> str:
+    """Who labels when nobody is named: the user of this process, or its number where it has no name."""
+    with suppress(KeyError, OSError):
+        return getpass.getuser()
+    return f"uid {os.getuid()}"
