@@ -1,0 +1,156 @@
+"""From the rows of a label file to statements: images fetched side by side, each row answered for by its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Final
+
+from code_worker.data.label_files.rows import Row
+from code_worker.data.labelling import Found, Labeller
+from code_worker.errors import (
+    CodeWorkerError,
+    DatasetError,
+    ImageRejectedError,
+    SourceCredentialsError,
+    StorageError,
+    TransientError,
+)
+from code_worker.queues import chunks
+from code_worker.store.kept_images import KeptImage
+from code_worker.store.labels import NewLabel
+
+__all__ = ["Imported", "import_rows"]
+
+_ROWS_PER_TRANSACTION: Final = 256
+_UNKNOWN: Final = "0" * 64
+_FATAL: Final = (StorageError, SourceCredentialsError)
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What became of some rows: how many, how many said something new, and the places of bad ones with the reason."""
+
+    rows: int
+    new: int
+    refused: list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A row that can be stored once its image is known."""
+
+    row: Row
+    key: str
+    label: NewLabel
+
+    @property
+    def target(self) -> tuple[str, str | None]:
+        """Where the image is, or its hash; and the hash that it must have."""
+        return self.row.uri or self.label.sha256, self.row.sha256
+
+
+def import_rows(
+    labeller: Labeller,
+    rows: Iterable[Row],
+    *,
+    name: str,
+    by: str,
+    collection: str | None = None,
+    threads: int,
+) -> Iterator[Imported]:
+    """Records the rows in transactions of 256 and says after each what became of them.
+
+    A row that was imported before is known by all that it says: nothing is fetched for it, even if its image is gone.
+
+    Args:
+        labeller: what finds and keeps the images.
+        rows: as a reader gives them.
+        name: the file's name, for the record.
+        by: who labelled, where a row does not say.
+        collection: where the images came from, where a row does not say.
+        threads: images fetched at the same time.
+
+    Raises:
+        StorageError, SourceCredentialsError: no row could go on; the good rows before it are recorded.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
+        for group in chunks(rows, _ROWS_PER_TRANSACTION):
+            outcomes = [_draft(row, name, by, collection) for row in group]
+            drafts = {one.key: one for one in outcomes if isinstance(one, _Draft)}
+            for key in labeller.imported(list(drafts)):
+                del drafts[key]
+            found = _find_all(labeller, pool, drafts.values())
+            new = _record(labeller, drafts.values(), found)
+            faults = {key: fault for key, one in drafts.items() if not isinstance(fault := found[one.target], Found)}
+            if fatal := next((fault for fault in faults.values() if isinstance(fault, _FATAL)), None):
+                raise fatal
+            yield Imported(len(group), new, list(_refused(group, outcomes, faults)))
+
+
+_Finds = Mapping[tuple[str, str | None], Found | CodeWorkerError]
+
+
+def _refused(
+    rows: Sequence[Row], outcomes: Sequence[_Draft | str], faults: Mapping[str, CodeWorkerError]
+) -> Iterator[tuple[str, str]]:
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if isinstance(outcome, str):
+            yield row.place, outcome
+        elif (fault := faults.get(outcome.key)) is not None:
+            yield row.place, str(fault)
+
+
+def _draft(row: Row, name: str, by: str, collection: str | None) -> _Draft | str:
+    """The row as a statement, or why it cannot be one."""
+    if row.problem:
+        return row.problem
+    try:
+        label = NewLabel(
+            sha256=row.sha256 or _UNKNOWN,
+            label=row.label,
+            by=row.by or by,
+            source=f"file:{name}",
+            generator=row.generator,
+            collection=row.collection or collection,
+            uri=row.uri,
+            note=row.note or "",
+            at=row.at,
+            from_file=True,
+        )
+    except ValueError as error:
+        return str(error)
+    return _Draft(row, _key(row, label), label)
+
+
+def _key(row: Row, label: NewLabel) -> str:
+    """Of all that a row says; without a time the same words in another file are another statement."""
+    when = label.source if label.at is None else label.at.timestamp()
+    said = [row.uri, row.sha256, label.by, *label.content, when]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _find_all(labeller: Labeller, pool: ThreadPoolExecutor, drafts: Iterable[_Draft]) -> _Finds:
+    """Each image once, however many rows are about it, or what is wrong with it."""
+
+    def find(target: tuple[str, str | None]) -> Found | CodeWorkerError:
+        try:
+            return labeller.find(target[0], sha256=target[1])
+        except (DatasetError, ImageRejectedError, TransientError) as error:
+            return error
+
+    targets = list(dict.fromkeys(draft.target for draft in drafts))
+    return dict(zip(targets, pool.map(find, targets), strict=True))
+
+
+def _record(labeller: Labeller, drafts: Iterable[_Draft], found: _Finds) -> int:
+    images, new, rows = dict[str, KeptImage](), list[NewLabel](), dict[str, str]()
+    for draft in drafts:
+        if isinstance(one := found[draft.target], Found):
+            images[one.image.sha256] = one.image
+            new.append(replace(draft.label, sha256=one.image.sha256, uri=one.uri))
+            rows[draft.key] = one.image.sha256
+    return labeller.record(new, list(images.values()), rows)

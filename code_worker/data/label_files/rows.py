@@ -1,0 +1,192 @@
+"""What every form of label file yields: rows, and what their words mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from code_worker.errors import ConfigurationError
+
+__all__ = ["FIELDS", "TARGETS", "Meaning", "Row", "RowError", "Words", "located", "moment", "row_of", "text_of"]
+
+TARGETS: Final = ("uri", "image", "path", "sha256")
+"""Names of the field that says which image is meant; the first that is there counts, `sha256` may stand beside it."""
+FIELDS: Final = (*TARGETS, "label", "generator", "collection", "by", "at", "note")
+_SHOWN: Final = 60
+
+
+class RowError(ValueError):
+    """What is wrong with one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One statement of a file, or what is wrong with it.
+
+    Attributes:
+        place: where it stands: `line 7`, `task 12`.
+        uri: which image; or None, and `sha256` says it.
+        sha256: content hash that it must have, if the row names one.
+        label: `real` or `fake`.
+        generator, collection, by, note: as the row says; None where it says nothing.
+        at: when it was said, if the row says so.
+        problem: why it cannot be used; then nothing else holds.
+    """
+
+    place: str
+    uri: str | None = None
+    sha256: str | None = None
+    label: str = ""
+    generator: str | None = None
+    collection: str | None = None
+    by: str | None = None
+    note: str | None = None
+    at: datetime | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a word of a file stands for."""
+
+    label: str
+    generator: str | None = None
+
+
+class Words:
+    """From the words that a file uses to `real` and `fake`, whatever their case.
+
+    Args:
+        mapping: `word=real`, `word=fake` or `word=fake:generator` each; they come before the words known anyway.
+
+    Raises:
+        ConfigurationError: an entry of another form, or two for one word.
+    """
+
+    def __init__(self, mapping: Iterable[str] = ()) -> None:
+        self._meanings: dict[str, Meaning] = {}
+        for entry in mapping:
+            word, meaning = _mapped(entry)
+            if self._meanings.setdefault(word, meaning) != meaning:
+                raise ConfigurationError(f"{word!r} is mapped to two meanings")
+        for word, label in (("real", "real"), ("fake", "fake"), ("generated", "fake")):
+            self._meanings.setdefault(word, Meaning(label))
+
+    def known(self, word: object) -> Meaning | None:
+        """What the word means, or None."""
+        return self._meanings.get(_folded(word))
+
+    def meaning(self, word: object) -> Meaning:
+        """What the word means.
+
+        Raises:
+            RowError: nobody said.
+        """
+        if (found := self.known(word)) is not None:
+            return found
+        if word is None or not _folded(word):
+            raise RowError("it has no label")
+        shown = _shown(word)
+        raise RowError(f"label {shown!r}: say what it means with --map {shown}=real or --map {shown}=fake")
+
+    def joint(self, words: Iterable[object]) -> Meaning:
+        """What several answers about one image mean together; those that are not about it are passed over.
+
+        Raises:
+            RowError: none of them is known, or they contradict each other.
+        """
+        given = list(words)
+        found = [meaning for word in given if (meaning := self.known(word)) is not None]
+        if not found:
+            return self.meaning(given[0] if given else None)
+        if len({meaning.label for meaning in found}) > 1:
+            raise RowError(f"it says both real and fake: {', '.join(map(_shown, given))}")
+        return Meaning(found[0].label, next((meaning.generator for meaning in found if meaning.generator), None))
+
+
+def _folded(word: object) -> str:
+    return str(word).strip().casefold()
+
+
+def _shown(word: object) -> str:
+    return str(word).strip()[:_SHOWN]
+
+
+def _mapped(entry: str) -> tuple[str, Meaning]:
+    word, _, meaning = entry.rpartition("=")
+    label, _, generator = meaning.partition(":")
+    label = label.strip().casefold()
+    if not _folded(word) or label not in {"real", "fake"} or (label == "real" and generator):
+        raise ConfigurationError(f"{entry!r} maps nothing: write WORD=real, WORD=fake or WORD=fake:GENERATOR")
+    return _folded(word), Meaning(label, generator.strip() or None)
+
+
+def row_of(place: str, fields: Mapping[str, Any], words: Words, base: str) -> Row:
+    """A row from named fields, as CSV and JSON lines have them; a field that nobody knows is passed over.
+
+    Args:
+        place: where it stands.
+        fields: its values by name.
+        words: what its label means.
+        base: where relative paths begin.
+    """
+    try:
+        meaning = words.meaning(fields.get("label"))
+        uri = next((target for name in TARGETS[:-1] if (target := text_of(fields, name))), None)
+        sha256 = text_of(fields, "sha256")
+        if uri is None and sha256 is None:
+            raise RowError(f"it names no image: one of {', '.join(TARGETS)} is needed")
+        return Row(
+            place,
+            uri=None if uri is None else located(uri, base),
+            sha256=sha256 and sha256.lower(),
+            label=meaning.label,
+            generator=text_of(fields, "generator") or meaning.generator,
+            collection=text_of(fields, "collection"),
+            by=text_of(fields, "by"),
+            note=text_of(fields, "note"),
+            at=moment(text_of(fields, "at")),
+        )
+    except RowError as error:
+        return Row(place, problem=str(error))
+
+
+def text_of(fields: Mapping[str, Any], name: str) -> str | None:
+    """A field's text; None where there is none; a number is taken as it is written.
+
+    Raises:
+        RowError: it is neither.
+    """
+    value = fields.get(name)
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise RowError(f"{name} must be text, not {_shown(value)!r}")
+
+
+def moment(value: str | None) -> datetime | None:
+    """A time in ISO 8601, UTC unless it says otherwise.
+
+    Raises:
+        RowError: it is none.
+    """
+    if value is None:
+        return None
+    try:
+        found = datetime.fromisoformat(value)
+    except ValueError:
+        raise RowError(f"{_shown(value)!r} is no time such as 2026-01-31T12:00:00Z") from None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def located(target: str, base: str) -> str:
+    """A URI or absolute path as it is; a relative one from `base`, a directory or an `s3://bucket/prefix`."""
+    if "://" in target or target.startswith(("file:", "/")):
+        return target
+    return f"{base.rstrip('/')}/{target}" if "://" in base else str(Path(base).absolute() / target)
