@@ -15,6 +15,7 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "beat": ("code_worker.cli.worker:beat", "Run the scheduler (one per deployment, supervised)."),
+    "calibrate": ("code_worker.cli.calibrate:calibrate", "Set thresholds by labelled images."),
     "data": ("code_worker.cli.data:data", "Look into labelled data sets, and pack them into shards."),
     "db": ("code_worker.cli.db:db", "Create, upgrade and inspect the database."),
     "demo": ("code_worker.cli.demo:demo", "Run the whole main job on a toy set and print what happened."),
@@ -22,12 +23,15 @@ _COMMANDS = {
     "enqueue": ("code_worker.cli.enqueue:enqueue", "Enqueue images: URIs, a prefix, or a list."),
     "heads": ("code_worker.cli.heads:heads", "List the heads that plugins offer."),
     "jobs": ("code_worker.cli.jobs:jobs", "List, show and retry jobs."),
+    "label": ("code_worker.cli.label:label", "Say that an image is real or fake."),
+    "labels": ("code_worker.cli.labels:labels", "Import, list and export labels, and show where they conflict."),
     "plugins": ("code_worker.cli.plugins:plugins", "List, create and check plugins."),
     "policies": ("code_worker.cli.policies:policies", "Show and set thresholds per tenant and content type."),
     "releases": ("code_worker.cli.releases:releases", "Import, verify, promote, watch and roll back releases."),
     "scan": ("code_worker.cli.scan:scan", "Judge images now, in this process, with no broker."),
     "shadow": ("code_worker.cli.shadow:shadow", "Compare the challenger with the champion."),
     "up": ("code_worker.cli.up:up", "Run the whole stack on this machine."),
+    "validate": ("code_worker.cli.validate:validate", "Measure a release on labelled images, and hold it to bounds."),
     "verdicts": ("code_worker.cli.verdicts:verdicts", "List, show and export verdicts."),
     "worker": ("code_worker.cli.worker:worker", "Run a moderation worker."),
 }

@@ -31,6 +31,8 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr
         "enqueue",
         "jobs",
         "jobs retry",
+        "label",
+        "labels import",
         "scan",
         "verdicts",
         "verdicts list",
