@@ -45,12 +45,11 @@ def job(*, full: bool) -> TrainingJob:
         patience=18,
         seed=1,
         from_scratch=True,
+        native=True,
     )
     if full:
-        return TrainingJob(name="starter-full", settings=settings, native=True, refuse_holdout=False)
-    return TrainingJob(
-        name="starter", encoder=MINIATURE, start="cosine", settings=settings, native=True, refuse_holdout=False
-    )
+        return TrainingJob(name="starter-full", settings=settings, refuse_holdout=False)
+    return TrainingJob(name="starter", encoder=MINIATURE, start="cosine", settings=settings, refuse_holdout=False)
 
 
 def prepare(directory: Path, *, full: bool) -> None:

@@ -119,9 +119,16 @@ class LabelSettings(_Section):
 class TrainingSettings(_Section):
     """How a retrain trains the encoder, and on what."""
 
-    epochs: int = Field(20, ge=1, description="Epochs at most.")
-    steps_per_epoch: int = Field(200, ge=1, description="Optimiser steps in an epoch.")
-    records: int = Field(256, ge=2, description="Records (one real and one generated image) in a step, per process.")
+    epochs: int | None = Field(None, ge=1, description="Epochs at most; unset: 20 on CUDA, 8 on a CPU.")
+    steps_per_epoch: int | None = Field(
+        None, ge=1, description="Optimiser steps in an epoch; unset: 200 on CUDA, 40 on a CPU."
+    )
+    records: int | None = Field(
+        None,
+        ge=2,
+        description="Records (one real and one generated image) in a step, per process; unset: 256 on CUDA, 48 on "
+        "a CPU.",
+    )
     accumulate: int = Field(1, ge=1, description="Parts in which a step's records are computed, to save memory.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak; from scratch the published one is 2e-3.")
     weight_decay: float = Field(2e-5, ge=0, description="AdamW's.")
@@ -130,6 +137,11 @@ class TrainingSettings(_Section):
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Average weights with this decay; unset: not.")
     new_share: float = Field(
         0.5, ge=0, le=1, description="Share of a step's fakes drawn from generators the champion never learned."
+    )
+    native: bool | None = Field(
+        None,
+        description="Views cut at native resolution, as inference sees images, instead of resized ones as published; "
+        "unset: for encoders smaller than the published one.",
     )
     from_scratch: bool = Field(False, description="Begin with fresh weights instead of the champion's.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -55,8 +56,7 @@ class TrainingJob(_Part):
         encoder: fields of `VitConfig` for fresh weights; empty: ViT-Tiny/16.
         start: how fresh weights are drawn: timm's way, or with a patch projection that begins as the whitened
             cosine transform of a patch, in which traces of generators stand out from the first step.
-        settings: the hyper-parameters.
-        native: views are cut at native resolution, as inference does, instead of being resized first.
+        settings: the hyper-parameters; see `for_device` for those left unset.
         refuse_holdout: refuse to learn from images that the hold-out rule sets aside; False only where the
             caller's items are split otherwise, such as the starter's photographs.
         device: as `Settings.device`.
@@ -73,7 +73,6 @@ class TrainingJob(_Part):
     encoder: dict[str, Any] = Field(default_factory=dict)
     start: Literal["timm", "cosine"] = "timm"
     settings: TrainingSettings = TrainingSettings()
-    native: bool = False
     refuse_holdout: bool = True
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -81,6 +80,33 @@ class TrainingJob(_Part):
     evaluated_items: int = Field(4000, ge=2)
     picture_every: int = Field(5, ge=0)
     limits: LimitSettings = LimitSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much a training computes."""
+
+    epochs: int
+    steps_per_epoch: int
+    records: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps at most."""
+        return self.epochs * self.steps_per_epoch
+
+
+_SCALES: Final = {"cuda": Scale(20, 200, 256), "cpu": Scale(8, 40, 48)}
+
+
+def for_device(settings: TrainingSettings, device: str) -> Scale:
+    """The scale that the settings ask for; what they leave unset is what the device can do in hours, not days."""
+    usual = _SCALES["cuda" if device.startswith("cuda") else "cpu"]
+    return Scale(
+        settings.epochs or usual.epochs,
+        settings.steps_per_epoch or usual.steps_per_epoch,
+        settings.records or usual.records,
+    )
 
 
 def write_job(directory: Path, job: TrainingJob, train: Iterable[Item], holdout: Iterable[Item]) -> None:

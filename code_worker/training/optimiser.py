@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from code_worker.settings import TrainingSettings
+    from code_worker.training.job import Scale
 
 __all__ = ["WARMUP_FROM", "WeightAverage", "learning_rate", "make_optimiser", "set_learning_rate"]
 
@@ -29,13 +30,12 @@ def make_optimiser(model: nn.Module, settings: TrainingSettings, *, fused: bool)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused or None)
 
 
-def learning_rate(step: int, settings: TrainingSettings) -> float:
+def learning_rate(step: int, settings: TrainingSettings, scale: Scale) -> float:
     """Rate of a step (from 0): linear from 1e-6 over the warm-up, then half a cosine down to 0 at the last step."""
-    total = settings.epochs * settings.steps_per_epoch
-    warmup = min(round(settings.warmup_epochs * settings.steps_per_epoch), total - 1)
+    warmup = min(round(settings.warmup_epochs * scale.steps_per_epoch), scale.steps - 1)
     if step < warmup:
         return WARMUP_FROM + (settings.learning_rate - WARMUP_FROM) * step / warmup
-    done = (step - warmup) / max(1, total - warmup)
+    done = (step - warmup) / max(1, scale.steps - warmup)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,8 +78,10 @@ def _train(directory: Path, job: TrainingJob) -> None:
 def _encoder(job: TrainingJob) -> TrainableEncoder:
     if job.initial is not None:
         return TrainableEncoder.from_weights(read_weights(Path(job.initial)))
+    # JSON knows no tuples.
+    described: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in job.encoder.items()}
     try:
-        config = VitConfig(**job.encoder)
+        config = VitConfig(**described)
     except TypeError as error:
         raise ConfigurationError(f"encoder of the training job: {error}") from error
     return TrainableEncoder.fresh(config, seed=job.settings.seed, start=job.start)

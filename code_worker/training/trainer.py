@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ from code_worker.encoder.weights import EncoderWeights
 from code_worker.logs import get_logger
 from code_worker.training.batches import BatchMaker, ImageCache, batches
 from code_worker.training.checkpoints import resume_state, write_checkpoint
+from code_worker.training.job import for_device
 from code_worker.training.measure import Measured, Measurer, spread
-from code_worker.training.network import TrainableEncoder
 from code_worker.training.objective import VIEWS
 from code_worker.training.optimiser import WeightAverage, learning_rate, make_optimiser, set_learning_rate
 from code_worker.training.processes import broadcast_weights, lead_decides
@@ -21,12 +22,14 @@ from code_worker.training.record import Record
 from code_worker.training.sampling import RecordSampler
 from code_worker.training.step import DivergenceWatch, Stepper, chance_loss, resolve_precision
 from code_worker.training.views import ViewSettings
+from code_worker.types import IMAGE_SIZE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from code_worker.plugins import Plugins
     from code_worker.training.job import Item, TrainingJob
+    from code_worker.training.network import TrainableEncoder
     from code_worker.training.processes import World
 
 __all__ = ["Trainer"]
@@ -62,6 +65,7 @@ class Trainer:
         self._encoder = encoder
         broadcast_weights(encoder, world)
         device = encoder.mean.device.type
+        self._scale = for_device(job.settings, device)
         self._optimiser = make_optimiser(encoder, job.settings, fused=device == "cuda")
         self._stepper = Stepper(
             encoder,
@@ -73,13 +77,13 @@ class Trainer:
             compiled=job.compile if job.compile is not None else device == "cuda",
         )
         self._average = WeightAverage(encoder, job.settings.ema_decay) if job.settings.ema_decay else None
-        self._watch = DivergenceWatch(chance_loss(job.settings.records * world.size))
+        self._watch = DivergenceWatch(chance_loss(self._scale.records * world.size))
         self._cache = ImageCache(train, job.limits)
         self._maker = BatchMaker(
             self._cache,
             RecordSampler(train, new_share=job.settings.new_share),
-            ViewSettings(size=encoder.config.image_size, resize=not job.native),
-            records=job.settings.records,
+            ViewSettings(size=encoder.config.image_size, resize=not self._is_native()),
+            records=self._scale.records,
             seed=job.settings.seed,
             rank=world.rank,
         )
@@ -103,7 +107,7 @@ class Trainer:
     def run(self) -> bool:
         """Trains to the end or to the best epoch; False when it was stopped before, its state kept."""
         self._resume()
-        per_epoch, total = self._settings.steps_per_epoch, self._settings.epochs * self._settings.steps_per_epoch
+        per_epoch, total = self._scale.steps_per_epoch, self._scale.steps
         while self.step < total and not self._is_patience_over():
             end = min(total, (self.step // per_epoch + 1) * per_epoch)
             stopped = self._train_until(end)
@@ -137,7 +141,7 @@ class Trainer:
         return False
 
     def _advance(self, batch: Tensor) -> None:
-        set_learning_rate(self._optimiser, learning_rate(self.step, self._settings))
+        set_learning_rate(self._optimiser, learning_rate(self.step, self._settings, self._scale))
         self._watch.see(self._stepper(batch, self.step), self.step)
         if self._average is not None:
             self._average.update(self._encoder)
@@ -145,11 +149,11 @@ class Trainer:
 
     def _say_progress(self, steps_per_s: float) -> None:
         assert self._record is not None  # noqa: S101 - only the leading process speaks
-        total = self._settings.epochs * self._settings.steps_per_epoch
-        images = self._settings.records * len(VIEWS) * self._world.size
+        total = self._scale.steps
+        images = self._scale.records * len(VIEWS) * self._world.size
         self._record.progress(
             stage="training",
-            epoch=self.step // self._settings.steps_per_epoch + 1,
+            epoch=self.step // self._scale.steps_per_epoch + 1,
             step=self.step,
             steps=total,
             loss=self._watch.smooth,
@@ -185,8 +189,13 @@ class Trainer:
 
     def _is_patience_over(self) -> bool:
         """Whether the linear head has not become better for too many epochs; the leading process knows."""
-        epoch = self.step // self._settings.steps_per_epoch
+        epoch = self.step // self._scale.steps_per_epoch
         return lead_decides(epoch - self._best["epoch"] >= self._settings.patience, self._world)
+
+    def _is_native(self) -> bool:
+        """An encoder of small images would see no trace in a photograph that was resized to them."""
+        native = self._settings.native
+        return self._encoder.config.image_size < IMAGE_SIZE if native is None else native
 
     @property
     def _device(self) -> str:
@@ -214,9 +223,13 @@ class Trainer:
             "best_epoch": self._best["epoch"],
             "linear": self._best["linear"],
             "steps": self.step,
-            "stopped_early": self.step < self._settings.epochs * self._settings.steps_per_epoch,
+            "stopped_early": self.step < self._scale.steps,
             "history": self._history,
-            "settings": self._settings.model_dump(mode="json"),
+            "settings": {
+                **self._settings.model_dump(mode="json"),
+                **asdict(self._scale),
+                "native": self._is_native(),
+            },
             "broken": self._record.broken(self._cache.broken),
         }
 

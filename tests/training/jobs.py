@@ -62,7 +62,6 @@ def small_job(name: str = "test", **settings: Any) -> TrainingJob:
         name=name,
         encoder=MINIATURE,
         start="cosine",
-        native=True,
         picture_every=0,
         device="cpu",
         settings=TrainingSettings(**{**usual, **settings}),

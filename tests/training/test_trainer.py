@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,16 @@ from code_worker.errors import DivergedError, TrainingError
 from code_worker.plugins import load_plugins
 from code_worker.settings import Settings, TrainingSettings
 from code_worker.training.checkpoints import latest_checkpoint, write_checkpoint
-from code_worker.training.job import HOLDOUT_FILE, TRAIN_FILE, Item, TrainingJob, read_items, read_job, write_job
+from code_worker.training.job import (
+    HOLDOUT_FILE,
+    TRAIN_FILE,
+    Item,
+    TrainingJob,
+    for_device,
+    read_items,
+    read_job,
+    write_job,
+)
 from code_worker.training.network import TrainableEncoder, cosine_projection
 from code_worker.training.optimiser import WARMUP_FROM, learning_rate
 from code_worker.training.process import main
@@ -279,7 +289,9 @@ def test_64_records_without_augmentation_are_learned_by_heart() -> None:
 
 def test_the_rate_warms_up_and_falls_to_nothing() -> None:
     settings = TrainingSettings(epochs=10, steps_per_epoch=10, warmup_epochs=2, learning_rate=1e-3)
-    rates = [learning_rate(step, settings) for step in range(100)]
+    scale = for_device(settings, "cpu")
+    rates = [learning_rate(step, settings, scale) for step in range(scale.steps)]
+    assert len(rates) == 100
     assert rates[0] == WARMUP_FROM
     assert rates[20] == max(rates) == 1e-3
     assert all(one < other for one, other in pairwise(rates[:21]))
@@ -337,8 +349,23 @@ def test_the_network_gives_the_embeddings_that_workers_compute() -> None:
     np.testing.assert_allclose(found, expected[:, :48], atol=2e-5)
 
 
+def test_what_is_left_unset_is_what_the_device_can_do() -> None:
+    slow, fast = (for_device(TrainingSettings(), device) for device in ("cpu", "cuda:1"))
+    assert slow.steps * slow.records * 50 < fast.steps * fast.records
+    asked = for_device(TrainingSettings(epochs=3, steps_per_epoch=7, records=5), "cuda")
+    assert (asked.epochs, asked.steps_per_epoch, asked.records, asked.steps) == (3, 7, 5, 21)
+
+
+def test_fresh_weights_are_drawn_for_the_encoder_of_a_release(tmp_path: Path) -> None:
+    # A run writes the whole configuration of its champion, whose tuples JSON knows as lists.
+    job = small_job(epochs=1, steps_per_epoch=1).model_copy(update={"encoder": asdict(VitConfig(**MINIATURE))})
+    directory = write_small_job(tmp_path / "job", job)
+    assert main([str(directory)]) == 0
+    assert read_weights(directory / "result").config == VitConfig(**MINIATURE)
+
+
 def test_a_job_reads_back_as_it_was_written(tmp_path: Path) -> None:
-    job = TrainingJob(name="one", encoder=MINIATURE, native=True)
+    job = TrainingJob(name="one", encoder=MINIATURE)
     train, holdout = items((0, None, "a", False)), items((1, "sd-1.4", None, True))
     write_job(tmp_path, job, train, holdout)
     assert read_job(tmp_path) == job
