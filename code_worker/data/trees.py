@@ -75,22 +75,30 @@ def bucket_examples(prefix: str, sources: Sources, *, skipped: list[Skipped]) ->
         raise DatasetError(f"cannot list {prefix}: {error}") from error
 
 
-def _walk(directory: Path, skipped: list[Skipped]) -> Iterator[Path]:
-    try:
-        with os.scandir(directory) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        skipped.append(Skipped(printable(str(directory)), f"cannot be listed: {error.strerror}"))
-        return
-    for entry in entries:
-        if entry.name.startswith((".", "__MACOSX")):
+def _walk(root: Path, skipped: list[Skipped]) -> Iterator[Path]:
+    # A stack of our own: directories can be nested deeper than Python calls.
+    pending = [iter(_entries(str(root), skipped))]
+    while pending:
+        entry = next(pending[-1], None)
+        if entry is None:
+            pending.pop()
+        elif entry.name.startswith((".", "__MACOSX")):
             continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path), skipped)
+        elif entry.is_dir(follow_symlinks=False):
+            pending.append(iter(_entries(entry.path, skipped)))
         elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
             yield Path(entry.path)
         elif entry.is_symlink() and Path(entry.path).is_dir():
             skipped.append(Skipped(printable(entry.path), "a link to a directory, which is not followed"))
+
+
+def _entries(directory: str, skipped: list[Skipped]) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        skipped.append(Skipped(printable(directory), f"cannot be listed: {error.strerror}"))
+        return []
 
 
 def _example(

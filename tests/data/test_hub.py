@@ -13,7 +13,7 @@ from code_worker.data.examples import FAKE, REAL, Example, Skipped
 from code_worker.data.hub import RealUrls, parquet_examples
 from code_worker.data.open import open_examples
 from code_worker.data.urls import UrlSource
-from code_worker.errors import ConfigurationError, DatasetError
+from code_worker.errors import ConfigurationError, DatasetError, ImageRejectedError
 from code_worker.settings import LimitSettings, Settings
 from tests.data.shard_files import picture
 
@@ -106,7 +106,7 @@ def test_real_images_are_read_by_url_only_when_asked_for_and_only_so_many(tmp_pa
     assert [example.group for example in reals] == [f"{tmp_path.name}#r1", f"{tmp_path.name}#r3"]
     asked, _ = read(path, real_urls=1)
     (real,) = (example for example in asked if example.label == REAL)
-    with pytest.raises(Exception, match=r"10\.0\.0\.1 is not on the public internet"):
+    with pytest.raises(ImageRejectedError, match=r"10\.0\.0\.1 is not on the public internet"):
         real.read()
 
 

@@ -168,6 +168,18 @@ def test_a_tree_may_itself_be_named_by_a_link(tmp_path: Path) -> None:
     assert example.read() == b"real/1.jpg"
 
 
+def test_directories_nested_deeper_than_python_calls_are_walked(tmp_path: Path) -> None:
+    tree(tmp_path / "t", "real/1.jpg")
+    deep = str(tmp_path / "t" / "real")
+    for _ in range(1010):
+        deep += "/d"
+        os.mkdir(deep)  # noqa: PTH102 - a Path of a thousand parts is slow
+    examples, skipped = read(tmp_path / "t")
+    os.removedirs(deep)  # what removes old test directories calls itself for each level
+    assert len(examples) == 1
+    assert not skipped
+
+
 def test_a_name_that_is_no_text_is_read_and_shown_escaped(tmp_path: Path) -> None:
     directory = tree(tmp_path / "t", "real/1.jpg") / "real"
     Path(os.fsdecode(os.fsencode(directory) + b"/\xff\n.jpg")).write_bytes(b"odd")
