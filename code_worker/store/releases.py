@@ -115,9 +115,10 @@ def _info(row: RowMapping) -> ReleaseInfo:
     return ReleaseInfo(**row)
 
 
-def alias(session: Session, name: str) -> str | None:
-    """Id of the release that the alias points to, or None."""
-    return session.scalar(select(_ALIASES.c.release_id).where(_ALIASES.c.name == name))
+def alias(session: Session, name: str, *, lock: bool = False) -> str | None:
+    """Id of the release that the alias points to, or None; locked, it stays there until the transaction ends."""
+    statement = select(_ALIASES.c.release_id).where(_ALIASES.c.name == name)
+    return session.scalar(statement.with_for_update() if lock else statement)
 
 
 def aliases(session: Session) -> dict[str, str]:

@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
 from code_worker.errors import RunLostError, StoreError
+from code_worker.store import releases
 from code_worker.store.ids import as_uuid
-from code_worker.store.models import AliasMoveRow, RunMetricsRow, RunRow, db_now, db_now_plus
+from code_worker.store.models import AliasMoveRow, RunMetricsRow, RunRow, SnapshotRow, db_now, db_now_plus
 from code_worker.store.releases import CHAMPION
 from code_worker.store.sql import insert_into, insert_new, plain, table_of
 
@@ -23,6 +24,7 @@ __all__ = [
     "Run",
     "RunMetrics",
     "add_metrics",
+    "concluded",
     "finish",
     "get",
     "hold",
@@ -32,6 +34,7 @@ __all__ = [
     "list_runs",
     "metrics",
     "note",
+    "promote",
     "release_owner",
     "running",
     "start",
@@ -41,6 +44,7 @@ __all__ = [
 _RUNS = table_of(RunRow)
 _METRICS = table_of(RunMetricsRow)
 _MOVES = table_of(AliasMoveRow)
+_SNAPSHOTS = table_of(SnapshotRow)
 _MAX_REASON: Final = 2000
 _LAPSED_S: Final = -10 * 365 * 86_400.0
 ENDED: Final = ("promoted", "rejected", "failed", "skipped")
@@ -182,6 +186,39 @@ def finish(
     _write(session, lease, {**columns, "finished_at": db_now()})
 
 
+def promote(
+    session: Session,
+    lease: Lease,
+    release: str,
+    *,
+    champion: str | None,
+    by: str,
+    reasons: Sequence[str],
+    report: Mapping[str, Any],
+    challenge: bool = False,
+) -> bool:
+    """Ends the run and makes its release the champion, both or neither; with `challenge` the challenger.
+
+    Nothing happens, and it returns False, when the champion is not the one that the release was compared with.
+
+    Raises:
+        RunLostError: as `hold`.
+        StoreError: there is no such release.
+    """
+    if session.scalar(_mine(lease, _RUNS.c.state == "promoted")) is not None:
+        return True  # the commit was done, its answer lost
+    hold(session, lease)
+    if releases.alias(session, CHAMPION, lock=True) != champion:
+        return False
+    reason = f"run {lease.run_id}"
+    if challenge:
+        releases.challenge(session, release, by=by, reason=reason)
+    elif releases.move_alias(session, CHAMPION, release, by=by, reason=reason) != champion:
+        raise StoreError("the champion was moved by somebody else just now")
+    finish(session, lease, "promoted", reasons=reasons, report=report)
+    return True
+
+
 def let_go(session: Session, lease: Lease) -> None:
     """Leaves the run to the next process, which needs not wait; an attempt that ends in order does not count.
 
@@ -246,6 +283,13 @@ def learned(session: Session) -> Run | None:
     """The last run whose candidate was made the champion at some time, by the gate or by a person."""
     champions = select(_MOVES.c.release_id).where(_MOVES.c.alias == CHAMPION, _MOVES.c.undoes.is_(None))
     return _one(session, _RUNS.c.candidate.in_(champions), _RUNS.c.snapshot_id.is_not(None))
+
+
+def concluded(session: Session, *, kind: str, digest: str) -> Run | None:
+    """The last run of this kind that came to a judgement on a snapshot of this digest."""
+    alike = select(_SNAPSHOTS.c.id).where(_SNAPSHOTS.c.digest == digest)
+    judged = _RUNS.c.state.in_(("promoted", "rejected"))
+    return _one(session, _RUNS.c.kind == kind, judged, _RUNS.c.snapshot_id.in_(alike))
 
 
 def list_runs(

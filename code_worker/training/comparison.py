@@ -1,0 +1,147 @@
+"""Candidate and champion on identical images: what the gate decides by, and what a manifest reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from code_worker.data.examples import REAL
+from code_worker.errors import TrainingError
+from code_worker.releases.golden import checked_scores
+from code_worker.training.encoded import CONDITIONS, Rows, matrix
+from code_worker.training.gate import GateInputs, Opinion
+from code_worker.training.metrics import figures
+from code_worker.training.noise import Noise, label_noise
+from code_worker.training.snapshot import UNNAMED
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from code_worker.heads import Head
+    from code_worker.releases.manifest import Thresholds
+    from code_worker.training.snapshot import Member, Snapshot
+
+__all__ = ["Side", "gate_inputs", "labels_of", "measured"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Side:
+    """A release, and the snapshot through its encoder.
+
+    Attributes:
+        release: its id.
+        encoder_sha256: equal ones give equal embeddings.
+        heads: its fitted heads.
+        head: the one that decides.
+        thresholds: where it decides.
+        rows: condition → embeddings; the first condition's are of the whole snapshot, the others' of the hold-out.
+    """
+
+    release: str
+    encoder_sha256: str
+    heads: Mapping[str, Head]
+    head: str
+    thresholds: Thresholds
+    rows: Mapping[str, Rows]
+
+    @property
+    def clean(self) -> Rows:
+        """Embeddings of the images as they are."""
+        return self.rows[CONDITIONS[0].key]
+
+    def opinion(self, members: Sequence[Member]) -> Opinion:
+        """Scores of every head under every condition.
+
+        Raises:
+            ArtifactError: a head does not keep its contract.
+        """
+        scores = {
+            condition: {name: checked_scores(name, head, matrix(members, rows)) for name, head in self.heads.items()}
+            for condition, rows in self.rows.items()
+        }
+        return Opinion(self.release, self.head, (self.thresholds.low, self.thresholds.high), scores)
+
+
+def labels_of(members: Sequence[Member]) -> NDArray[np.int8]:
+    """`(n,) int8`."""
+    return np.array([member.label for member in members], dtype=np.int8)
+
+
+def gate_inputs(snapshot: Snapshot, candidate: Side, champion: Side | None, *, min_holdout: int) -> GateInputs:
+    """The hold-out as both see it, without what one of them could not read or decode under every condition.
+
+    Raises:
+        TrainingError: the candidate lacks the head that is to decide.
+        ArtifactError: a head does not keep its contract.
+    """
+    sides = [side for side in (candidate, champion) if side is not None]
+    for side in sides:
+        if side.head not in side.heads:
+            raise TrainingError(f"{side.release} has no head {side.head!r} to decide with")
+    members = [
+        member
+        for member in snapshot.holdout
+        if all(member.sha256 in rows for side in sides for rows in side.rows.values())
+    ]
+    return GateInputs(
+        labels=labels_of(members),
+        generators=tuple(member.generator for member in members),
+        new=np.array([member.new for member in members], dtype=np.bool_),
+        candidate=candidate.opinion(members),
+        champion=None if champion is None else champion.opinion(members),
+        noise=_noise(snapshot, candidate, champion),
+        min_holdout=min_holdout,
+    )
+
+
+def _noise(snapshot: Snapshot, candidate: Side, champion: Side | None) -> tuple[Noise, ...]:
+    """The smaller of what both encoders say: what only one of them cannot tell apart is not labelled wrongly.
+
+    Embeddings of an encoder that learned from these labels speak for images of the hold-out alone.
+    """
+    same = champion is not None and champion.encoder_sha256 == candidate.encoder_sha256
+    own = _noise_seen_by(snapshot, candidate, learned=not same)
+    if champion is None or same:
+        return own
+    others = _noise_seen_by(snapshot, champion, learned=False)
+    return tuple(_smaller(one, other) for one, other in zip(own, others, strict=True))
+
+
+def _noise_seen_by(snapshot: Snapshot, side: Side, *, learned: bool) -> tuple[Noise, ...]:
+    members = [member for member in snapshot.members if member.sha256 in side.clean]
+    embeddings, labels = matrix(members, side.clean), labels_of(members)
+    honest = np.array([member.holdout or not learned for member in members], dtype=np.bool_)
+    new = np.array([member.new for member in members], dtype=np.bool_)
+    return (
+        *label_noise(embeddings, labels, honest, among="all images"),
+        *label_noise(embeddings, labels, honest & new, among="new images"),
+    )
+
+
+def _smaller(one: Noise, other: Noise) -> Noise:
+    known = [noise for noise in (one, other) if noise.share is not None]
+    return min(known, key=lambda noise: noise.share or 0.0, default=one)
+
+
+def measured(members: Sequence[Member], opinion: Opinion) -> dict[str, Any]:
+    """Figures of every head under every condition, overall and per group, for the candidate's manifest."""
+    labels = labels_of(members)
+    groups: dict[str, list[int]] = {}
+    for place, member in enumerate(members):
+        groups.setdefault("real" if member.label == REAL else member.generator or UNNAMED, []).append(place)
+    return {
+        condition: {
+            head: {
+                "overall": figures(labels, scores, threshold=opinion.threshold),
+                "groups": {
+                    name: figures(labels[places], scores[places], threshold=opinion.threshold)["accuracy"]
+                    for name, places in sorted(groups.items())
+                },
+            }
+            for head, scores in by_head.items()
+        }
+        for condition, by_head in opinion.scores.items()
+    }

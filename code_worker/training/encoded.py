@@ -1,0 +1,147 @@
+"""The images of a snapshot through one encoder: embeddings, looked up where these bytes were encoded before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from code_worker.data.examples import Example, Skipped
+from code_worker.errors import DatasetError, StorageError, TrainingError
+from code_worker.moderation.lazy import LazyEmbedder
+from code_worker.moderation.load import embedding_key
+from code_worker.store import embeddings
+from code_worker.training.embed import embed_examples
+from code_worker.training.robustness import CLEAN, PRESETS, Condition, make_crop
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from code_worker.data.kept import KeptImages
+    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.moderation.runtime import Embedder
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Store
+    from code_worker.training.snapshot import Member
+
+__all__ = ["CONDITIONS", "Encoder", "Rows", "Seen", "check_readable", "matrix", "open_encoder"]
+
+CONDITIONS: Final = (CLEAN, PRESETS["delivery"][1])
+"""Under which candidate and champion are compared: as the files are, and as a feed delivers them."""
+Rows = Mapping[str, "NDArray[np.float32]"]
+"""Content hash → `(192,) float32`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """Embeddings of those images that could be read, and the others with the reason."""
+
+    rows: Rows
+    skipped: tuple[Skipped, ...]
+
+
+def matrix(members: Sequence[Member], rows: Rows) -> NDArray[np.float32]:
+    """`(n, 192) float32` in the order of the members, all of which must have a row."""
+    found = [rows[member.sha256] for member in members]
+    return np.stack(found) if found else np.empty((0, 192), np.float32)
+
+
+class Encoder:
+    """One encoder over the kept copies of labelled images."""
+
+    def __init__(self, embedder: Embedder, *, key: str, settings: Settings, store: Store, kept: KeptImages) -> None:
+        self._embedder = embedder
+        self._key = key
+        self._settings = settings
+        self._store = store
+        self._kept = kept
+
+    def see(
+        self,
+        members: Sequence[Member],
+        condition: Condition = CLEAN,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> Seen:
+        """Embeds the members' kept copies; without a transform these embeddings are kept for later.
+
+        Raises:
+            TrainingError: the dataset storage cannot be read at all, so that no image is to blame.
+            TransientError: the device failed.
+        """
+        transform = condition.transform
+        done = embed_examples(
+            (self._example(member) for member in members),
+            self._embedder,
+            self._settings.limits,
+            known=self._known,
+            keep=self._keep,
+            crop=None if transform is None else make_crop(transform, self._settings.limits),
+            threads=self._settings.worker.fetch_threads,
+            progress=progress,
+        )
+        pairs = zip(done.examples, done.embeddings, strict=True)
+        return Seen({example.sha256 or "": row for example, row in pairs}, done.skipped)
+
+    def _example(self, member: Member) -> Example:
+        return Example(
+            key=member.sha256,
+            label=member.label,
+            read=partial(self._read, member.sha256),
+            generator=member.generator,
+            collection=member.collection,
+            sha256=member.sha256,
+        )
+
+    def _read(self, sha256: str) -> bytes:
+        try:
+            return self._kept.read(sha256)
+        except StorageError as error:
+            raise TrainingError(f"the labelled images cannot be read: {error}") from error
+
+    def _known(self, hashes: Sequence[str]) -> Mapping[str, bytes]:
+        return self._store.run(lambda session: embeddings.known(session, self._key, hashes), write=False)
+
+    def _keep(self, vectors: Mapping[str, bytes]) -> None:
+        if self._settings.worker.store_embeddings:
+            self._store.run(lambda session: embeddings.keep(session, self._key, vectors))
+
+
+@contextmanager
+def open_encoder(
+    weights: EncoderWeights, encoder_sha256: str, *, settings: Settings, store: Store, kept: KeptImages
+) -> Iterator[Encoder]:
+    """The encoder on its device, from the first image that must be encoded until the block ends.
+
+    Raises:
+        ConfigurationError: a device or precision that this machine lacks.
+    """
+    with closing(LazyEmbedder(partial(_start, weights, settings))) as embedder:
+        key = embedding_key(encoder_sha256, settings.precision)
+        yield Encoder(embedder, key=key, settings=settings, store=store, kept=kept)
+
+
+def _start(weights: EncoderWeights, settings: Settings) -> Any:
+    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: the trainer waits for a run without it
+    from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
+
+    engine = Engine(weights, device=settings.device, precision=settings.precision)
+    engine.warm_up()
+    worker = settings.worker
+    return EncoderLoop(engine, streams=worker.streams, micro_batch=worker.micro_batch, linger_ms=worker.linger_ms)
+
+
+def check_readable(members: Sequence[Member], seen: Seen) -> None:
+    """Whether enough of a snapshot is still there to speak for all of it.
+
+    Raises:
+        DatasetError: less than half of its images can be read; the text quotes one reason.
+    """
+    if 2 * len(seen.rows) < len(members):
+        reason = seen.skipped[0].reason if seen.skipped else "they are gone"
+        raise DatasetError(
+            f"{len(members) - len(seen.rows)} of {len(members)} labelled images cannot be read, one because: {reason}"
+        )

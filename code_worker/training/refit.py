@@ -1,0 +1,149 @@
+"""Fits every head on the embeddings of a snapshot and builds a release of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from code_worker.data.examples import REAL
+from code_worker.data.holdout import refuse_holdout
+from code_worker.errors import ArtifactError, TrainingError
+from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.manifest import Source, verify_files
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.heads import Head
+    from code_worker.plugins import Plugins
+    from code_worker.releases.manifest import Manifest
+    from code_worker.training.snapshot import Member
+
+__all__ = ["HeadPlan", "Origin", "build_candidate", "fit_heads", "plan_heads"]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """A head to fit: the name under which a plugin registered its class, and its options."""
+
+    plugin_head: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a candidate comes from.
+
+    Attributes:
+        kind: retrain or refit.
+        run: id of the run.
+        base: release whose place it wants, and whose settings it inherits; None: there is none.
+        snapshot: id of what it learned from.
+    """
+
+    kind: str
+    run: str
+    base: str | None
+    snapshot: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.base or 'nothing'} on snapshot {self.snapshot}"
+
+
+def plan_heads(plugins: Plugins, champion: Manifest | None) -> dict[str, HeadPlan]:
+    """Every head the champion has, with its options, and every other one that a plugin offers, with its own."""
+    own = {} if champion is None else champion.heads
+    plans = {name: HeadPlan(entry.plugin_head, entry.options) for name, entry in own.items()}
+    for name in plugins.heads():
+        plans.setdefault(name, HeadPlan(name, {}))
+    return dict(sorted(plans.items()))
+
+
+def fit_heads(
+    plans: Mapping[str, HeadPlan], plugins: Plugins, members: Sequence[Member], embeddings: NDArray[np.float32]
+) -> dict[str, Head]:
+    """Fits each head; a one-class head is given the reals alone.
+
+    Args:
+        plans: what to fit, by the name in the release.
+        plugins: where the classes come from.
+        members: the images, none of the hold-out.
+        embeddings: `(n, 192) float32`, row i of `members[i]`.
+
+    Raises:
+        TrainingError: an image of the hold-out, or a head that cannot be fitted; the text names it.
+        UnknownHeadError: a head whose plugin is not installed.
+    """
+    refuse_holdout(members)
+    labels = np.array([member.label for member in members], dtype=np.int8)
+    return {
+        name: _fit(name, plan, plugins.head_class(plan.plugin_head), embeddings, labels)
+        for name, plan in plans.items()
+    }
+
+
+def _fit(
+    name: str, plan: HeadPlan, head_class: type[Head], embeddings: NDArray[np.float32], labels: NDArray[np.int8]
+) -> Head:
+    rows = labels == REAL if head_class.one_class else np.ones(len(labels), dtype=np.bool_)
+    try:
+        return head_class(plan.options).fit(embeddings[rows], labels[rows])
+    except Exception as error:  # a head is somebody else's code: whatever it raises, the candidate fails by its name
+        raise TrainingError(
+            f"head {name!r} cannot be fitted on {int(rows.sum())} images: {type(error).__name__}: {error}"
+        ) from error
+
+
+def build_candidate(
+    directory: Path,
+    weights: EncoderWeights,
+    heads: Mapping[str, Head],
+    *,
+    plans: Mapping[str, HeadPlan],
+    plugins: Plugins,
+    champion: Manifest | None,
+    origin: Origin,
+    evaluation: Mapping[str, Any],
+) -> None:
+    """Writes the candidate into `directory`, unless a whole one is there from an attempt before.
+
+    It inherits default head, thresholds and the mark of a toy from the champion.
+
+    Raises:
+        ArtifactError: a head that cannot be saved, or scores otherwise once it is loaded back.
+    """
+    if _is_whole(directory):
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    inherited: dict[str, Any] = {}
+    if champion is not None:
+        inherited = {
+            "default_head": champion.default_head,
+            "thresholds": champion.thresholds,
+            "toy": champion.toy,
+        }
+    facts = ReleaseFacts(
+        source=Source(uri=str(origin)),
+        plugin_heads={name: plan.plugin_head for name, plan in plans.items()},
+        evaluation=evaluation,
+        notes=f"{origin.kind} by run {origin.run}",
+        **inherited,
+    )
+    build_from_parts(partial, weights, heads, plugins, facts)
+    partial.rename(directory)
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        verify_files(directory)
+    except ArtifactError:
+        return False
+    return True

@@ -1,0 +1,263 @@
+"""What a run does, stage by stage; each finds what an earlier attempt left and goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from code_worker.errors import DatasetError, NoReleaseError, TrainingError
+from code_worker.logs import get_logger
+from code_worker.releases.manifest import Thresholds
+from code_worker.store import runs
+from code_worker.training import snapshot as snapshots
+from code_worker.training.comparison import Side, gate_inputs, measured
+from code_worker.training.encoded import CONDITIONS, Rows, check_readable, matrix, open_encoder
+from code_worker.training.gate import decide
+from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
+from code_worker.training.train_encoder import train_encoder
+
+if TYPE_CHECKING:
+    from code_worker.data.examples import Skipped
+    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.heads import Head
+    from code_worker.releases.registry import LoadedRelease
+    from code_worker.store.engine import Session
+    from code_worker.training.attempt import Attempt
+    from code_worker.training.gate import GateDecision
+    from code_worker.training.snapshot import Snapshot
+
+__all__ = ["Ending", "Stages"]
+
+_QUOTED: Final = 50
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended that moved no alias."""
+
+    state: str
+    reasons: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Views:
+    """The snapshot through one encoder under every condition; the first is of all members, others of the hold-out."""
+
+    rows: Mapping[str, Rows]
+    skipped: Sequence[Skipped]
+
+    @property
+    def clean(self) -> Rows:
+        return self.rows[CONDITIONS[0].key]
+
+
+@dataclass(slots=True, eq=False)
+class Stages:
+    """An attempt as it proceeds; `report` is what the run will say of itself."""
+
+    attempt: Attempt
+    report: dict[str, Any] = field(default_factory=dict)
+    _views: dict[str, _Views] = field(default_factory=dict)
+
+    def work(self) -> Ending | None:
+        """Goes through all stages; None when the run ended by moving an alias.
+
+        Raises:
+            RunLostError, RunStoppedError: see `Held.check`.
+            CodeWorkerError: why the run failed.
+        """
+        taken = self._take_snapshot()
+        if isinstance(taken, Ending):
+            return taken
+        candidate = self.attempt.run.candidate
+        if candidate is None:
+            candidate = self._make_candidate(taken)
+        return self._judge(candidate, taken)
+
+    def _enter(self, stage: str) -> None:
+        self.attempt.held.check()
+        self.attempt.held.note(stage=stage)
+        self.attempt.listen(stage, {})
+        log.info("run_stage", run=self.attempt.run.id, kind=self.attempt.run.kind, stage=stage)
+
+    def _take_snapshot(self) -> Snapshot | Ending:
+        if self.attempt.run.snapshot_id is not None:
+            known = self.attempt.run.snapshot_id
+            taken = self.attempt.parts.store.run(lambda session: snapshots.load(session, known), write=False)
+            self.report["snapshot"] = taken.counts()
+            return taken
+        self._enter("snapshot")
+        labels = self.attempt.settings.labels
+        taken = self.attempt.parts.store.run(lambda session: snapshots.take(session, labels), write=False)
+        self.report["snapshot"] = taken.counts()
+        snapshots.check_classes(taken)
+        if not self.attempt.run.config.get("force") and (why := self._why_wait(taken)):
+            return Ending("skipped", why)
+
+        def freeze(session: Session) -> None:
+            snapshots.freeze(session, taken)
+            runs.note(session, self.attempt.held.lease, snapshot_id=taken.id)
+
+        self.attempt.held.write(freeze)
+        return taken
+
+    def _why_wait(self, taken: Snapshot) -> list[str]:
+        why = snapshots.shortages(taken, self.attempt.settings.schedule)
+        before = self.attempt.parts.store.run(
+            lambda session: runs.concluded(session, kind=self.attempt.run.kind, digest=taken.digest), write=False
+        )
+        if before is not None and self.attempt.parts.registry.champion() in {before.base_release, before.candidate}:
+            why.append(f"nothing was labelled since run {before.id}, which was {before.state}")
+        return why
+
+    def _make_candidate(self, taken: Snapshot) -> str:
+        base = self._base()
+        weights, digest = (base.weights, base.encoder_sha256) if base is not None else (None, "")
+        if self.attempt.run.kind == "retrain":
+            self._enter("train")
+            weights, digest = train_encoder(self.attempt, taken, base, self._say_training)
+        if weights is None:
+            raise NoReleaseError("no champion whose encoder the heads could be fitted on: import a release first")
+        self._enter("refit")
+        views = self._see(weights, digest, taken)
+        self._build(weights, views, taken, base)
+        release = self.attempt.parts.registry.add(self.attempt.place.candidate)
+        self.attempt.held.note(candidate=release)
+        return release
+
+    def _base(self) -> LoadedRelease | None:
+        return (
+            None
+            if self.attempt.run.base_release is None
+            else self.attempt.parts.registry.load(self.attempt.run.base_release)
+        )
+
+    def _say_training(self, said: Mapping[str, Any]) -> None:
+        self.attempt.listen("train", said)
+
+    def _build(self, weights: EncoderWeights, views: _Views, taken: Snapshot, base: LoadedRelease | None) -> None:
+        train = [member for member in taken.train if member.sha256 in views.clean]
+        if {member.label for member in train} != {0, 1}:
+            raise DatasetError("of the labelled images that can be read, not both classes are left to learn from")
+        manifest = None if base is None else base.manifest
+        plans = plan_heads(self.attempt.parts.plugins, manifest)
+        heads = fit_heads(plans, self.attempt.parts.plugins, train, matrix(train, views.clean))
+        self.attempt.held.check()
+        build_candidate(
+            self.attempt.place.candidate,
+            weights,
+            heads,
+            plans=plans,
+            plugins=self.attempt.parts.plugins,
+            champion=manifest,
+            origin=Origin(self.attempt.run.kind, self.attempt.run.id, self.attempt.run.base_release, taken.id),
+            evaluation=self._evaluation(heads, views, taken, base),
+        )
+
+    def _evaluation(
+        self, heads: Mapping[str, Head], views: _Views, taken: Snapshot, base: LoadedRelease | None
+    ) -> dict[str, Any]:
+        held_out = [member for member in taken.holdout if all(member.sha256 in rows for rows in views.rows.values())]
+        thresholds = base.manifest.thresholds if base is not None else Thresholds()
+        side = Side("candidate", "", heads, next(iter(heads), ""), thresholds, views.rows)
+        return {
+            "snapshot": taken.id,
+            "digest": taken.digest,
+            "images": taken.counts(),
+            "holdout": measured(held_out, side.opinion(held_out)),
+        }
+
+    def _see(self, weights: EncoderWeights, encoder_sha256: str, taken: Snapshot) -> _Views:
+        """The snapshot through an encoder, once per process and encoder."""
+        if encoder_sha256 in self._views:
+            return self._views[encoder_sha256]
+        parts = self.attempt.parts
+        with open_encoder(
+            weights, encoder_sha256, settings=parts.settings, store=parts.store, kept=parts.kept
+        ) as encoder:
+            seen = {
+                condition: encoder.see(members, condition, self._counter(condition.key, len(members)))
+                for condition, members in zip(CONDITIONS, (taken.members, taken.holdout), strict=True)
+            }
+        check_readable(taken.members, seen[CONDITIONS[0]])
+        views = _Views({condition.key: one.rows for condition, one in seen.items()}, seen[CONDITIONS[0]].skipped)
+        self._views[encoder_sha256] = views
+        self._report_skipped(views.skipped)
+        return views
+
+    def _report_skipped(self, skipped: Sequence[Skipped]) -> None:
+        quoted = [{"sha256": one.key, "reason": one.reason} for one in skipped[:_QUOTED]]
+        self.report["skipped"] = {"images": len(skipped), "some": quoted}
+
+    def _counter(self, what: str, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.attempt.held.check()
+            self.attempt.listen("embed", {"condition": what, "done": done, "total": total})
+
+        return count
+
+    def _judge(self, candidate: str, taken: Snapshot) -> Ending | None:
+        """Compares with whoever is champion now, until nobody moves that alias meanwhile."""
+        self._enter("gate")
+        loaded = self.attempt.parts.registry.load_to_judge(candidate)
+        while True:
+            champion = self.attempt.parts.registry.champion()
+            if champion == candidate:
+                return Ending("promoted", ["somebody made it the champion before the gate could"])
+            decision = self._decide(loaded, champion, taken)
+            self.report["gate"] = decision.report
+            if not decision.promote:
+                return Ending("rejected", decision.reasons)
+            self._enter("promote")
+            if self._move_alias(candidate, champion, decision):
+                return None
+            log.info("champion_moved_meanwhile", run=self.attempt.run.id, compared_with=champion)
+
+    def _decide(self, candidate: LoadedRelease, champion: str | None, taken: Snapshot) -> GateDecision:
+        rival = None if champion is None else self.attempt.parts.registry.load(champion)
+        inputs = gate_inputs(
+            taken,
+            self._side(candidate, taken, like=rival),
+            None if rival is None else self._side(rival, taken, like=None),
+            min_holdout=self.attempt.settings.schedule.min_holdout,
+        )
+        return decide(inputs, self.attempt.settings.gate)
+
+    def _side(self, release: LoadedRelease, taken: Snapshot, *, like: LoadedRelease | None) -> Side:
+        """A release that decides by the head that jobs get unless they name one."""
+        wanted = self.attempt.settings.head or (None if like is None else like.manifest.default_head)
+        head = wanted if wanted in release.heads else release.manifest.default_head
+        if head is None:
+            raise TrainingError(f"{release.id} has no head to decide with")
+        return Side(
+            release.id,
+            release.encoder_sha256,
+            release.heads,
+            head,
+            release.manifest.thresholds,
+            self._see(release.weights, release.encoder_sha256, taken).rows,
+        )
+
+    def _move_alias(self, candidate: str, champion: str | None, decision: GateDecision) -> bool:
+        challenge = not self.attempt.settings.gate.promote
+        reasons = list(decision.reasons)
+        if challenge:
+            reasons.append("it became the challenger: CODE_WORKER_GATE__PROMOTE is off")
+        return self.attempt.parts.store.run(
+            lambda session: runs.promote(
+                session,
+                self.attempt.held.lease,
+                candidate,
+                champion=champion,
+                by=self.attempt.run.by,
+                reasons=reasons,
+                report=self.report,
+                challenge=challenge,
+            )
+        )

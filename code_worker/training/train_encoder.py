@@ -1,0 +1,132 @@
+"""From a snapshot to a trained encoder: writes the job, has it trained, reads the result."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from code_worker.data.holdout import refuse_holdout
+from code_worker.errors import DatasetError, StorageError, TrainingError
+from code_worker.logs import get_logger
+from code_worker.releases.hashing import hash_file
+from code_worker.releases.manifest import Preprocessing, encoder_digest
+from code_worker.settings import TrainingSettings
+from code_worker.training.child import RESULT, Progress, train
+from code_worker.training.job import JOB_FILE, Item, TrainingJob, write_job
+
+if TYPE_CHECKING:
+    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.releases.loading import LoadedRelease
+    from code_worker.training.attempt import Attempt
+    from code_worker.training.snapshot import Member, Snapshot
+    from code_worker.training.workplace import Workplace
+
+__all__ = ["make_items", "train_encoder", "write_training_job"]
+
+log = get_logger(__name__)
+
+
+def train_encoder(
+    attempt: Attempt, taken: Snapshot, base: LoadedRelease | None, progress: Progress
+) -> tuple[EncoderWeights, str]:
+    """The trained encoder and its hash; what an earlier attempt left in the workplace is gone on with.
+
+    Raises:
+        TrainingError, RunLostError, RunStoppedError: see `child.train`.
+        DatasetError: too little of the snapshot can be read.
+    """
+    from code_worker.encoder.checkpoint import read_weights  # noqa: PLC0415 - torch: the trainer waits without it
+
+    place = attempt.place
+    if not (place.job / JOB_FILE).is_file():
+        write_training_job(attempt, taken, base)
+    train(place.job, attempt.settings, attempt.held, progress, lock=place.lock)
+    weights = read_weights(place.job / RESULT)
+    return weights, _digest(place, weights)
+
+
+def write_training_job(attempt: Attempt, taken: Snapshot, base: LoadedRelease | None) -> None:
+    """Makes the kept copies local and describes the training, complete or not at all.
+
+    Raises:
+        TrainingError: an image of the hold-out among those to learn from, or a full disk.
+        DatasetError: less than half of the images can be read.
+    """
+    learned, measured = (make_items(members, attempt) for members in (taken.train, taken.holdout))
+    refuse_holdout(learned)
+    directory = attempt.place.job
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        write_job(directory, _described(attempt, base), learned, measured)
+    except OSError as error:
+        raise TrainingError(f"the training job cannot be written to {directory}: {error.strerror}") from error
+
+
+def _described(attempt: Attempt, base: LoadedRelease | None) -> TrainingJob:
+    from code_worker.encoder.checkpoint import save_weights  # noqa: PLC0415 - as above
+
+    settings = TrainingSettings.model_validate(attempt.run.config["training"])
+    initial = None
+    if base is not None and not settings.from_scratch:
+        initial = attempt.place.job / "initial"
+        save_weights(base.weights, initial)
+    return TrainingJob(
+        name=f"run {attempt.run.id}",
+        initial=None if initial is None else str(initial),
+        encoder={} if base is None else asdict(base.weights.config),
+        settings=settings,
+        device=attempt.settings.device,
+        limits=attempt.settings.limits,
+    )
+
+
+def make_items(members: Sequence[Member], attempt: Attempt) -> list[Item]:
+    """The members as local files; those of which the copy is gone or damaged are left out.
+
+    Raises:
+        StorageError: the storage cannot be read at all.
+        DatasetError: less than half of them can be read.
+    """
+
+    def item(member: Member) -> Item | str:
+        attempt.held.check()
+        try:
+            path = attempt.parts.kept.path(member.sha256)
+        except StorageError:
+            raise
+        except DatasetError as error:
+            return str(error)
+        return Item(
+            path=str(path),
+            label=1 if member.label else 0,
+            generator=member.generator,
+            collection=member.collection,
+            sha256=member.sha256,
+            new=member.new,
+        )
+
+    threads = attempt.settings.worker.fetch_threads
+    with ThreadPoolExecutor(threads, thread_name_prefix="materialise") as pool:
+        made = list(pool.map(item, members))
+    items = [one for one in made if isinstance(one, Item)]
+    problems = [one for one in made if isinstance(one, str)]
+    if 2 * len(items) < len(members):
+        raise DatasetError(
+            f"{len(problems)} of {len(members)} labelled images cannot be read, one because: {problems[0]}"
+        )
+    if problems:
+        log.warning("labelled_images_left_out", images=len(problems), one=problems[0])
+    return items
+
+
+def _digest(place: Workplace, weights: EncoderWeights) -> str:
+    """What a manifest will call this encoder, so that its embeddings are found again."""
+    config = weights.config
+    root = place.job / RESULT
+    files = {f"encoder/{path.name}": hash_file(path) for path in sorted((root / "encoder").iterdir())}
+    preprocessing = Preprocessing(crop=config.image_size, mean=config.mean, std=config.std)
+    return encoder_digest(files, files, preprocessing)

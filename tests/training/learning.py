@@ -1,0 +1,156 @@
+"""A deployment that learns: a champion with a tiny encoder, and a labelled store of tiny images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from code_worker.data.holdout import is_holdout
+from code_worker.data.kept import open_kept
+from code_worker.encoder.checkpoint import EncoderWeights
+from code_worker.encoder.engine import Engine
+from code_worker.encoder.loop import EncoderLoop
+from code_worker.encoder.vit import VitConfig, expected_shapes
+from code_worker.images.decode import decode
+from code_worker.plugins import Plugins, load_plugins
+from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.manifest import Source
+from code_worker.releases.registry import Registry, open_registry
+from code_worker.settings import Settings
+from code_worker.store import kept_images, labels
+from code_worker.store.engine import Store
+from code_worker.store.kept_images import KeptImage
+from code_worker.store.labels import NewLabel
+
+TINY = VitConfig(image_size=32, patch_size=8, width=64, depth=1, heads=2, mlp_width=64)
+REAL = "real"
+OLD, NEW = "reddener", "bluer"
+
+
+def picture(kind: str, number: int) -> bytes:
+    """A PNG of 32 × 32 pixels: noise is real; noise with too much of one colour stands for what a generator makes."""
+    rng = np.random.default_rng([number, len(kind)])
+    pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    if kind != REAL:
+        channel = 0 if kind == OLD else 2
+        pixels[..., channel] = 160 + pixels[..., channel] // 3
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def pictures(kind: str, count: int, *, first: int = 0) -> list[bytes]:
+    return [picture(kind, number) for number in range(first, first + count)]
+
+
+def held_out(kind: str, count: int, *, wanted: bool) -> Iterator[bytes]:
+    """So many pictures that are in the hold-out, or that are not."""
+    found, number = 0, 10_000
+    while found < count:
+        data = picture(kind, number)
+        number += 1
+        if is_holdout(hashlib.sha256(data).hexdigest()) == wanted:
+            found += 1
+            yield data
+
+
+def tiny_weights(seed: int = 0) -> EncoderWeights:
+    """An untrained encoder of 60,000 parameters whose embeddings tell the kinds of picture apart."""
+    rng = np.random.default_rng(seed)
+    state = {}
+    for name, shape in expected_shapes(TINY).items():
+        values = (rng.random(shape, dtype=np.float32) - np.float32(0.5)) * np.float32(0.3)
+        is_scale = "norm" in name and name.endswith("weight")
+        state[name] = torch.from_numpy(values + np.float32(1) if is_scale else values)
+    return EncoderWeights(TINY, state, f"untrained, seed {seed}")
+
+
+def registry_of(settings: Settings, store: Store, plugins: Plugins | None = None) -> Registry:
+    return open_registry(settings, store=store, plugins=plugins or load_plugins(settings))
+
+
+def build_champion(directory: Path, *, heads: Iterable[str] = ("linear",)) -> Path:
+    """A release that learned noise and one generator, and never saw the other."""
+    settings = Settings()
+    plugins = load_plugins(settings)
+    weights = tiny_weights()
+    data = [*pictures(REAL, 60, first=5000), *pictures(OLD, 60, first=5000)]
+    crops = np.stack([decode(one, settings.limits)[0] for one in data])
+    known = np.repeat([0, 1], 60).astype(np.int8)
+    with EncoderLoop(Engine(weights, device="cpu"), streams=1) as loop:
+        embeddings = loop.embed(crops)
+    fitted = {}
+    for name in heads:
+        head = plugins.head_class(name)()
+        rows = known == 0 if head.one_class else known >= 0
+        fitted[name] = head.fit(embeddings[rows], known[rows])
+    build_from_parts(directory, weights, fitted, plugins, ReleaseFacts(source=Source(uri="a test"), toy=True))
+    return directory
+
+
+def promote_champion(settings: Settings, store: Store, directory: Path) -> str:
+    """Registers a release directory and makes it the champion."""
+    registry = registry_of(settings, store)
+    release = registry.add(directory)
+    registry.promote(release, by="test")
+    return release
+
+
+def label(
+    settings: Settings,
+    store: Store,
+    images: Iterable[bytes],
+    said: str,
+    *,
+    generator: str | None = None,
+    by: str = "alice",
+) -> list[str]:
+    """Keeps the images and labels them; returns their hashes."""
+    kept = open_kept(settings)
+    hashes = [kept.put(data) for data in images]
+    rows = [KeptImage(sha256, 1, "png", 32, 32, f"s3://b/{sha256}") for sha256 in hashes]
+    new = [NewLabel(sha256, said, by, "api", generator=generator) for sha256 in hashes]
+
+    def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        kept_images.note_kept(session, rows)
+        labels.add(session, new)
+
+    store.run(write)
+    return hashes
+
+
+def label_world(settings: Settings, store: Store, *, real: int = 60, old: int = 40, new: int = 40) -> None:
+    """Enough of everything that a refit is due and has something to gain: the new generator."""
+    label(settings, store, pictures(REAL, real), "real")
+    label(settings, store, pictures(OLD, old), "fake", generator=OLD)
+    label(settings, store, pictures(NEW, new), "fake", generator=NEW)
+
+
+def learning_settings(directory: Path, **training: object) -> Settings:
+    """Of a deployment whose hold-out may be small and whose training takes seconds."""
+    short = {"epochs": 2, "steps_per_epoch": 3, "records": 8, "warmup_epochs": 0.0, "loader_processes": 0, **training}
+    schedule = {"min_holdout": 8}
+    return Settings(data_dir=directory, device="cpu", training=short, schedule=schedule)
+
+
+__all__ = [
+    "NEW",
+    "OLD",
+    "REAL",
+    "build_champion",
+    "held_out",
+    "label",
+    "label_world",
+    "learning_settings",
+    "picture",
+    "pictures",
+    "promote_champion",
+    "registry_of",
+    "tiny_weights",
+]

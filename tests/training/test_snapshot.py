@@ -1,0 +1,148 @@
+"""What a run learns from and is measured on: frozen, split by content, and never mixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from code_worker.data.examples import FAKE
+from code_worker.data.holdout import is_holdout
+from code_worker.errors import DatasetError, TrainingError
+from code_worker.plugins import load_plugins
+from code_worker.settings import LabelSettings, ScheduleSettings, Settings
+from code_worker.store import labels, releases, runs
+from code_worker.store.engine import Store
+from code_worker.store.ids import uuid7
+from code_worker.store.labels import NewLabel
+from code_worker.training import snapshot as snapshots
+from code_worker.training.job import Item
+from code_worker.training.refit import fit_heads, plan_heads
+from code_worker.training.snapshot import Snapshot
+from tests.training.learning import NEW, OLD, REAL, held_out, label, label_world, learning_settings, pictures
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return learning_settings(tmp_path)
+
+
+def take(store: Store, settings: Settings, **rule: object) -> Snapshot:
+    chosen = LabelSettings(**rule) if rule else settings.labels  # type: ignore[arg-type]
+    return store.run(lambda session: snapshots.take(session, chosen), write=False)
+
+
+def test_a_snapshot_counts_by_split_label_and_generator(store: Store, settings: Settings) -> None:
+    label_world(settings, store, real=30, old=20, new=10)
+    label(settings, store, pictures("unnamed", 3), "fake")
+    counts = take(store, settings).counts()
+    parts = (counts["train"], counts["holdout"])
+    assert sum(part["real"] for part in parts) == 30
+    assert sum(part["fake"] for part in parts) == 33
+    assert counts["train"]["generators"].keys() | counts["holdout"]["generators"].keys() == {OLD, NEW, "unnamed"}
+    assert sum(part["new_real"] + part["new_fake"] for part in parts) == 63
+
+
+def test_the_holdout_is_chosen_by_content_alone(store: Store, settings: Settings) -> None:
+    label_world(settings, store, real=30, old=20, new=10)
+    taken = take(store, settings)
+    assert all(is_holdout(member.sha256) for member in taken.holdout)
+    assert not any(is_holdout(member.sha256) for member in taken.train)
+    assert len(taken.holdout) + len(taken.train) == 60
+    assert taken.holdout, "the test wants some"
+
+
+def test_a_frozen_snapshot_comes_back_as_it_was(store: Store, settings: Settings) -> None:
+    label_world(settings, store, real=8, old=4, new=4)
+    taken = take(store, settings)
+    for _ in range(2):
+        store.run(lambda session: snapshots.freeze(session, taken))
+    label_world(settings, store, real=12, old=4, new=4)
+    again = store.run(lambda session: snapshots.load(session, taken.id))
+    assert again == taken
+    assert take(store, settings).digest != taken.digest
+    assert take(store, settings).digest == take(store, settings).digest
+
+
+def test_contradicting_labels_are_decided_by_the_rule_or_left_out_and_counted(
+    store: Store, settings: Settings
+) -> None:
+    image = pictures(REAL, 1)
+    label(settings, store, pictures(REAL, 6), "real")
+    label(settings, store, image, "fake", by="bob")
+    latest = take(store, settings)
+    assert (len(latest.members), latest.contradicted, latest.undecided) == (6, 1, 0)
+    assert sum(member.label == FAKE for member in latest.members) == 1
+    unanimous = take(store, settings, rule="unanimous")
+    assert (len(unanimous.members), unanimous.contradicted, unanimous.undecided) == (5, 0, 1)
+    assert unanimous.counts()["undecided"] == 1
+
+
+def test_a_label_for_an_image_that_nobody_kept_is_left_out_and_counted(store: Store, settings: Settings) -> None:
+    label(settings, store, pictures(REAL, 2), "real")
+    store.run(lambda session: labels.add(session, [NewLabel("a" * 64, "fake", "alice", "api")]))
+    taken = take(store, settings)
+    assert (len(taken.members), taken.unkept) == (2, 1)
+
+
+def test_new_is_what_the_last_champion_that_learned_here_was_not_taught(store: Store, settings: Settings) -> None:
+    label(settings, store, pictures(REAL, 10), "real")
+    taken = take(store, settings)
+    run_id = uuid7()
+
+    def learn(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        run = runs.start(session, id=run_id, kind="refit", by="a", owner="a:1", config={}, base_release=None)
+        snapshots.freeze(session, taken)
+        runs.note(session, run.lease, snapshot_id=taken.id, candidate="r-1")
+        runs.finish(session, run.lease, "rejected")
+        releases.add(session, id="r-1", manifest_sha256="1" * 64, location="", manifest={}, source="")
+
+    store.run(learn)
+    assert all(member.new for member in take(store, settings).members), "a rejected run taught nobody"
+    store.run(lambda session: releases.move_alias(session, "champion", "r-1", by="a", reason=""))
+    (changed,) = label(settings, store, pictures(REAL, 1), "fake")
+    (added,) = label(settings, store, pictures(REAL, 1, first=10), "real")
+    assert {member.sha256 for member in take(store, settings).members if member.new} == {changed, added}
+
+
+def test_what_is_missing_to_the_minimum_numbers_is_said(store: Store, settings: Settings) -> None:
+    label(settings, store, held_out(REAL, 2, wanted=True), "real")
+    label(settings, store, held_out(REAL, 3, wanted=False), "real")
+    label(settings, store, held_out(OLD, 4, wanted=False), "fake")
+    asked = ScheduleSettings(min_new_real=6, min_new_fake=4, min_holdout=2)
+    assert snapshots.shortages(take(store, settings), asked) == [
+        "5 new real images, 6 are needed",
+        "0 generated images in the hold-out, 2 are needed",
+    ]
+    assert len(snapshots.shortages(take(store, settings), ScheduleSettings())) == 4
+
+
+def test_no_labels_and_one_class_only_cannot_be_learned_from(store: Store, settings: Settings) -> None:
+    with pytest.raises(DatasetError, match="no labelled image to learn from: label some with `code-worker label`"):
+        snapshots.check_classes(take(store, settings))
+    label(settings, store, held_out(REAL, 3, wanted=False), "real")
+    with pytest.raises(DatasetError, match="no fake image to learn from among 3 labelled ones"):
+        snapshots.check_classes(take(store, settings))
+    label(settings, store, held_out(OLD, 3, wanted=True), "fake")
+    with pytest.raises(DatasetError, match="no fake image to learn from among 6 labelled ones"):
+        snapshots.check_classes(take(store, settings))
+    label(settings, store, held_out(OLD, 1, wanted=False), "fake")
+    snapshots.check_classes(take(store, settings))
+
+
+def test_heads_are_never_fitted_on_the_holdout(store: Store, settings: Settings) -> None:
+    label_world(settings, store, real=12, old=6, new=6)
+    taken = take(store, settings)
+    plugins = load_plugins(settings)
+    embeddings = np.zeros((len(taken.members), 192), np.float32)
+    with pytest.raises(TrainingError, match="belongs to the hold-out and must never be learned from"):
+        fit_heads(plan_heads(plugins, None), plugins, taken.members, embeddings)
+
+
+def test_an_item_of_a_training_job_is_recognised_as_held_out() -> None:
+    from code_worker.data.holdout import refuse_holdout  # noqa: PLC0415 - the trainer's own check
+
+    inside = next(f"{number:064x}" for number in range(100) if is_holdout(f"{number:064x}"))
+    with pytest.raises(TrainingError, match=inside):
+        refuse_holdout([Item(path="a.png", label=0, sha256=inside)])
