@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-PARTS = {"pipeline": "bench.pipeline", "knn": "bench.knn"}
+PARTS = {"pipeline": "bench.pipeline", "knn": "bench.knn", "training": "bench.training"}
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -74,47 +73,44 @@ class Stepper:
         """
         self._optimiser.zero_grad(set_to_none=True)
         views = batch.to(self._device, non_blocking=True).flatten(0, 1)
-        permutations = self._permutations(len(batch), step)
         back = self._in_parts if self._accumulate > 1 else self._at_once
-        value = back(views, len(batch), permutations)
+        value = back(views, len(batch), step)
         average_gradients(self._encoder, self._world)
         self._move(step, value)
         return value
 
-    def _permutations(self, records: int, step: int) -> tuple[Tensor, Tensor]:
+    def embed(self, views: Tensor) -> Tensor:
+        """`(n, size, size, 3) uint8` to `(n, width) float32`, in the precision of the steps."""
+        if self._dtype is None:
+            return self._embed(views)
+        with torch.autocast(self._device.type, dtype=self._dtype):
+            embeddings = self._embed(views)
+        return embeddings.float()
+
+    def loss(self, embeddings: Tensor, records: int, step: int) -> Tensor:
+        """The objective of `(records · 8, width)` embeddings, with the permutations of this step."""
         generator = torch.Generator().manual_seed(self._seed * _SEED_STRIDE + step)
         joined = records * self._world.size
-        return derangement(joined, generator), derangement(joined, generator)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
-
-    def _loss(self, embeddings: Tensor, records: int, permutations: tuple[Tensor, Tensor]) -> Tensor:
+        real, fake = derangement(joined, generator), derangement(joined, generator)
         views = ViewEmbeddings.of_records(embeddings.view(records, len(VIEWS), -1))
-        real, fake = permutations
         return contrastive_loss(views, permutation_real=real, permutation_fake=fake).total
 
-    def _at_once(self, views: Tensor, records: int, permutations: tuple[Tensor, Tensor]) -> float:
-        with self._autocast():
-            embeddings = self._embed(views)
-        loss = self._loss(embeddings, records, permutations)
+    def _at_once(self, views: Tensor, records: int, step: int) -> float:
+        loss = self.loss(self.embed(views), records, step)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return float(loss.detach())
 
-    def _in_parts(self, views: Tensor, records: int, permutations: tuple[Tensor, Tensor]) -> float:
+    def _in_parts(self, views: Tensor, records: int, step: int) -> float:
         parts = views.chunk(self._accumulate)
-        with torch.no_grad(), self._autocast():
-            embeddings = torch.cat([self._embed(part).float() for part in parts])
+        with torch.no_grad():
+            embeddings = torch.cat([self.embed(part) for part in parts])
         embeddings.requires_grad_()
-        loss = self._loss(embeddings, records, permutations)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss = self.loss(embeddings, records, step)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # as above
         assert embeddings.grad is not None  # noqa: S101 - the loss depends on every embedding
-        for part, gradient in zip(parts, embeddings.grad.chunk(self._accumulate), strict=True):
-            with self._autocast():
-                again = self._embed(part)
-            again.float().backward(gradient)  # type: ignore[no-untyped-call]  # as above
+        # chunk() may give fewer parts than asked for.
+        for part, gradient in zip(parts, torch.split(embeddings.grad, [len(part) for part in parts]), strict=True):
+            self.embed(part).backward(gradient)  # type: ignore[no-untyped-call]  # as above
         return float(loss.detach())
 
     def _move(self, step: int, value: float) -> None:

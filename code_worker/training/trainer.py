@@ -79,20 +79,23 @@ class Trainer:
         self._average = WeightAverage(encoder, job.settings.ema_decay) if job.settings.ema_decay else None
         self._watch = DivergenceWatch(chance_loss(self._scale.records * world.size))
         self._cache = ImageCache(train, job.limits)
-        self._maker = BatchMaker(
-            self._cache,
-            RecordSampler(train, new_share=job.settings.new_share),
-            ViewSettings(size=encoder.config.image_size, resize=not self._is_native()),
-            records=self._scale.records,
-            seed=job.settings.seed,
-            rank=world.rank,
-        )
+        self._maker = self._make_maker(train)
         self._record = Record(directory) if world.leads else None
         self._measurer = self._make_measurer(train, holdout, plugins) if world.leads else None
         self.step = 0
         self._best: dict[str, Any] = {"linear": -1.0, "epoch": 0, "state": self._state_to_judge()}
         self._history: list[dict[str, Any]] = []
         self._wants_stop = False
+
+    def _make_maker(self, train: Sequence[Item]) -> BatchMaker:
+        return BatchMaker(
+            self._cache,
+            RecordSampler(train, new_share=self._settings.new_share),
+            ViewSettings(size=self._encoder.config.image_size, resize=not self._is_native()),
+            records=self._scale.records,
+            seed=self._settings.seed,
+            rank=self._world.rank,
+        )
 
     def _make_measurer(self, train: Sequence[Item], holdout: Sequence[Item], plugins: Plugins) -> Measurer:
         assert self._record is not None  # noqa: S101 - the leading process has one
@@ -132,7 +135,7 @@ class Trainer:
             self._advance(batch)
             if self._record is not None:
                 done_s = time.monotonic() - began
-                self._say_progress((self.step - first) / max(done_s, 1e-9))
+                self._say_progress((self.step - first) / max(done_s, 1e-9), force=self.step == end)
             if lead_decides(self._wants_stop, self._world):
                 return True
             if time.monotonic() - kept > _CHECKPOINT_EVERY_S and self.step < end:
@@ -147,12 +150,13 @@ class Trainer:
             self._average.update(self._encoder)
         self.step += 1
 
-    def _say_progress(self, steps_per_s: float) -> None:
+    def _say_progress(self, steps_per_s: float, *, force: bool) -> None:
         assert self._record is not None  # noqa: S101 - only the leading process speaks
         total = self._scale.steps
         images = self._scale.records * len(VIEWS) * self._world.size
         self._record.progress(
             stage="training",
+            force=force,
             epoch=self.step // self._scale.steps_per_epoch + 1,
             step=self.step,
             steps=total,
