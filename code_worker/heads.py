@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Labels = NDArray[np.int8]
     Scores = NDArray[np.float32]
 
-__all__ = ["EstimatorState", "Head", "HeadSpec"]
+__all__ = ["EstimatorState", "Head", "HeadSpec", "fit_head"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +131,14 @@ class HeadSpec:
         if not (isinstance(found, type) and issubclass(found, Head)):
             raise PluginError(f"head {self.name!r}: {self.target!r} is not a subclass of code_worker.Head")
         return found
+
+
+def fit_head(head: Head, embeddings: Embeddings, labels: Labels) -> Head:
+    """Fits a head on what it may see, a one-class head on the real images alone; returns it.
+
+    Raises:
+        ValueError: as `Head.fit`.
+    """
+    if head.one_class:
+        return head.fit(embeddings[labels == 0], labels[labels == 0])
+    return head.fit(embeddings, labels)

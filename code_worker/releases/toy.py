@@ -1,4 +1,4 @@
-"""A release for demonstrations and tests: real heads, fitted on embeddings of an encoder that was never trained."""
+"""A release for demonstrations and tests: real heads, fitted on embeddings of a toy encoder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from code_worker.heads import fit_head
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from code_worker.heads import Head
+    from code_worker.encoder.weights import EncoderWeights
     from code_worker.plugins import Plugins
 
 __all__ = ["TOY_NOTE", "build_toy_release"]
@@ -31,6 +32,8 @@ def build_toy_release(
     seed: int = 0,
     heads: Sequence[str] = ("linear", "knn", "svm"),
     depth: int = 12,
+    weights: EncoderWeights | None = None,
+    note: str = TOY_NOTE,
 ) -> str:
     """Writes a toy release into the new directory; returns the manifest's sha256.
 
@@ -42,6 +45,8 @@ def build_toy_release(
         seed: of the encoder's random weights.
         heads: which heads to fit; one-class heads get the real crops alone.
         depth: blocks of the encoder; 12 is the published size.
+        weights: the encoder, instead of one that was never trained.
+        note: what the release says of itself.
 
     Raises:
         UnknownHeadError: a head that no plugin registered.
@@ -53,16 +58,10 @@ def build_toy_release(
 
     if len(crops) != len(labels):
         raise ValueError(f"{len(crops)} crops, but {len(labels)} labels")
-    weights = random_weights(seed, depth=depth)
-    with EncoderLoop(Engine(weights, device="cpu"), streams=None, micro_batch=None) as loop:
+    encoder = weights or random_weights(seed, depth=depth)
+    with EncoderLoop(Engine(encoder, device="cpu"), streams=None, micro_batch=None) as loop:
         embeddings = loop.embed(crops)
-    fitted = {name: _fit(plugins.head_class(name)(), embeddings, labels) for name in heads}
-    facts = ReleaseFacts(source=Source(uri=f"toy, seed {seed}"), toy=True, notes=TOY_NOTE)
-    return build_from_parts(directory, weights, fitted, plugins, facts)
-
-
-def _fit(head: Head, embeddings: NDArray[np.float32], labels: NDArray[np.int8]) -> Head:
-    if head.one_class:
-        real = labels == 0
-        return head.fit(embeddings[real], labels[real])
-    return head.fit(embeddings, labels)
+    fitted = {name: fit_head(plugins.head_class(name)(), embeddings, labels) for name in heads}
+    origin = f"toy, {weights.source}" if weights else f"toy, seed {seed}"
+    facts = ReleaseFacts(source=Source(uri=origin), toy=True, notes=note)
+    return build_from_parts(directory, encoder, fitted, plugins, facts)

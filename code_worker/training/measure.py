@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from code_worker.errors import ImageRejectedError, TrainingError
+from code_worker.heads import fit_head
 from code_worker.images.decode import decode, decode_whole
 from code_worker.training.augment import Augmenter
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
@@ -19,7 +20,6 @@ from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from code_worker.heads import Head
     from code_worker.plugins import Plugins
     from code_worker.settings import LimitSettings
     from code_worker.training.job import Item
@@ -96,7 +96,7 @@ class Measurer:
         sets = {_CLEAN: _embed(encoder, self._clean), _TRANSFORMED: _embed(encoder, self._changed)}
         figures: dict[str, float] = {}
         for name, head_class in self._heads.items():
-            head = _fitted(head_class(), fit, labels)
+            head = fit_head(head_class(), fit, labels)
             for kind, embeddings in sets.items():
                 for group, value in self._right(head.score(embeddings) >= 0.5).items():
                     figures[f"{name}/{kind}/{group}"] = value
@@ -127,12 +127,6 @@ def _group(item: Item) -> str:
 def _centre(image: Image.Image, side: int) -> Image.Image:
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     return image.crop((left, top, left + side, top + side))
-
-
-def _fitted(head: Head, embeddings: NDArray[np.float32], labels: NDArray[np.int8]) -> Head:
-    if head.one_class:
-        return head.fit(embeddings[labels == 0], labels[labels == 0])
-    return head.fit(embeddings, labels)
 
 
 @torch.inference_mode()
