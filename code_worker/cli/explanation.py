@@ -32,6 +32,7 @@ def explain(verdict: Verdict) -> tuple[str, dict[str, Any]]:
         "took": _timings(verdict),
         "job": verdict.job_id,
         "verdict": f"{verdict.id} (revision {verdict.revision})",
+        "judges again": verdict.supersedes and f"{verdict.supersedes}, which stays",
     }
     return _sentence(verdict), facts
 

@@ -28,6 +28,7 @@ _COMMANDS = {
     "plugins": ("code_worker.cli.plugins:plugins", "List, create and check plugins."),
     "policies": ("code_worker.cli.policies:policies", "Show and set thresholds per tenant and content type."),
     "releases": ("code_worker.cli.releases:releases", "Import, verify, promote, watch and roll back releases."),
+    "rescore": ("code_worker.cli.rescore:rescore", "Judge history again, with another release, head or policy."),
     "scan": ("code_worker.cli.scan:scan", "Judge images now, in this process, with no broker."),
     "shadow": ("code_worker.cli.shadow:shadow", "Compare the challenger with the champion."),
     "up": ("code_worker.cli.up:up", "Run the whole stack on this machine."),

@@ -21,7 +21,10 @@ SCAN_FIELDS = (
     *("etag", "version_id", "manifest_sha256", "head_sha256", "code_version", "timings_ms"),
 )
 """What is known of an image that was judged without a job."""
-VERDICT_FIELDS = (*SCAN_FIELDS, "tenant", "content_type", "metadata", "id", "job_id", "revision", "created_at")
+VERDICT_FIELDS = (
+    *SCAN_FIELDS,
+    *("tenant", "content_type", "metadata", "id", "job_id", "revision", "supersedes", "created_at"),
+)
 
 
 def verdict_record(verdict: Verdict) -> dict[str, Any]:

@@ -39,7 +39,7 @@ _FILTERS = (
     click.option("--until", type=AGO_OR_DATE, help="Before then; likewise."),
     click.option("--score-min", type=click.FloatRange(0, 1), help="Least score."),
     click.option("--score-max", type=click.FloatRange(0, 1), help="Greatest score."),
-    click.option("--superseded", is_flag=True, help="Also verdicts that a retry has replaced."),
+    click.option("--superseded", is_flag=True, help="Also verdicts that a retry or a rescore has replaced."),
 )
 
 

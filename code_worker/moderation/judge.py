@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from code_worker.moderation.runtime import Runtime
     from code_worker.settings import LimitSettings
 
-__all__ = ["Fetcher", "JobFault", "Judge", "Judged", "KnownEmbeddings", "SelectHead"]
+__all__ = ["Fetcher", "JobFault", "Judge", "Judged", "KnownEmbeddings", "SelectHead", "wanted_head"]
 
 log = get_logger(__name__)
 
@@ -52,6 +52,11 @@ def _nothing_known(_: str, __: Sequence[str]) -> Mapping[str, bytes]:
 
 def _no_choice(_: Job, __: Sequence[str]) -> str | None:
     return None
+
+
+def wanted_head(job: Job, policy: Policy, runtime: Runtime, select_head: SelectHead) -> str:
+    """Name of the head for a job: its own, else what a plugin says, else its policy, else the default."""
+    return job.head or select_head(job, tuple(sorted(runtime.heads))) or policy.head or runtime.default_head
 
 
 class Judge:
@@ -100,7 +105,7 @@ class Judge:
     def _head_for(self, item: Item, policy: Policy, runtime: Runtime, result: Judged) -> str | None:
         names = tuple(sorted(runtime.heads))
         try:
-            chosen = item.job.head or self._select_head(item.job, names) or policy.head or runtime.default_head
+            chosen = wanted_head(item.job, policy, runtime, self._select_head)
         except Exception as error:
             log.exception("select_head_failed", job=item.job.id)
             detail = f"a plugin's select_head failed: {type(error).__name__}: {error}"

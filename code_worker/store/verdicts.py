@@ -19,7 +19,7 @@ from code_worker.store.models import JobRow, VerdictRow, db_now
 from code_worker.store.sql import IN_LIST, insert_new, plain, table_of
 from code_worker.types import ImageFacts, Label, Outcome, Provenance, RejectReason, Verdict
 
-__all__ = ["VerdictFilter", "get", "list_verdicts", "live", "stream", "write"]
+__all__ = ["VerdictFilter", "from_row", "get", "list_verdicts", "live", "stream", "write"]
 
 _JOBS = table_of(JobRow)
 _VERDICTS = table_of(VerdictRow)
@@ -109,7 +109,8 @@ def _values(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _verdict(value: RowMapping) -> Verdict:
+def from_row(value: RowMapping) -> Verdict:
+    """The verdict in a row that has every column of the table."""
     return Verdict(
         id=value["id"],
         job_id=value["job_id"],
@@ -137,7 +138,7 @@ def live(session: Session, job_id: str) -> Verdict | None:
         return None
     statement = select(_VERDICTS).where(_VERDICTS.c.job_id == known).order_by(_VERDICTS.c.revision.desc()).limit(1)
     row = session.execute(statement).mappings().one_or_none()
-    return None if row is None else _verdict(row)
+    return None if row is None else from_row(row)
 
 
 def get(session: Session, verdict_id: str) -> Verdict | None:
@@ -145,7 +146,7 @@ def get(session: Session, verdict_id: str) -> Verdict | None:
     if (known := as_uuid(verdict_id)) is None:
         return None
     row = session.execute(select(_VERDICTS).where(_VERDICTS.c.id == known)).mappings().one_or_none()
-    return None if row is None else _verdict(row)
+    return None if row is None else from_row(row)
 
 
 def list_verdicts(
@@ -167,7 +168,7 @@ def list_verdicts(
             raise StoreError(f"{after!r} is no id of a verdict to continue the list after")
         statement = statement.where(_VERDICTS.c.id < last if newest_first else _VERDICTS.c.id > last)
     order = _VERDICTS.c.id.desc() if newest_first else _VERDICTS.c.id
-    return [_verdict(row) for row in session.execute(statement.order_by(order).limit(limit)).mappings()]
+    return [from_row(row) for row in session.execute(statement.order_by(order).limit(limit)).mappings()]
 
 
 def stream(

@@ -1,0 +1,101 @@
+"""`code-worker rescore`: judge history again."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from code_worker.cli.arguments import AGO_OR_DATE, json_option
+from code_worker.cli.ledger import open_ledger, quiet_settings
+from code_worker.cli.output import print_table, to_json
+from code_worker.cli.progress import progress
+from code_worker.types import Label, RejectReason
+
+if TYPE_CHECKING:
+    from code_worker.moderation.rescore import RescoreTally
+
+__all__ = ["rescore"]
+
+_MOVED_ON: Final = "moved_on"
+_LEFT: Final = {
+    "head_missing": "the release has no such head: name one with --head",
+    "head_failed": "the head failed on this image: see the log",
+    "select_head_failed": "a plugin's select_head failed: see the log",
+    _MOVED_ON: "retried or judged again by somebody else meanwhile",
+    "content_changed": "the source has other bytes now, and no copy was kept",
+    "not_found": "the source has it no more, and no copy was kept",
+}
+
+
+@click.command()
+@click.option(
+    "--since", type=AGO_OR_DATE, required=True, help="Images accepted from then on: 2026-01-31, 7d or 12h; UTC."
+)
+@click.option("--until", type=AGO_OR_DATE, help="Images accepted before then; likewise.")
+@click.option("--tenant", help="Whose images.")
+@click.option("--label", type=click.Choice([str(one) for one in Label]), help="Only what is held to be this now.")
+@click.option("--release", help="Release to judge with; unset: the champion.")
+@click.option("--head", help="Head for every image; unset: chosen as when a job is judged.")
+@click.option("--limit", type=click.IntRange(1), help="So many new verdicts at most.")
+@click.option("--dry-run", is_flag=True, help="Judge, but write nothing.")
+@json_option
+def rescore(
+    *,
+    since: datetime,
+    until: datetime | None,
+    tenant: str | None,
+    label: str | None,
+    release: str | None,
+    head: str | None,
+    limit: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Judge again what has a verdict; new verdicts name the old ones, which stay.
+
+    Stored embeddings are used where the release's encoder made them; other images are fetched again, or read from
+    the copy in the dataset storage, and count only with the bytes that were judged. Begun again, it goes on where it
+    ended: what this release, head and policy said already is left as it is. Rejected images are not looked at: see
+    `jobs retry`. Exit status 1: some verdicts were left, because their images could not be judged again.
+    """
+    from code_worker.store.rescoring import RescoreFilter  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.worker.rescore import rescore as judge_again  # noqa: PLC0415 - plugins and numpy, likewise
+
+    settings = quiet_settings()
+    wanted = RescoreFilter(since, until, tenant, Label(label) if label else None)
+    with open_ledger(settings) as store, progress("judging history again", counted=True) as advance:
+        used, tally = judge_again(
+            settings, store, wanted, release=release, head=head, limit=limit, dry_run=dry_run, progress=advance
+        )
+    if as_json:
+        click.echo(to_json({"release": used, "dry_run": dry_run, **tally.to_dict()}))
+    else:
+        _say(used, tally, dry_run=dry_run)
+    sys.exit(1 if set(tally.left) - {_MOVED_ON} else 0)
+
+
+def _say(release: str, tally: RescoreTally, *, dry_run: bool) -> None:
+    facts = tally.to_dict()
+    click.echo(
+        f"{tally.examined} verdicts looked at, {tally.rescored} {'would be' if dry_run else 'were'} given again by "
+        f"{release}; {tally.unchanged} say so already"
+    )
+    if tally.rescored:
+        click.echo(f"scores moved by {facts['mean_shift']:+.4f} on average\n")
+        rows = [{"before": was, **{f"now {now}": tally.transitions[was][now] for now in Label}} for was in Label]
+        print_table(rows, ("before", *(f"now {now}" for now in Label)), empty="")
+    if tally.left:
+        click.echo("\nleft as they are")
+        left: list[dict[str, Any]] = [
+            {"images": number, "reason": reason, "what it means": _LEFT.get(reason) or _of_rejection(reason)}
+            for reason, number in tally.left.most_common()
+        ]
+        print_table(left, ("images", "reason", "what it means"), empty="")
+
+
+def _of_rejection(reason: str) -> str:
+    again = RejectReason(reason).retryable
+    return "another try may succeed" if again else "the image cannot be judged again"
