@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from code_worker.errors import ConfigurationError
-from code_worker.queues import MODERATE, SWEEP, SWEEP_QUEUE
+from code_worker.queues import MODERATE, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.settings import Settings
 
 __all__ = ["REDIS_TRANSPORT", "celery_config", "check_broker", "is_redis", "tls_options", "transport_options"]
@@ -99,7 +99,11 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "worker_send_task_events": False,
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
-        "task_routes": {SWEEP: {"queue": SWEEP_QUEUE}, MODERATE: {"queue": "code_worker.normal"}},
+        "task_routes": {
+            SWEEP: {"queue": SWEEP_QUEUE},
+            MODERATE: {"queue": "code_worker.normal"},
+            **{task: {"queue": TRAIN_QUEUE} for task in (RETRAIN, REFIT, WATCH)},
+        },
         "task_publish_retry_policy": {
             "max_retries": 2,
             "interval_start": 0.1,

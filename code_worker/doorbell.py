@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,6 +59,26 @@ class Doorbell:
         try:
             self._app.send_task(
                 MODERATE, args=(jobs_message(job_ids),), queue=queue, ignore_result=True, serializer="json"
+            )
+        except (OperationalError, ConnectionError, TimeoutError) as error:
+            raise BrokerUnavailableError(f"broker did not take the message: {error}") from error
+
+    def call(
+        self, task: str, queue: str, *, arguments: Mapping[str, Any] | None = None, expires_s: float | None = None
+    ) -> None:
+        """Asks for one of our other tasks; after `expires_s` nobody runs it any more.
+
+        Raises:
+            BrokerUnavailableError: the broker did not take it in time.
+        """
+        try:
+            self._app.send_task(
+                task,
+                kwargs=dict(arguments or {}),
+                queue=queue,
+                ignore_result=True,
+                serializer="json",
+                expires=expires_s,
             )
         except (OperationalError, ConnectionError, TimeoutError) as error:
             raise BrokerUnavailableError(f"broker did not take the message: {error}") from error

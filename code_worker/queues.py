@@ -16,9 +16,13 @@ __all__ = [
     "MODERATE",
     "NORMAL",
     "QUEUES",
+    "REFIT",
+    "RETRAIN",
     "SUSPECTS_PER_MESSAGE",
     "SWEEP",
     "SWEEP_QUEUE",
+    "TRAIN_QUEUE",
+    "WATCH",
     "chunks",
     "jobs_message",
     "parse_message",
@@ -29,6 +33,9 @@ T = TypeVar("T")
 
 MODERATE: Final = "code_worker.moderate"
 SWEEP: Final = "code_worker.sweep"
+RETRAIN: Final = "code_worker.retrain"
+REFIT: Final = "code_worker.refit"
+WATCH: Final = "code_worker.learning_watch"
 
 LIVE: Final = "code_worker.live"
 NORMAL: Final = "code_worker.normal"
@@ -36,6 +43,7 @@ BACKFILL: Final = "code_worker.backfill"
 QUEUES: Final = (LIVE, NORMAL, BACKFILL)
 """In the order in which a worker empties them."""
 SWEEP_QUEUE: Final = "code_worker.sweep"
+TRAIN_QUEUE: Final = "code_worker.train"
 
 MESSAGE_VERSION: Final = 1
 MAX_JOBS_PER_MESSAGE: Final = 64

@@ -25,7 +25,7 @@ __all__ = ["up"]
     help="Where everything is kept; CODE_WORKER_DATA_DIR, or ~/.local/share/code_worker.",
 )
 def up(data_dir: Path | None) -> None:
-    """Run broker, worker and scheduler until Ctrl-C.
+    """Run broker, worker, trainer and scheduler until Ctrl-C.
 
     What the settings name is used: a broker or a database of yours is neither started nor migrated here.
     Exit status: 0 stopped in order; 1 a part did not start; 2 wrong use or configuration.

@@ -1,4 +1,4 @@
-"""`code-worker worker` and `code-worker beat`: one supervised process each."""
+"""`code-worker worker`, `trainer` and `beat`: one supervised process each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import click
 from code_worker.broker import check_broker
 from code_worker.logs import configure_logging
 from code_worker.settings import Settings, load_settings
-from code_worker.worker.children import beat_child, worker_child
+from code_worker.worker.children import TRAINER_GRACE_S, beat_child, trainer_child, worker_child
+from code_worker.worker.schedule import schedules
 from code_worker.worker.supervisor import Child, Supervisor
 
-__all__ = ["beat", "worker"]
+__all__ = ["beat", "trainer", "worker"]
 
 
 @click.command()
@@ -31,7 +32,22 @@ def worker(concurrency: int | None, queues: str | None, device: str | None) -> N
         *(("--queues", queues) if queues else ()),
     ]
     env = {"CODE_WORKER_DEVICE": device} if device else {}
-    _supervise(worker_child(settings, env=env, options=options), settings)
+    # No batch takes longer than this: the worker's own watchdog sees to that.
+    _supervise(worker_child(settings, env=env, options=options), settings.worker.batch_timeout_s)
+
+
+@click.command()
+@click.option("--device", help="auto, cpu, cuda or cuda:N.")
+def trainer(device: str | None) -> None:
+    """Run what retrains and refits: on their schedules, when asked to, and to finish what a crash interrupted.
+
+    One is enough; of several only one trains at a time. Ctrl-C or SIGTERM: a run writes a checkpoint, and the next
+    trainer goes on with it. Exit status as `worker`.
+    """
+    settings = _checked(device)
+    schedules(settings)
+    env = {"CODE_WORKER_DEVICE": device} if device else {}
+    _supervise(trainer_child(settings, env=env), TRAINER_GRACE_S)
 
 
 @click.command()
@@ -41,7 +57,8 @@ def beat() -> None:
     Several may run: a lock in Redis lets one fire at a time. Exit status as `worker`.
     """
     settings = _checked(None)
-    _supervise(beat_child(), settings)
+    schedules(settings)
+    _supervise(beat_child(), settings.worker.batch_timeout_s)
 
 
 def _checked(device: str | None) -> Settings:
@@ -52,8 +69,7 @@ def _checked(device: str | None) -> Settings:
     return settings
 
 
-def _supervise(child: Child, settings: Settings) -> None:
-    # No batch takes longer than this: the worker's own watchdog sees to that.
-    supervisor = Supervisor(grace_s=settings.worker.batch_timeout_s)
+def _supervise(child: Child, grace_s: float) -> None:
+    supervisor = Supervisor(grace_s=grace_s)
     supervisor.add(child)
     sys.exit(supervisor.run())

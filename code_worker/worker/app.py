@@ -12,9 +12,11 @@ from kombu.entity import Queue
 from code_worker.broker import REDIS_TRANSPORT, celery_config, is_redis, tls_options
 from code_worker.doorbell import Doorbell
 from code_worker.errors import ConfigurationError
-from code_worker.queues import MODERATE, NORMAL, QUEUES, SWEEP, SWEEP_QUEUE
+from code_worker.queues import MODERATE, NORMAL, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.host import Host
+from code_worker.worker.learning import register_learning
+from code_worker.worker.schedule import beat_entries
 from code_worker.worker.tasks import register_tasks
 from code_worker.worker.waker import add_waker
 
@@ -25,7 +27,8 @@ __all__ = ["create_app", "host_of", "install"]
 
 _HOSTS: WeakKeyDictionary[Celery, Host] = WeakKeyDictionary()
 _SWEEP_EVERY_S = 30.0
-_OURS = frozenset({*QUEUES, SWEEP_QUEUE})
+_JUDGING = frozenset({*QUEUES, SWEEP_QUEUE})
+_ALL_QUEUES = (*QUEUES, SWEEP_QUEUE, TRAIN_QUEUE)
 
 
 def create_app(settings: Settings | None = None) -> Celery:
@@ -45,20 +48,23 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
 
     Workers take our jobs when they consume our queues, in this order of urgency:
     `celery -A yours worker -P threads -Q code_worker.live,code_worker.normal,code_worker.backfill,code_worker.sweep`.
+    Training takes long and holds a device: give it a worker of its own, `-P threads -c 1 -Q code_worker.train`.
     On Redis, an app that sets no transport of its own gets ours, which survives a Redis restart; that of kombu 5.7.0
     does not. `enqueue` in this process rings through the app; producers elsewhere need its broker URL and key prefix.
     Let a supervisor restart the workers: a process in which a batch is stuck or whose device is lost ends with status
     70, since threads cannot be stopped.
 
     Raises:
-        ConfigurationError: called twice on one app.
+        ConfigurationError: called twice on one app, or a schedule that is no cron line.
     """
     if app in _HOSTS:
         raise ConfigurationError(f"code_worker is installed in the app {app.main!r} already")
     settings = settings or load_settings()
+    scheduled = beat_entries(settings)
     host = Host(app, settings)
     _HOSTS[app] = host
     register_tasks(app, host)
+    register_learning(app, host)
     Doorbell.adopt(app)
     _add_routes(app)
     _add_queues(app)
@@ -70,6 +76,7 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
             "schedule": _SWEEP_EVERY_S,
             "options": {"queue": SWEEP_QUEUE, "expires": _SWEEP_EVERY_S},
         },
+        **scheduled,
     }
     if is_redis(str(app.conf.broker_url or "")) and not app.conf.broker_transport:
         app.conf.broker_transport = REDIS_TRANSPORT
@@ -90,7 +97,11 @@ def host_of(app: Celery) -> Host:
 
 
 def _add_routes(app: Celery) -> None:
-    ours = {MODERATE: {"queue": NORMAL}, SWEEP: {"queue": SWEEP_QUEUE}}
+    ours = {
+        MODERATE: {"queue": NORMAL},
+        SWEEP: {"queue": SWEEP_QUEUE},
+        **{task: {"queue": TRAIN_QUEUE} for task in (RETRAIN, REFIT, WATCH)},
+    }
     theirs = app.conf.task_routes
     if not theirs:
         app.conf.task_routes = ours
@@ -107,10 +118,10 @@ def _add_queues(app: Celery) -> None:
     if not theirs:
         return
     if isinstance(theirs, Mapping):
-        app.conf.task_queues = {**{name: {} for name in (*QUEUES, SWEEP_QUEUE)}, **theirs}
+        app.conf.task_queues = {**{name: {} for name in _ALL_QUEUES}, **theirs}
         return
     known = {queue.name for queue in theirs}
-    app.conf.task_queues = [*theirs, *(Queue(name) for name in (*QUEUES, SWEEP_QUEUE) if name not in known)]
+    app.conf.task_queues = [*theirs, *(Queue(name) for name in _ALL_QUEUES if name not in known)]
 
 
 def _of_worker(sender: Any) -> Host | None:
@@ -119,11 +130,15 @@ def _of_worker(sender: Any) -> Host | None:
     return _HOSTS.get(app) if app is not None else None
 
 
-def _start_sweeping(sender: Any, **_: Any) -> None:
-    host = _of_worker(sender)
+def _start_background(sender: Any, **_: Any) -> None:
+    if (host := _of_worker(sender)) is None:
+        return
     # A worker of other queues may not even reach the ledger.
-    if host is not None and not _OURS.isdisjoint(queue.name for queue in sender.task_consumer.queues):
+    queues = {queue.name for queue in sender.task_consumer.queues}
+    if queues & _JUDGING:
         host.start_sweeping()
+    if TRAIN_QUEUE in queues:
+        host.start_watching()
 
 
 def _stop_taking(**_: Any) -> None:
@@ -137,6 +152,6 @@ def _close(sender: Any, **_: Any) -> None:
         host.close()
 
 
-signals.worker_ready.connect(_start_sweeping, weak=False)
+signals.worker_ready.connect(_start_background, weak=False)
 signals.worker_shutting_down.connect(_stop_taking, weak=False)
 signals.worker_shutdown.connect(_close, weak=False)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from code_worker.settings import Settings
+    from code_worker.store.engine import Store
+    from code_worker.worker.learning import Learning
     from code_worker.worker.node import Node
     from code_worker.worker.sweeper import Swept
 
@@ -39,6 +41,9 @@ class Host:
         self._node: Node | None = None
         self._sweeper: Sweeper | None = None
         self._repeater: Repeater | None = None
+        self._learning: Learning | None = None
+        self._watcher: Repeater | None = None
+        self._stop_learning = threading.Event()
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
 
@@ -73,8 +78,7 @@ class Host:
             if self._sweeper is None:
                 from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
 
-                store = open_store(self.settings.resolved_database_url)
-                migrate.require_current(store)
+                store = self._migrated_store()
                 ledger = Ledger(store, self.settings.worker, f"sweeper-{uuid4().hex[:12]}")
                 self._sweeper = Sweeper(ledger, Doorbell(self._app), self.settings)
         return self._sweeper.sweep()
@@ -86,16 +90,47 @@ class Host:
                 self._repeater = Repeater("sweep", self.settings.worker.sweep_interval_s, self.sweep)
                 self._repeater.start()
 
+    def learning(self) -> Learning:
+        """What runs retrains and refits, made at the first call.
+
+        Raises:
+            ConfigurationError: a plugin or setting that cannot work.
+            StoreError: a database that is not migrated.
+        """
+        with self._lock:
+            if self._learning is None:
+                from code_worker.worker.learning import Learning  # noqa: PLC0415 - numpy: only where something learns
+
+                self._learning = Learning(self.settings, self._migrated_store(), self._stop_learning)
+            return self._learning
+
+    def start_watching(self) -> None:
+        """Looks in the background whether a run was left behind or a schedule is due, beat or no beat."""
+        with self._lock:
+            if self._watcher is None:
+                from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
+                from code_worker.worker.schedule import Watcher  # noqa: PLC0415 - SQLAlchemy
+
+                watcher = Watcher(self.settings, self._migrated_store(), Doorbell(self._app))
+                self._watcher = Repeater("learning_watch", Watcher.interval_s, watcher.look)
+                self._watcher.start()
+
+    def _migrated_store(self) -> Store:
+        store = open_store(self.settings.resolved_database_url)
+        migrate.require_current(store)
+        return store
+
     def stop_taking(self) -> None:
-        """The worker was asked to end: what is under way is finished, nothing more is begun."""
+        """The worker was asked to end: batches are finished, a run is left to the next process, nothing is begun."""
+        self._stop_learning.set()
         if self._node is not None:
             self._node.stopping = True
 
     def _forget(self) -> None:
         """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
-        _INHERITED.append((self._node, self._sweeper, self._repeater))
+        _INHERITED.append((self._node, self._sweeper, self._repeater, self._learning, self._watcher))
         self._lock = threading.RLock()
-        self._node = self._sweeper = self._repeater = None
+        self._node = self._sweeper = self._repeater = self._learning = self._watcher = None
 
     def close(self) -> None:
         """Ends the background work of this process."""
@@ -103,6 +138,9 @@ class Host:
             if self._repeater is not None:
                 self._repeater.stop()
                 self._repeater = None
+            if self._watcher is not None:
+                self._watcher.stop()
+                self._watcher = None
             if self._node is not None:
                 self._node.close()
                 self._node = None

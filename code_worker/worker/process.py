@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from celery import signals
@@ -19,9 +19,11 @@ from code_worker.worker.app import create_app, host_of
 from code_worker.worker.lifeline import die_with_parent
 
 if TYPE_CHECKING:
+    from celery import Celery
+
     from code_worker.worker.node import Node
 
-__all__ = ["main"]
+__all__ = ["consume", "main", "run_to_end"]
 
 log = get_logger(__name__)
 
@@ -32,11 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--queues", default=",".join(name.removeprefix("code_worker.") for name in QUEUES))
     parser.add_argument("--concurrency", type=int)
     arguments = parser.parse_args(argv)
+    return run_to_end(lambda settings: _run(settings, arguments.queues.split(","), arguments.concurrency))
+
+
+def run_to_end(work: Callable[[Settings], int]) -> int:
+    """Runs a supervised process on the settings of its environment; our own errors become its exit status."""
     die_with_parent()
     try:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
-        return _run(settings, arguments.queues.split(","), arguments.concurrency)
+        # Connected, this signal keeps Celery from arranging logging of its own.
+        signals.setup_logging.connect(_keep_logging, weak=False)
+        return work(settings)
     except ConfigurationError as error:
         log.error("configuration_error", error=redact(str(error)))  # noqa: TRY400 - a traceback would not help
         return 2
@@ -56,16 +65,21 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None) -> 
     names = [f"code_worker.{name.strip().removeprefix('code_worker.')}" for name in queues]
     if unknown := set(names) - {*QUEUES, SWEEP_QUEUE}:
         raise ConfigurationError(f"unknown queues: {', '.join(sorted(unknown))}; there are {', '.join(QUEUES)}")
-    # Connected, this signal keeps Celery from arranging logging of its own.
-    signals.setup_logging.connect(_keep_logging, weak=False)
     app = create_app(settings)
     # The model is loaded before the first message is taken; nothing forks afterwards, so CUDA is safe.
     node = host_of(app).node()
     _await_release(node)
+    concurrency = concurrency or settings.worker.concurrency
+    log.info("worker_starting", queues=names, concurrency=concurrency)
+    return consume(app, [*names, SWEEP_QUEUE], concurrency, settings)
+
+
+def consume(app: Celery, queues: Sequence[str], concurrency: int, settings: Settings) -> int:
+    """A Celery worker on threads, until it is told to stop; returns its exit status."""
     worker = app.Worker(
         pool="threads",
-        concurrency=concurrency or settings.worker.concurrency,
-        queues=[*names, SWEEP_QUEUE],
+        concurrency=concurrency,
+        queues=list(queues),
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=True,
@@ -73,7 +87,6 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None) -> 
         quiet=True,
         loglevel=settings.log_level.upper(),
     )
-    log.info("worker_starting", queues=names, concurrency=worker.concurrency)
     worker.start()
     return int(worker.exitcode or 0)
 

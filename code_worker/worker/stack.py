@@ -1,4 +1,4 @@
-"""The whole stack of one data directory: embedded broker, worker and scheduler under one supervisor."""
+"""The whole stack of one data directory: embedded broker, worker, trainer and scheduler under one supervisor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from code_worker.releases.registry import CHAMPION
 from code_worker.settings import Settings
 from code_worker.store import migrate, releases
 from code_worker.store.engine import open_store
-from code_worker.worker.children import beat_child, worker_child
+from code_worker.worker.children import TRAINER_GRACE_S, beat_child, trainer_child, worker_child
 from code_worker.worker.embedded import EmbeddedBroker
 from code_worker.worker.supervisor import Backoff, Supervisor
 
@@ -42,12 +42,13 @@ class Stack:
         self.data_path = settings.data_path
         self._env = {**(env or {}), "CODE_WORKER_DATA_DIR": str(self.data_path)}
         self._lock = _Lock(self.data_path / "run" / "up.lock")
-        # No batch may take longer than this: its own watchdog sees to that.
-        self._supervisor = Supervisor(grace_s=settings.worker.batch_timeout_s, backoff=backoff, log_path=log_path)
+        # No batch may take longer than this: its own watchdog sees to that. Nor a checkpoint of a run.
+        grace_s = max(settings.worker.batch_timeout_s, TRAINER_GRACE_S)
+        self._supervisor = Supervisor(grace_s=grace_s, backoff=backoff, log_path=log_path)
         self._broker = EmbeddedBroker(self.data_path) if settings.broker_url is None else None
 
     def start(self) -> None:
-        """Makes directories and database, then starts broker, scheduler and worker.
+        """Makes directories and database, then starts broker, scheduler, trainer and worker.
 
         Raises:
             ConfigurationError: another stack runs in this directory, or no embedded server is installed.
@@ -65,6 +66,7 @@ class Stack:
             self._broker.wait_ready(given_up=lambda: self._supervisor.stopping)
             self._broker.publish()
         self._supervisor.add(beat_child(env=self._env))
+        self._supervisor.add(trainer_child(self.settings, env=self._env))
         self._supervisor.add(worker_child(self.settings, env=self._env))
 
     def _make_directories(self) -> None:
@@ -93,7 +95,7 @@ class Stack:
         return self._supervisor.wait()
 
     def stop(self) -> int:
-        """Stops worker, scheduler and broker, in this order; returns what `wait()` does."""
+        """Stops worker, trainer, scheduler and broker, in this order; returns what `wait()` does."""
         try:
             return self._supervisor.stop()
         finally:
@@ -106,7 +108,7 @@ class Stack:
         return self._supervisor.signals()
 
     def pids(self) -> dict[str, int]:
-        """Process ids of `broker`, `beat` and `worker`, as far as they live now."""
+        """Process ids of `broker`, `beat`, `trainer` and `worker`, as far as they live now."""
         return self._supervisor.pids()
 
     def __enter__(self) -> Self:

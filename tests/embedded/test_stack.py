@@ -29,7 +29,7 @@ def up(tmp_path: Path) -> Iterator[Up]:
 
 def test_up_says_what_it_runs_and_ctrl_c_leaves_no_process_and_no_address(up: Up) -> None:
     up.wait_ready()
-    until(lambda: len(up.children()) == 3)
+    until(lambda: len(up.children()) == 4)
     children = up.children()
     assert str(up.data_dir) in up.text()
     assert "releases import" in up.text()
@@ -52,7 +52,7 @@ def test_a_second_up_on_the_same_directory_is_refused_and_harms_nothing(up: Up, 
 
 def test_when_up_is_killed_nothing_stays_and_the_next_one_goes_on(up: Up, tmp_path: Path) -> None:
     up.wait_ready()
-    until(lambda: len(up.children()) == 3)
+    until(lambda: len(up.children()) == 4)
     with Redis.from_url(load_settings(data_dir=up.data_dir).resolved_broker_url) as client:
         client.rpush("queue", "kept")
     children = up.children()
@@ -74,11 +74,11 @@ def data_dir(tmp_path: Path) -> Path:
 
 def test_a_stack_restarts_each_part_that_dies(data_dir: Path) -> None:
     with Stack(load_settings(data_dir=data_dir)) as stack:
-        until(lambda: len(stack.pids()) == 3)
+        until(lambda: len(stack.pids()) == 4)
         before = stack.pids()
         for pid in before.values():
             os.kill(pid, signal.SIGKILL)
-        until(lambda: len(stack.pids()) == 3 and not set(stack.pids().values()) & set(before.values()))
+        until(lambda: len(stack.pids()) == 4 and not set(stack.pids().values()) & set(before.values()))
 
 
 def test_its_directories_are_private_and_its_database_is_current(data_dir: Path) -> None:
@@ -92,7 +92,7 @@ def test_its_directories_are_private_and_its_database_is_current(data_dir: Path)
 def test_a_broker_of_ones_own_is_used_and_none_is_started(data_dir: Path, redis_server: RedisServer) -> None:
     settings = load_settings(data_dir=data_dir, broker_url=redis_server.url)
     with Stack(settings, env={"CODE_WORKER_BROKER_URL": redis_server.url}) as stack:
-        until(lambda: set(stack.pids()) == {"worker", "beat"})
+        until(lambda: set(stack.pids()) == {"worker", "trainer", "beat"})
         assert not (data_dir / "broker").exists()
         with Redis.from_url(redis_server.url) as client:
             until(lambda: client.exists("cw:redbeat::lock"))
@@ -124,8 +124,8 @@ def test_a_data_directory_that_cannot_be_made_is_a_wrong_setting(tmp_path: Path)
         pass
 
 
-def test_worker_and_beat_show_a_missing_broker_in_one_line(data_dir: Path) -> None:
-    for command in ("worker", "beat"):
+def test_worker_trainer_and_beat_show_a_missing_broker_in_one_line(data_dir: Path) -> None:
+    for command in ("worker", "trainer", "beat"):
         ended = subprocess.run(
             [*CLI, command],
             env={**os.environ, "CODE_WORKER_DATA_DIR": str(data_dir)},

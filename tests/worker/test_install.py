@@ -19,7 +19,7 @@ from code_worker.broker import REDIS_TRANSPORT
 from code_worker.client import Client
 from code_worker.doorbell import Doorbell
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
-from code_worker.queues import MODERATE, QUEUES, SWEEP, SWEEP_QUEUE
+from code_worker.queues import MODERATE, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.settings import Settings
 from code_worker.store.engine import Store
 from code_worker.types import Outcome
@@ -72,16 +72,17 @@ def test_install_adds_and_takes_nothing_away(settings: Settings) -> None:
     app.conf.beat_schedule = {"theirs": {"task": "t", "schedule": 1.0}}
     app.conf.task_serializer = "yaml"
     assert install(app, settings) is app
-    assert {MODERATE, SWEEP} <= set(app.tasks)
+    assert {MODERATE, SWEEP, RETRAIN, REFIT, WATCH} <= set(app.tasks)
     assert [queue.name for queue in app.conf.task_queues] == [
         "a",
         "code_worker.live",
-        *(name for name in (*QUEUES, SWEEP_QUEUE) if name != "code_worker.live"),
+        *(name for name in (*QUEUES, SWEEP_QUEUE, TRAIN_QUEUE) if name != "code_worker.live"),
     ]
     assert app.conf.task_routes == {
         "theirs.*": {"queue": "a"},
         MODERATE: {"queue": "a"},
         SWEEP: {"queue": SWEEP_QUEUE},
+        **{task: {"queue": TRAIN_QUEUE} for task in (RETRAIN, REFIT, WATCH)},
     }
     assert set(app.conf.beat_schedule) == {"theirs", "code_worker.sweep"}
     assert app.conf.task_serializer == "yaml"

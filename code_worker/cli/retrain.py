@@ -1,0 +1,143 @@
+"""`code-worker retrain` and `code-worker refit`: learn from the labelled images, here and now or in the trainer."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from code_worker.cli.arguments import json_option
+from code_worker.cli.ledger import open_ledger, quiet_settings
+from code_worker.cli.output import print_facts, print_table, to_json
+from code_worker.cli.run_progress import run_progress
+from code_worker.cli.runs import run_record, say_run
+from code_worker.cli.who import who
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from code_worker.settings import Settings
+    from code_worker.training.retrain import Plan
+
+__all__ = ["refit", "retrain"]
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """What both commands take."""
+    for decorate in (
+        json_option,
+        click.option("--enqueue", is_flag=True, help="Let the trainer do it, and return at once."),
+        click.option(
+            "--force", is_flag=True, help="Although fewer images are labelled than the minimum numbers want."
+        ),
+        click.option("--dry-run", is_flag=True, help="Print what would be learned from, and write nothing."),
+    ):
+        command = decorate(command)
+    return command
+
+
+@click.command()
+@_options
+def retrain(**asked: bool) -> None:
+    """Train the encoder on the labelled images, fit every head again, and promote the result if it is better.
+
+    A run that an earlier process left behind is finished instead. Ctrl-C leaves it to the next process, which goes
+    on from the last checkpoint. Exit status: 0 promoted, or nothing to do yet; 1 rejected or failed; 2 wrong use.
+    """
+    _learn("retrain", **asked)
+
+
+@click.command()
+@_options
+def refit(**asked: bool) -> None:
+    """Fit every head again on the labelled images, with the champion's encoder; promote the result if it is better.
+
+    Takes seconds where embeddings are kept. Otherwise as `code-worker retrain`.
+    """
+    _learn("refit", **asked)
+
+
+def _learn(kind: str, *, dry_run: bool, force: bool, enqueue: bool, as_json: bool) -> None:
+    if enqueue and dry_run:
+        raise click.UsageError("--dry-run says what a run would do, --enqueue starts one: choose")
+    settings = quiet_settings()
+    if enqueue:
+        _enqueue(kind, settings, force=force)
+        return
+    if dry_run:
+        _print_plan(kind, settings, as_json=as_json)
+        return
+    sys.exit(_run_here(kind, settings, force=force, as_json=as_json))
+
+
+def _enqueue(kind: str, settings: Settings, *, force: bool) -> None:
+    from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only for who rings
+    from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE  # noqa: PLC0415 - as above
+
+    bell = Doorbell.for_producer(settings)
+    try:
+        task = {"retrain": RETRAIN, "refit": REFIT}[kind]
+        bell.call(task, TRAIN_QUEUE, arguments={"by": who(), "force": force})
+    finally:
+        bell.close()
+    click.echo(f"{kind} is queued for the trainer; see `code-worker runs list`")
+
+
+def _run_here(kind: str, settings: Settings, *, force: bool, as_json: bool) -> int:
+    from code_worker.training.retrain import Learner  # noqa: PLC0415 - numpy and plugins: not for --help
+
+    # As Ctrl-C does: the run is left in order, and its training process ends with a checkpoint.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with open_ledger(settings) as store, run_progress(kind) as listen:
+            run = Learner(settings, store, listen=listen).learn(kind, by=who(), force=force)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if run is None:
+        return 0
+    if as_json:
+        click.echo(to_json(run_record(run)))
+    else:
+        say_run(run)
+    return 0 if run.state in {"promoted", "skipped"} else 1
+
+
+def _print_plan(kind: str, settings: Settings, *, as_json: bool) -> None:
+    from code_worker.training.retrain import Learner  # noqa: PLC0415 - as above
+
+    with open_ledger(settings) as store:
+        plan = Learner(settings, store).plan(kind)
+    if as_json:
+        click.echo(to_json(plan.to_dict()))
+        return
+    counts = plan.snapshot
+    rows = [_split_row(name, counts[name]) for name in ("train", "holdout")]
+    print_table(rows, ("split", "real", "fake", "new_real", "new_fake", "generators"), empty="")
+    print_facts(_facts(plan))
+
+
+def _split_row(name: str, part: dict[str, Any]) -> dict[str, Any]:
+    generators = ", ".join(f"{generator} {count}" for generator, count in part["generators"].items())
+    return {"split": name, **part, "generators": generators}
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    counts = plan.snapshot
+    left_out = f"{counts['undecided']} undecided by the rule, {counts['unkept']} without a kept copy"
+    training = plan.training
+    steps = (
+        None
+        if training is None
+        else ", ".join(f"{name} {value}" for name, value in training.items() if value is not None)
+    )
+    return {
+        "contradicted": f"{counts['contradicted']} images, decided by the rule",
+        "left out": left_out,
+        "champion": plan.champion or "none",
+        "heads": ", ".join(plan.heads),
+        "training": steps,
+        "under way": plan.running,
+        "verdict": "would wait: " + "; ".join(plan.missing) if plan.missing else f"would {plan.kind}",
+    }

@@ -1,0 +1,89 @@
+"""`code-worker schedule`: when the detector learns by itself."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from code_worker.cli.arguments import json_option
+from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
+from code_worker.cli.output import moment, print_json_lines, print_table
+
+if TYPE_CHECKING:
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Session
+    from code_worker.store.runs import Run
+    from code_worker.store.schedule import Slot
+
+__all__ = ["schedule"]
+
+_NEXT = 3
+
+
+@click.group()
+def schedule() -> None:
+    """Show when retrains and refits are due."""
+
+
+@schedule.command("list")
+@json_option
+def list_(*, as_json: bool) -> None:
+    """List the schedules: cron line, next times in UTC, the last time and what came of it."""
+    from code_worker.worker.schedule import TASKS, schedules, times_from  # noqa: PLC0415 - Celery: not for --help
+
+    settings = quiet_settings()
+    crons, now, last = schedules(settings), datetime.now(UTC), _last(settings, list(TASKS))
+    rows = []
+    for kind in TASKS:
+        cron = crons.get(kind)
+        slot, run = last.get(kind, (None, None))
+        rows.append(
+            {
+                "schedule": kind,
+                "cron": getattr(settings.schedule, kind),
+                "next": [] if cron is None else list(islice(times_from(cron, now), _NEXT)),
+                "last": None if slot is None else slot.slot,
+                "outcome": _outcome(slot, run),
+                "run": None if slot is None else slot.run_id,
+            }
+        )
+    if as_json:
+        print_json_lines(rows)
+        return
+    print_table([_readable(row) for row in rows], ("schedule", "cron", "next", "last", "outcome", "run"), empty="")
+
+
+def _last(settings: Settings, kinds: list[str]) -> dict[str, tuple[Slot | None, Run | None]]:
+    if not has_database(settings):
+        return {}
+    from code_worker.store import runs  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.store import schedule as table  # noqa: PLC0415 - as above
+
+    def read(session: Session) -> dict[str, tuple[Slot | None, Run | None]]:
+        slots = {kind: table.last(session, kind) for kind in kinds}
+        return {
+            kind: (slot, None if slot is None or slot.run_id is None else runs.get(session, slot.run_id))
+            for kind, slot in slots.items()
+        }
+
+    with open_ledger(settings) as store:
+        return store.run(read, write=False)
+
+
+def _outcome(slot: Slot | None, run: Run | None) -> str | None:
+    if slot is None or run is None:
+        return None if slot is None else slot.outcome
+    return run.state
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    unset = f"not set: CODE_WORKER_SCHEDULE__{row['schedule'].upper()}"
+    return {
+        **row,
+        "cron": row["cron"] or unset,
+        "next": moment(next(iter(row["next"]), None)),
+        "last": moment(row["last"]),
+    }

@@ -1,0 +1,166 @@
+"""Learning from the shell: plans, runs, schedules, and exit statuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import redis
+
+from code_worker.queues import TRAIN_QUEUE
+from code_worker.settings import Settings
+from code_worker.store import runs, schedule
+from code_worker.store.engine import Store
+from code_worker.store.ids import uuid7
+from code_worker.store.runs import RunMetrics
+from tests.cli.conftest import Cli
+from tests.servers import RedisServer
+from tests.training.learning import (
+    NEW,
+    REAL,
+    build_champion,
+    label,
+    label_world,
+    learning_settings,
+    pictures,
+    promote_champion,
+)
+
+
+@pytest.fixture(scope="module")
+def champion_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_champion(tmp_path_factory.mktemp("champion") / "release")
+
+
+@pytest.fixture
+def settings(sqlite_cli: Cli) -> Settings:
+    """The same that the command line gets."""
+    sqlite_cli.env |= {"CODE_WORKER_SCHEDULE__MIN_HOLDOUT": "8", "CODE_WORKER_DEVICE": "cpu"}
+    return learning_settings(Path(sqlite_cli.env["CODE_WORKER_DATA_DIR"]))
+
+
+@pytest.fixture
+def champion(settings: Settings, sqlite_store: Store, champion_dir: Path) -> str:
+    return promote_champion(settings, sqlite_store, champion_dir)
+
+
+def test_a_dry_run_prints_the_snapshot_and_the_plan_and_writes_nothing(
+    sqlite_cli: Cli, settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store, real=12, old=6, new=6)
+    label(settings, sqlite_store, pictures(REAL, 1), "fake", by="bob")
+    said = sqlite_cli("retrain", "--dry-run")
+    assert said.status == 0
+    assert champion in said.stdout
+    assert "1 images, decided by the rule" in said.stdout
+    assert "would wait: 11 new real images, 20 are needed" in said.stdout
+    (plan,) = sqlite_cli("refit", "--dry-run", "--json").records
+    assert plan["snapshot"]["train"]["real"] + plan["snapshot"]["holdout"]["real"] == 11
+    assert plan["training"] is None
+    assert sqlite_store.run(runs.list_runs) == []
+    assert sqlite_cli("retrain", "--dry-run", "--enqueue").status == 2
+
+
+def test_a_refit_runs_here_and_says_what_became_of_it(
+    sqlite_cli: Cli, settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    done = sqlite_cli("refit")
+    assert done.status == 0, done.stderr
+    assert "promoted r-" in done.stdout
+    assert "better on all images, clean" in done.stdout
+    again = sqlite_cli("refit", "--json")
+    assert (again.status, again.records[0]["state"]) == (0, "skipped")
+    forced = sqlite_cli("refit", "--force")
+    assert forced.status == 1
+    assert "is not promoted; the champion stays" in forced.stdout
+    newest, *_, first = sqlite_cli("runs", "list", "--json").records
+    assert (newest["state"], first["state"]) == ("rejected", "promoted")
+    shown = sqlite_cli("runs", "show", first["id"])
+    assert NEW in shown.stdout
+    assert "768px_q60" in shown.stdout
+    assert champion in shown.stdout
+
+
+def test_a_run_that_fails_ends_with_status_1_and_its_reason(
+    sqlite_cli: Cli, settings: Settings, champion: str
+) -> None:
+    failed = sqlite_cli("refit")
+    assert failed.status == 1
+    assert "failed; the champion stays" in failed.stdout
+    assert "no labelled image to learn from" in failed.stdout
+    assert "Traceback" not in failed.stderr
+
+
+def test_a_run_under_way_elsewhere_is_left_alone(sqlite_cli: Cli, settings: Settings, sqlite_store: Store) -> None:
+    other = uuid7()
+    sqlite_store.run(
+        lambda session: runs.start(
+            session, id=other, kind="retrain", by="a", owner="elsewhere:1", config={}, base_release=None
+        )
+    )
+    refused = sqlite_cli("refit")
+    assert refused.status == 1
+    assert f"another run is under way: retrain {other}" in refused.stderr
+
+
+def test_enqueue_leaves_it_to_the_trainer(sqlite_cli: Cli, settings: Settings, redis_server: RedisServer) -> None:
+    sqlite_cli.env["CODE_WORKER_BROKER_URL"] = redis_server.url
+    assert "queued for the trainer" in sqlite_cli("retrain", "--enqueue", "--force").stdout
+    with redis.Redis.from_url(redis_server.url) as server:
+        (message,) = server.lrange(f"cw:{TRAIN_QUEUE}", 0, -1)
+    assert b"code_worker.retrain" in message
+
+
+def test_runs_are_shown_with_their_curves(cli: Cli, store: Store) -> None:
+    run_id = uuid7()
+
+    def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        run = runs.start(session, id=run_id, kind="retrain", by="alice", owner="a:1", config={}, base_release=None)
+        runs.add_metrics(session, run.lease, [RunMetrics(1, 10, {"loss": 3.25, "linear": 0.5, "svm/clean/mean": 1})])
+
+    assert "no run yet" in cli("runs", "list").stdout
+    store.run(write)
+    assert run_id in cli("runs", "list", "--state", "running").stdout
+    assert cli("runs", "list", "--kind", "refit", "--json").records == []
+    shown = cli("runs", "show", run_id).stdout
+    assert "under way, started" in shown
+    assert "3.25" in shown
+    (record,) = cli("runs", "show", run_id, "--json").records
+    assert record["metrics"][0]["metrics"]["svm/clean/mean"] == 1
+    missing = cli("runs", "show", uuid7())
+    assert (missing.status, "code-worker runs list" in missing.stderr) == (1, True)
+
+
+def test_schedules_are_listed_with_their_next_and_last_times(cli: Cli, store: Store) -> None:
+    unset = cli("schedule", "list").stdout
+    assert "not set: CODE_WORKER_SCHEDULE__RETRAIN" in unset
+    cli.env["CODE_WORKER_SCHEDULE__RETRAIN"] = "0 3 * * sun"
+    run_id = uuid7()
+
+    def fire(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        run = runs.start(session, id=run_id, kind="retrain", by="a", owner="a:1", config={}, base_release=None)
+        schedule.take(session, "retrain", run.created_at, run_id=run_id, outcome="started")
+        runs.finish(session, run.lease, "rejected")
+
+    store.run(fire)
+    retrain, refit = cli("schedule", "list", "--json").records
+    assert (retrain["cron"], retrain["outcome"], retrain["run"]) == ("0 3 * * sun", "rejected", run_id)
+    assert len(retrain["next"]) == 3
+    assert all("T03:00:00+00:00" in at for at in retrain["next"])
+    assert (refit["cron"], refit["next"], refit["last"]) == (None, [], None)
+    assert run_id in cli("schedule", "list").stdout
+
+
+def test_a_wrong_cron_line_is_one_clear_line(bare_cli: Cli) -> None:
+    bare_cli.env["CODE_WORKER_SCHEDULE__REFIT"] = "every sunday"
+    wrong = bare_cli("schedule", "list")
+    assert wrong.status == 2
+    assert "CODE_WORKER_SCHEDULE__REFIT: 'every sunday' is no cron line" in wrong.stderr
+
+
+def test_without_a_database_the_commands_say_how_to_get_one(bare_cli: Cli) -> None:
+    for words in (("retrain",), ("refit", "--dry-run"), ("runs", "list")):
+        result = bare_cli(*words)
+        assert (result.status, "no database" in result.stderr) == (2, True)
+    assert bare_cli("schedule", "list").status == 0

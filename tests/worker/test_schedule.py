@@ -1,0 +1,127 @@
+"""Cron lines, the times they mean, and which of them are due."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from code_worker.errors import ConfigurationError
+from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
+from code_worker.settings import Settings
+from code_worker.store import runs, schedule
+from code_worker.store.engine import Store
+from code_worker.store.ids import uuid7
+from code_worker.worker.app import create_app, install
+from code_worker.worker.schedule import due, schedules, times_from, times_until
+
+WEDNESDAY = datetime(2026, 11, 25, 14, 30, 20, tzinfo=UTC)
+
+
+def scheduled(**lines: str) -> Settings:
+    return Settings(schedule=lines)
+
+
+def times(line: str, now: datetime = WEDNESDAY, count: int = 3) -> tuple[list[str], list[str]]:
+    cron = schedules(scheduled(retrain=line))["retrain"]
+    return tuple(  # type: ignore[return-value]
+        [f"{at:%Y-%m-%d %H:%M}" for at in islice(walk(cron, now), count)] for walk in (times_until, times_from)
+    )
+
+
+def test_times_before_and_after_now() -> None:
+    assert times("0 3 * * sun") == (
+        ["2026-11-22 03:00", "2026-11-15 03:00", "2026-11-08 03:00"],
+        ["2026-11-29 03:00", "2026-12-06 03:00", "2026-12-13 03:00"],
+    )
+    assert times("*/20 * * * *") == (
+        ["2026-11-25 14:20", "2026-11-25 14:00", "2026-11-25 13:40"],
+        ["2026-11-25 14:40", "2026-11-25 15:00", "2026-11-25 15:20"],
+    )
+    assert times("15 6,18 * * mon-fri", count=2) == (
+        ["2026-11-25 06:15", "2026-11-24 18:15"],
+        ["2026-11-25 18:15", "2026-11-26 06:15"],
+    )
+    assert times("0 0 29 2 *", count=1) == (["2024-02-29 00:00"], ["2028-02-29 00:00"])
+
+
+def test_a_time_on_the_minute_is_due_at_once_and_not_again() -> None:
+    now = WEDNESDAY.replace(second=0)
+    before, after = times("30 14 * * *", now, count=1)
+    assert before == ["2026-11-25 14:30"]
+    assert after == ["2026-11-26 14:30"]
+
+
+@pytest.mark.parametrize("line", ["daily", "61 * * * *", "0 0 31 2 *", "0 3 * * funday", "", "* * * * * *"])
+def test_a_line_that_is_no_cron_line_is_a_wrong_setting(line: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"CODE_WORKER_SCHEDULE__REFIT: .*is no cron line"):
+        schedules(scheduled(refit=line))
+    with pytest.raises(ConfigurationError, match="is no cron line"):
+        create_app(Settings(data_dir=tmp_path, broker_url="memory://", schedule={"refit": line}))
+
+
+def test_beat_gets_an_entry_for_each_schedule_that_is_set(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, schedule={"retrain": "0 3 * * sun"})
+    app = Celery("theirs", broker="memory://", set_as_current=False)
+    install(app, settings)
+    entry = app.conf.beat_schedule[RETRAIN]
+    assert (entry["task"], entry["kwargs"]) == (RETRAIN, {"scheduled": True})
+    assert entry["options"]["queue"] == TRAIN_QUEUE
+    assert (entry["schedule"].hour, entry["schedule"].day_of_week) == ({3}, {0})
+    assert REFIT not in app.conf.beat_schedule
+    assert app.tasks[RETRAIN].acks_late is False
+
+
+def look(store: Store, settings: Settings, now: datetime) -> list[str]:
+    return store.run(lambda session: due(session, settings, now))
+
+
+def take(store: Store, name: str, at: datetime) -> bool:
+    return store.run(lambda session: schedule.take(session, name, at, run_id=uuid7(), outcome="started"))
+
+
+def test_a_time_before_the_schedule_was_first_watched_was_not_missed(store: Store) -> None:
+    settings = scheduled(retrain="0 3 * * sun")
+    assert look(store, settings, WEDNESDAY) == []
+    (noted,) = store.run(schedule.list_slots)
+    assert (noted.slot.day, noted.run_id) == (22, None)
+    assert look(store, settings, WEDNESDAY + timedelta(days=3)) == []
+    assert look(store, settings, WEDNESDAY + timedelta(days=5)) == ["retrain"]
+
+
+def test_a_time_that_has_just_come_is_due_although_none_was_watched_before(store: Store) -> None:
+    assert look(store, scheduled(refit="30 14 * * *"), WEDNESDAY) == ["refit"]
+
+
+def test_of_several_missed_times_the_last_is_caught_up_once(store: Store) -> None:
+    settings = scheduled(retrain="0 3 * * sun")
+    take(store, "retrain", datetime(2026, 11, 1, 3, tzinfo=UTC))
+    assert look(store, settings, WEDNESDAY) == ["retrain"]
+    assert take(store, "retrain", datetime(2026, 11, 22, 3, tzinfo=UTC))
+    assert look(store, settings, WEDNESDAY) == []
+
+
+def test_a_time_that_comes_while_a_run_is_under_way_waits_for_its_end(store: Store) -> None:
+    settings = scheduled(refit="30 14 * * *")
+    run = store.run(
+        lambda session: runs.start(
+            session, id=uuid7(), kind="retrain", by="a", owner="a:1", config={}, base_release=None
+        )
+    )
+    assert run is not None
+    assert look(store, settings, WEDNESDAY) == []
+    store.run(lambda session: runs.finish(session, run.lease, "skipped"))
+    assert look(store, settings, WEDNESDAY) == ["refit"]
+
+
+def test_a_run_that_was_left_behind_comes_first(store: Store) -> None:
+    store.run(
+        lambda session: runs.start(
+            session, id=uuid7(), kind="refit", by="a", owner="a:1", config={}, base_release=None
+        )
+    )
+    store.run(lambda session: runs.release_owner(session, "a"))
+    assert look(store, scheduled(refit="30 14 * * *"), WEDNESDAY) == ["resume"]
