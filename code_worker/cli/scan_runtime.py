@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from code_worker.releases.loading import LoadedRelease
     from code_worker.settings import Settings
 
-__all__ = ["Ready", "start"]
+__all__ = ["Ready", "load", "start"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def start(settings: Settings, release: str | None) -> Iterator[Ready]:
     from code_worker.plugins import load_plugins  # noqa: PLC0415 - as above
 
     plugins = load_plugins(settings)
-    loaded, policies = _load(settings, release, plugins)
+    loaded, policies = load(settings, release, plugins)
     with closing(Sources(settings)) as sources, PriorityPool(settings.worker.fetch_threads) as pool:
         runtime = start_runtime(loaded, settings)
         with closing(runtime.embedder):
@@ -56,7 +56,13 @@ def start(settings: Settings, release: str | None) -> Iterator[Ready]:
             yield Ready(sources, judge, runtime, policies)
 
 
-def _load(settings: Settings, release: str | None, plugins: Plugins) -> tuple[LoadedRelease, PolicyBook]:
+def load(settings: Settings, release: str | None, plugins: Plugins) -> tuple[LoadedRelease, PolicyBook]:
+    """The release (a directory, an id, or the champion), and the policies in force; none beside a directory.
+
+    Raises:
+        NoReleaseError: see `start`.
+        ArtifactError: see `start`.
+    """
     from code_worker.moderation.policy import Policy, PolicyBook  # noqa: PLC0415 - numpy and torch, not for --help
     from code_worker.releases.loading import load_release  # noqa: PLC0415 - as above
     from code_worker.releases.registry import open_registry  # noqa: PLC0415 - as above

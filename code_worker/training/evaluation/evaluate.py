@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -256,7 +256,9 @@ def _figures(
     return found
 
 
-def published_table(report: dict[str, Any], head: str) -> list[tuple[str, float | None, float | None, float | None]]:
+def published_table(
+    report: Mapping[str, Any], head: str
+) -> list[tuple[str, float | None, float | None, float | None]]:
     """The published form: for each condition and generator, accuracy on reals, fakes and both in percent, at 0.5."""
     lines = []
     for row in report["results"]:

@@ -176,7 +176,7 @@ def _plots(evaluation: Evaluation, lead: Scored, thresholds: tuple[float, float]
     return drawn
 
 
-def _published(report: dict[str, Any], head: str) -> str:
+def _published(report: Mapping[str, Any], head: str) -> str:
     lines = [(key, *(_percent(share) for share in shares)) for key, *shares in published_table(report, head)]
     width = max((len(key) for key, *_ in lines), default=0)
     return "\n".join(f"{key + ':':<{width + 1}}  {real:>6} {fake:>6} {both:>6}" for key, real, fake, both in lines)

@@ -1,0 +1,147 @@
+"""What `code-worker validate` prints and writes: tables, metrics.json, and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+from rich.table import Table
+
+from code_worker.cli.output import console
+from code_worker.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from code_worker.training.evaluation.compare import Compared
+    from code_worker.training.metrics import Difference
+
+__all__ = ["METRICS", "PAGE", "prepare_directory", "print_report", "write_reports"]
+
+METRICS: Final = "metrics.json"
+PAGE: Final = "report.html"
+_GROUP_FIGURES: Final = {
+    "real acc": ("deployed", "real_accuracy"),
+    "fake acc": ("deployed", "fake_accuracy"),
+    "acc": ("deployed", "accuracy"),
+    "balanced": ("deployed", "balanced_accuracy"),
+    "AP": ("ranking", "ap"),
+    "AUROC": ("ranking", "auroc"),
+    "TPR@1%": ("ranking", "tpr_at_1pct_fpr"),
+    "TPR@5%": ("ranking", "tpr_at_5pct_fpr"),
+    "EER": ("ranking", "eer"),
+    "ECE": ("ranking", "ece"),
+    "Brier": ("ranking", "brier"),
+}
+_WITH_INTERVAL: Final = frozenset({"real acc", "fake acc", "balanced", "AUROC"})
+_ABSOLUTE: Final = frozenset({"ECE", "Brier"})
+
+
+def prepare_directory(directory: Path) -> None:
+    """Makes the directory before the long work, not after it.
+
+    Raises:
+        ConfigurationError: it cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f".{METRICS}").touch()
+        (directory / f".{METRICS}").unlink()
+    except OSError as error:
+        raise ConfigurationError(f"--out {directory}: {error.strerror}") from error
+
+
+def write_reports(directory: Path, report: Mapping[str, Any], page: str) -> None:
+    """Writes `metrics.json` and `report.html`, each whole or not at all.
+
+    Raises:
+        ConfigurationError: the directory cannot be written to.
+    """
+    contents = {METRICS: json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", PAGE: page}
+    try:
+        for name, text in contents.items():
+            beside = directory / f".{name}"
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(directory / name)
+    except OSError as error:
+        raise ConfigurationError(f"--out {directory}: {error.strerror}") from error
+    click.echo(f"wrote {directory / METRICS} and {directory / PAGE}", err=True)
+
+
+def print_report(report: Mapping[str, Any], compared: Sequence[Compared] = ()) -> None:
+    """Tables on stdout; what was skipped on stderr."""
+    release, data, plan = report["release"], report["data"], report["plan"]
+    deployed = plan["thresholds"]["deployed"]
+    toy = ", a toy" if release["toy"] else ""
+    click.echo(f"release {release['id']}{toy} on {data['source']}: {data['real']} real, {data['fake']} fake")
+    click.echo(
+        f"real below {deployed['low']:g}, fake from {deployed['high']:g} (policy {deployed['policy']}); percent"
+    )
+    for head in release["heads"]:
+        for condition in plan["conditions"]:
+            click.echo(f"\n{head}, {condition}")
+            console().print(_groups(report, head, condition))
+    for head in release["heads"]:
+        if lines := published_lines(report, head):
+            click.echo(f"\n{head} at 0.5, in the published form (real fake all)")
+            click.echo("\n".join(lines))
+    if compared:
+        click.echo(f"\ncompared with {report['compared']['against']}: points gained or lost, with 95 % intervals")
+        console().print(_comparison(compared))
+    for one in report["skipped"]:
+        click.echo(f"skipped {one['key']}: {one['reason']}", err=True)
+    if report["skipped"]:
+        click.echo(f"{len(report['skipped'])} skipped", err=True)
+
+
+def published_lines(report: Mapping[str, Any], head: str) -> list[str]:
+    """`key: real fake all`, a line for each condition and generator."""
+    from code_worker.training.evaluation.evaluate import published_table  # noqa: PLC0415 - numpy, not for --help
+
+    return [
+        f"{key}: {'  '.join('-' if share is None else f'{share:.2f}' for share in shares)}"
+        for key, *shares in published_table(report, head)
+    ]
+
+
+def _groups(report: Mapping[str, Any], head: str, condition: str) -> Table:
+    table = _table("group", "n", "real", "fake", *_GROUP_FIGURES)
+    for row in report["results"]:
+        if (row["head"], row["condition"]) == (head, condition):
+            name = row["name"] if row["kind"] == "overall" else f"{row['kind']} {row['name']}"
+            cells = (_cell(title, row[part][figure]) for title, (part, figure) in _GROUP_FIGURES.items())
+            table.add_row(name, *(str(row[count]) for count in ("n", "n_real", "n_fake")), *cells)
+    return table
+
+
+def _comparison(compared: Sequence[Compared]) -> Table:
+    table = _table("head", "condition", "group", "n", "real acc", "fake acc", "balanced")
+    for one in compared:
+        changes = (_change(one.difference[f"{name}_accuracy"]) for name in ("real", "fake", "balanced"))
+        name = one.name if one.kind == "overall" else f"{one.kind} {one.name}"
+        table.add_row(one.head, one.condition, name, str(one.n), *changes)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        words = column in {"head", "condition", "group"}
+        table.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    return table
+
+
+def _cell(title: str, figure: Mapping[str, float | None] | None) -> str:
+    if figure is None or figure["value"] is None:
+        return "-"
+    if title in _ABSOLUTE:
+        return f"{figure['value']:.3f}"
+    text = f"{100 * figure['value']:.1f}"
+    if title in _WITH_INTERVAL and figure["low"] is not None and figure["high"] is not None:
+        text += f" [{100 * figure['low']:.0f}–{100 * figure['high']:.0f}]"
+    return text
+
+
+def _change(change: Difference | None) -> str:
+    return "-" if change is None else f"{100 * change.value:+.1f} [{100 * change.low:+.1f} {100 * change.high:+.1f}]"
