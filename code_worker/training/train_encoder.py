@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from code_worker.data.holdout import refuse_holdout
@@ -80,6 +81,8 @@ def _described(attempt: Attempt, base: LoadedRelease | None) -> TrainingJob:
         encoder={} if base is None else asdict(base.weights.config),
         settings=settings,
         device=attempt.settings.device,
+        # Pictures need an extra, and no training should end for the lack of it.
+        picture_every=TrainingJob.model_fields["picture_every"].default if find_spec("matplotlib") else 0,
         limits=attempt.settings.limits,
     )
 

@@ -92,7 +92,7 @@ def test_every_password_comes_from_the_environment_file_and_has_an_example() -> 
 
 
 def test_our_own_containers_are_locked_down() -> None:
-    for name in ("migrate", "worker", "beat"):
+    for name in ("migrate", "worker", "trainer", "beat"):
         service = services()[name]
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]

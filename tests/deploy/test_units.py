@@ -64,8 +64,10 @@ def test_unit_runs_unprivileged_in_a_sealed_system(path: Path) -> None:
     assert service["CapabilityBoundingSet"] == [""]
 
 
-def test_worker_and_beat_each_have_a_unit() -> None:
-    assert [read(path)["Service"]["ExecStart"] for path in UNITS] == [[f"{PROGRAM} beat"], [f"{PROGRAM} worker"]]
+def test_worker_trainer_and_beat_each_have_a_unit() -> None:
+    assert [read(path)["Service"]["ExecStart"] for path in UNITS] == [
+        [f"{PROGRAM} {command}"] for command in ("beat", "trainer", "worker")
+    ]
 
 
 def test_systemd_accepts_the_units_where_it_is_installed(tmp_path: Path) -> None:
