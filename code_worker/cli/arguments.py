@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from math import isnan
 from typing import Any, TypeVar
 from uuid import UUID
 
 import click
 
-__all__ = ["AGO_OR_DATE", "ID", "JSON_OBJECT", "LIMIT", "json_option", "limit_option"]
+__all__ = ["AGO_OR_DATE", "ID", "JSON_OBJECT", "LIMIT", "SHARE", "SHARE_BETWEEN", "json_option", "limit_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 LIMIT = click.IntRange(1, 10_000)
@@ -66,9 +67,23 @@ class _JsonObject(click.ParamType):  # type: ignore[type-arg]  # generic only si
         return parsed
 
 
+class _Share(click.FloatRange):
+    """A number between two others; not NaN, which no comparison keeps out."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if isnan(number):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
+
+
 ID = _Id()
 AGO_OR_DATE = _AgoOrDate()
 JSON_OBJECT = _JsonObject()
+SHARE = _Share(0, 1)
+SHARE_BETWEEN = _Share(0, 1, min_open=True, max_open=True)
 
 
 def json_option(command: F) -> F:

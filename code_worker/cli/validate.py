@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from code_worker.cli.arguments import SHARE
 from code_worker.cli.ledger import quiet_settings
 from code_worker.cli.measuring import list_skipped, open_measured
 from code_worker.cli.output import to_json
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["PRESETS", "validate"]
 
 PRESETS: Final = ("clean", "d3", "delivery", "sidbench")
-_SHARE = click.FloatRange(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +66,9 @@ class _Asked:
     "--bootstrap", type=click.IntRange(0), default=1000, show_default=True, help="Resamples; 0: no interval."
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap and the map.")
-@click.option("--min-balanced-accuracy", type=_SHARE, help="Fail below this.")
-@click.option("--max-fpr", type=_SHARE, help="Fail if more than this share of reals is called fake.")
-@click.option("--max-regression", type=_SHARE, help="Fail if a generator or the reals lose more than --against has.")
+@click.option("--min-balanced-accuracy", type=SHARE, help="Fail below this.")
+@click.option("--max-fpr", type=SHARE, help="Fail if more than this share of reals is called fake.")
+@click.option("--max-regression", type=SHARE, help="Fail if a generator or the reals lose more than --against has.")
 @click.option("--against", metavar="ID|DIR", help="Release to compare with, on the same images.")
 @click.option("--thumbnails/--no-thumbnails", default=True, help="Show the worst mistakes on the page, blurred.")
 @click.option("--json", "as_json", is_flag=True, help="Print metrics.json instead of tables.")

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from code_worker.data.examples import Skipped
-from code_worker.errors import DatasetError, ImageRejectedError, SourceCredentialsError, TransientError
+from code_worker.errors import (
+    DatasetError,
+    ImageRejectedError,
+    SourceCredentialsError,
+    StorageError,
+    TransientError,
+)
 from code_worker.images.decode import decode
 from code_worker.queues import chunks
 from code_worker.types import EMBEDDING_DIM
@@ -78,6 +84,7 @@ def embed_examples(
 
     Raises:
         TransientError: the encoder's device failed; or the source's credentials (SourceCredentialsError).
+        StorageError: the dataset storage cannot be read at all.
     """
     if crop is not None:
         known = keep = None
@@ -209,7 +216,7 @@ def _content(entry: _Entry) -> bytes | None:
         return None
     try:
         data, sha256 = entry.reading.result()
-    except SourceCredentialsError:
+    except (SourceCredentialsError, StorageError):
         # Every other image of the source would fail as well.
         raise
     except (DatasetError, ImageRejectedError, TransientError) as error:

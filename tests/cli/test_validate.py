@@ -158,6 +158,7 @@ def test_the_champion_and_the_policy_in_force_are_measured(
         (),
         ("SOURCE", "--max-regression", "0.1"),
         ("SOURCE", "--min-balanced-accuracy", "1.5"),
+        ("SOURCE", "--max-fpr", "nan"),
         ("SOURCE", "--preset", "instagram"),
         ("SOURCE", "--head", "crystal-ball"),
         ("SOURCE", "--release", "r-nowhere"),

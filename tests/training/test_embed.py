@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from code_worker.data.examples import FAKE, REAL, Example
-from code_worker.errors import DatasetError, ImageRejectedError, SourceCredentialsError, TransientError
+from code_worker.errors import DatasetError, ImageRejectedError, SourceCredentialsError, StorageError, TransientError
 from code_worker.settings import LimitSettings
 from code_worker.training.embed import Embedded, embed_examples
 from code_worker.types import RejectReason
@@ -196,6 +196,7 @@ def test_no_more_than_two_pages_are_read_ahead(monkeypatch: pytest.MonkeyPatch) 
     "fail",
     [
         lambda: (example("a", SourceCredentialsError("s3", "expired")), MeanEmbedder()),
+        lambda: (example("a", StorageError("the dataset storage is away")), MeanEmbedder()),
         lambda: (
             example("a", png(1)),
             MeanEmbedder(lambda _: TransientError(RejectReason.MODEL_UNAVAILABLE, "the device failed")),
@@ -204,5 +205,5 @@ def test_no_more_than_two_pages_are_read_ahead(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_what_would_fail_for_every_image_ends_the_work(fail: Callable[[], tuple[Example, MeanEmbedder]]) -> None:
     broken, embedder = fail()
-    with pytest.raises(TransientError):
+    with pytest.raises((TransientError, StorageError)):
         embed_examples([broken], embedder, LIMITS)

@@ -1,0 +1,222 @@
+"""`code-worker calibrate`: set thresholds by labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from code_worker.cli.arguments import SHARE_BETWEEN
+from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
+from code_worker.cli.measuring import list_skipped, open_measured
+from code_worker.cli.output import print_table, to_json
+from code_worker.cli.progress import progress
+from code_worker.cli.who import who
+from code_worker.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from code_worker.data.examples import Skipped
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Store
+    from code_worker.store.policies import PolicyRow
+    from code_worker.training.calibrate import Calibration, Labelled
+    from code_worker.training.thresholds import Shares
+
+__all__ = ["calibrate"]
+
+_MAX_FNR: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What the command line asks for."""
+
+    source: str
+    max_fpr: float
+    max_fnr: float | None
+    tenant: str | None
+    content_type: str | None
+    head: str | None
+    release: str | None
+    everything: bool
+    note: str
+    dry_run: bool
+    as_json: bool
+
+    @property
+    def scope(self) -> str:
+        tenant = f"tenant {self.tenant}" if self.tenant else "every tenant"
+        return f"{tenant}, {self.content_type or 'every content type'}"
+
+
+@click.command()
+@click.argument("source", default="labels:")
+@click.option("--max-fpr", type=SHARE_BETWEEN, required=True, help="Share of real images that may be called fake.")
+@click.option("--max-fnr", type=SHARE_BETWEEN, help=f"Share of fakes that may be called real; unset: {_MAX_FNR:g}.")
+@click.option("--tenant", help="Only this tenant's jobs; unset: every tenant's.")
+@click.option("--content-type", help="Only jobs of this content type; unset: every one.")
+@click.option("--head", help="Head to calibrate; unset: the one that judges there now.")
+@click.option("--release", metavar="ID|DIR", help="Release to calibrate; unset: the champion.")
+@click.option("--all", "everything", is_flag=True, help="Count labelled images that a retrain may have learned from.")
+@click.option("--note", default="", help="Why, for the history.")
+@click.option("--dry-run", is_flag=True, help="Say what would be set, and set nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def calibrate(**words: Any) -> None:
+    """Set thresholds so that few real images are called fake, by the labelled images of SOURCE.
+
+    SOURCE is `labels:`, your labelled images, unless you name another (see `code-worker data --help`). Real images
+    decide from where on an image is fake, generated ones below which it is real; between the two it is uncertain.
+    Of your labelled images only the hold-out counts: those that a retrain may have learned from look too good.
+
+    The thresholds become the next version of the policy, with the data and the figures recorded.
+
+    Exit status: 0 done; 1 too few images, or none that can be used; 2 wrong use.
+    """
+    asked = _Asked(**words)
+    if "" in {asked.tenant, asked.content_type}:
+        raise click.UsageError("an empty name stands for nothing: leave the option out")
+    settings = quiet_settings()
+    if not (asked.dry_run or has_database(settings)):
+        raise ConfigurationError(f"no database in {settings.data_path} to set a policy in; try --dry-run")
+    with open_ledger(settings) if has_database(settings) else nullcontext() as store:
+        calibration = _calibrated(asked, settings, store)
+        row = None if asked.dry_run or store is None else _put(asked, store, calibration)
+        if row is not None and store is not None:
+            _warn_of_another_champion(store, calibration.evidence["release"])
+    if asked.as_json:
+        click.echo(to_json(_record(asked, calibration, row)))
+    else:
+        _say(asked, calibration, row)
+
+
+def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calibration:
+    from code_worker.data.open import open_examples  # noqa: PLC0415 - the forms, not for --help
+    from code_worker.training.calibrate import Goal, calibrate  # noqa: PLC0415 - numpy, not for --help
+
+    skipped: list[Skipped] = []
+    goal = Goal(max_fpr=asked.max_fpr, max_fnr=asked.max_fnr or _MAX_FNR, strict_fnr=asked.max_fnr is not None)
+    with ExitStack() as closing:
+        closing.callback(list_skipped, skipped)
+        with progress(f"reading {asked.source}"):
+            examples = list(open_examples(asked.source, settings=settings, skipped=skipped, store=store))
+        measured = closing.enter_context(open_measured(settings, asked.release))
+        before = measured.policies.find(asked.tenant, asked.content_type, measured.runtime.default_policy)
+        with progress(f"calibrating {measured.loaded.id}", total=len(examples)) as advance:
+            made = calibrate(
+                examples,
+                measured.runtime,
+                settings.limits,
+                goal,
+                head=asked.head or before.head or measured.runtime.default_head,
+                before=before,
+                source=asked.source,
+                labelled=None if asked.everything or store is None else _labelled(store),
+                known=measured.known,
+                keep=measured.keep,
+                threads=settings.worker.fetch_threads,
+                progress=advance,
+            )
+        skipped.extend(made.skipped)
+        return made
+
+
+def _labelled(store: Store) -> Labelled:
+    from code_worker.store.kept_images import kept  # noqa: PLC0415 - SQLAlchemy, only where there is a database
+
+    return lambda hashes: store.run(lambda session: kept(session, hashes).keys(), write=False)
+
+
+def _put(asked: _Asked, store: Store, made: Calibration) -> PolicyRow:
+    from code_worker.store import policies  # noqa: PLC0415 - as above
+
+    return store.run(
+        lambda session: policies.put(
+            session,
+            low=made.made.low,
+            high=made.made.high,
+            tenant=asked.tenant,
+            content_type=asked.content_type,
+            # Thresholds of one head mean nothing for another.
+            head=made.head,
+            by=who(),
+            note=asked.note or f"calibrated on {asked.source} for at most {asked.max_fpr:g} false alarms",
+            evidence=made.evidence,
+        )
+    )
+
+
+def _warn_of_another_champion(store: Store, release: str) -> None:
+    from code_worker.store import releases  # noqa: PLC0415 - as above
+
+    champion = store.run(lambda session: releases.alias(session, "champion"), write=False)
+    if champion != release:
+        click.echo(
+            f"{release} is not the champion: until it is, {champion or 'none'} judges by its thresholds", err=True
+        )
+
+
+def _record(asked: _Asked, made: Calibration, row: PolicyRow | None) -> dict[str, Any]:
+    return {
+        "set": row is not None,
+        "policy": None if row is None else row.id,
+        "version": None if row is None else row.version,
+        "tenant": asked.tenant,
+        "content_type": asked.content_type,
+        "head": made.head,
+        "low": made.made.low,
+        "high": made.made.high,
+        "before": {
+            "policy": made.before.id,
+            "low": made.before.low,
+            "high": made.before.high,
+            **made.shares_before.to_dict(),
+        },
+        "evidence": made.evidence,
+        "skipped": [{"key": one.key, "reason": one.reason} for one in made.skipped],
+    }
+
+
+def _say(asked: _Asked, made: Calibration, row: PolicyRow | None) -> None:
+    rows = [
+        {
+            "": "before",
+            "low": f"{made.before.low:.4f}",
+            "high": f"{made.before.high:.4f}",
+            **_cells(made.shares_before),
+        },
+        {"": "now", "low": f"{made.made.low:.4f}", "high": f"{made.made.high:.4f}", **_cells(made.made.shares)},
+    ]
+    evidence = made.evidence
+    click.echo(
+        f"head {made.head} of {evidence['release']} on {evidence['real']} real and {evidence['fake']} fake images of "
+        f"{asked.source}; shares in percent, with 95 % intervals"
+    )
+    print_table(rows, tuple(rows[0]), empty="")
+    if learned := evidence["left_out"]["learned"]:
+        click.echo(f"{learned} images left out: a retrain may have learned from them (--all counts them)")
+    if made.made.note:
+        click.echo(made.made.note)
+    if row is None:
+        click.echo("nothing was set (--dry-run)")
+    else:
+        click.echo(f"version {row.version} for {asked.scope}: workers take it over")
+
+
+def _cells(shares: Shares) -> dict[str, str]:
+    titles = {
+        "fpr": "reals called fake",
+        "tpr": "fakes found",
+        "fnr": "fakes called real",
+        "uncertain_real": "reals uncertain",
+        "uncertain_fake": "fakes uncertain",
+    }
+    return {title: _cell(getattr(shares, name)) for name, title in titles.items()}
+
+
+def _cell(share: Mapping[str, float] | None) -> str:
+    if share is None:
+        return "-"
+    return f"{100 * share['value']:.1f} [{100 * share['low']:.1f} {100 * share['high']:.1f}]"

@@ -1,0 +1,161 @@
+"""Thresholds by labelled images: where to draw the lines so that false alarms and misses stay under stated shares.
+
+Both lines are order statistics, as split conformal prediction draws them (Vovk, Gammerman & Shafer 2005; Angelopoulos
+& Bates 2021): with n real images, `high` lies just above the ⌈(n + 1)(1 - α)⌉-th lowest of their scores. Whatever the
+scores are distributed like, a further real image from the same source is then called fake with a chance of at most α,
+on average over the images that happened to be labelled. Of these themselves, at most α are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from code_worker.errors import DatasetError
+from code_worker.training.metrics import wilson
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["RULE", "Shares", "Thresholds", "draw_thresholds", "needed", "shares_at"]
+
+RULE: Final = "split conformal: high above the ceil((n+1)(1-max_fpr))-th real, low at the floor((m+1)max_fnr)-th fake"
+_SLACK: Final = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What thresholds do to the images at hand; intervals are Wilson's, 95 %; None without such images.
+
+    Attributes:
+        fpr: reals called fake.
+        tpr: fakes called fake.
+        fnr: fakes called real.
+        uncertain_real: reals called neither.
+        uncertain_fake: fakes called neither.
+    """
+
+    fpr: dict[str, float] | None
+    tpr: dict[str, float] | None
+    fnr: dict[str, float] | None
+    uncertain_real: dict[str, float] | None
+    uncertain_fake: dict[str, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Thresholds, and how they came about.
+
+    Attributes:
+        low: below it real.
+        high: from it on fake; between the two uncertain.
+        note: what was decided beside the rule, such as why nothing is uncertain.
+        shares: what they do to the images that they were drawn by.
+    """
+
+    low: float
+    high: float
+    note: str
+    shares: Shares
+
+
+def needed(share: float) -> int:
+    """How many images a bound takes: with fewer, only calling none of them so keeps it.
+
+    Raises:
+        ValueError: not 0 < share < 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"a bound lies between 0 and 1, not at {share}")
+    return ceil(1 / share - 1 - _SLACK)
+
+
+def draw_thresholds(
+    reals: NDArray[np.float32],
+    fakes: NDArray[np.float32],
+    *,
+    max_fpr: float,
+    max_fnr: float,
+    strict_fnr: bool = False,
+) -> Thresholds:
+    """Thresholds under which at most `max_fpr` of reals are called fake and at most `max_fnr` of fakes real.
+
+    Images between the two are uncertain. Where the classes lie so far apart that `low` would be above `high`, every
+    border between the two keeps both bounds, and the one in the middle is taken: nothing is uncertain. With too few
+    fakes to place `low`, it is put at `high`, unless `strict_fnr`.
+
+    Args:
+        reals: `(n,)` scores in [0, 1].
+        fakes: `(m,)` scores; may be empty.
+        max_fpr: bound of the share of reals called fake.
+        max_fnr: bound of the share of fakes called real.
+        strict_fnr: refuse where there are too few fakes.
+
+    Raises:
+        DatasetError: too few images for a bound, or so many reals at the highest score that no border keeps it.
+        ValueError: a bound that is not between 0 and 1.
+    """
+    high = _high(np.sort(reals), max_fpr)
+    if len(fakes) < needed(max_fnr):
+        if strict_fnr:
+            raise DatasetError(_too_few("fakes called real", max_fnr, len(fakes), "generated"))
+        note = f"{len(fakes)} generated images are too few for --max-fnr {max_fnr:g}: nothing is uncertain"
+        return Thresholds(high, high, note, shares_at(reals, fakes, high, high))
+    low = _low(np.sort(fakes), max_fnr)
+    note = ""
+    if low >= high:
+        low = high = (low + high) / 2
+        note = "both bounds hold with one border in the middle: nothing is uncertain"
+    return Thresholds(low, high, note, shares_at(reals, fakes, low, high))
+
+
+def shares_at(reals: NDArray[np.float32], fakes: NDArray[np.float32], low: float, high: float) -> Shares:
+    """What any thresholds do to these images."""
+    real, fake = reals.astype(np.float64), fakes.astype(np.float64)
+    return Shares(
+        fpr=_share(real >= high),
+        tpr=_share(fake >= high),
+        fnr=_share(fake < low),
+        uncertain_real=_share((real >= low) & (real < high)),
+        uncertain_fake=_share((fake >= low) & (fake < high)),
+    )
+
+
+def _high(ordered: NDArray[np.float32], max_fpr: float) -> float:
+    n = len(ordered)
+    if n < needed(max_fpr):
+        raise DatasetError(_too_few("reals called fake", max_fpr, n, "real"))
+    place = ceil((n + 1) * (1 - max_fpr) - _SLACK)
+    border = np.nextafter(np.float32(ordered[place - 1]), np.float32(2))
+    if border > 1:
+        raise DatasetError(
+            f"{int((ordered >= 1).sum())} of {n} real images have the highest score, 1: no border keeps the reals "
+            f"called fake under {max_fpr:g}; choose another head, or retrain with these images"
+        )
+    return float(border)
+
+
+def _low(ordered: NDArray[np.float32], max_fnr: float) -> float:
+    place = floor((len(ordered) + 1) * max_fnr + _SLACK)
+    return float(ordered[place - 1])
+
+
+def _too_few(what: str, share: float, count: int, kind: str) -> str:
+    return (
+        f"to bound the {what} by {share:g} takes at least {needed(share)} {kind} images; there are {count}: "
+        "label more, or allow a larger share"
+    )
+
+
+def _share(hits: NDArray[np.bool_]) -> dict[str, float] | None:
+    if len(hits) == 0:
+        return None
+    low, high = wilson(int(hits.sum()), len(hits))
+    return {"value": float(hits.mean()), "low": low, "high": high}

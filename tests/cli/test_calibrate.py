@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from code_worker.data.holdout import is_holdout
+from code_worker.data.labelling import Labeller
+from code_worker.plugins import load_plugins
+from code_worker.releases.registry import open_registry
+from code_worker.settings import Settings
+from code_worker.store import policies
+from code_worker.store.engine import Store
+from tests.cli.conftest import Cli
+from tests.cli.labelled_tree import write_tree
+from tests.toy_release import write_toy_release
+
+
+@pytest.fixture(scope="module")
+def shallow_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_release(tmp_path_factory.mktemp("shallow") / "release", depth=1)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty images, half of them real; two of each class are labelled wrongly."""
+    return write_tree(tmp_path_factory.mktemp("labelled"), 60, flipped=2)
+
+
+@pytest.fixture
+def champion(sqlite_cli: Cli, sqlite_store: Store, shallow_release: Path, tmp_path: Path) -> str:
+    settings = Settings(data_dir=tmp_path / "data")
+    registry = open_registry(settings, store=sqlite_store, plugins=load_plugins(settings))
+    release = registry.add(shallow_release)
+    registry.promote(release, by="test")
+    return release
+
+
+def in_force(store: Store) -> list[policies.PolicyRow]:
+    return store.run(policies.in_force, write=False)
+
+
+def test_thresholds_are_put_in_force_with_what_they_were_drawn_by(
+    sqlite_cli: Cli, sqlite_store: Store, champion: str, tree: Path
+) -> None:
+    ran = sqlite_cli("calibrate", str(tree), "--max-fpr", "0.05", "--tenant", "acme", "--note", "spring")
+    assert ran.status == 0, ran.stderr
+    (row,) = in_force(sqlite_store)
+    assert (row.tenant, row.content_type, row.version, row.head, row.note) == ("acme", None, 1, "linear", "spring")
+    assert "version 1 for tenant acme, every content type: workers take it over" in ran.stdout
+    assert f"head linear of {champion} on 30 real and 30 fake images" in ran.stdout
+    assert "toy" in ran.stderr
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    assert [line[:3] for line in lines if line[0] in {"before", "now"}] == [
+        ["before", "0.5000", "0.5000"],
+        ["now", f"{row.low:.4f}", f"{row.high:.4f}"],
+    ]
+    evidence = row.evidence
+    assert evidence is not None
+    assert (evidence["real"], evidence["fake"], evidence["release"]) == (30, 30, champion)
+    assert len(evidence["digest"]) == 64
+    assert evidence["achieved"]["fpr"]["value"] <= 0.05
+    assert evidence["achieved"]["fnr"]["value"] <= 0.05
+    assert row.low < row.high, "images that look like the other class lie in the band"
+
+
+def test_a_dry_run_says_the_same_and_sets_nothing(
+    sqlite_cli: Cli, sqlite_store: Store, champion: str, tree: Path
+) -> None:
+    ask = ("calibrate", str(tree), "--max-fpr", "0.1", "--head", "knn", "--json")
+    (planned,) = sqlite_cli(*ask, "--dry-run").records
+    assert (planned["set"], planned["policy"]) == (False, None)
+    assert in_force(sqlite_store) == []
+    (done,) = sqlite_cli(*ask).records
+    (row,) = in_force(sqlite_store)
+    assert (done["set"], done["policy"], done["head"]) == (True, row.id, "knn")
+    assert (done["low"], done["high"], done["evidence"]) == (planned["low"], planned["high"], planned["evidence"])
+    assert done["before"]["policy"] == "published"
+    again = sqlite_cli(*ask[:-3], "--max-fpr", "0.2", "--json")
+    assert again.records[0]["before"]["policy"] == row.id
+    assert again.records[0]["head"] == "knn", "the head that judges there now"
+
+
+def test_of_your_own_labels_only_the_hold_out_counts_unless_told_otherwise(
+    sqlite_cli: Cli, sqlite_store: Store, champion: str, tree: Path, tmp_path: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path / "data", files={"roots": [tree]})  # type: ignore[arg-type]
+    with closing(Labeller(settings, sqlite_store)) as labeller:
+        labelled = [
+            labeller.label(str(path), "real" if "/real/" in str(path) else "fake", by="alice").sha256
+            for path in sorted(tree.rglob("*.png"))
+        ]
+    held = [sha256 for sha256 in labelled if is_holdout(sha256)]
+    assert 0 < len(held) < 60
+    whole = sqlite_cli("calibrate", "--max-fpr", "0.05", "--all", "--json", "--dry-run").records[0]["evidence"]
+    assert (whole["source"], whole["real"], whole["fake"]) == ("labels:", 30, 30)
+    assert whole["left_out"] == {"learned": 0, "unusable": 0}
+    (fair,) = sqlite_cli("calibrate", "--max-fpr", "0.4", "--json").records
+    assert fair["evidence"]["real"] + fair["evidence"]["fake"] == len(held)
+    assert fair["evidence"]["left_out"]["learned"] == 60 - len(held)
+    from_files = sqlite_cli("calibrate", str(tree), "--max-fpr", "0.4", "--json", "--dry-run").records[0]["evidence"]
+    assert from_files["digest"] == fair["evidence"]["digest"], "the same images under another name are left out too"
+    refused = sqlite_cli("calibrate", "--max-fpr", "0.02")
+    assert (refused.status, refused.stdout) == (1, "")
+    assert "takes at least 49 real images" in refused.stderr
+    assert f"{60 - len(held)} were left out, since a retrain may have learned from them" in refused.stderr
+
+
+def test_copies_of_an_image_count_once(sqlite_cli: Cli, champion: str, tree: Path, tmp_path: Path) -> None:
+    reals = sorted((tree / "real").rglob("*.png"))[:6]
+    for copy in ("one", "two"):
+        for path in reals:
+            target = tmp_path / "copies" / "real" / f"{copy}-{path.name}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    ran = sqlite_cli("calibrate", str(tmp_path / "copies"), "--max-fpr", "0.1")
+    assert ran.status == 1
+    assert "takes at least 9 real images; there are 6" in ran.stderr
+
+
+def test_another_release_than_the_champion_is_remarked_on(
+    sqlite_cli: Cli, champion: str, tree: Path, tmp_path: Path
+) -> None:
+    other = write_toy_release(tmp_path / "other", seed=5, depth=1)
+    ran = sqlite_cli("calibrate", str(tree), "--max-fpr", "0.1", "--release", str(other))
+    assert ran.status == 0
+    assert f"is not the champion: until it is, {champion} judges by its thresholds" in ran.stderr
+
+
+def test_without_a_database_a_dry_run_works_and_nothing_else(
+    bare_cli: Cli, shallow_release: Path, tree: Path
+) -> None:
+    ask = ("calibrate", str(tree), "--max-fpr", "0.1", "--release", str(shallow_release))
+    assert bare_cli(*ask, "--dry-run", "--json").records[0]["set"] is False
+    refused = bare_cli(*ask)
+    assert (refused.status, refused.stdout) == (2, "")
+    assert "try --dry-run" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--max-fpr", "0"),
+        ("--max-fpr", "1"),
+        ("--max-fpr", "0.1", "--max-fnr", "nan"),
+        ("--max-fpr", "0.1", "--tenant", ""),
+        ("--max-fpr", "0.1", "--head", "crystal-ball"),
+    ],
+)
+def test_wrong_use_sets_nothing(
+    sqlite_cli: Cli, sqlite_store: Store, champion: str, tree: Path, words: tuple[str, ...]
+) -> None:
+    ran = sqlite_cli("calibrate", str(tree), *words)
+    assert (ran.status, ran.stdout) == (2, "")
+    assert "Traceback" not in ran.stderr
+    assert in_force(sqlite_store) == []
+
+
+def test_too_few_fakes_are_refused_only_where_their_bound_was_asked_for(
+    sqlite_cli: Cli, champion: str, tmp_path: Path
+) -> None:
+    small = write_tree(tmp_path / "small", 24)
+    ran = sqlite_cli("calibrate", str(small), "--max-fpr", "0.1", "--dry-run")
+    assert ran.status == 0
+    assert "nothing is uncertain" in ran.stdout
+    assert "nothing was set" in ran.stdout
+    assert sqlite_cli("calibrate", str(small), "--max-fpr", "0.1", "--max-fnr", "0.05").status == 1
+
+
+def test_without_labels_the_reason_is_one_line(sqlite_cli: Cli, champion: str) -> None:
+    ran = sqlite_cli("calibrate", "--max-fpr", "0.1")
+    assert (ran.status, ran.stdout) == (1, "")
+    assert "labels: holds no usable image" in ran.stderr
