@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -121,7 +121,8 @@ class Shadow:
     def _work(self) -> None:
         if sys.platform == "linux":
             # There niceness is each thread's own, and threads that this one starts (the encoder's) inherit it.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
+            with suppress(OSError):  # a sandbox may forbid it, and it is a courtesy
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
         while (sight := self._next()) is not None:
             try:
                 self._score(sight)
