@@ -1,8 +1,8 @@
 """Adaptation: a generator that the starter misses, 200 labels of it, one retrain; refit alone beside it.
 
-`python -m bench.adaptation DIRECTORY [--generator toy-quantised]` builds a deployment of its own in DIRECTORY (SQLite,
-files), imports a release of the starter whose heads are fitted on the old generators, labels, runs the same `Learner`
-as a schedule does, and measures champion and candidate on photographs of which nothing was learned.
+`python -m bench.adaptation DIRECTORY [--generator toy-quantised]` builds a deployment of its own in DIRECTORY
+(SQLite, files), imports a release of the starter whose heads are fitted on the old generators, labels, runs the same
+`Learner` as a schedule does, and measures champion and candidate on photographs of which nothing was learned.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench.toy_data import write_records
 from code_worker.data.labelling import Labeller
 from code_worker.demo.artefacts import GENERATORS, NEWCOMERS
 from code_worker.demo.starter_release import build_starter_release
+from code_worker.encoder.engine import Engine
 from code_worker.images.decode import decode
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import Registry, open_registry
@@ -105,8 +106,6 @@ def _crops(items: list[Item], settings: Settings) -> tuple[NDArray[np.uint8], ND
 
 def _accuracies(registry: Registry, release: str, items: list[Item], settings: Settings) -> dict[str, float]:
     """Accuracy of the default head on real images, and balanced accuracy for each generator."""
-    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - after the settings
-
     loaded = registry.load(release)
     engine = Engine(loaded.weights, device="cpu")
     crops, labels = _crops(items, settings)

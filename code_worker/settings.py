@@ -143,6 +143,14 @@ class TrainingSettings(_Section):
         description="Views cut at native resolution, as inference sees images, instead of resized ones as published; "
         "unset: for encoders smaller than the published one.",
     )
+    keep: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the champion's weights that a retrain begins with, the rest fresh ones (shrink and "
+        "perturb): less learns new traces sooner and forgets more; unset: 1, or 0.5 for encoders smaller than the "
+        "published one.",
+    )
     from_scratch: bool = Field(False, description="Begin with fresh weights instead of the champion's.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")
     processes: int = Field(1, ge=1, description="Processes (one per GPU) that torchrun starts on this machine.")

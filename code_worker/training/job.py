@@ -55,7 +55,8 @@ class TrainingJob(_Part):
         initial: directory of the encoder to begin with (see `encoder.weights.read_weights`); None: fresh weights.
         encoder: fields of `VitConfig` for fresh weights; empty: ViT-Tiny/16.
         start: how fresh weights are drawn: timm's way, or with a patch projection that begins as the whitened
-            cosine transform of a patch, in which traces of generators stand out from the first step.
+            cosine transform of a patch, in which traces of generators stand out from the first step; unset: timm's
+            for the published size, cosine for smaller encoders.
         settings: the hyper-parameters; see `for_device` for those left unset.
         refuse_holdout: refuse to learn from images that the hold-out rule sets aside; False only where the
             caller's items are split otherwise, such as the starter's photographs.
@@ -71,7 +72,7 @@ class TrainingJob(_Part):
     name: str
     initial: str | None = None
     encoder: dict[str, Any] = Field(default_factory=dict)
-    start: Literal["timm", "cosine"] = "timm"
+    start: Literal["timm", "cosine"] | None = None
     settings: TrainingSettings = TrainingSettings()
     refuse_holdout: bool = True
     device: str = "auto"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +54,16 @@ class TrainableEncoder(nn.Module):
                 encoder.vit.patch_embed.proj.weight.copy_(cosine_projection(config.width, config.patch_size))
         return encoder
 
-    @classmethod
-    def from_weights(cls, weights: EncoderWeights) -> TrainableEncoder:
-        """The encoder of a release, to be trained further."""
-        encoder = cls(weights.config)
-        encoder.vit.load_state_dict(weights.state)
-        return encoder
+    def mixed_with(self, weights: EncoderWeights, share: float) -> Self:
+        """Moves the weights towards those of a release: all the way at 1, not at all at 0; returns itself.
+
+        In between it is the warm start of Ash & Adams (arXiv 1910.08475): weights that were trained to the end have
+        forgotten how to see what they had no use for, and a share of fresh ones brings that back.
+        """
+        with torch.no_grad():
+            for name, tensor in self.vit.state_dict().items():
+                tensor.lerp_(weights.state[name], share)
+        return self
 
     def forward(self, views: Tensor) -> Tensor:
         """`(n, size, size, 3) uint8` to `(n, width)`: the CLS token after the final LayerNorm, not normalised."""

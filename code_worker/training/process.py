@@ -29,6 +29,7 @@ from code_worker.training.network import TrainableEncoder
 from code_worker.training.processes import World, join
 from code_worker.training.record import Record
 from code_worker.training.trainer import Trainer
+from code_worker.types import IMAGE_SIZE
 
 __all__ = ["main"]
 
@@ -76,15 +77,21 @@ def _train(directory: Path, job: TrainingJob) -> None:
 
 
 def _encoder(job: TrainingJob) -> TrainableEncoder:
-    if job.initial is not None:
-        return TrainableEncoder.from_weights(read_weights(Path(job.initial)))
+    champion = None if job.initial is None else read_weights(Path(job.initial))
+    config = _config(job) if champion is None else champion.config
+    small = config.image_size < IMAGE_SIZE
+    keep = job.settings.keep if job.settings.keep is not None else 0.5 if small else 1.0
+    fresh = TrainableEncoder.fresh(config, seed=job.settings.seed, start=job.start or ("cosine" if small else "timm"))
+    return fresh if champion is None else fresh.mixed_with(champion, keep)
+
+
+def _config(job: TrainingJob) -> VitConfig:
     # JSON knows no tuples.
     described: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in job.encoder.items()}
     try:
-        config = VitConfig(**described)
+        return VitConfig(**described)
     except TypeError as error:
         raise ConfigurationError(f"encoder of the training job: {error}") from error
-    return TrainableEncoder.fresh(config, seed=job.settings.seed, start=job.start)
 
 
 def _own_device(device: str, world: World) -> str:

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from code_worker.encoder.engine import Engine
 from code_worker.encoder.vit import VitConfig
-from code_worker.encoder.weights import read_weights
+from code_worker.encoder.weights import read_weights, save_weights
 from code_worker.errors import DivergedError, TrainingError
 from code_worker.plugins import load_plugins
 from code_worker.settings import Settings, TrainingSettings
@@ -32,7 +32,7 @@ from code_worker.training.job import (
 )
 from code_worker.training.network import TrainableEncoder, cosine_projection
 from code_worker.training.optimiser import WARMUP_FROM, learning_rate
-from code_worker.training.process import main
+from code_worker.training.process import _encoder, main
 from code_worker.training.processes import World
 from code_worker.training.sampling import RecordSampler, generator_of_step
 from code_worker.training.step import DivergenceWatch, Stepper, chance_loss
@@ -338,6 +338,27 @@ def test_the_cosine_start_is_orthogonal_and_bounded() -> None:
     assert int((gram > 1e-6).sum(dim=1).max()) <= 2
     with pytest.raises(ValueError, match="has 192 numbers, fewer than 193"):
         cosine_projection(193, 8)
+
+
+def test_a_warm_start_lies_between_fresh_weights_and_the_champions() -> None:
+    fresh = TrainableEncoder.fresh(VitConfig(**MINIATURE), seed=0).weights("fresh").state
+    champion = TrainableEncoder.fresh(VitConfig(**MINIATURE), seed=5).weights("champion")
+    for share in (0.0, 0.3, 1.0):
+        mixed = TrainableEncoder.fresh(VitConfig(**MINIATURE), seed=0).mixed_with(champion, share).weights("mixed")
+        for name, tensor in mixed.state.items():
+            torch.testing.assert_close(tensor, (1 - share) * fresh[name] + share * champion.state[name])
+    assert all(torch.equal(mixed.state[name], champion.state[name]) for name in champion.state)
+
+
+@pytest.mark.parametrize(("keep", "same"), [(1.0, True), (0.5, False), (None, False)])
+def test_a_retrain_begins_with_as_much_of_the_champion_as_asked_for(
+    tmp_path: Path, keep: float | None, same: bool
+) -> None:
+    champion = TrainableEncoder.fresh(VitConfig(**MINIATURE), seed=5).weights("champion")
+    save_weights(champion, tmp_path / "champion")
+    job = small_job(keep=keep).model_copy(update={"initial": str(tmp_path / "champion")})
+    begun = _encoder(job).weights("begun").state
+    assert all(torch.equal(begun[name], champion.state[name]) for name in begun) is same
 
 
 def test_the_network_gives_the_embeddings_that_workers_compute() -> None:

@@ -1,0 +1,203 @@
+"""Crashes: SIGKILL at random moments of runs; what the next trainer makes of each, and whether anything is broken.
+
+    python -m bench.crash DIRECTORY [--kills 20] [--kind retrain] [--seed 0] [--json FILE]
+
+A deployment of its own with a broker, a tiny champion and a labelled store. Each round asks for a run, waits a random
+while, kills the trainer and everything below it as a power cut would, starts another, and checks that the run ended
+by its own, that no run was begun twice, and that the champion is a whole, verified release at every look between.
+Exit status 1 when something was not so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from code_worker.doorbell import Doorbell
+from code_worker.errors import CodeWorkerError
+from code_worker.plugins import load_plugins
+from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
+from code_worker.releases.registry import open_registry
+from code_worker.settings import Settings, load_settings
+from code_worker.store import migrate, runs
+from code_worker.store.engine import Store, open_store
+from tests.servers import RedisServer
+from tests.training.learning import build_champion, label_world, promote_champion
+
+QUICK = {
+    "CODE_WORKER_DEVICE": "cpu",
+    "CODE_WORKER_LOG_LEVEL": "warning",
+    "CODE_WORKER_SCHEDULE__MIN_HOLDOUT": "8",
+    "CODE_WORKER_TRAINING__EPOCHS": "3",
+    "CODE_WORKER_TRAINING__STEPS_PER_EPOCH": "4",
+    "CODE_WORKER_TRAINING__RECORDS": "8",
+    "CODE_WORKER_TRAINING__LOADER_PROCESSES": "0",
+    "CODE_WORKER_TRAINING__LEASE_S": "3",
+    "OMP_NUM_THREADS": "1",
+}
+PATIENCE_S = 300.0
+T = TypeVar("T")
+
+
+class Trainers:
+    """Starts trainers, and ends them as a power cut would."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """One trainer under its supervisor."""
+        with self._log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "code_worker", "trainer"], stdout=output, stderr=output
+            )
+
+    def kill(self) -> None:
+        """Everything stands still before anything dies, so that nobody sees the other go."""
+        if self.process is None:
+            return
+        everybody = [psutil.Process(self.process.pid)]
+        everybody += everybody[0].children(recursive=True)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for each in everybody:
+                if each.is_running():
+                    each.send_signal(number)
+        self.process.wait(10)
+        psutil.wait_procs(everybody[1:], timeout=10)
+        self.process = None
+
+
+def main() -> None:
+    """Runs the rounds and prints what became of each."""
+    parser = argparse.ArgumentParser(prog="bench.crash")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kind", choices=["retrain", "refit"], default="retrain")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    chosen.directory.mkdir(parents=True, exist_ok=True)
+    with RedisServer() as broker:
+        os.environ.update(
+            QUICK, CODE_WORKER_DATA_DIR=str(chosen.directory / "data"), CODE_WORKER_BROKER_URL=broker.url
+        )
+        settings = load_settings()
+        with closing(open_store(settings.resolved_database_url)) as store:
+            migrate.upgrade(store)
+            promote_champion(settings, store, build_champion(chosen.directory / "champion"))
+            label_world(settings, store)
+            found = rounds(settings, store, chosen)
+    print(f"killed in: {dict(Counter(one['killed_in'] for one in found))}")
+    print(f"ended as:  {dict(Counter(one['state'] for one in found))}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if any(one["problems"] for one in found):
+        raise SystemExit("something was broken")
+
+
+def rounds(settings: Settings, store: Store, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Kills and finishes so many runs."""
+    rng, trainers = random.Random(chosen.seed), Trainers(chosen.directory / "log")
+    found = []
+    with closing(Doorbell.for_producer(settings)) as bell:
+        usual_s = measured_s(chosen.kind, settings, store, trainers, bell)
+        print(f"a {chosen.kind} takes {usual_s:.1f} s undisturbed", flush=True)
+        for number in range(chosen.kills):
+            known = count(store)
+            trainers.start()
+            ask(bell, chosen.kind)
+            began = wait_for(partial(newest, store, known))
+            time.sleep(rng.uniform(0, usual_s))
+            trainers.kill()
+            found.append({"round": number, **followed(settings, store, trainers, began.id)})
+            if (more := count(store)) != known + 1:
+                found[-1]["problems"].append(f"{more - known} runs were begun")
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def followed(settings: Settings, store: Store, trainers: Trainers, run_id: str) -> dict[str, Any]:
+    """What the next trainer makes of a run whose trainer was killed."""
+    left = store.run(lambda session: runs.get(session, run_id), write=False)
+    problems = broken(settings, store)
+    trainers.start()
+    run = wait_for(partial(ended, store, run_id))
+    trainers.kill()
+    problems += broken(settings, store)
+    if run.state not in {"promoted", "rejected"}:
+        problems.append(f"it {run.state}: {run.reasons}")
+    killed_in = left.stage if left and left.finished_at is None else "the end"
+    return {"killed_in": killed_in, "state": run.state, "attempts": run.attempts, "problems": problems}
+
+
+def count(store: Store) -> int:
+    """Runs that were ever begun."""
+    return len(store.run(lambda session: runs.list_runs(session, limit=1000), write=False))
+
+
+def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, bell: Doorbell) -> float:
+    """Seconds of an undisturbed run; kills come at any moment within them."""
+    trainers.start()
+    ask(bell, kind)
+    first = wait_for(partial(newest, store, 0))
+    run = wait_for(partial(ended, store, first.id))
+    trainers.kill()
+    if problems := broken(settings, store):
+        raise SystemExit(str(problems))
+    return (run.finished_at - run.created_at).total_seconds() if run.finished_at else 0.0
+
+
+def ask(bell: Doorbell, kind: str) -> None:
+    """As `code-worker retrain --force --enqueue`: every round has a run, whatever was learned before."""
+    bell.call({"retrain": RETRAIN, "refit": REFIT}[kind], TRAIN_QUEUE, arguments={"by": "bench", "force": True})
+
+
+def newest(store: Store, known: int) -> runs.Run | None:
+    """The last run, once there are more than so many."""
+    found = store.run(lambda session: runs.list_runs(session, limit=1000), write=False)
+    return found[0] if len(found) > known else None
+
+
+def ended(store: Store, run_id: str) -> runs.Run | None:
+    """The run, once it has ended."""
+    run = store.run(lambda session: runs.get(session, run_id), write=False)
+    return run if run and run.finished_at else None
+
+
+def wait_for(look: Callable[[], T | None]) -> T:
+    """The first thing that `look` finds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if (found := look()) is not None:
+            return found
+        time.sleep(0.05)
+    raise SystemExit(f"nothing came of it in {PATIENCE_S} s")
+
+
+def broken(settings: Settings, store: Store) -> list[str]:
+    """What is wrong with the champion, in words."""
+    registry = open_registry(settings, store=store, plugins=load_plugins(settings))
+    try:
+        registry.load_to_judge(str(registry.champion()))
+    except CodeWorkerError as error:
+        return [f"champion: {error}"]
+    return []
+
+
+if __name__ == "__main__":
+    main()
