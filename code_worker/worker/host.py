@@ -112,7 +112,7 @@ class Host:
                 from code_worker.worker.schedule import Watcher  # noqa: PLC0415 - SQLAlchemy
 
                 watcher = Watcher(self.settings, self._migrated_store(), Doorbell(self._app))
-                self._watcher = Repeater("learning_watch", Watcher.interval_s, watcher.look)
+                self._watcher = Repeater("learning_watch", watcher.interval_s, watcher.look)
                 self._watcher.start()
 
     def _migrated_store(self) -> Store:

@@ -23,6 +23,7 @@ __all__ = ["TASKS", "Watcher", "beat_entries", "due", "due_slot", "schedules", "
 TASKS: Final = {"retrain": RETRAIN, "refit": REFIT}
 """Kind of run → task."""
 _EXPIRES_S: Final = 3600.0
+_LOOK_EVERY_S: Final = 15.0
 _FRESH: Final = timedelta(minutes=2)
 # Once in eight years at the rarest: 29 February around a century that has none.
 _DAYS: Final = 366 * 8 + 1
@@ -124,9 +125,8 @@ def due(session: Session, settings: Settings, now: datetime) -> list[str]:
 class Watcher:
     """Rings for a trainer when something is due: a run that was left behind, or a time that beat did not see."""
 
-    interval_s: Final = 15.0
-
     def __init__(self, settings: Settings, store: Store, doorbell: Doorbell) -> None:
+        self.interval_s = min(_LOOK_EVERY_S, settings.training.lease_s)
         self._settings = settings
         self._store = store
         self._doorbell = doorbell
