@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,11 +40,15 @@ _ABSOLUTE: Final = frozenset({"ECE", "Brier"})
 
 
 def prepare_directory(directory: Path) -> None:
-    """Makes the directory before the long work, not after it.
+    """Makes the directory, and looks for what draws the page, before the long work and not after it.
 
     Raises:
-        ConfigurationError: it cannot be made or written to.
+        ConfigurationError: it cannot be made or written to, or the page cannot be drawn here.
     """
+    if absent := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
+        raise ConfigurationError(
+            f"--out draws a page with {' and '.join(absent)}: pip install 'code-worker[training]'"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f".{METRICS}").touch()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from code_worker.data.examples import FAKE, REAL
 from code_worker.data.holdout import is_holdout
 from code_worker.errors import DatasetError, UnknownHeadError
 from code_worker.releases.golden import checked_scores
-from code_worker.training.embed import Keep, Known, embed_examples
+from code_worker.training.embed import Embedded, Keep, Known, embed_examples
 from code_worker.training.evaluation.groups import labels_of
 from code_worker.training.thresholds import RULE, Shares, Thresholds, draw_thresholds, shares_at
 
@@ -75,7 +76,7 @@ def calibrate(
     *,
     head: str,
     before: Policy,
-    source: str = "",
+    source: str = "the data",
     labelled: Labelled | None = None,
     known: Known | None = None,
     keep: Keep | None = None,
@@ -106,19 +107,8 @@ def calibrate(
     """
     if head not in runtime.heads:
         raise UnknownHeadError(head, tuple(sorted(runtime.heads)))
-    images = list(examples)
-    learned = _learned(images, labelled)
-    embedded = embed_examples(
-        [one for one in images if one.sha256 not in learned],
-        runtime.embedder,
-        limits,
-        known=known,
-        keep=keep,
-        threads=threads,
-        progress=progress,
-    )
-    # Of images from files the content is known only now.
-    learned |= _learned(embedded.examples, labelled)
+    embed = partial(embed_examples, embedder=runtime.embedder, limits=limits, known=known, keep=keep, threads=threads)
+    embedded, learned = _embed(list(examples), partial(embed, progress=progress), labelled)
     rows = _rows(embedded.examples, learned)
     used = [embedded.examples[row] for row in rows]
     scores = checked_scores(head, runtime.heads[head], embedded.embeddings[rows]) if rows else np.empty(0, np.float32)
@@ -126,9 +116,7 @@ def calibrate(
     try:
         made = draw_thresholds(reals, fakes, max_fpr=goal.max_fpr, max_fnr=goal.max_fnr, strict_fnr=goal.strict_fnr)
     except DatasetError as error:
-        raise DatasetError(
-            f"{source or 'the data'}: {error}{_left_out(len(learned), len(embedded.skipped))}"
-        ) from None
+        raise DatasetError(f"{source}: {error}{_left_out(learned, embedded.skipped)}") from None
     evidence = {
         "source": source,
         "digest": _digest(used),
@@ -141,6 +129,16 @@ def calibrate(
     }
     shares_before = shares_at(reals, fakes, before.low, before.high)
     return Calibration(head, made, before, shares_before, evidence, embedded.skipped)
+
+
+def _embed(
+    images: Sequence[Example], embed: Callable[[Iterable[Example]], Embedded], labelled: Labelled | None
+) -> tuple[Embedded, set[str]]:
+    """The images' embeddings, and the contents that must not count."""
+    learned = _learned(images, labelled)
+    embedded = embed(one for one in images if one.sha256 not in learned)
+    # Of images from files the content is known only now.
+    return embedded, learned | _learned(embedded.examples, labelled)
 
 
 def _tool(runtime: Runtime, head: str, goal: Goal) -> dict[str, Any]:
@@ -177,10 +175,12 @@ def _digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _left_out(learned: int, unusable: int) -> str:
+def _left_out(learned: Sized, unusable: Sized) -> str:
     parts = []
     if learned:
-        parts.append(f"; {learned} were left out, since a retrain may have learned from them (--all counts them)")
+        parts.append(
+            f"; {len(learned)} were left out, since a retrain may have learned from them (--all counts them)"
+        )
     if unusable:
-        parts.append(f"; {unusable} could not be used")
+        parts.append(f"; {len(unusable)} could not be used")
     return "".join(parts)

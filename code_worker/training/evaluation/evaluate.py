@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -138,21 +139,8 @@ def evaluate(
     heads = _chosen(runtime, plan.heads)
     images = tuple(examples)
     wanted = conditions(plan.presets, {one.variant for one in images if one.variant is not None})
-
-    def embed(transform: Transform | None) -> Embedded:
-        crop = None if transform is None else make_crop(transform, limits)
-        return embed_examples(
-            images,
-            runtime.embedder,
-            limits,
-            known=known,
-            keep=keep,
-            crop=crop,
-            threads=plan.threads,
-            progress=progress,
-        )
-
-    embeddings = _Embeddings(embed)
+    embed = partial(embed_examples, images, runtime.embedder, limits, known=known, keep=keep, threads=plan.threads)
+    embeddings = _Embeddings(partial(embed, progress=progress), limits)
     scored = [
         _score(runtime, condition.key, head, embeddings.under(condition)) for condition in wanted for head in heads
     ]
@@ -176,13 +164,16 @@ def evaluate(
 class _Embeddings:
     """Embeddings of the images per transform; conditions that differ in what they select share them."""
 
-    def __init__(self, embed: Callable[[Transform | None], Embedded]) -> None:
+    def __init__(self, embed: Callable[..., Embedded], limits: LimitSettings) -> None:
         self._embed = embed
+        self._limits = limits
         self._made: dict[Transform | None, Embedded] = {}
 
     def under(self, condition: Condition) -> Embedded:
-        if condition.transform not in self._made:
-            self._made[condition.transform] = self._embed(condition.transform)
+        if (transform := condition.transform) not in self._made:
+            self._made[transform] = self._embed(
+                crop=None if transform is None else make_crop(transform, self._limits)
+            )
         whole = self._made[condition.transform]
         if condition.variant is None:
             return whole
