@@ -39,6 +39,7 @@ def data() -> None:
     \b
     SOURCE is one of
       labels:                           the labelled store
+      holdout:                          its part that is never learned from
       hf:owner/name[@revision][:split]  a data set of the hub in the form of elsaEU/ELSA_D3
       DIR, s3://bucket/prefix/          directories named real and fake, 0_real and 1_fake, or gen_0 to gen_3
       shard-{0000..0011}.tar, DIR       WebDataset shards in the published form

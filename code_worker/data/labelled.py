@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from code_worker.store.engine import Session, Store
     from code_worker.store.labels import Conflict, ResolvedLabel
 
-__all__ = ["LABELS", "labelled_examples"]
+__all__ = ["HOLDOUT", "LABELS", "labelled_examples"]
 
 LABELS = "labels:"
 """What the labelled store is called where a data set is asked for."""
+HOLDOUT = "holdout:"
+"""What the part of it is called that is never learned from."""
 
 
 def labelled_examples(

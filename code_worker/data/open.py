@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from code_worker.data.examples import Example, Skipped
+from code_worker.data.holdout import is_holdout
 from code_worker.data.hub import HUB_PREFIX, RealUrls, hub_examples, parquet_examples
-from code_worker.data.labelled import LABELS, labelled_examples
+from code_worker.data.labelled import HOLDOUT, LABELS, labelled_examples
 from code_worker.data.manifests import manifest_examples
 from code_worker.data.reading import allow
 from code_worker.data.shards import SHARD_SUFFIXES, expand, shard_examples
@@ -30,7 +31,8 @@ __all__ = ["open_examples", "siblings_are_neighbours"]
 _MANIFESTS: Final = (".jsonl", ".ndjson", ".csv")
 _PARQUET: Final = ".parquet"
 _FORMS: Final = (
-    "labels: (the labelled store), hf:owner/name, a directory of real/fake, 0_real/1_fake or gen_N directories "
+    "labels: (the labelled store), holdout: (its part that is never learned from), hf:owner/name, "
+    "a directory of real/fake, 0_real/1_fake or gen_N directories "
     "(also s3://bucket/prefix/), shards (.tar, shard-{0000..0011}.tar, a directory of them), parquet files of the "
     "hub, or a manifest (.jsonl, .csv)"
 )
@@ -74,11 +76,11 @@ def open_examples(
     Files that the source names may be read; what a manifest names elsewhere, only under the roots of the settings.
 
     Args:
-        source: `labels:`, `hf:owner/name[@revision][:split]`, a directory, `s3://bucket/prefix/`, shards, parquet
-            files or a manifest.
+        source: `labels:`, `holdout:`, `hf:owner/name[@revision][:split]`, a directory, `s3://bucket/prefix/`, shards,
+            parquet files or a manifest.
         settings: Limits, sources, dataset storage, rule of labels.
         skipped: Takes, while it is read, what could not be used.
-        store: The ledger for `labels:`; None: the one of the settings is opened.
+        store: The ledger for labels; None: the one of the settings is opened.
         limit: At most so many images.
         real_urls: At most so many real images of a hub data set are fetched by their URL, when they are read.
 
@@ -111,8 +113,8 @@ def _usable(examples: Iterator[Example], source: str, skipped: list[Skipped], li
 
 
 def _form_of(source: str) -> _Form:
-    if source == LABELS:
-        return _Form(_read_labels)
+    if source in {LABELS, HOLDOUT}:
+        return _Form(partial(_read_labels, source))
     if source.startswith(HUB_PREFIX):
         return _Form(partial(_read_hub, source), neighbours=True)
     if source.startswith("s3://"):
@@ -185,13 +187,19 @@ def _read_manifest(path: Path, asked: _Asked) -> Iterator[Example]:
     with closing(Sources(allow(asked.settings, path.resolve().parent))) as sources:
         yield from manifest_examples(path, sources, open_kept(asked.settings), skipped=asked.skipped)
 
+    from code_worker.data.kept import open_kept  # noqa: PLC0415 - numpy and boto3, only where hashes may be named
 
-def _read_labels(asked: _Asked) -> Iterator[Example]:
+    with closing(Sources(allow(asked.settings, path.resolve().parent))) as sources:
+        yield from manifest_examples(path, sources, open_kept(asked.settings), skipped=asked.skipped)
+
+
+def _read_labels(source: str, asked: _Asked) -> Iterator[Example]:
     from code_worker.data.kept import open_kept  # noqa: PLC0415 - as above
 
     kept = open_kept(asked.settings)
     with _ledger(asked) as store:
-        yield from labelled_examples(store, kept, asked.settings.labels, skipped=asked.skipped)
+        examples = labelled_examples(store, kept, asked.settings.labels, skipped=asked.skipped)
+        yield from (one for one in examples if source == LABELS or is_holdout(str(one.sha256)))
 
 
 @contextmanager

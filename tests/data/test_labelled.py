@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from code_worker.data.examples import FAKE, REAL, Skipped
+from code_worker.data.holdout import is_holdout
 from code_worker.data.kept import open_kept
 from code_worker.data.open import open_examples
 from code_worker.errors import DatasetError
@@ -46,6 +47,16 @@ def test_decided_images_are_read_from_their_copies_and_undecided_ones_told(store
     assert skipped == [
         Skipped(made["disputed"], "its labels contradict each other, and the rule 'unanimous' leaves it out")
     ]
+
+
+def test_of_the_holdout_only_what_is_never_learned_from_is_read(store: Store, settings: Settings) -> None:
+    kept = open_kept(settings)
+    hashes = [kept.put(str(number).encode()) for number in range(60)]
+    for sha256 in hashes:
+        label(store, sha256, "real")
+    found = {one.sha256 for one in open_examples("holdout:", settings=settings, skipped=[], store=store)}
+    assert found == {sha256 for sha256 in hashes if is_holdout(sha256)}
+    assert 0 < len(found) < 60
 
 
 def test_the_database_of_the_settings_is_opened_when_none_is_given(store: Store, settings: Settings) -> None:
