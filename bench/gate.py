@@ -2,10 +2,10 @@
 
     python -m bench.gate DIRECTORY [--trials 20] [--kind refit] [--json FILE]
 
-The starter is the champion, its heads fitted on toy generators. Each trial draws images of a pool by its own seed,
-among them those of a generator that the champion never saw, labels them (rightly, or with 30 % of the reals or the
-fakes called the other), and runs the same `Learner` as a schedule does, in a deployment of its own. Exit status 1
-when anything was promoted on wrong labels.
+The starter is the champion, its heads fitted on all toy generators but one: one that its encoder sees, for refits, or
+one that it never learned, for retrains. Each trial draws images of a pool by its own seed, among them that one's,
+labels them (rightly, or with 30 % of the reals or of the fakes called the other), and runs the same `Learner` as a
+schedule does, in a deployment of its own. Exit status 1 when anything was promoted on wrong labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from bench.photographs import LEARNED_FROM, Album
 from bench.toy_data import write_records
 from code_worker.data.kept import open_kept
-from code_worker.demo.artefacts import NEWCOMERS
+from code_worker.demo.artefacts import GENERATORS, NEWCOMERS
 from code_worker.demo.starter_release import build_starter_release
 from code_worker.images.decode import decode
 from code_worker.plugins import load_plugins
@@ -47,6 +47,8 @@ WRONG = 0.3
 OLD_POOL, NEW_POOL = 360, 150
 OLD, NEW = 240, 100
 """Records of a trial, each a real image and a generated one."""
+EVERYONE = {**GENERATORS, **NEWCOMERS}
+FITTED = 24
 CASES = {"clean": None, "wrong reals": 0, "wrong fakes": 1}
 
 
@@ -75,10 +77,13 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--kind", choices=["refit", "retrain"], default="refit")
-    parser.add_argument("--generator", choices=list(NEWCOMERS), default=next(iter(NEWCOMERS)))
+    parser.add_argument("--generator", choices=list(EVERYONE), help="The one left out of the champion's heads.")
+    parser.add_argument("--fitted", type=int, help="Records that the champion's heads were fitted on.")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    pool = make_pool(chosen.directory, chosen.generator)
+    usual = GENERATORS if chosen.kind == "refit" else NEWCOMERS
+    fitted = chosen.fitted or (FITTED if chosen.kind == "refit" else OLD_POOL)
+    pool = make_pool(chosen.directory, chosen.generator or next(reversed(usual)), fitted)
     found = []
     for number in range(chosen.trials):
         # Every trial on clean labels has one on wrong labels beside it; the class takes turns.
@@ -94,11 +99,12 @@ def main() -> None:
         raise SystemExit("promoted on wrong labels")
 
 
-def make_pool(directory: Path, generator: str) -> Pool:
+def make_pool(directory: Path, generator: str, fitted: int) -> Pool:
     """Writes the images, keeps and embeds them, and promotes the starter."""
     album = Album(LEARNED_FROM)
-    old = write_records(directory / "old", album, OLD_POOL, seed=41, size=SIZE)
-    newcomer = {generator: NEWCOMERS[generator]}
+    known = {name: make for name, make in GENERATORS.items() if name != generator}
+    old = write_records(directory / "old", album, OLD_POOL, seed=41, size=SIZE, generators=known)
+    newcomer = {generator: EVERYONE[generator]}
     new = write_records(directory / "new", album, NEW_POOL, seed=42, size=SIZE, generators=newcomer)
     pool = Pool(directory, old, new)
     settings = pool.settings(directory / "template.db")
@@ -107,8 +113,10 @@ def make_pool(directory: Path, generator: str) -> Pool:
     with closing(open_store(settings.resolved_database_url)) as store:
         migrate.upgrade(store)
         registry = open_registry(settings, store=store, plugins=plugins)
-        crops = np.stack([decode(Path(item.path).read_bytes(), settings.limits)[0] for item in old])
-        build_starter_release(directory / "release", crops, np.array([item.label for item in old], np.int8), plugins)
+        taught = old[: 2 * fitted]
+        crops = np.stack([decode(Path(item.path).read_bytes(), settings.limits)[0] for item in taught])
+        known_labels = np.array([item.label for item in taught], np.int8)
+        build_starter_release(directory / "release", crops, known_labels, plugins)
         registry.promote(registry.add(directory / "release"), by="bench")
         rows = []
         for item in [*old, *new]:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from code_worker.data.examples import REAL
+from code_worker.data.examples import FAKE, REAL
 from code_worker.errors import TrainingError
 from code_worker.releases.golden import checked_scores
 from code_worker.training.encoded import CONDITIONS, Rows, matrix
 from code_worker.training.gate import GateInputs, Opinion
 from code_worker.training.metrics import figures
-from code_worker.training.noise import Noise, label_noise
+from code_worker.training.noise import Noise, label_noise, unseen
 from code_worker.training.snapshot import UNNAMED
 
 if TYPE_CHECKING:
@@ -86,32 +86,57 @@ def gate_inputs(snapshot: Snapshot, candidate: Side, champion: Side | None, *, m
         for member in snapshot.holdout
         if all(member.sha256 in rows for side in sides for rows in side.rows.values())
     ]
+    noise, unchecked = _noise(snapshot, candidate, champion)
     return GateInputs(
         labels=labels_of(members),
         generators=tuple(member.generator for member in members),
         new=np.array([member.new for member in members], dtype=np.bool_),
         candidate=candidate.opinion(members),
         champion=None if champion is None else champion.opinion(members),
-        noise=_noise(snapshot, candidate, champion),
+        noise=noise,
+        unseen=unchecked,
         min_holdout=min_holdout,
     )
 
 
-def _noise(snapshot: Snapshot, candidate: Side, champion: Side | None) -> tuple[Noise, ...]:
-    """The smaller of what both encoders say: what only one of them cannot tell apart is not labelled wrongly.
+def _noise(snapshot: Snapshot, candidate: Side, champion: Side | None) -> tuple[tuple[Noise, ...], tuple[str, ...]]:
+    """Estimates of wrong labels, and generators whose labels the champion's encoder cannot check.
 
-    Embeddings of an encoder that learned from these labels speak for images of the hold-out alone.
+    Embeddings of an encoder that learned from these labels speak for images of the hold-out alone. Of two encoders
+    the smaller estimate counts: what only one of them cannot tell apart is not labelled wrongly. New generators that
+    the champion's encoder does not see would all look like wrong labels to it, so it is not asked about them; a
+    candidate that was trained to see them is.
     """
-    same = champion is not None and champion.encoder_sha256 == candidate.encoder_sha256
-    own = _noise_seen_by(snapshot, candidate, learned=not same)
-    if champion is None or same:
-        return own
-    others = _noise_seen_by(snapshot, champion, learned=False)
-    return tuple(_smaller(one, other) for one, other in zip(own, others, strict=True))
+    if champion is None:
+        return _noise_seen_by(snapshot.members, candidate, learned=True), ()
+    unseen_names = _unseen_generators(snapshot, champion)
+    checkable = [one for one in snapshot.members if one.label == REAL or one.generator not in unseen_names]
+    by_champion = _noise_seen_by(checkable, champion, learned=False)
+    if champion.encoder_sha256 == candidate.encoder_sha256:
+        return by_champion, unseen_names
+    own = _noise_seen_by(snapshot.members, candidate, learned=True)
+    if not unseen_names:
+        return tuple(map(_smaller, own, by_champion)), ()
+    strict = _noise_seen_by(snapshot.members, champion, learned=False)
+    return tuple(
+        one if one.share is not None else other for one, other in zip(own, strict, strict=True)
+    ), unseen_names
 
 
-def _noise_seen_by(snapshot: Snapshot, side: Side, *, learned: bool) -> tuple[Noise, ...]:
-    members = [member for member in snapshot.members if member.sha256 in side.clean]
+def _unseen_generators(snapshot: Snapshot, champion: Side) -> tuple[str, ...]:
+    members = [member for member in snapshot.members if member.sha256 in champion.clean]
+    embeddings, labels = matrix(members, champion.clean), labels_of(members)
+    old = {member.generator for member in members if not member.new}
+    new = {member.generator for member in members if member.label == FAKE and member.generator} - old
+    return tuple(
+        name
+        for name in sorted(filter(None, new))
+        if unseen(embeddings, labels, np.array([member.generator == name for member in members]))
+    )
+
+
+def _noise_seen_by(labelled: Sequence[Member], side: Side, *, learned: bool) -> tuple[Noise, ...]:
+    members = [member for member in labelled if member.sha256 in side.clean]
     embeddings, labels = matrix(members, side.clean), labels_of(members)
     honest = np.array([member.holdout or not learned for member in members], dtype=np.bool_)
     new = np.array([member.new for member in members], dtype=np.bool_)

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from code_worker.data.examples import FAKE, REAL
+from code_worker.training.metrics import figures
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["MIN_SLICE", "Noise", "label_noise"]
+__all__ = ["MIN_SLICE", "Noise", "label_noise", "unseen"]
 
 MIN_SLICE: Final = 10
 """Images below which a share of wrong labels is not worth the name."""
 _NEIGHBOURS: Final = 15
+_TOLD_APART: Final = 0.7
+"""Area under the ROC curve from which an encoder is said to see a generator."""
 _BLOCK: Final = 1024
 
 
@@ -63,6 +66,22 @@ def label_noise(
         _among_purest(among, REAL, fakes, labels[rows]),
         _among_purest(among, FAKE, -fakes, labels[rows]),
     )
+
+
+def unseen(embeddings: NDArray[np.float32], labels: NDArray[np.int8], group: NDArray[np.bool_]) -> bool:
+    """Whether neighbours cannot tell the fakes of a group from reals: then they cannot check their labels either.
+
+    Args:
+        embeddings: `(n, 192) float32`.
+        labels: `(n,) int8`.
+        group: `(n,) bool`, fakes.
+    """
+    reals = labels == REAL
+    if not (group.any() and reals.any()):
+        return False
+    rows = np.flatnonzero(group | reals)
+    fakes = _fake_neighbours(embeddings, labels, rows).astype(np.float32)
+    return float(figures(labels[rows], fakes)["auroc"] or 0.0) < _TOLD_APART
 
 
 def _among_purest(among: str, looks: int, unlikeness: NDArray[np.float64], labels: NDArray[np.int8]) -> Noise:
