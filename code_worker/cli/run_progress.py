@@ -17,6 +17,7 @@ _STAGES: Final = {
     "train": "training the encoder",
     "refit": "fitting the heads",
     "embed": "embedding images",
+    "report": "measuring the candidate",
     "gate": "comparing with the champion",
     "promote": "promoting",
 }

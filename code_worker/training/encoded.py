@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from code_worker.store.engine import Store
     from code_worker.training.snapshot import Member
 
-__all__ = ["CONDITIONS", "Encoder", "Rows", "Seen", "check_readable", "matrix", "open_encoder"]
+__all__ = ["CONDITIONS", "Encoder", "Rows", "Seen", "check_readable", "example_of", "matrix", "open_encoder"]
 
 CONDITIONS: Final = (CLEAN, PRESETS["delivery"][1])
 """Under which candidate and champion are compared: as the files are, and as a feed delivers them."""
@@ -48,6 +48,28 @@ def matrix(members: Sequence[Member], rows: Rows) -> NDArray[np.float32]:
     """`(n, 192) float32` in the order of the members, all of which must have a row."""
     found = [rows[member.sha256] for member in members]
     return np.stack(found) if found else np.empty((0, 192), np.float32)
+
+
+def example_of(member: Member, kept: KeptImages) -> Example:
+    """The member as an image of a data set, read from its kept copy.
+
+    A storage that cannot be read at all is a TrainingError then, so that no single image is to blame.
+    """
+    return Example(
+        key=member.sha256,
+        label=member.label,
+        read=partial(_read, kept, member.sha256),
+        generator=member.generator,
+        collection=member.collection,
+        sha256=member.sha256,
+    )
+
+
+def _read(kept: KeptImages, sha256: str) -> bytes:
+    try:
+        return kept.read(sha256)
+    except StorageError as error:
+        raise TrainingError(f"the labelled images cannot be read: {error}") from error
 
 
 class Encoder:
@@ -74,7 +96,7 @@ class Encoder:
         """
         transform = condition.transform
         done = embed_examples(
-            (self._example(member) for member in members),
+            (example_of(member, self._kept) for member in members),
             self._embedder,
             self._settings.limits,
             known=self._known,
@@ -85,22 +107,6 @@ class Encoder:
         )
         pairs = zip(done.examples, done.embeddings, strict=True)
         return Seen({example.sha256 or "": row for example, row in pairs}, done.skipped)
-
-    def _example(self, member: Member) -> Example:
-        return Example(
-            key=member.sha256,
-            label=member.label,
-            read=partial(self._read, member.sha256),
-            generator=member.generator,
-            collection=member.collection,
-            sha256=member.sha256,
-        )
-
-    def _read(self, sha256: str) -> bytes:
-        try:
-            return self._kept.read(sha256)
-        except StorageError as error:
-            raise TrainingError(f"the labelled images cannot be read: {error}") from error
 
     def _known(self, hashes: Sequence[str]) -> Mapping[str, bytes]:
         return self._store.run(lambda session: embeddings.known(session, self._key, hashes), write=False)

@@ -15,6 +15,7 @@ from code_worker.training.comparison import Side, gate_inputs, measured
 from code_worker.training.encoded import CONDITIONS, Rows, check_readable, matrix, open_encoder
 from code_worker.training.gate import decide
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
+from code_worker.training.run_report import write_report
 from code_worker.training.train_encoder import train_encoder
 
 if TYPE_CHECKING:
@@ -204,8 +205,12 @@ class Stages:
 
     def _judge(self, candidate: str, taken: Snapshot) -> Ending | None:
         """Compares with whoever is champion now, until nobody moves that alias meanwhile."""
-        self._enter("gate")
         loaded = self.attempt.parts.registry.load_to_judge(candidate)
+        if self.attempt.run.kind == "retrain":
+            self._enter("report")
+            # Once per transform of the preset, and once as they are.
+            write_report(self.attempt, loaded, taken, self._counter("report", 3 * len(taken.holdout)))
+        self._enter("gate")
         while True:
             champion = self.attempt.parts.registry.champion()
             if champion == candidate:

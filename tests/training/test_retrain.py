@@ -301,11 +301,17 @@ def test_a_retrain_trains_the_encoder_and_is_judged_like_any_other(
     loaded = registry.load(str(ended.candidate))
     assert loaded.encoder_sha256 != registry.load(champion).encoder_sha256
     assert alias(settings, sqlite_store) == (ended.candidate if ended.state == "promoted" else champion)
+    report = settings.data_path / "runs" / ended.id / "report"
+    measured = json.loads((report / "metrics.json").read_text())
+    assert measured["release"]["id"] == ended.candidate
+    assert "</html>" in (report / "report.html").read_text()
     points = sqlite_store.run(lambda session: runs.metrics(session, ended.id))
     assert [(point.epoch, point.step) for point in points] == [(1, 3), (2, 6)]
     assert "linear/clean/mean" in points[0].metrics
     assert any("images_per_s" in facts for facts in said if facts["at"] == "train")
-    assert [facts["at"] for facts in said if len(facts) == 1][:4] == ["snapshot", "train", "refit", "gate"]
+    assert [facts["at"] for facts in said if len(facts) == 1][:5] == [
+        *("snapshot", "train", "refit", "report", "gate")
+    ]
 
 
 def test_a_training_that_fails_says_why(settings: Settings, sqlite_store: Store, champion: str) -> None:
