@@ -187,11 +187,6 @@ def _read_manifest(path: Path, asked: _Asked) -> Iterator[Example]:
     with closing(Sources(allow(asked.settings, path.resolve().parent))) as sources:
         yield from manifest_examples(path, sources, open_kept(asked.settings), skipped=asked.skipped)
 
-    from code_worker.data.kept import open_kept  # noqa: PLC0415 - numpy and boto3, only where hashes may be named
-
-    with closing(Sources(allow(asked.settings, path.resolve().parent))) as sources:
-        yield from manifest_examples(path, sources, open_kept(asked.settings), skipped=asked.skipped)
-
 
 def _read_labels(source: str, asked: _Asked) -> Iterator[Example]:
     from code_worker.data.kept import open_kept  # noqa: PLC0415 - as above

@@ -188,7 +188,8 @@ class Rescorer:
 
     def _take_originals(self, plans: Sequence[_Plan], result: Rejudged) -> None:
         self._originals.expect(plans)
-        items = self._from_source.embeddings([plan.job for plan in plans], self._runtime, _no_progress)
+        # All of them, before one is refused: an image that came twice takes its embedding over from its twin.
+        items = list(self._from_source.embeddings([plan.job for plan in plans], self._runtime, _no_progress))
         for plan, item in zip(plans, items, strict=True):
             plan.item = item
             if item.error is None and item.facts is not None and item.facts.sha256 != plan.old.sha256:
