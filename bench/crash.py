@@ -81,6 +81,8 @@ class Trainers:
         psutil.wait_procs(everybody[1:], timeout=10)
         self.process = None
 
+    close = kill
+
 
 def main() -> None:
     """Runs the rounds and prints what became of each."""
@@ -99,7 +101,7 @@ def main() -> None:
         settings = load_settings()
         with closing(open_store(settings.resolved_database_url)) as store:
             migrate.upgrade(store)
-            promote_champion(settings, store, build_champion(chosen.directory / "champion"))
+            build_champion(chosen.directory / "champion")
             label_world(settings, store)
             found = rounds(settings, store, chosen)
     print(f"killed in: {dict(Counter(one['killed_in'] for one in found))}")
@@ -114,11 +116,13 @@ def rounds(settings: Settings, store: Store, chosen: argparse.Namespace) -> list
     """Kills and finishes so many runs."""
     rng, trainers = random.Random(chosen.seed), Trainers(chosen.directory / "log")
     found = []
-    with closing(Doorbell.for_producer(settings)) as bell:
+    with closing(Doorbell.for_producer(settings)) as bell, closing(trainers):
         usual_s = measured_s(chosen.kind, settings, store, trainers, bell)
         print(f"a {chosen.kind} takes {usual_s:.1f} s undisturbed", flush=True)
         for number in range(chosen.kills):
             known = count(store)
+            # From the same champion each time, so that there is something to promote.
+            promote_champion(settings, store, chosen.directory / "champion")
             trainers.start()
             ask(bell, chosen.kind)
             began = wait_for(partial(newest, store, known))
@@ -152,6 +156,7 @@ def count(store: Store) -> int:
 
 def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, bell: Doorbell) -> float:
     """Seconds of an undisturbed run; kills come at any moment within them."""
+    promote_champion(settings, store, settings.data_path.parent / "champion")
     trainers.start()
     ask(bell, kind)
     first = wait_for(partial(newest, store, 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["schedule"]
 
 _NEXT = 3
+_OVERDUE = timedelta(minutes=10)
 
 
 @click.group()
@@ -32,28 +33,39 @@ def schedule() -> None:
 @json_option
 def list_(*, as_json: bool) -> None:
     """List the schedules: cron line, next times in UTC, the last time and what came of it."""
-    from code_worker.worker.schedule import TASKS, schedules, times_from  # noqa: PLC0415 - Celery: not for --help
+    from code_worker.worker.schedule import TASKS, schedules  # noqa: PLC0415 - Celery: not for --help
 
     settings = quiet_settings()
     crons, now, last = schedules(settings), datetime.now(UTC), _last(settings, list(TASKS))
-    rows = []
-    for kind in TASKS:
-        cron = crons.get(kind)
-        slot, run = last.get(kind, (None, None))
-        rows.append(
-            {
-                "schedule": kind,
-                "cron": getattr(settings.schedule, kind),
-                "next": [] if cron is None else list(islice(times_from(cron, now), _NEXT)),
-                "last": None if slot is None else slot.slot,
-                "outcome": _outcome(slot, run),
-                "run": None if slot is None else slot.run_id,
-            }
-        )
+    rows = [_row(settings, kind, crons.get(kind), now, last.get(kind, (None, None))) for kind in TASKS]
     if as_json:
         print_json_lines(rows)
         return
     print_table([_readable(row) for row in rows], ("schedule", "cron", "next", "last", "outcome", "run"), empty="")
+    for row in rows:
+        if row["overdue"] is not None:
+            click.echo(
+                f"{row['schedule']} was due at {moment(row['overdue'])}: does a `code-worker trainer` run?", err=True
+            )
+
+
+def _row(
+    settings: Settings, kind: str, cron: Any, now: datetime, last: tuple[Slot | None, Run | None]
+) -> dict[str, Any]:
+    from code_worker.worker.schedule import times_from, times_until  # noqa: PLC0415 - Celery: not for --help
+
+    slot, run = last
+    missed = None if cron is None or slot is None else next(times_until(cron, now), None)
+    overdue = missed is not None and slot is not None and slot.slot < missed and now - missed > _OVERDUE
+    return {
+        "schedule": kind,
+        "cron": getattr(settings.schedule, kind),
+        "next": [] if cron is None else list(islice(times_from(cron, now), _NEXT)),
+        "last": None if slot is None else slot.slot,
+        "outcome": _outcome(slot, run),
+        "run": None if slot is None else slot.run_id,
+        "overdue": missed if overdue else None,
+    }
 
 
 def _last(settings: Settings, kinds: list[str]) -> dict[str, tuple[Slot | None, Run | None]]:

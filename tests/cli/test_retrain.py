@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,17 @@ def test_schedules_are_listed_with_their_next_and_last_times(cli: Cli, store: St
     assert all("T03:00:00+00:00" in at for at in retrain["next"])
     assert (refit["cron"], refit["next"], refit["last"]) == (None, [], None)
     assert run_id in cli("schedule", "list").stdout
+
+
+def test_a_time_that_nobody_took_is_said_to_be_overdue(cli: Cli, store: Store) -> None:
+    before = datetime.now(UTC).replace(microsecond=0) - timedelta(days=3)
+    hour = (datetime.now(UTC) - timedelta(hours=2)).hour
+    cli.env["CODE_WORKER_SCHEDULE__REFIT"] = f"0 {hour} * * *"
+    store.run(lambda session: schedule.take(session, "refit", before, run_id=uuid7(), outcome="started"))
+    listed = cli("schedule", "list")
+    assert "refit was due at" in listed.stderr
+    assert "does a `code-worker trainer` run?" in listed.stderr
+    assert cli("schedule", "list", "--json").records[1]["overdue"] is not None
 
 
 def test_a_wrong_cron_line_is_one_clear_line(bare_cli: Cli) -> None:
