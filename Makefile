@@ -28,7 +28,7 @@ $(INSTALLED): $(LOCKED) pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: $(INSTALLED) ## Run the main job on a toy set and print what happened
+demo: $(INSTALLED) ## Run the main job on a toy set, have it learn, print what happened
 	$(BIN)/code-worker demo
 
 test: $(INSTALLED) ## Run every test

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import code_worker.demo.starter_release as starter
 from code_worker.demo.artefacts import GENERATORS
-from code_worker.demo.images import REAL, pictures, training_crops
+from code_worker.demo.images import REAL, crops_of, pictures, training_pictures
 from code_worker.encoder.engine import Engine
 from code_worker.encoder.weights import EncoderWeights
 from code_worker.heads import fit_head
@@ -26,7 +26,7 @@ HOME = Path(starter.__file__).with_name("starter")
 
 @pytest.fixture(scope="module")
 def crops() -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    return training_crops(60, Settings().limits)
+    return crops_of(list(training_pictures(60)), Settings().limits)
 
 
 def test_it_is_small_and_comes_with_recipe_seed_and_curve() -> None:

@@ -16,7 +16,8 @@ import click
 from rich.panel import Panel
 from rich.text import Text
 
-from code_worker.cli.output import console, print_table
+from code_worker.cli.demo_report import print_report, print_title
+from code_worker.cli.output import console
 from code_worker.cli.progress import progress
 from code_worker.logs import configure_logging
 
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 _WARNING = (
-    'A toy. Its "generated" images are photographs shrunk and enlarged again, and its encoder was never trained: '
-    "these verdicts mean nothing about images that a real generator made. What is real is everything else: "
-    "S3 protocol, broker, worker process, database, and the rejections."
+    'A toy. Its "generated" images are photographs that toy generators changed, and its encoder is a miniature that '
+    "learned from nothing else: these verdicts mean nothing about images that a real generator made. What is real is "
+    "everything else: S3 protocol, broker, worker, trainer, database, the rejections, the retrain and the gate."
 )
 
 
@@ -42,12 +43,18 @@ _WARNING = (
     show_default=True,
     help="Where everything is put; an earlier demo there is replaced.",
 )
-def demo(images: int, directory: Path) -> None:
-    """Run the whole main job on a toy set and print what happened.
+@click.option(
+    "--learning/--no-learning",
+    default=True,
+    show_default=True,
+    help="Go on: a new toy generator appears, some of its images are labelled, and a retrain learns it.",
+)
+def demo(*, images: int, directory: Path, learning: bool) -> None:
+    """Run the whole main job on a toy set, let it learn a new toy generator, and print what happened.
 
-    Needs no network, no weights and no server.
+    Needs no network, no weights and no server; takes some minutes, most of them for the retrain.
 
-    Exit status: 0 all went as it must; 1 it did not; 2 it cannot run here.
+    Exit status: 0 all went as it must; 1 it did not, or the gate rejected what was learned; 2 it cannot run here.
     """
     configure_logging("warning")
     signal.signal(signal.SIGTERM, _stop)
@@ -57,8 +64,9 @@ def demo(images: int, directory: Path) -> None:
     console().print(Panel(_WARNING, title="code-worker demo", width=min(100, console().width)))
     began = time.perf_counter()
     with own_place(directory) as place:
-        result = run_demo(place, images, _step, progress)
-    passed = _report(result, time.perf_counter() - began)
+        result = run_demo(place, images, _step, progress, learning=learning)
+    console().print(Text(f"{time.perf_counter() - began:7.1f} s  in all", style="bold"))
+    passed = print_report(result)
     _say_next(place, result)
     sys.exit(0 if passed else 1)
 
@@ -76,63 +84,25 @@ def _step(what: str) -> Iterator[None]:
     out.print(Text(f"{time.perf_counter() - began:7.1f} s  ", style="dim").append(what, style="not dim"))
 
 
-def _report(result: Result, seconds: float) -> bool:
-    from code_worker.demo.findings import by_reason, by_source, checks, images_per_s  # noqa: PLC0415 - see above
-
-    out = console()
-    out.print(Text(f"{seconds:7.1f} s  in all", style="bold"))
-    rows = [
-        {
-            "made by": row.source,
-            "images": row.images,
-            "judged real": row.real,
-            "judged fake": row.fake,
-            "right": f"{row.right:.1%}",
-        }
-        for row in by_source(result)
-    ]
-    _title("Verdicts by source", f"head linear, fitted on {result.trained_on} other cuts of the same two photographs")
-    print_table(rows, ("made by", "images", "judged real", "judged fake", "right"), empty="nothing was judged")
-    reasons = [
-        {"reason": reason, "images": len(names), "such as": ", ".join(names)}
-        for reason, names in by_reason(result).items()
-    ]
-    _title("Rejections by reason", "each on its own: no neighbour was touched")
-    print_table(reasons, ("reason", "images", "such as"), empty="nothing was rejected")
-    rate = images_per_s(result)
-    _title("Throughput", "from the first claim to the last verdict, by the database's clock")
-    click.echo("not measured" if rate is None else f"{rate:.1f} images/s through broker, worker and database")
-    _title("Checks", "")
-    return _print_checks(list(checks(result)))
-
-
-def _title(title: str, note: str) -> None:
-    console().print(Text(f"\n{title}", style="bold").append(f"  {note}" if note else "", style="not bold dim"))
-
-
-def _print_checks(found: list[tuple[str, bool]]) -> bool:
-    for statement, holds in found:
-        mark = Text("ok   ", style="green") if holds else Text("FAIL ", style="bold red")
-        console().print(mark.append(statement, style="default"))
-    return all(holds for _, holds in found)
-
-
 def _say_next(place: Place, result: Result) -> None:
     program = Path(sys.argv[0])
     command = _shown(program) if program.name == "code-worker" else "code-worker"
     ours = f"CODE_WORKER_DATA_DIR={_shown(place.data)} {command}"
     job = next((verdict.job_id for verdict in result.verdicts if verdict.label == "fake"), result.jobs[0].id)
-    _title("The database", _shown(place.data / "code_worker.db"))
-    _title("Try next", "")
-    for line in (
-        f"{ours} verdicts list --limit 5",
-        f"{ours} verdicts show {job}",
-        f"{ours} verdicts list --outcome rejected",
-        f"{ours} jobs counts",
-        f"{ours} scan {_shown(place.images)}",
-    ):
-        click.echo(f"  {line}")
-    click.echo(f"\nWith weights that were trained: {command} releases import hf:aimagelab/CoDE --promote")
+    print_title("The database", _shown(place.data / "code_worker.db"))
+    print_title("Try next", "")
+    commands = [
+        "verdicts list --limit 5",
+        f"verdicts show {job}",
+        "verdicts list --outcome rejected",
+        "jobs counts",
+        f"scan {_shown(place.images)}",
+    ]
+    if result.lesson is not None:
+        commands += [f"runs show {result.lesson.run.id}", "labels list --limit 5", "releases list"]
+    for line in commands:
+        click.echo(f"  {ours} {line}")
+    click.echo(f"\nWith the published weights: {command} releases import hf:aimagelab/CoDE --promote")
 
 
 def _shown(path: Path) -> str:

@@ -12,22 +12,35 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from code_worker.demo.artefacts import GENERATORS
+from code_worker.demo.artefacts import GENERATORS, NEWCOMER, NEWCOMERS
 from code_worker.demo.photographs import Photographs
 from code_worker.images.decode import decode
 from code_worker.types import IMAGE_SIZE, RejectReason
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from numpy.random import Generator
     from numpy.typing import NDArray
 
+    from code_worker.demo.artefacts import Simulation
     from code_worker.settings import LimitSettings
 
-__all__ = ["REAL", "Broken", "Picture", "broken_pictures", "pictures", "training_crops"]
+__all__ = [
+    "REAL",
+    "Broken",
+    "Picture",
+    "broken_pictures",
+    "crops_of",
+    "newcomer_pictures",
+    "pictures",
+    "training_pictures",
+]
 
 REAL: Final = "real"
 _TRAINING_SEED: Final = 1
 _JUDGED_SEED: Final = 2
+_NEWCOMER_SEED: Final = 3
 _FORMATS: Final = (
     ("JPEG", "jpg"),
     ("JPEG", "jpg"),
@@ -65,30 +78,46 @@ class Broken:
 
 
 def pictures(count: int) -> Iterator[Picture]:
-    """`count` images, every other one real, the rest by each toy generator in turn; formats do not tell which."""
-    photographs, rng = Photographs(), np.random.default_rng(_JUDGED_SEED)
+    """`count` images, every other one real, the rest by each known toy generator in turn."""
+    return _mixed(count, GENERATORS, _JUDGED_SEED)
+
+
+def newcomer_pictures(count: int) -> Iterator[Picture]:
+    """`count` others, every other one real, the rest by a toy generator that nothing was taught of."""
+    return _mixed(count, {NEWCOMER: NEWCOMERS[NEWCOMER]}, _NEWCOMER_SEED, prefix="later-")
+
+
+def _mixed(count: int, generators: Mapping[str, Simulation], seed: int, *, prefix: str = "") -> Iterator[Picture]:
+    """Formats do not tell which is which."""
+    photographs, rng, names = Photographs(), np.random.default_rng(seed), list(generators)
     for number in range(count):
-        source = REAL if number % 2 == 0 else list(GENERATORS)[number // 2 % len(GENERATORS)]
+        source = REAL if number % 2 == 0 else names[number // 2 % len(names)]
         crop = photographs.crop(rng)
-        pixels = crop if source == REAL else GENERATORS[source](crop, rng)
+        pixels = crop if source == REAL else generators[source](crop, rng)
         form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
-        yield Picture(f"{source}-{number:04}.{suffix}", source, _encoded(pixels, form))
+        yield Picture(f"{prefix}{source}-{number:04}.{suffix}", source, _encoded(pixels, form))
 
 
-def training_crops(pairs: int, limits: LimitSettings) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    """`(2 · pairs, 224, 224, 3) uint8` and labels `int8`: other cuts than `pictures`, each real and "generated".
+def training_pictures(pairs: int) -> Iterator[Picture]:
+    """Other cuts than those that are judged, each real and then as one of the known toy generators makes it.
 
-    Of the same two photographs all the same: what a head learns here is to tell a trace from its absence.
+    Of the same two photographs all the same: what is learned here is to tell a trace from its absence.
     """
-    photographs, rng = Photographs(), np.random.default_rng(_TRAINING_SEED)
-    crops = np.empty((2 * pairs, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    photographs, rng, names = Photographs(), np.random.default_rng(_TRAINING_SEED), list(GENERATORS)
     for number in range(pairs):
         crop = photographs.crop(rng)
-        simulate = GENERATORS[list(GENERATORS)[number % len(GENERATORS)]]
-        form, _ = _FORMATS[rng.integers(len(_FORMATS))]
-        for row, pixels in enumerate((crop, simulate(crop, rng)), 2 * number):
-            crops[row], _ = decode(_encoded(pixels, form), limits)
-    return crops, np.tile(np.array([0, 1], np.int8), pairs)
+        name = names[number % len(names)]
+        form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
+        for source, pixels in ((REAL, crop), (name, GENERATORS[name](crop, rng))):
+            yield Picture(f"learned-{source}-{number:04}.{suffix}", source, _encoded(pixels, form))
+
+
+def crops_of(some: Sequence[Picture], limits: LimitSettings) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+    """`(n, 224, 224, 3) uint8` and labels `(n,) int8`, 0 real, 1 generated."""
+    crops = np.empty((len(some), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for row, picture in enumerate(some):
+        crops[row], _ = decode(picture.data, limits)
+    return crops, np.array([picture.source != REAL for picture in some], np.int8)
 
 
 def _encoded(pixels: NDArray[np.uint8], form: str) -> bytes:

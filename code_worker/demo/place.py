@@ -25,6 +25,7 @@ class Place:
         self.root = root.absolute()
         self.data = self.root / "data"
         self.images = self.root / "images"
+        self.learned = self.root / "learned"
         self.release = self.root / "release"
         self.log = self.root / "worker.log"
 
@@ -33,7 +34,7 @@ class Place:
         """Settings that every process of the demonstration shares."""
         return {
             "CODE_WORKER_DATA_DIR": str(self.data),
-            "CODE_WORKER_FILES__ROOTS": f'["{self.images}"]',
+            "CODE_WORKER_FILES__ROOTS": f'["{self.images}", "{self.learned}"]',
         }
 
 
@@ -51,10 +52,11 @@ def own_place(root: Path) -> Iterator[Place]:
             raise ConfigurationError(f"{root} holds something that no demo left: choose another with --directory")
         with (place.root / _MARK).open("w") as mark:
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for directory in (place.data, place.images, place.release):
+            for directory in (place.data, place.images, place.learned, place.release):
                 shutil.rmtree(directory, ignore_errors=True)
             place.log.unlink(missing_ok=True)
             place.images.mkdir()
+            place.learned.mkdir()
             yield place
     except BlockingIOError:
         raise ConfigurationError(f"a demo runs in {root} already: choose another with --directory") from None

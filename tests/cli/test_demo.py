@@ -11,7 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from code_worker.cli.demo_report import print_report
+from code_worker.demo.artefacts import NEWCOMER
+from code_worker.demo.run import Result
 from tests.cli.conftest import Cli
+from tests.demo.lessons import OLD, lesson
 
 LIMIT_S = 240
 
@@ -49,16 +53,17 @@ def test_the_demo_judges_everything_and_leaves_nothing_running(tmp_path: Path, b
     directory = tmp_path / "demo"
     # Somebody's own settings must not lead a demo to their database or buckets.
     foreign = {"CODE_WORKER_DATABASE_URL": "postgresql://nobody@127.0.0.1:9/none", "CODE_WORKER_HEAD": "none"}
-    running = demo(directory, "--images", "40", **foreign)
+    running = demo(directory, "--images", "40", "--no-learning", **foreign)
     printed, complaints = running.communicate(timeout=LIMIT_S)
     assert (running.returncode, complaints) == (0, ""), printed
     assert "mean nothing about images that a real generator made" in " ".join(printed.replace("│", " ").split())
     sources = counted(printed, "Verdicts by source")
     assert {name: int(row[0]) for name, row in sources.items()} == {
         "real": 20,
-        "toy-bilinear": 7,
-        "toy-checkerboard": 6,
-        "toy-nearest": 7,
+        "toy-bilinear": 5,
+        "toy-checkerboard": 5,
+        "toy-nearest": 5,
+        "toy-sharpened": 5,
         "all": 40,
     }
     assert all(int(row[0]) == int(row[1]) + int(row[2]) for row in sources.values())
@@ -75,24 +80,56 @@ def test_the_demo_judges_everything_and_leaves_nothing_running(tmp_path: Path, b
     assert printed.count("\nok   ") == 5
     assert "FAIL" not in printed
     assert processes_of(directory) == []
-    suggested(printed, bare_cli)
+    assert suggested(printed, bare_cli) == 5
 
 
-def suggested(printed: str, cli: Cli) -> None:
-    """What the demo says to try next works."""
+def test_the_second_act_learns_a_newcomer_and_the_running_worker_follows(tmp_path: Path, bare_cli: Cli) -> None:
+    directory = tmp_path / "demo"
+    running = demo(directory, "--images", "8")
+    printed, complaints = running.communicate(timeout=2 * LIMIT_S)
+    assert (running.returncode, complaints) == (0, ""), printed
+    assert printed.count("\nok   ") == 12
+    assert "FAIL" not in printed
+    assert "\nThe gate: promoted\n  better on all images" in printed
+    rows = re.findall(r"^(real|toy-[a-z]+)(, labelled)? +(\d+) +([\d.]+)% +([\d.]+)% ", printed, re.MULTILINE)
+    counts = {source + labelled: int(number) for source, labelled, number, *_ in rows}
+    assert counts == {
+        "real": 44,
+        "real, labelled": 60,
+        "toy-bilinear": 1,
+        "toy-checkerboard": 1,
+        "toy-nearest": 1,
+        "toy-sharpened": 1,
+        NEWCOMER: 40,
+        f"{NEWCOMER}, labelled": 60,
+    }
+    assert processes_of(directory) == []
+    assert suggested(printed, bare_cli) == 8
+
+
+def test_a_demo_whose_gate_rejects_says_that_nothing_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not print_report(Result(OLD, 300, lesson=lesson("rejected")))
+    printed = capsys.readouterr().out
+    assert "The gate: rejected\n  why\n" in printed
+    assert "nothing was judged again" in printed
+    assert "FAIL the gate let the new release pass (rejected)" in printed
+
+
+def suggested(printed: str, cli: Cli) -> int:
+    """What the demo says to try next works; how many commands that is."""
     lines = re.findall(r"^  CODE_WORKER_DATA_DIR=(\S+) code-worker (.*)$", printed, re.MULTILINE)
-    assert len(lines) == 5
     for data, command in lines:
         ran = cli(*command.split(), env={"CODE_WORKER_DATA_DIR": data})
         # The images lie between broken ones, which a scan tells by its status.
         assert ran.status == 0 or (command.startswith("scan") and ran.status == 1), (command, ran.stderr)
         assert ran.stdout
+    return len(lines)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_demo_that_is_interrupted_stops_what_it_started(tmp_path: Path, name: str) -> None:
     directory = tmp_path / "demo"
-    running = demo(directory, "--images", "8")
+    running = demo(directory, "--images", "8", "--no-learning")
     deadline = time.monotonic() + LIMIT_S
     while not any("code_worker.worker.process" in one for one in processes_of(directory)):
         assert running.poll() is None

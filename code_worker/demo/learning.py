@@ -1,0 +1,151 @@
+"""The second act: a toy generator that the champion misses, labels for some of its images, and a retrain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from code_worker.demo.artefacts import NEWCOMER
+from code_worker.demo.images import REAL, Picture, newcomer_pictures
+from code_worker.demo.waiting import await_jobs, await_release, await_run
+from code_worker.doorbell import Doorbell
+from code_worker.queues import RETRAIN, TRAIN_QUEUE
+from code_worker.releases.registry import CHAMPION
+from code_worker.store import jobs, releases
+from code_worker.store.rescoring import RescoreFilter
+from code_worker.store.verdicts import VerdictFilter, stream
+from code_worker.worker.rescore import rescore
+
+if TYPE_CHECKING:
+    from code_worker.client import Client
+    from code_worker.demo.place import Place
+    from code_worker.demo.waiting import Bar, Step
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Store
+    from code_worker.store.releases import AliasMove
+    from code_worker.store.runs import Run
+    from code_worker.types import Verdict
+
+__all__ = ["SETTINGS", "Lesson", "Stage", "learn"]
+
+SETTINGS: Final[Mapping[str, str]] = {
+    # One thread adds up in one order: the same figures however many cores there are.
+    "OMP_NUM_THREADS": "1",
+    "CODE_WORKER_DEVICE": "cpu",
+    "CODE_WORKER_TRAINING__EPOCHS": "6",
+    "CODE_WORKER_TRAINING__STEPS_PER_EPOCH": "20",
+    "CODE_WORKER_TRAINING__RECORDS": "32",
+    "CODE_WORKER_TRAINING__LEARNING_RATE": "1e-3",
+    "CODE_WORKER_TRAINING__KEEP": "0.7",
+    "CODE_WORKER_TRAINING__LOADER_PROCESSES": "1",
+}
+"""A retrain of about a minute. What the gate demands is what it demands of everybody."""
+_APPEARING: Final = 200
+_LABELLED: Final = 60
+_AFTERWARDS: Final = 40
+_EVER: Final = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+@dataclass(slots=True)
+class Lesson:
+    """What was labelled, what the run made of it, and what is said of the same images before and after.
+
+    Attributes:
+        labelled: jobs of the second act whose images were labelled, every other one real.
+        taught: images that were labelled in all.
+        run: the retrain as it ended.
+        before: the first champion's verdicts by job, those of rejected images left out.
+        afterwards: what the running worker said of images that came after the run; none unless it promoted.
+        ledger: every verdict there is in the end, superseded ones too.
+        moves: of the champion's alias, the last first.
+    """
+
+    labelled: frozenset[str]
+    taught: int
+    run: Run
+    before: Mapping[str, Verdict]
+    afterwards: Sequence[Verdict] = ()
+    ledger: Sequence[Verdict] = ()
+    moves: Sequence[AliasMove] = ()
+
+
+def learn(stage: Stage, learned: Sequence[Picture], step: Step, bar: Bar) -> Lesson:
+    """Plays the second act on a running stack; `learned` is what the champion's heads were fitted on.
+
+    Raises:
+        CodeWorkerError: a job or the run did not end.
+    """
+    with step(f"{NEWCOMER} appears: judge {_APPEARING} new images, every other one its own"):
+        every = list(newcomer_pictures(_APPEARING + _AFTERWARDS))
+        appeared = stage.judge(every[:_APPEARING])
+    before = {verdict.job_id: verdict for verdict in stream(stage.store) if verdict.label is not None}
+    with step(f"label {_LABELLED} of its images, as many real ones, and the {len(learned)} that were learned from"):
+        labelled = stage.label(appeared, learned)
+    with step("retrain: the trainer trains, fits the heads and asks the gate"):
+        run = stage.retrain(bar)
+    lesson = Lesson(labelled, len(labelled) + len(learned), run, before)
+    if run.state == "promoted":
+        _follow(stage, every[_APPEARING:], lesson, step, bar)
+    lesson.ledger = list(stream(stage.store, VerdictFilter(live_only=False)))
+    lesson.moves = stage.store.run(lambda session: releases.moves(session, CHAMPION), write=False)
+    return lesson
+
+
+def _follow(stage: Stage, later: Sequence[Picture], lesson: Lesson, step: Step, bar: Bar) -> None:
+    with step("the running worker takes the new champion over"):
+        await_release(stage.store, lesson.run.candidate or "", stage.place.log)
+    with step(f"judge {len(later)} images that come afterwards"):
+        lesson.afterwards = [verdict for job in stage.judge(later) if (verdict := stage.client.verdict(job))]
+    total = len(lesson.before)
+    with step(f"judge all {total} of before again"), bar("judging again", total) as advance:
+        rescore(stage.settings, stage.store, RescoreFilter(_EVER), progress=advance)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A running stack, and what is asked of it."""
+
+    place: Place
+    settings: Settings
+    store: Store
+    client: Client
+
+    def judge(self, some: Sequence[Picture]) -> dict[str, Picture]:
+        """Writes pictures as files and has them judged; returns them by job."""
+        before = sum(self.store.run(jobs.counts, write=False).values())
+        for picture in some:
+            (self.place.images / picture.name).write_bytes(picture.data)
+        ids = self.client.enqueue_many(
+            {"uri": str(self.place.images / picture.name), "metadata": {"source": picture.source}} for picture in some
+        )
+        await_jobs(self.store, before + len(some), lambda _: None, self.place.log, before=before)
+        return dict(zip(ids, some, strict=True))
+
+    def label(self, appeared: Mapping[str, Picture], learned: Sequence[Picture]) -> frozenset[str]:
+        """Labels some of what was judged, by its job, and what was learned from; returns those jobs."""
+        reals = [job for job, picture in appeared.items() if picture.source == REAL]
+        fakes = [job for job, picture in appeared.items() if picture.source != REAL]
+        chosen = [*reals[:_LABELLED], *fakes[:_LABELLED]]
+        for job in chosen:
+            self._say(job, appeared[job])
+        for picture in learned:
+            path = self.place.learned / picture.name
+            path.write_bytes(picture.data)
+            self._say(str(path), picture)
+        return frozenset(chosen)
+
+    def _say(self, target: str, picture: Picture) -> None:
+        if picture.source == REAL:
+            self.client.label(target, "real", by="demo")
+        else:
+            self.client.label(target, "fake", generator=picture.source, by="demo")
+
+    def retrain(self, bar: Bar) -> Run:
+        """Asks the trainer for a retrain, as `code-worker retrain --enqueue` does, and waits for its end."""
+        with closing(Doorbell.for_producer(self.settings)) as bell:
+            bell.call(RETRAIN, TRAIN_QUEUE, arguments={"by": "demo"})
+        with bar("epochs", int(SETTINGS["CODE_WORKER_TRAINING__EPOCHS"])) as advance:
+            return await_run(self.store, advance, self.place.log)
