@@ -24,6 +24,11 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr
     "arguments",
     [
         "",
+        "refit",
+        "retrain",
+        "runs list",
+        "runs show",
+        "schedule list",
         "data",
         "data pack",
         "data show",
