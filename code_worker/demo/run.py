@@ -33,7 +33,7 @@ __all__ = ["BUCKET", "Result", "run_demo"]
 
 BUCKET: Final = "demo-uploads"
 _FORBIDDEN: Final = "demo-private"
-_PAIRS: Final = 150
+_PAIRS: Final = range(24, 151)
 
 
 @dataclass(slots=True)
@@ -61,8 +61,9 @@ def run_demo(place: Place, count: int, step: Step, bar: Bar, *, learning: bool =
     environment = {**place.environment, **s3.environment, **SETTINGS, "CODE_WORKER_S3__BUCKETS": f'["{BUCKET}"]'}
     with own_environment(environment), s3:
         settings = load_settings()
-        with step(f"cut {count} images from two photographs, and {2 * _PAIRS} others to learn from"):
-            good, learned = list(pictures(count)), list(training_pictures(_PAIRS))
+        pairs = _PAIRS[-1] if learning else max(_PAIRS[0], min(_PAIRS[-1], count // 2))
+        with step(f"cut {count} images from two photographs, and {2 * pairs} others to learn from"):
+            good, learned = list(pictures(count)), list(training_pictures(pairs))
         with closing(open_store(settings.resolved_database_url)) as store:
             result = _install_release(place, settings, store, learned, step)
             with step("put half of them into S3 and half into files, broken ones among them"):

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,12 +52,6 @@ def test_their_worker_runs_their_tasks_and_ours(deploy: Callable[..., Deployment
     assert verdict.outcome is Outcome.JUDGED
     assert worker.terminate() == 0
     sender.close()
-
-
-@pytest.fixture(autouse=True)
-def nothing_installed() -> Iterator[None]:
-    yield
-    Doorbell._installed = None
 
 
 @pytest.fixture
