@@ -25,8 +25,8 @@ TASKS: Final = {"retrain": RETRAIN, "refit": REFIT}
 _EXPIRES_S: Final = 3600.0
 _LOOK_EVERY_S: Final = 15.0
 _FRESH: Final = timedelta(minutes=2)
-# Once in eight years at the rarest: 29 February around a century that has none.
-_DAYS: Final = 366 * 8 + 1
+# Once in forty years at the rarest: 29 February on one day of the week around a century that has none.
+_DAYS: Final = 366 * 40 + 1
 log = get_logger(__name__)
 
 
@@ -42,7 +42,11 @@ def schedules(settings: Settings) -> dict[str, crontab]:
 
 def _parsed(kind: str, line: str) -> crontab:
     try:
-        return crontab.from_string(line)
+        cron = crontab.from_string(line)
+        # Celery looks for days that no month has from 5.7 on.
+        if next(_days(cron, datetime.now(UTC), 1), None) is None:
+            raise ValueError("no such day")
+        return cron
     except (ValueError, KeyError) as error:
         raise ConfigurationError(
             f"CODE_WORKER_SCHEDULE__{kind.upper()}: {line!r} is no cron line ({error}); "
