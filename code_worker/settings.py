@@ -143,13 +143,18 @@ class TrainingSettings(_Section):
         description="Views cut at native resolution, as inference sees images, instead of resized ones as published; "
         "unset: for encoders smaller than the published one.",
     )
-    keep: float | None = Field(
-        None,
+    keep: float = Field(
+        1.0,
         ge=0,
         le=1,
         description="Share of the champion's weights that a retrain begins with, the rest fresh ones (shrink and "
-        "perturb): less learns new traces sooner and forgets more; unset: 1, or 0.5 for encoders smaller than the "
-        "published one.",
+        "perturb): less learns new traces sooner and forgets more.",
+    )
+    max_forgetting: float | None = Field(
+        0.02,
+        ge=0,
+        description="A trained encoder is drawn back towards the champion's until no group of the hold-out loses "
+        "more than this of the probability that a linear head gives to what is right; unset (`null`): not.",
     )
     from_scratch: bool = Field(False, description="Begin with fresh weights instead of the champion's.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")

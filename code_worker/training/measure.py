@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HEADS", "Measured", "Measurer", "spread"]
 
-HEADS: Final = ("linear", "knn", "svm")
+_LINEAR: Final = "linear"
+HEADS: Final = (_LINEAR, "knn", "svm")
 _CHUNK: Final = 64
 _CLEAN, _TRANSFORMED = "clean", "transformed"
 
@@ -39,12 +41,15 @@ class Measured:
     Attributes:
         figures: `head/set/group` → accuracy, groups being `real`, `fake`, `mean` of the two, and each generator.
         linear: mean of the linear head over both sets: what decides which epoch was best.
+        confidence: probability that the linear head gives to what is right, by group, over both sets: it moves
+            before an accuracy does.
         embeddings: `(n, 192) float32` of the untransformed hold-out.
         groups: its generators, `real` for real images.
     """
 
     figures: Mapping[str, float]
     linear: float
+    confidence: Mapping[str, float]
     embeddings: NDArray[np.float32]
     groups: Sequence[str]
 
@@ -89,19 +94,34 @@ class Measurer:
         image = Augmenter(self._size)(_centre(whole, 2 * self._size), rng)
         return np.asarray(_centre(image, self._size))
 
-    def measure(self, encoder: TrainableEncoder) -> Measured:
-        """Fits each head on the fitting images' embeddings and counts what it gets right."""
+    def measure(self, encoder: TrainableEncoder, heads: Sequence[str] = HEADS) -> Measured:
+        """Fits each head, `linear` among them, on the fitting images' embeddings and counts what it gets right."""
         fit = _embed(encoder, self._fit_crops)
         labels = np.array([item.label for item in self._fit], np.int8)
         sets = {_CLEAN: _embed(encoder, self._clean), _TRANSFORMED: _embed(encoder, self._changed)}
         figures: dict[str, float] = {}
-        for name, head_class in self._heads.items():
-            head = fit_head(head_class(), fit, labels)
-            for kind, embeddings in sets.items():
-                for group, value in self._right(head.score(embeddings) >= 0.5).items():
+        confidence: dict[str, float] = {}
+        for name in (each for each in self._heads if each in heads):
+            head = fit_head(self._heads[name](), fit, labels)
+            scores = {kind: head.score(embeddings) for kind, embeddings in sets.items()}
+            for kind, values in scores.items():
+                for group, value in self._right(values >= 0.5).items():
                     figures[f"{name}/{kind}/{group}"] = value
+            if name == _LINEAR:
+                confidence = self._confidence(np.mean(list(scores.values()), axis=0))
         linear = (figures[f"linear/{_CLEAN}/mean"] + figures[f"linear/{_TRANSFORMED}/mean"]) / 2
-        return Measured(figures, linear, sets[_CLEAN], [_group(item) for item in self._holdout])
+        return Measured(figures, linear, confidence, sets[_CLEAN], [_group(item) for item in self._holdout])
+
+    def _confidence(self, scores: NDArray[np.floating[Any]]) -> dict[str, float]:
+        labels = np.array([item.label for item in self._holdout], bool)
+        right = np.where(labels, scores, 1 - scores)
+        groups = np.array([_group(item) for item in self._holdout])
+        of_groups = {name: float(right[groups == name].mean()) for name in sorted(set(groups))}
+        return {**of_groups, "fake": float(right[labels].mean())}
+
+    def images(self) -> Mapping[str, int]:
+        """How many images of the hold-out each group has."""
+        return Counter(_group(item) for item in self._holdout)
 
     def _right(self, called_fake: NDArray[np.bool_]) -> dict[str, float]:
         labels = np.array([item.label for item in self._holdout], bool)

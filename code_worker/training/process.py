@@ -19,7 +19,7 @@ import torch
 from code_worker.data.holdout import refuse_holdout
 from code_worker.encoder.engine import resolve_device
 from code_worker.encoder.vit import VitConfig
-from code_worker.encoder.weights import read_weights
+from code_worker.encoder.weights import EncoderWeights, read_weights
 from code_worker.errors import CodeWorkerError, ConfigurationError, DivergedError, TrainingError
 from code_worker.logs import configure_logging, get_logger
 from code_worker.plugins import load_plugins
@@ -68,21 +68,21 @@ def _train(directory: Path, job: TrainingJob) -> None:
         raise TrainingError(f"{len(both)} images are to be learned from and measured on, {min(both)[:16]}… for one")
     device = resolve_device(job.device)
     with join(device) as world:
-        encoder = _encoder(job).to(_own_device(device, world))
+        champion = None if job.initial is None else read_weights(Path(job.initial))
+        encoder = _encoder(job, champion).to(_own_device(device, world))
         _share_cores(device, world)
-        trainer = Trainer(directory, job, train, holdout, encoder, world=world, plugins=load_plugins(load_settings()))
+        plugins = load_plugins(load_settings())
+        trainer = Trainer(directory, job, train, holdout, encoder, world=world, plugins=plugins, champion=champion)
         signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
         if not trainer.run():
             log.info("training_stopped", step=trainer.step)
 
 
-def _encoder(job: TrainingJob) -> TrainableEncoder:
-    champion = None if job.initial is None else read_weights(Path(job.initial))
+def _encoder(job: TrainingJob, champion: EncoderWeights | None) -> TrainableEncoder:
     config = _config(job) if champion is None else champion.config
     small = config.image_size < IMAGE_SIZE
-    keep = job.settings.keep if job.settings.keep is not None else 0.5 if small else 1.0
     fresh = TrainableEncoder.fresh(config, seed=job.settings.seed, start=job.start or ("cosine" if small else "timm"))
-    return fresh if champion is None else fresh.mixed_with(champion, keep)
+    return fresh if champion is None else fresh.mixed_with(champion, job.settings.keep)
 
 
 def _config(job: TrainingJob) -> VitConfig:

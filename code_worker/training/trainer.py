@@ -13,6 +13,7 @@ from code_worker.encoder.weights import EncoderWeights
 from code_worker.logs import get_logger
 from code_worker.training.batches import BatchMaker, ImageCache, batches
 from code_worker.training.checkpoints import resume_state, write_checkpoint
+from code_worker.training.interpolation import SHARES, choose_share, mixed
 from code_worker.training.job import for_device
 from code_worker.training.measure import Measured, Measurer, spread
 from code_worker.training.objective import VIEWS
@@ -59,10 +60,12 @@ class Trainer:
         *,
         world: World,
         plugins: Plugins,
+        champion: EncoderWeights | None = None,
     ) -> None:
         self._job, self._settings, self._world = job, job.settings, world
         self._checkpoints = directory / "checkpoints"
         self._encoder = encoder
+        self._champion = champion
         broadcast_weights(encoder, world)
         device = encoder.mean.device.type
         self._scale = for_device(job.settings, device)
@@ -85,6 +88,7 @@ class Trainer:
         self.step = 0
         self._best: dict[str, Any] = {"linear": -1.0, "epoch": 0, "state": self._state_to_judge()}
         self._history: list[dict[str, Any]] = []
+        self._interpolation: dict[str, Any] | None = None
         self._wants_stop = False
 
     def _make_maker(self, train: Sequence[Item]) -> BatchMaker:
@@ -122,6 +126,7 @@ class Trainer:
             if stopped and self.step < total:
                 return False
         if self._record is not None:
+            self._interpolate()
             self._record.result(self._best_weights(), self._report())
         return True
 
@@ -191,6 +196,23 @@ class Trainer:
         self._encoder.load_state_dict(trained)
         return measured
 
+    def _interpolate(self) -> None:
+        """Goes back towards the champion as far as the trained encoder forgot what that one knew."""
+        allowed = self._settings.max_forgetting
+        if self._champion is None or allowed is None or self._best["epoch"] == 0:
+            return
+        assert self._measurer is not None  # noqa: S101 - only the leading process is here
+        champion = {f"vit.{name}": tensor for name, tensor in self._champion.state.items()}
+        trained, measured = self._best["state"], {}
+        for share in SHARES:
+            self._encoder.load_state_dict(mixed(champion, trained, share))
+            measured[share] = self._measurer.measure(self._encoder, heads=("linear",))
+        confidence = {share: one.confidence for share, one in measured.items()}
+        share = choose_share(confidence, self._measurer.images(), max_forgetting=allowed)
+        self._best.update(state=mixed(champion, trained, share), linear=measured[share].linear)
+        self._interpolation = {"share": share, "confidence": {str(key): value for key, value in confidence.items()}}
+        log.info("weights_interpolated", share=share, linear=round(measured[share].linear, 4))
+
     def _is_patience_over(self) -> bool:
         """Whether the linear head has not become better for too many epochs; the leading process knows."""
         epoch = self.step // self._scale.steps_per_epoch
@@ -228,6 +250,7 @@ class Trainer:
             "linear": self._best["linear"],
             "steps": self.step,
             "stopped_early": self.step < self._scale.steps,
+            "interpolation": self._interpolation,
             "history": self._history,
             "settings": {
                 **self._settings.model_dump(mode="json"),

@@ -42,16 +42,19 @@ def schedules(settings: Settings) -> dict[str, crontab]:
 
 def _parsed(kind: str, line: str) -> crontab:
     try:
-        cron = crontab.from_string(line)
-        # Celery looks for days that no month has from 5.7 on.
-        if next(_days(cron, datetime.now(UTC), 1), None) is None:
-            raise ValueError("no such day")
-        return cron
+        return _that_comes(crontab.from_string(line))
     except (ValueError, KeyError) as error:
         raise ConfigurationError(
             f"CODE_WORKER_SCHEDULE__{kind.upper()}: {line!r} is no cron line ({error}); "
             "write five fields, such as `0 3 * * sun`: minute, hour, day of month, month, day of week"
         ) from None
+
+
+def _that_comes(cron: crontab) -> crontab:
+    # Celery itself looks for days that no month has from 5.7 on.
+    if next(_days(cron, datetime.now(UTC), 1), None) is None:
+        raise ValueError("no such day")
+    return cron
 
 
 def beat_entries(settings: Settings) -> dict[str, dict[str, Any]]:

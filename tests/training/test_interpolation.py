@@ -1,0 +1,55 @@
+"""How far a trained encoder is drawn back towards the champion's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from code_worker.training.interpolation import SHARES, choose_share, mixed
+
+IMAGES = {"real": 90, "fake": 90, "known": 40, "newcomer": 40}
+
+
+def confidence(known: list[float], newcomer: list[float]) -> dict[float, dict[str, float]]:
+    return {
+        share: {"real": 0.9, "fake": (old + new) / 2, "known": old, "newcomer": new}
+        for share, old, new in zip(SHARES, known, newcomer, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen"),
+    [
+        ([0.90, 0.90, 0.90, 0.90, 0.90], 1.0),
+        ([0.90, 0.91, 0.90, 0.885, 0.86], 0.75),
+        ([0.90, 0.89, 0.87, 0.85, 0.80], 0.25),
+        ([0.90, 0.80, 0.85, 0.70, 0.60], 0.5),
+    ],
+    ids=["nothing is forgotten", "the end forgets", "all but the start forget", "all forget: the least"],
+)
+def test_it_goes_as_far_as_nothing_is_forgotten(known: list[float], chosen: float) -> None:
+    told = confidence(known, [0.2, 0.5, 0.6, 0.7, 0.8])
+    assert choose_share(told, IMAGES, max_forgetting=0.02) == chosen
+
+
+def test_further_is_not_better_by_itself() -> None:
+    told = confidence([0.9] * 5, [0.2, 0.5, 0.8, 0.7, 0.6])
+    assert choose_share(told, IMAGES, max_forgetting=0.02) == 0.5
+
+
+def test_a_handful_of_images_holds_nothing_back() -> None:
+    told = confidence([0.90, 0.80, 0.70, 0.60, 0.50], [0.2, 0.5, 0.6, 0.8, 0.9])
+    assert choose_share(told, {**IMAGES, "known": 9}, max_forgetting=0.02) == 1.0
+
+
+def test_reals_count_as_a_group() -> None:
+    told = confidence([0.9] * 5, [0.2, 0.5, 0.6, 0.7, 0.8])
+    told[1.0]["real"] = told[0.75]["real"] = 0.8
+    assert choose_share(told, IMAGES, max_forgetting=0.02) == 0.5
+
+
+def test_weights_lie_on_the_line_and_its_ends_are_exact() -> None:
+    champion, trained = {"a": torch.tensor([0.1, 1.0])}, {"a": torch.tensor([0.3, -1.0])}
+    assert torch.equal(mixed(champion, trained, 0.0)["a"], champion["a"])
+    assert torch.equal(mixed(champion, trained, 1.0)["a"], trained["a"])
+    torch.testing.assert_close(mixed(champion, trained, 0.25)["a"], torch.tensor([0.15, 0.5]))
