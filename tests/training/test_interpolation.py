@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from code_worker.encoder.vit import VitConfig
+from code_worker.encoder.weights import read_weights, save_weights
 from code_worker.training.interpolation import SHARES, choose_share, mixed
+from code_worker.training.network import TrainableEncoder
+from code_worker.training.process import main
+from tests.training.jobs import MINIATURE, small_job, write_small_job
 
 IMAGES = {"real": 90, "fake": 90, "known": 40, "newcomer": 40}
 
@@ -53,3 +61,22 @@ def test_weights_lie_on_the_line_and_its_ends_are_exact() -> None:
     assert torch.equal(mixed(champion, trained, 0.0)["a"], champion["a"])
     assert torch.equal(mixed(champion, trained, 1.0)["a"], trained["a"])
     torch.testing.assert_close(mixed(champion, trained, 0.25)["a"], torch.tensor([0.15, 0.5]))
+
+
+def test_what_was_trained_is_drawn_back_to_the_champion(tmp_path: Path) -> None:
+    champion = TrainableEncoder.fresh(VitConfig(**MINIATURE), seed=7, start="cosine").weights("champion")
+    save_weights(champion, tmp_path / "champion")
+    reports = {}
+    for name, allowed in (("free", None), ("held", 0.0)):
+        job = small_job(epochs=1, steps_per_epoch=3, max_forgetting=allowed, learning_rate=1e-2)
+        job = job.model_copy(update={"initial": str(tmp_path / "champion"), "encoder": {}})
+        assert main([str(write_small_job(tmp_path / name, job))]) == 0
+        reports[name] = json.loads((tmp_path / name / "result" / "report.json").read_text())
+    assert reports["free"]["interpolation"] is None
+    told = reports["held"]["interpolation"]
+    assert set(told["confidence"]) == {"0.0", "0.25", "0.5", "0.75", "1.0"}
+    assert set(told["confidence"]["0.0"]) >= {"real", "fake"}
+    trained = read_weights(tmp_path / "free" / "result").state
+    for tensor_name, tensor in read_weights(tmp_path / "held" / "result").state.items():
+        expected = champion.state[tensor_name].lerp(trained[tensor_name], told["share"])
+        torch.testing.assert_close(tensor, expected)

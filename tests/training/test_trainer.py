@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from code_worker.encoder.engine import Engine
 from code_worker.encoder.vit import VitConfig
-from code_worker.encoder.weights import read_weights, save_weights
+from code_worker.encoder.weights import read_weights
 from code_worker.errors import DivergedError, TrainingError
 from code_worker.plugins import load_plugins
 from code_worker.settings import Settings, TrainingSettings
@@ -268,25 +268,6 @@ def test_patience_ends_a_run_that_does_not_improve(tmp_path: Path) -> None:
     report = json.loads((directory / "result" / "report.json").read_text())
     assert report["stopped_early"]
     assert report["steps"] == report["best_epoch"] + 2
-
-
-def test_what_was_trained_is_drawn_back_to_the_champion(tmp_path: Path) -> None:
-    champion = TrainableEncoder.fresh(VitConfig(**MINIATURE), seed=7, start="cosine").weights("champion")
-    save_weights(champion, tmp_path / "champion")
-    reports = {}
-    for name, allowed in (("free", None), ("held", 0.0)):
-        job = small_job(epochs=1, steps_per_epoch=3, max_forgetting=allowed, learning_rate=1e-2)
-        job = job.model_copy(update={"initial": str(tmp_path / "champion"), "encoder": {}})
-        assert main([str(write_small_job(tmp_path / name, job))]) == 0
-        reports[name] = json.loads((tmp_path / name / "result" / "report.json").read_text())
-    assert reports["free"]["interpolation"] is None
-    told = reports["held"]["interpolation"]
-    assert set(told["confidence"]) == {"0.0", "0.25", "0.5", "0.75", "1.0"}
-    assert set(told["confidence"]["0.0"]) >= {"real", "fake"}
-    trained = read_weights(tmp_path / "free" / "result").state
-    for tensor_name, tensor in read_weights(tmp_path / "held" / "result").state.items():
-        expected = champion.state[tensor_name].lerp(trained[tensor_name], told["share"])
-        torch.testing.assert_close(tensor, expected)
 
 
 def test_64_records_without_augmentation_are_learned_by_heart() -> None:
