@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCKED := $(VENV)/.locked
 INSTALLED := $(VENV)/.installed
+REGION := $(VENV)/.region
 CELERY_5_6 := .matrix/celery-5.6
 COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
@@ -28,10 +29,15 @@ $(INSTALLED): $(LOCKED) pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# Optional for users; tests and measurements are about it. Needs the header jpeglib.h (Debian: libjpeg62-turbo-dev).
+$(REGION): $(INSTALLED) plugins/jpeg/pyproject.toml $(wildcard plugins/jpeg/code_worker_jpeg/*.*)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation ./plugins/jpeg
+	@touch $@
+
 demo: $(INSTALLED) ## Run the main job on a toy set, have it learn, print what happened
 	$(BIN)/code-worker demo
 
-test: $(INSTALLED) ## Run every test
+test: $(INSTALLED) $(REGION) ## Run every test
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED) ## Lint, format, types, import contracts
@@ -48,7 +54,7 @@ $(CELERY_5_6)/.installed: $(INSTALLED) requirements/celery-5.6.txt
 		--target $(CELERY_5_6) -r requirements/celery-5.6.txt
 	@touch $@
 
-test-celery-5.6: $(CELERY_5_6)/.installed ## Run the worker tests on Celery 5.6
+test-celery-5.6: $(CELERY_5_6)/.installed $(REGION) ## Run the worker tests on Celery 5.6
 	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python -c 'import celery; assert celery.__version__ == "5.6.3", celery'
 	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python -m pytest tests/worker
 
@@ -64,8 +70,8 @@ lock: ## Resolve the dependencies anew (UPGRADE=--upgrade takes the newest); nee
 	$(COMPILE) --constraint requirements/lock.txt --output-file requirements/build.txt requirements/build.in
 	$(COMPILE) --no-deps --output-file requirements/celery-5.6.txt requirements/celery-5.6.in
 
-bench: $(INSTALLED) ## Measure beside the published pipeline
+bench: $(INSTALLED) $(REGION) ## Measure beside the published pipeline
 	$(BIN)/python -m bench
 
 clean: ## Remove what was built here, the environment included
-	rm -rf $(VENV) .matrix .demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .matrix .demo build dist plugins/jpeg/build plugins/jpeg/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

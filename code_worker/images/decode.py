@@ -21,6 +21,7 @@ from PIL import (
 
 from code_worker.errors import ImageRejectedError
 from code_worker.images.damage import PILLOW_ERRORS, reason_for, tiff_tile_size, webp_size
+from code_worker.images.region import jpeg_region, leave_out_rows_below
 from code_worker.types import IMAGE_SIZE, ImageFacts, RejectReason
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ FORMATS: Final = ("jpeg", "png", "gif", "bmp", "tiff", "webp")
 """What is judged, told by content and never by name."""
 
 _PREFIX_BYTES: Final = 16
+_JPEG: Final = ("jpeg", "mpo")
 # Image.open() would turn every failed header into "cannot identify image file" and apply a process-wide pixel
 # limit of its own; the readers themselves say what is wrong, and the limits below are the only ones.
 _READERS: Final[dict[str, tuple[Callable[[bytes], bool | str], Callable[[io.BytesIO, str], ImageFile.ImageFile]]]] = {
@@ -52,8 +54,9 @@ def decode(data: bytes, limits: LimitSettings) -> tuple[NDArray[np.uint8], Image
     """Reads the central 224×224 pixels of an image at its native resolution.
 
     The result is the one of `PIL.Image.open(…).convert("RGB")` and torchvision's `CenterCrop(224)`, byte for byte;
-    the crop is taken before the colours are converted, which is cheaper and changes no pixel. A side under 224 is
-    padded with zeros. EXIF orientation and alpha are ignored, an animation is its first frame.
+    what lies outside the crop is not decoded where that changes no pixel (see `region`), and the crop is taken before
+    the colours are converted. A side under 224 is padded with zeros. EXIF orientation and alpha are ignored, an
+    animation is its first frame.
 
     Args:
         data: The file.
@@ -66,7 +69,16 @@ def decode(data: bytes, limits: LimitSettings) -> tuple[NDArray[np.uint8], Image
         ImageRejectedError: for whatever these bytes are instead of an image within the limits.
     """
     with _opened(data, limits) as (image, facts):
+        if facts.format in _JPEG and (pixels := _jpeg_centre(data, image)) is not None:
+            return pixels, facts
+        leave_out_rows_below(data, image, _span(image.height)[1])
         return centre(image), facts
+
+
+def _jpeg_centre(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8] | None:
+    (left, right, pad_left), (top, bottom, pad_top) = _span(image.width), _span(image.height)
+    inner = jpeg_region(data, image, (left, top, right, bottom))
+    return None if inner is None else _padded(inner, pad_left, pad_top)
 
 
 def inspect(data: bytes, limits: LimitSettings) -> ImageFacts:
@@ -166,9 +178,12 @@ def centre(image: Image.Image) -> NDArray[np.uint8]:
     # Sides are read again: Pillow turns a TIFF by its orientation while loading it.
     left, right, pad_left = _span(image.width)
     top, bottom, pad_top = _span(image.height)
-    crop = _as_rgb(image.crop((left, top, right, bottom)))
+    return _padded(np.asarray(_as_rgb(image.crop((left, top, right, bottom)))), pad_left, pad_top)
+
+
+def _padded(inner: NDArray[np.uint8], left: int, top: int) -> NDArray[np.uint8]:
     pixels = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    pixels[pad_top : pad_top + bottom - top, pad_left : pad_left + right - left] = np.asarray(crop)
+    pixels[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return pixels
 
 

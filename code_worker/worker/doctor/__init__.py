@@ -24,6 +24,7 @@ _PROBES: Final[Mapping[str, tuple[Probe, str]]] = {
     "s3": (services.object_store, "see the CODE_WORKER_S3__… settings"),
     "files": (machine.image_directories, "see CODE_WORKER_FILES__ROOTS"),
     "plugins": (machine.plugins, "code-worker plugins check NAME"),
+    "decoding": (machine.decoding, "see plugins/jpeg"),
     "device": (machine.device, "see CODE_WORKER_DEVICE and CODE_WORKER_PRECISION"),
     _DATABASE: (services.database, "see CODE_WORKER_DATABASE_URL"),
     "release": (ledger.release, "code-worker releases rollback, or import it once more"),

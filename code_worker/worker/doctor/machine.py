@@ -19,7 +19,7 @@ from code_worker.worker.doctor.check import Check, Status
 from code_worker.worker.lifeline import SUPERVISOR_ENV
 from code_worker.worker.supervisor import OWNER_ENV
 
-__all__ = ["data_directory", "device", "environment", "image_directories", "plugins", "python"]
+__all__ = ["data_directory", "decoding", "device", "environment", "image_directories", "plugins", "python"]
 
 _PREFIX: Final = "CODE_WORKER_"
 _FREE_FAIL: Final = 2**30
@@ -126,6 +126,26 @@ def plugins(settings: Settings) -> Iterator[Check]:
             Status.FAIL,
             f"the default head {settings.head!r} is not among {', '.join(heads) or 'none'}",
             f"install its plugin, or set {_PREFIX}HEAD",
+        )
+
+
+def decoding(_settings: Settings) -> Iterator[Check]:
+    """Whether photographs are decoded whole or where the model looks."""
+    from code_worker.images.region import region_decoder  # noqa: PLC0415 - Pillow: absent on producers
+
+    works, text = region_decoder()
+    if works:
+        yield Check("decoding", Status.OK, f"only the centre of a JPEG, by {text}")
+    elif text == "not installed":
+        yield Check(
+            "decoding", Status.OK, "JPEG whole, by Pillow; pip install code-worker-jpeg decodes only the centre"
+        )
+    else:
+        yield Check(
+            "decoding",
+            Status.WARN,
+            f"JPEG whole, by Pillow: {text}",
+            "pip install --force-reinstall code-worker-jpeg",
         )
 
 

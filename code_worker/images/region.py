@@ -1,0 +1,126 @@
+"""The centre of an image without the rest of it, where that changes no pixel; Pillow decodes all others whole.
+
+Three ways, each exact: an optional extension decodes one rectangle of a JPEG; of a PNG and of an uncompressed TIFF
+the rows below the crop are left out. A file that Pillow would refuse for what lies outside the crop must stay
+refused, so each way first makes sure that the file is whole to its end.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+    from PIL import ImageFile
+
+    Box = tuple[int, int, int, int]
+    Decoder = Callable[[bytes, int, int, int, int], bytes | None]
+
+__all__ = ["jpeg_region", "leave_out_rows_below", "region_decoder"]
+
+_EXTENSION: Final = "code_worker_jpeg"
+_PNG_HEADER: Final = 8
+_ORIENTATION: Final = 0x0112
+_JPEG_MODES: Final = frozenset({"L", "RGB"})
+
+
+def _load() -> tuple[Decoder | None, str]:
+    try:
+        module = import_module(_EXTENSION)
+    except ModuleNotFoundError as error:
+        if error.name != _EXTENSION:
+            return None, str(error)
+        return None, "not installed"
+    except ImportError as error:
+        return None, str(error)
+    return module.decode_region, f"{_EXTENSION} {module.__version__}"
+
+
+_decoder, _described = _load()
+
+
+def region_decoder() -> tuple[bool, str]:
+    """Whether the JPEG extension is at work, and its version or why not."""
+    return _decoder is not None, _described
+
+
+def jpeg_region(data: bytes, image: ImageFile.ImageFile, box: Box) -> NDArray[np.uint8] | None:
+    """The `(height, width, 3) uint8` pixels inside a box; None where only Pillow's decode is known to be right.
+
+    Args:
+        data: a JPEG.
+        image: it, opened by Pillow and not loaded.
+        box: left, top, right and bottom inside of it, as Pillow counts them.
+    """
+    if _decoder is None or image.mode not in _JPEG_MODES:
+        return None
+    left, top, right, bottom = box
+    found = _decoder(data, left, top, right - left, bottom - top)
+    return None if found is None else np.frombuffer(found, np.uint8).reshape(bottom - top, right - left, 3)
+
+
+def leave_out_rows_below(data: bytes, image: ImageFile.ImageFile, bottom: int) -> None:
+    """Has Pillow stop at row `bottom` of a PNG or of an uncompressed TIFF, if it may: the rows below stay black.
+
+    Of a PNG only where it is not interlaced, not animated, and every chunk of pixels has its checksum: inflating the
+    rest could then find no more than an encoder's error. Of a TIFF only where every strip lies inside the file.
+    """
+    if bottom >= image.height or getattr(image, "is_animated", False):
+        return
+    if image.format == "PNG" and len(image.tile) == 1 and not image.info.get("interlace") and _is_whole_png(data):
+        image.tile = [_shortened(image.tile[0], bottom)]
+    elif image.format == "TIFF" and _is_whole_raw(image, len(data)):
+        image.tile = [_shortened(tile, bottom) for tile in image.tile if _extents(tile)[1] < bottom]
+
+
+def _shortened(tile: Any, bottom: int) -> Any:
+    left, top, right, end = _extents(tile)
+    return tile._replace(extents=(left, top, right, min(end, bottom)))
+
+
+def _extents(tile: Any) -> Box:
+    return cast("Box", tile.extents)
+
+
+def _is_whole_png(data: bytes) -> bool:
+    """Whether the chunks follow each other to an IEND, those with pixels unharmed (PNG, third edition, §5.3)."""
+    view, at = memoryview(data), _PNG_HEADER
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if end > len(data):
+            return False
+        if kind == b"IEND":
+            return True
+        if kind == b"IDAT":
+            (checksum,) = struct.unpack_from(">I", data, end - 4)
+            if zlib.crc32(view[at + 4 : end - 4]) != checksum:
+                return False
+        at = end
+    return False
+
+
+def _is_whole_raw(image: ImageFile.ImageFile, size: int) -> bool:
+    """Whether all tiles are plain rows from the top down that the file holds, and nothing turns the image later."""
+    for tile in image.tile:
+        name, _, offset, args = tile
+        left, top, right, bottom = _extents(tile)
+        if name != "raw" or not isinstance(args, tuple) or len(args) != 3 or args[2] != 1:
+            return False
+        stride = args[1] or _row_bytes(right - left, len(image.getbands()), args[0])
+        if offset + (bottom - top) * stride > size:
+            return False
+    return bool(image.getexif().get(_ORIENTATION, 1) == 1)
+
+
+def _row_bytes(width: int, bands: int, raw_mode: str) -> int:
+    if raw_mode.startswith("1"):
+        return (width + 7) // 8
+    return width * bands * (2 if "16" in raw_mode else 1)
