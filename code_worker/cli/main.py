@@ -15,6 +15,7 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "beat": ("code_worker.cli.worker:beat", "Run the scheduler (one per deployment, supervised)."),
+    "bench": ("code_worker.cli.bench:bench", "Measure what this machine can judge, and what limits it."),
     "calibrate": ("code_worker.cli.calibrate:calibrate", "Set thresholds by labelled images."),
     "data": ("code_worker.cli.data:data", "Look into labelled data sets, and pack them into shards."),
     "db": ("code_worker.cli.db:db", "Create, upgrade and inspect the database."),
