@@ -14,6 +14,7 @@ from code_worker.cli.ledger import open_ledger
 from code_worker.cli.output import print_facts, print_json_lines, print_table, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import VERDICT_FIELDS, judgement, verdict_record, write_csv
+from code_worker.cli.timings import COLUMNS, stage_timings
 from code_worker.cli.whole_file import whole_file
 from code_worker.errors import StoreError
 from code_worker.types import Label, Outcome, RejectReason
@@ -133,6 +134,23 @@ def show(id_: str, *, as_json: bool) -> None:
         sentence, facts = explain(verdict)
         click.echo(f"{sentence}\n")
         print_facts(facts)
+
+
+@verdicts.command()
+@_filters
+@limit_option(10_000)
+@json_option
+def timings(*, limit: int, as_json: bool, **filters: Any) -> None:
+    """Say how long each stage took: median, 95th and 99th percentile over the newest verdicts that match."""
+    from code_worker.store.verdicts import list_verdicts  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    wanted = _wanted(filters)
+    with open_ledger() as store:
+        rows = stage_timings(store.run(lambda session: list_verdicts(session, wanted, limit=limit), write=False))
+    if as_json:
+        print_json_lines(rows)
+    else:
+        print_table(rows, COLUMNS, empty="no verdict that matches went through any stage")
 
 
 @verdicts.command()

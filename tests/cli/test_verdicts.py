@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from code_worker.cli.timings import stage_timings
 from code_worker.store.engine import Store
-from code_worker.types import RejectReason
+from code_worker.types import Outcome, RejectReason, Verdict
 from tests.cli.conftest import Cli
 from tests.cli.ledger_rows import accept, judged, rejected
 
@@ -55,6 +56,29 @@ def test_show_says_what_by_what_and_why(cli: Cli, store: Store) -> None:
         assert fact in shown
     verdict_id = cli("verdicts", "show", job, "--json").records[0]["id"]
     assert cli("verdicts", "show", verdict_id).stdout == shown
+
+
+def test_timings_are_percentiles_over_what_matches(cli: Cli, store: Store) -> None:
+    judged(store, "s3://b/a.jpg", 0.75, tenant="acme")
+    judged(store, "s3://b/b.jpg", 0.75)
+    (row,) = cli("verdicts", "timings", "--json").records
+    assert row == {
+        "stage": "fetch", "images": 2, "median_ms": 1.5, "p95_ms": 1.5, "p99_ms": 1.5, "longest_ms": 1.5
+    }  # fmt: skip
+    assert cli("verdicts", "timings", "--tenant", "acme", "--json").records[0]["images"] == 1
+    assert "no verdict that matches" in cli("verdicts", "timings", "--tenant", "nobody").stdout
+
+
+def test_percentiles_are_those_of_the_nearest_rank() -> None:
+    taken = [
+        Verdict(job_id=str(n), uri="u", outcome=Outcome.JUDGED, timings_ms={"decode": n, "reused": 1})
+        for n in range(1, 101)
+    ]
+    decode, reused = stage_timings(reversed(taken))
+    assert decode == {
+        "stage": "decode", "images": 100, "median_ms": 50, "p95_ms": 95, "p99_ms": 99, "longest_ms": 100
+    }  # fmt: skip
+    assert reused == {"stage": "reused", "images": 100}
 
 
 def test_show_explains_a_rejection(cli: Cli, store: Store) -> None:
