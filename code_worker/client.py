@@ -6,8 +6,10 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from code_worker.errors import BrokerUnavailableError, ConfigurationError, StoreUnavailableError
@@ -101,9 +103,26 @@ class Client:
         return [job for accepted in self.enqueue_stream(items, **common) for job in accepted]
 
     def enqueue_stream(self, items: Iterable[str | Mapping[str, Any]], **common: Any) -> Iterator[list[str]]:
-        """As `enqueue_many`, but yields the ids of each transaction, in memory constant in their number."""
-        for group in chunks(items, _ROWS_PER_TRANSACTION):
-            yield self._accept([_new_job({**common, **_as_mapping(item)}) for item in group])
+        """As `enqueue_many`, but yields the ids of each transaction, in memory constant in their number.
+
+        Ids come as soon as they are safe in SQL; their messages go out meanwhile, one transaction behind.
+        """
+        groups = (
+            [_new_job({**common, **_as_mapping(item)}) for item in group]
+            for group in chunks(items, _ROWS_PER_TRANSACTION)
+        )
+        # SQLite takes one writer at a time: a second thread would only wait for its lock.
+        lag = 0 if self._store.dialect == "sqlite" else 1
+        with ThreadPoolExecutor(1, "code_worker-publish") as behind:
+            publishing: deque[Future[None]] = deque()
+            for new in groups:
+                ids = self._store.run(partial(jobs.accept, jobs=new))
+                publishing.append(behind.submit(self._publish, ids, new))
+                while len(publishing) > lag:
+                    publishing.popleft().result()
+                yield ids
+            while publishing:
+                publishing.popleft().result()
 
     def verdict(self, job_id: str) -> Verdict | None:
         """The live verdict of a job; None until it is decided, or when there is no such job."""
@@ -148,13 +167,17 @@ class Client:
         )
 
     def _accept(self, new: list[jobs.NewJob]) -> list[str]:
-        ids = self._store.run(lambda session: jobs.accept(session, new))
+        ids = self._store.run(partial(jobs.accept, jobs=new))
+        self._publish(ids, new)
+        return ids
+
+    def _publish(self, ids: Sequence[str], new: Sequence[jobs.NewJob]) -> None:
+        if time.monotonic() < self._rest_until:
+            return
         by_queue: dict[str, list[str]] = {}
         for job_id, job in zip(ids, new, strict=True):
             by_queue.setdefault(queue_for(job.priority), []).append(job_id)
         rung: list[str] = []
-        if time.monotonic() < self._rest_until:
-            return ids
         try:
             for queue, members in by_queue.items():
                 for group in chunks(members):
@@ -169,7 +192,6 @@ class Client:
         except StoreUnavailableError as error:
             # Accepted all the same: unmarked, the sweeper rings once more, and a claim is taken only once.
             log.warning("publish_not_noted", error=str(error), jobs=len(rung))
-        return ids
 
     def _doorbell(self) -> Doorbell:
         if self._bell is None:
@@ -205,7 +227,8 @@ def _as_mapping(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _new_job(item: Mapping[str, Any]) -> jobs.NewJob:
-    if unknown := set(item) - _ITEM_FIELDS:
+    if not item.keys() <= _ITEM_FIELDS:
+        unknown = item.keys() - _ITEM_FIELDS
         raise ValueError(f"unknown fields of a job: {', '.join(sorted(map(str, unknown)))}")
     uri = item.get("uri")
     if not isinstance(uri, str) or not 0 < len(uri) <= MAX_URI_LENGTH:
@@ -214,7 +237,7 @@ def _new_job(item: Mapping[str, Any]) -> jobs.NewJob:
     if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
         raise ValueError(f"priority must be a whole number from 0 to 9, not {priority!r} ({uri})")
     metadata = item.get("metadata") or {}
-    if not isinstance(metadata, Mapping) or _json_length(dict(metadata)) > _MAX_METADATA:
+    if not isinstance(metadata, Mapping) or (metadata and _json_length(dict(metadata)) > _MAX_METADATA):
         raise ValueError(f"metadata must be a JSON object of at most {_MAX_METADATA} bytes ({uri})")
     return jobs.NewJob(
         uri=uri,

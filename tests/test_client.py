@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import redis
 
 from code_worker.client import Client
 from code_worker.errors import IdConflictError, StoreError
-from code_worker.queues import BACKFILL, LIVE, NORMAL
+from code_worker.queues import BACKFILL, LIVE, MAX_JOBS_PER_MESSAGE, NORMAL
 from code_worker.settings import Settings
 from code_worker.store import jobs, migrate
 from code_worker.store.engine import open_store
+from code_worker.types import JobState
 from tests.servers import RedisServer, free_port
 
 
@@ -57,6 +59,42 @@ def test_bulk_is_accepted_in_order_and_published_as_lists(
     assert lengths == {LIVE: 1, NORMAL: 3, BACKFILL: 1}
     assert isinstance(first, bytes)
     assert b"s3://" not in first
+
+
+def test_a_stream_reads_no_further_than_the_transaction_it_writes(
+    make_client: Callable[..., Client], redis_server: RedisServer
+) -> None:
+    read = count()
+    stream = make_client(redis_server.url).enqueue_stream(f"s3://b/{next(read)}" for _ in range(10_000))
+    first, second = next(stream), next(stream)
+    assert len(first) == len(second)
+    assert next(read) == 2 * len(first)
+    stream.close()
+
+
+def test_whoever_leaves_a_stream_early_has_rung_for_all_that_it_got(
+    make_client: Callable[..., Client], redis_server: RedisServer
+) -> None:
+    client = make_client(redis_server.url)
+    stream = client.enqueue_stream(f"s3://b/{number}" for number in range(10_000))
+    ids = [*next(stream), *next(stream)]
+    stream.close()
+    with redis.Redis.from_url(redis_server.url) as server:
+        assert server.llen(f"cw:{NORMAL}") == len(ids) / MAX_JOBS_PER_MESSAGE
+    published = [client._store.run(lambda session, job=job: jobs.get(session, job)) for job in (ids[0], ids[-1])]
+    assert all(job and job.published_at for job in published)
+
+
+def test_a_bad_item_in_a_stream_leaves_what_came_before_it_accepted_and_rung_for(
+    make_client: Callable[..., Client], redis_server: RedisServer
+) -> None:
+    client = make_client(redis_server.url)
+    stream = client.enqueue_stream([*(f"s3://b/{number}" for number in range(3000)), ""])
+    with pytest.raises(ValueError, match="needs a uri"):
+        list(stream)
+    assert client._store.run(jobs.counts)[JobState.ACCEPTED] == 2048
+    last = client._store.run(lambda session: jobs.list_jobs(session, limit=1))[0]
+    assert last.published_at is not None
 
 
 def test_a_broker_that_is_away_leaves_the_job_to_the_sweeper(make_client: Callable[..., Client]) -> None:

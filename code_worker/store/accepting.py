@@ -16,12 +16,13 @@ from code_worker.errors import IdConflictError
 from code_worker.queues import MAX_URI_LENGTH, chunks, queue_for
 from code_worker.store.ids import keyed_id, uuid7
 from code_worker.store.models import JobRow, db_now_plus
-from code_worker.store.sql import IN_LIST, insert_new, is_plain
+from code_worker.store.sql import IN_LIST, among, insert_new, is_plain, table_of
 
 __all__ = ["ACCEPT_GRACE_S", "NewJob", "accept", "check_new"]
 
 ACCEPT_GRACE_S: Final = 10.0
 """How long a producer has to publish what it accepted before the sweeper does it."""
+_JOBS = table_of(JobRow)
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -112,7 +113,7 @@ def _payload_sha256(job: NewJob) -> str:
 
 def _check_keyed(session: Session, rows: Mapping[str, Mapping[str, Any]]) -> None:
     for some in chunks(rows, IN_LIST):
-        written = session.execute(select(JobRow.id, JobRow.payload_sha256).where(JobRow.id.in_(some)))
+        written = session.execute(select(_JOBS.c.id, _JOBS.c.payload_sha256).where(among(session, _JOBS.c.id, some)))
         for job_id, payload_sha256 in written:
             if payload_sha256 != rows[job_id]["payload_sha256"]:
                 raise _conflict(rows[job_id])

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from code_worker.store.ids import as_uuid, valid_uuids
 from code_worker.store.models import JobRow, db_now, db_now_plus
-from code_worker.store.sql import plain, table_of
+from code_worker.store.sql import among, plain, table_of
 from code_worker.types import Job, RejectReason
 
 __all__ = ["Fault", "attempts_of", "claim", "exhausted", "put_back", "release_owner", "renew"]
@@ -60,7 +60,7 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
     free = (
         select(_JOBS.c.id)
         .where(
-            _JOBS.c.id.in_(wanted),
+            among(session, _JOBS.c.id, wanted),
             _JOBS.c.attempts < max_attempts,
             or_(
                 and_(_JOBS.c.state == "accepted", or_(_JOBS.c.not_before.is_(None), _JOBS.c.not_before <= db_now())),
@@ -91,7 +91,9 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
 def attempts_of(session: Session, ids: Sequence[str]) -> dict[str, int]:
     """Attempts so far of those of the jobs that are unfinished; more than none makes a job a suspect."""
     rows = session.execute(
-        select(_JOBS.c.id, _JOBS.c.attempts).where(_JOBS.c.id.in_(valid_uuids(ids)), _JOBS.c.due_at.is_not(None))
+        select(_JOBS.c.id, _JOBS.c.attempts).where(
+            among(session, _JOBS.c.id, valid_uuids(ids)), _JOBS.c.due_at.is_not(None)
+        )
     )
     return {row.id: row.attempts for row in rows}
 
@@ -112,7 +114,7 @@ def renew(session: Session, *, owner: str, lease_s: float, ids: Sequence[str] | 
     """Extends the leases that the owner still holds, of all its jobs or of some; returns how many."""
     statement = update(_JOBS).where(_JOBS.c.owner == owner, _JOBS.c.state == "running")
     if ids is not None:
-        statement = statement.where(_JOBS.c.id.in_(valid_uuids(ids)))
+        statement = statement.where(among(session, _JOBS.c.id, valid_uuids(ids)))
     return _count(session.execute(statement.values(due_at=db_now_plus(lease_s))))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable
+from typing import Final
 from uuid import UUID, uuid5
 
 __all__ = ["as_uuid", "keyed_id", "uuid7", "valid_uuids"]
 
 _JOBS = UUID("6f1c1f0e-5f0c-5d0a-9a70-0c0de0000001")
+_CANONICAL: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 
 
 def uuid7() -> str:
@@ -17,7 +20,9 @@ def uuid7() -> str:
     milliseconds, rest_ns = divmod(time.time_ns(), 1_000_000)
     fraction = (rest_ns << 12) // 1_000_000
     random = int.from_bytes(os.urandom(8), "big") >> 2
-    return str(UUID(int=milliseconds << 80 | 7 << 76 | fraction << 64 | 2 << 62 | random))
+    # Not by way of UUID: ids are made by the hundred thousand, and the object costs three times as much as the text.
+    text = f"{milliseconds << 80 | 7 << 76 | fraction << 64 | 2 << 62 | random:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 def keyed_id(tenant: str | None, key: str) -> str:
@@ -27,6 +32,8 @@ def keyed_id(tenant: str | None, key: str) -> str:
 
 def as_uuid(text: str) -> str | None:
     """The canonical spelling of an id, or None when it is no UUID."""
+    if _CANONICAL.fullmatch(text):
+        return text
     try:
         return str(UUID(text))
     except ValueError:

@@ -15,7 +15,7 @@ from code_worker.queues import chunks
 from code_worker.store.accepting import ACCEPT_GRACE_S
 from code_worker.store.ids import as_uuid, valid_uuids
 from code_worker.store.models import JobRow, db_now, db_now_plus
-from code_worker.store.sql import IN_LIST, table_of
+from code_worker.store.sql import IN_LIST, among, table_of
 from code_worker.types import JobState
 
 __all__ = ["JobFilter", "JobInfo", "counts", "get", "list_jobs", "oldest_unfinished_s", "retry"]
@@ -146,7 +146,7 @@ def retry(session: Session, ids: Sequence[str]) -> list[str]:
     for some in chunks(sorted(wanted), IN_LIST):
         statement = (
             update(_JOBS)
-            .where(_JOBS.c.id.in_(some), _JOBS.c.due_at.is_(None))
+            .where(among(session, _JOBS.c.id, some), _JOBS.c.due_at.is_(None))
             .values(
                 state="accepted",
                 revision=_JOBS.c.revision + 1,

@@ -1,20 +1,20 @@
-"""Statements that the two databases spell or speed up differently: INSERT … ON CONFLICT, one row or many."""
+"""Statements that the two databases spell or speed up differently: INSERT … ON CONFLICT and lists of ids."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import JSON, Table, cast, func, literal, literal_column, select
+from sqlalchemy import JSON, ColumnElement, Table, Text, Uuid, cast, func, literal, literal_column, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from code_worker.queues import chunks
 from code_worker.store.models import Base
 
-__all__ = ["IN_LIST", "insert_into", "insert_new", "is_plain", "plain", "table_of"]
+__all__ = ["IN_LIST", "among", "insert_into", "insert_new", "is_plain", "plain", "table_of"]
 
 IN_LIST: Final = 1000
 """Ids in one `IN (…)`: well under both databases' limits on parameters, and few enough statements."""
@@ -25,6 +25,17 @@ def table_of(row: type[Base]) -> Table:
     table = row.__table__
     assert isinstance(table, Table)  # noqa: S101 - a mapped class of ours always has one
     return table
+
+
+def among(session: Session, column: ColumnElement[str], ids: Iterable[str]) -> ColumnElement[bool]:
+    """Whether a UUID column is one of the ids, which must be spelt canonically.
+
+    On PostgreSQL they go as one parameter: the statement is the same whatever their number, so it stays prepared.
+    """
+    if _is_sqlite(session):
+        return column.in_(list(ids))
+    listed = cast(literal("{" + ",".join(ids) + "}", Text()), postgresql.ARRAY(Uuid(as_uuid=False)))
+    return column == func.any(listed)
 
 
 def insert_into(session: Session, row: type[Base]) -> postgresql.Insert | sqlite.Insert:
