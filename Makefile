@@ -70,8 +70,8 @@ lock: ## Resolve the dependencies anew (UPGRADE=--upgrade takes the newest); nee
 	$(COMPILE) --constraint requirements/lock.txt --output-file requirements/build.txt requirements/build.in
 	$(COMPILE) --no-deps --output-file requirements/celery-5.6.txt requirements/celery-5.6.in
 
-bench: $(INSTALLED) $(REGION) ## Measure beside the published pipeline
-	$(BIN)/python -m bench
+bench: $(INSTALLED) $(REGION) ## Measure beside others (PARTS="pipeline decoding", ARGS="--quick --json FILE")
+	$(BIN)/python -m bench $(PARTS) $(ARGS)
 
 clean: ## Remove what was built here, the environment included
 	rm -rf $(VENV) .matrix .demo build dist plugins/jpeg/build plugins/jpeg/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

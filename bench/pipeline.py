@@ -1,187 +1,117 @@
-"""Files to verdicts: `scan` against the published pipeline, in alternating rounds on the same images.
+"""Files to verdicts: `scan` beside the published pipeline, in alternating rounds on the same images.
 
-    python -m bench.pipeline [--images 160] [--rounds 5] [--size 640x480] [--format JPEG]
+    python -m bench.pipeline [--kind 640x480-jpeg …] [--rounds 5] [--images N] [--quick] [--json FILE]
 
 The published pipeline is a loop over a torch DataLoader (Pillow; torchvision CenterCrop, ToTensor, Normalize; 0 or
-2 worker processes), transformers' ViTModel and scikit-learn's LogisticRegression, with torch's own number of threads.
-Every run is a process of its own, times only the images (after a warm-up batch) and prints its labels, which must be
-equal in all runs. Weights are random: speed does not depend on them.
+2 worker processes), transformers' ViTModel and scikit-learn's LogisticRegression, with torch's own number of threads;
+beside it the same without a loader, image by image, as a script would. All are warm before the first round. Labels
+must be equal in all runs, or the program fails. Weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from bench.contestants import CONTESTANTS, Contestant
+from bench.images import FORMS, SIZES, Kind, make_images
+from bench.rounds import alternate, compared, print_table, rows_of, write_json
 
-BATCH = 32
-CONTESTANTS = ("ours", "published-0", "published-2")
-
-
-def make_images(directory: Path, count: int, size: tuple[int, int], form: str) -> None:
-    """Crops of the photographs that scikit-learn ships, scaled and shifted so that no two are alike."""
-    from sklearn.datasets import load_sample_images
-
-    photographs = [Image.fromarray(image) for image in load_sample_images().images]
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        photograph = photographs[number % len(photographs)]
-        box = rng.integers(0, 80, 4)
-        cut = photograph.crop((box[0], box[1], photograph.width - box[2], photograph.height - box[3]))
-        options: dict[str, Any] = {"quality": 88} if form == "JPEG" else {}
-        cut.resize(size, Image.Resampling.BICUBIC).save(directory / f"{number:05}.{form.lower()}", form, **options)
+BARS = {
+    "640x480-jpeg": 1.8,
+    "1024x1024-jpeg": 1.95,
+    "1920x1080-jpeg": 2.2,
+    "4000x3000-jpeg": 6.0,
+    "640x480-png": 1.75,
+    "1920x1080-png": 2.5,
+}
+TITLES = ("images", "contestant", "images/s", "ours is … times as fast", "bar")
 
 
-def ours(published: Path, paths: list[str]) -> tuple[float, list[int]]:
-    """`scan` with the release that importing the published form gives."""
-    from code_worker.images.source import Sources
-    from code_worker.moderation.judge import Judge
-    from code_worker.moderation.load import start_runtime
-    from code_worker.moderation.policy import PolicyBook
-    from code_worker.moderation.pool import PriorityPool
-    from code_worker.moderation.scan import scan
-    from code_worker.plugins import load_plugins
-    from code_worker.releases.importer import build_release
-    from code_worker.releases.loading import load_release
-    from code_worker.settings import FileSettings, Settings
-
-    settings = Settings(files=FileSettings(roots=(Path(paths[0]).parent,)))
-    plugins = load_plugins(settings)
-    built = published.parent / "release"
-    if not built.exists():
-        build_release(str(published), plugins, built)
-    runtime = start_runtime(load_release(built, plugins), settings)
-    with PriorityPool(settings.worker.fetch_threads) as pool:
-        judge = Judge(sources=Sources(settings), pool=pool, limits=settings.limits)
-        list(scan(paths[:BATCH], judge, runtime, PolicyBook()))
-        start = time.perf_counter()
-        labels = [int(verdict.label == "fake") for verdict in scan(paths, judge, runtime, PolicyBook())]
-        seconds = time.perf_counter() - start
-    runtime.embedder.close()
-    return seconds, labels
+def images_for(kind: Kind) -> int:
+    """As many as take the slowest contestant a few seconds."""
+    megapixels = kind.width * kind.height / 1e6
+    return 160 if megapixels < 1 else 96 if megapixels < 4 else 32
 
 
-def published(directory: Path, paths: list[str], workers: int) -> tuple[float, list[int]]:
-    """The published pipeline as its users run it."""
-    import joblib
-    import torch
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision import transforms
-    from transformers import ViTModel
-
-    transform = transforms.Compose(
-        [
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-        ]
-    )
-
-    class Files(Dataset[torch.Tensor]):
-        def __init__(self, names: list[str]) -> None:
-            self.names = names
-
-        def __len__(self) -> int:
-            return len(self.names)
-
-        def __getitem__(self, index: int) -> torch.Tensor:
-            return transform(Image.open(self.names[index]).convert("RGB"))  # type: ignore[no-any-return]
-
-    model = ViTModel.from_pretrained(directory).eval()
-    head = joblib.load(directory / "sklearn" / "linear_tot_classifier_epoch-32.sav")
-
-    def labels(names: list[str]) -> Iterator[int]:
-        with torch.inference_mode():
-            for batch in DataLoader(Files(names), batch_size=BATCH, num_workers=workers):
-                yield from head.predict(model(batch).last_hidden_state[:, 0].numpy()).tolist()
-
-    list(labels(paths[:BATCH]))
-    start = time.perf_counter()
-    found = list(labels(paths))
-    return time.perf_counter() - start, found
+def bar_of(kind: Kind) -> dict[str, float]:
+    """What ours must reach, against the better of the two settings of the published pipeline as against the other."""
+    bar = BARS.get(str(kind))
+    return {} if bar is None else {"published-0": bar, "published-2": bar}
 
 
-def run_one(contestant: str, directory: Path) -> None:
-    """The child process: measures one contestant and prints its result."""
-    paths = sorted(str(path) for path in (directory / "images").iterdir())
-    model = directory / "published"
-    if contestant == "ours":
-        seconds, labels = ours(model, paths)
-    else:
-        seconds, labels = published(model, paths, int(contestant.removeprefix("published-")))
-    print(json.dumps({"seconds": seconds, "images": len(paths), "labels": labels}))
+def compare(
+    contestants: Mapping[str, Contestant], kind: Kind, paths: Sequence[Path], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Figures of each contestant on the same files.
+
+    Raises:
+        SystemExit: two contestants say different things of one file.
+    """
+    expected = contestants["ours"].judge(paths)[1]
+    if len(expected) != len(paths) or set(expected) != {0, 1}:
+        raise SystemExit(f"{kind}: labels that tell nothing apart: {expected}")
+
+    def measure(name: str) -> float:
+        seconds, labels = contestants[name].judge(paths)
+        if labels != expected:
+            differing = sum(one != other for one, other in zip(labels, expected, strict=True))
+            raise SystemExit(f"{kind}: {name} labels {differing} of {len(paths)} images differently")
+        return len(paths) / seconds
+
+    for name, contestant in contestants.items():
+        if name != "ours":
+            contestant.judge(paths[:8])
+    return compared(alternate(list(contestants), rounds, measure), "ours", bar_of(kind))
 
 
-def measure(contestant: str, directory: Path) -> dict[str, Any]:
-    """Runs one contestant in a process of its own."""
-    command = [sys.executable, "-m", "bench.pipeline", "--child", contestant, "--directory", str(directory)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return result
+@contextmanager
+def started(directory: Path, names: Sequence[str] = CONTESTANTS) -> Iterator[dict[str, Contestant]]:
+    """The contestants, on one model that is made for them."""
+    from tests.parity import build_parity_set
+
+    model = directory / "set" / "published"
+    if not model.exists():
+        (directory / "set").mkdir(parents=True)
+        build_parity_set(directory / "set")
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(Contestant(name, model)) for name in names}
 
 
-def compare(directory: Path, rounds: int) -> dict[str, list[float]]:
-    """Images per second of each contestant, one figure per round; refuses runs whose labels differ."""
-    rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    expected: list[int] | None = None
-    for number in range(rounds):
-        order = CONTESTANTS if number % 2 else CONTESTANTS[::-1]
-        for contestant in order:
-            result = measure(contestant, directory)
-            expected = expected or result["labels"]
-            if result["labels"] != expected:
-                raise SystemExit(f"{contestant}: labels differ")
-            rates[contestant].append(result["images"] / result["seconds"])
-    return rates
-
-
-def report(rates: dict[str, list[float]]) -> None:
-    """Medians, ranges, and the ratio of ours to each other within a round."""
-    for name, values in rates.items():
-        ratios = [own / other for own, other in zip(rates["ours"], values, strict=True)]
-        print(
-            f"{name:<14} {statistics.median(values):7.1f} images/s  ({min(values):.1f} to {max(values):.1f})   "
-            f"ours is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+def run(directory: Path, kinds: Sequence[Kind], rounds: int, images: int | None) -> dict[str, Any]:
+    """Prints and returns the figures of every kind."""
+    found: dict[str, Any] = {}
+    with started(directory) as contestants:
+        for kind in kinds:
+            paths = make_images(directory / str(kind), kind, images or images_for(kind))
+            mean_bytes = sum(path.stat().st_size for path in paths) // len(paths)
+            figures = compare(contestants, kind, paths, rounds)
+            found[str(kind)] = {"images": len(paths), "mean_bytes": mean_bytes, "rounds": rounds, **figures}
+            label = f"{kind} ({len(paths)} of {mean_bytes // 1000} kB)"
+            print_table(TITLES, list(rows_of(label, figures)))
+    return found
 
 
 def main() -> None:
     """Makes the images and the model, runs the rounds, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=160)
+    parser.add_argument("--kind", type=Kind.parse, action="append", help="WxH-FORM; again for more; unset: all")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", default="640x480")
-    parser.add_argument("--format", default="JPEG", choices=["JPEG", "PNG", "WEBP"])
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        run_one(arguments.child, arguments.directory)
-        return
-    from tests.parity import build_parity_set
-
-    width, height = (int(side) for side in arguments.size.split("x"))
+    parser.add_argument("--images", type=int, help="of each kind; unset: by size, so that a run takes seconds")
+    parser.add_argument("--quick", action="store_true", help="one kind, few images, two rounds")
+    parser.add_argument("--directory", type=Path, help="keep images and model here for the next time")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    kinds = chosen.kind or [Kind(*size, form) for form in FORMS for size in SIZES]
+    rounds, images = chosen.rounds, chosen.images
+    if chosen.quick:
+        kinds, rounds, images = (chosen.kind or [Kind.parse("640x480-jpeg")]), 2, 24
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
-        (directory / "images").mkdir()
-        make_images(directory / "images", arguments.images, (width, height), arguments.format)
-        build_parity_set(directory / "set").directory.rename(directory / "published")
-        print(
-            f"{arguments.images} images {arguments.size} {arguments.format}, {arguments.rounds} rounds, "
-            f"Python {platform.python_version()}, {platform.machine()}"
-        )
-        report(compare(directory, arguments.rounds))
+        write_json(chosen.json, run(chosen.directory or Path(temporary), kinds, rounds, images))
 
 
 if __name__ == "__main__":

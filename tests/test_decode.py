@@ -6,6 +6,7 @@ import hashlib
 import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import CenterCrop
 
-from code_worker.images.decode import decode, decode_whole
+from code_worker.images.decode import decode, decode_whole, inspect
 from code_worker.settings import LimitSettings
 from tests.image_files import encoded, exif_orientation, pixels, valid_files
 
@@ -96,6 +97,15 @@ def test_facts_describe_the_original(name: str, kind: str, size: tuple[int, int]
     facts = decode(data, LIMITS)[1]
     assert (facts.format, (facts.width, facts.height), facts.mode) == (kind, size, mode)
     assert (facts.sha256, facts.size_bytes) == (hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_a_content_hash_that_is_known_is_taken_over_and_changes_nothing_else() -> None:
+    data = encoded(pixels(300, 260), "JPEG")
+    pixels_with, facts = decode(data, LIMITS, sha256="ab" * 32)
+    pixels_without, computed = decode(data, LIMITS)
+    np.testing.assert_array_equal(pixels_with, pixels_without)
+    assert facts == replace(computed, sha256="ab" * 32)
+    assert inspect(data, LIMITS, sha256="ab" * 32) == facts
 
 
 def test_pillows_own_pixel_limit_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ _READERS: Final[dict[str, tuple[Callable[[bytes], bool | str], Callable[[io.Byte
 }
 
 
-def decode(data: bytes, limits: LimitSettings) -> tuple[NDArray[np.uint8], ImageFacts]:
+def decode(data: bytes, limits: LimitSettings, *, sha256: str | None = None) -> tuple[NDArray[np.uint8], ImageFacts]:
     """Reads the central 224×224 pixels of an image at its native resolution.
 
     The result is the one of `PIL.Image.open(…).convert("RGB")` and torchvision's `CenterCrop(224)`, byte for byte;
@@ -61,6 +61,7 @@ def decode(data: bytes, limits: LimitSettings) -> tuple[NDArray[np.uint8], Image
     Args:
         data: The file.
         limits: What it may cost; sides and pixels are read from the header before anything is decoded.
+        sha256: Its content hash in hexadecimal, from whoever has computed it; unset: it is computed.
 
     Returns:
         `(224, 224, 3) uint8` pixels, and what the file is: content hash, size, format, original sides and mode.
@@ -68,7 +69,7 @@ def decode(data: bytes, limits: LimitSettings) -> tuple[NDArray[np.uint8], Image
     Raises:
         ImageRejectedError: for whatever these bytes are instead of an image within the limits.
     """
-    with _opened(data, limits) as (image, facts):
+    with _opened(data, limits, sha256) as (image, facts):
         if facts.format in _JPEG and (pixels := _jpeg_centre(data, image)) is not None:
             return pixels, facts
         leave_out_rows_below(data, image, _span(image.height)[1])
@@ -81,13 +82,13 @@ def _jpeg_centre(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8] |
     return None if inner is None else _padded(inner, pad_left, pad_top)
 
 
-def inspect(data: bytes, limits: LimitSettings) -> ImageFacts:
+def inspect(data: bytes, limits: LimitSettings, *, sha256: str | None = None) -> ImageFacts:
     """What `decode` says of a file beside its pixels, from the header alone, under the same limits.
 
     Raises:
         ImageRejectedError: as `decode`, as far as the header tells.
     """
-    with _opened(data, limits) as (_, facts):
+    with _opened(data, limits, sha256) as (_, facts):
         return facts
 
 
@@ -105,7 +106,9 @@ def decode_whole(data: bytes, limits: LimitSettings) -> Image.Image:
 
 
 @contextmanager
-def _opened(data: bytes, limits: LimitSettings) -> Iterator[tuple[ImageFile.ImageFile, ImageFacts]]:
+def _opened(
+    data: bytes, limits: LimitSettings, sha256: str | None = None
+) -> Iterator[tuple[ImageFile.ImageFile, ImageFacts]]:
     """An image within the limits, header read and nothing decoded; errors inside the block are translated too."""
     if not data:
         raise ImageRejectedError(RejectReason.EMPTY, "the file has no bytes")
@@ -119,7 +122,7 @@ def _opened(data: bytes, limits: LimitSettings) -> Iterator[tuple[ImageFile.Imag
         _check_size(size, limits)
     try:
         with _READERS[kind][1](io.BytesIO(data), "") as image:
-            facts = _facts(data, image)
+            facts = _facts(data, image, sha256)
             _check_size(image.size, limits)
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 _check_area(*tiff_tile_size(image.tag_v2), limits)
@@ -160,10 +163,10 @@ def _check_area(width: int, height: int, limits: LimitSettings) -> None:
         )
 
 
-def _facts(data: bytes, image: ImageFile.ImageFile) -> ImageFacts:
+def _facts(data: bytes, image: ImageFile.ImageFile, sha256: str | None) -> ImageFacts:
     """Header facts; a stereo or burst JPEG keeps Pillow's name for it, `mpo`."""
     return ImageFacts(
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=sha256 or hashlib.sha256(data).hexdigest(),
         size_bytes=len(data),
         format=(image.format or "").lower(),
         width=image.width,

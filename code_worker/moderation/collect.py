@@ -98,14 +98,15 @@ class Collector:
     def decode(self, item: Item, content: _Bytes) -> NDArray[np.uint8]:
         """Turns bytes into the crop; runs in the pool."""
         with _timed(item, "decode"):
-            crop, facts = decode(content.fetched.data, self._limits)
+            crop, facts = decode(content.fetched.data, self._limits, sha256=content.sha256)
         item.facts = _with_source(facts, content.fetched)
         return crop
 
     def reuse(self, item: Item, content: _Bytes, embedding: NDArray[np.float32]) -> None:
         """Takes over an embedding; the header is read all the same, for the facts and for limits set since."""
         try:
-            item.facts = _with_source(inspect(content.fetched.data, self._limits), content.fetched)
+            facts = inspect(content.fetched.data, self._limits, sha256=content.sha256)
+            item.facts = _with_source(facts, content.fetched)
         except ImageRejectedError as error:
             item.error = error
             return
