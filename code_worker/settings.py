@@ -87,8 +87,13 @@ class WorkerSettings(_Section):
 
     concurrency: int = Field(4, ge=1, description="Messages judged at the same time.")
     fetch_threads: int = Field(8, ge=1, description="Objects fetched and decoded at the same time.")
-    streams: int | None = Field(None, ge=1, description="Encoder streams; unset: one per core on CPU, one on CUDA.")
-    micro_batch: int | None = Field(None, ge=1, description="Crops per forward pass; unset: 8 on CPU, 64 on CUDA.")
+    streams: int | None = Field(None, ge=1, description="Encoder streams; unset: one per core on CPU, two on CUDA.")
+    micro_batch: int | None = Field(None, ge=1, description="Crops per forward pass; unset: 8 on CPU, 256 on CUDA.")
+    compile: bool | None = Field(
+        None,
+        description="Fuse and record the encoder's kernels at the start, which takes a minute or two; unset: on "
+        "CUDA. What cannot be compiled runs as it is, with a warning. Nothing on a CPU.",
+    )
     linger_ms: float = Field(4.0, ge=0, description="How long a stream waits for its micro-batch to fill.")
     lease_s: int = Field(20, ge=5, description="A claim lapses after this unless the worker renews it.")
     batch_timeout_s: int = Field(

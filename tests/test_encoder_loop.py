@@ -266,7 +266,7 @@ def test_no_crops_give_no_rows() -> None:
 
 def test_defaults_follow_the_device() -> None:
     with EncoderLoop(Recorder(device="cuda:1")) as loop:
-        assert (loop.streams, loop.micro_batch) == (1, 64)
+        assert (loop.streams, loop.micro_batch) == (2, 256)
     with EncoderLoop(Recorder()) as loop:
         assert loop.streams >= 1
         assert loop.micro_batch == 8

@@ -9,12 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from code_worker.encoder.forward import CropEncoder
+from code_worker.encoder.lanes import Lanes
 from code_worker.encoder.weights import EncoderWeights
 from code_worker.errors import ConfigurationError
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 
-__all__ = ["CROP_SHAPE", "Engine", "resolve_device"]
+__all__ = ["CROP_SHAPE", "CUDA_BATCH", "Engine", "resolve_device"]
 
+# On an H100 some milliseconds of work: enough to hide launches and copies, too little to make a batch wait.
+CUDA_BATCH = 256
 CROP_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DEVICE = re.compile(r"cpu|cuda(?::(?P<index>\d+))?")
@@ -32,7 +35,15 @@ class Engine:
     """
 
     def __init__(
-        self, weights: EncoderWeights, *, device: str = "auto", precision: str = "fp32", fold: bool = True
+        self,
+        weights: EncoderWeights,
+        *,
+        device: str = "auto",
+        precision: str = "fp32",
+        fold: bool = True,
+        compile_kernels: bool = False,
+        lanes: int = 2,
+        largest_batch: int = CUDA_BATCH,
     ) -> None:
         """Puts the weights on the device.
 
@@ -41,6 +52,9 @@ class Engine:
             device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
             precision: bf16 and fp16 move embeddings by about 1e-2 and are for CUDA only.
             fold: put the normalisation into the patch projection; equal but for rounding, and faster.
+            compile_kernels: let `warm_up` fuse and record the kernels; CUDA only, ignored on a CPU.
+            lanes: calls that a CUDA device serves at once; further ones wait.
+            largest_batch: crops of one pass on CUDA; larger batches take several.
 
         Raises:
             ConfigurationError: a device that is not there, or a precision that is unknown or not for this device.
@@ -56,6 +70,10 @@ class Engine:
             )
         encoder = CropEncoder(weights.config, weights.state, fold=fold, dtype=_DTYPES[precision])
         self._encoder = encoder.to(self.device)
+        self._compile_kernels = compile_kernels
+        self._lanes: Lanes | None = None
+        if self.device != "cpu":
+            self._lanes = Lanes(self._encoder, self.device, lanes=lanes, largest_batch=largest_batch)
 
     def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """`(n, 224, 224, 3) uint8` to `(n, 192) float32`: the CLS token after the final LayerNorm, not normalised.
@@ -70,14 +88,27 @@ class Engine:
             raise ValueError(f"crops must be (n, 224, 224, 3) uint8, not {crops.shape} {crops.dtype}")
         if not len(crops):
             return np.empty((0, EMBEDDING_DIM), np.float32)
+        if self._lanes is not None:
+            return self._lanes.run(crops)
         # torch warns of arrays it could write to but must not, such as those that Pillow hands out.
         writable = np.require(crops, requirements=["C", "W"])
         with torch.inference_mode():
             embeddings: NDArray[np.float32] = self._encoder(torch.from_numpy(writable).to(self.device)).cpu().numpy()
         return embeddings
 
+    @property
+    def kernels(self) -> str:
+        """`plain`, `compiled`, `recorded` or `compiled and recorded`; see `Lanes`."""
+        return self._lanes.mode if self._lanes is not None else "plain"
+
     def warm_up(self, crops: int = 1) -> None:
-        """Runs a black batch, so that no image waits for kernels to be loaded or memory to be reserved."""
+        """Runs a black batch, so that no image waits for kernels to be loaded or memory to be reserved.
+
+        With `compile_kernels` on CUDA it prepares every batch size first, which takes a minute or two. To be called
+        before other threads use the engine.
+        """
+        if self._lanes is not None and self._compile_kernels:
+            self._lanes.prepare()
         self.embed(np.zeros((crops, *CROP_SHAPE), np.uint8))
 
 

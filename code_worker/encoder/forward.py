@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,8 @@ from code_worker.encoder.vit import VitConfig, build_vit
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 
 __all__ = ["CropEncoder"]
+
+_Step = Callable[[Tensor], Tensor]
 
 
 class CropEncoder(nn.Module):
@@ -57,13 +60,31 @@ class CropEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean).repeat(config.patch_size**2))
         self.register_buffer("std", torch.tensor(config.std).repeat(config.patch_size**2))
         self.requires_grad_(requires_grad=False).eval()
+        self.use_plain_kernels()
 
     def forward(self, crops: Tensor) -> Tensor:
         """`(n, 224, 224, 3) uint8` to `(n, 192) float32`."""
+        values = crops
+        for step in self._steps:
+            values = step(values)
+        return values
+
+    def use_plain_kernels(self) -> None:
+        """Runs every step as torch has it."""
+        self._steps: list[_Step] = [self._tokens, *self.blocks[:-1], self._embeddings]
+
+    def compile_kernels(self) -> None:
+        """Lets torch fuse the kernels of every step on its first call with a new batch size.
+
+        Step by step, because equal blocks then share one compilation; the whole would take twelve times as long.
+        """
+        self._steps = [torch.compile(step, dynamic=False) for step in self._steps]
+
+    def _tokens(self, crops: Tensor) -> Tensor:
         tokens = F.linear(self._patches(crops), self.weight) + self.offsets
-        tokens = torch.cat((self.first.expand(len(crops), 1, -1), tokens), dim=1).to(self._dtype)
-        for block in self.blocks[:-1]:
-            tokens = block(tokens)
+        return torch.cat((self.first.expand(len(crops), 1, -1), tokens), dim=1).to(self._dtype)
+
+    def _embeddings(self, tokens: Tensor) -> Tensor:
         cls_token = _cls_of_last_block(self.blocks[-1], tokens)
         embeddings = cast("Tensor", self.norm(cls_token.float()))
         return F.pad(embeddings, (0, self._missing)) if self._missing else embeddings

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from code_worker.encoder.engine import CROP_SHAPE
+from code_worker.encoder.engine import CROP_SHAPE, CUDA_BATCH
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.logs import get_logger
 from code_worker.types import EMBEDDING_DIM, RejectReason
 
-__all__ = ["BatchEncoder", "EncoderLoop", "LoopStats"]
+__all__ = ["CUDA_STREAMS", "BatchEncoder", "EncoderLoop", "LoopStats"]
+
+CUDA_STREAMS = 2
 
 Crop = NDArray[np.uint8]
 Embedding = NDArray[np.float32]
@@ -69,10 +71,11 @@ class _Item:
 class EncoderLoop:
     """Streams (threads) that take waiting crops, most urgent first, and embed them in micro-batches.
 
-    On a CPU the fastest form is one stream per core with one torch thread each and micro-batches of 8; on CUDA one
-    stream with larger batches. A batch that fails is halved until the crops that fail alone are found: they get
-    their own error, all others their embedding. A device that has failed for good ends the loop: `failure` says why,
-    every crop gets a `TransientError`, and the process should be replaced.
+    On a CPU the fastest form is one stream per core with one torch thread each and micro-batches of 8; on CUDA two
+    streams with larger batches, of which one fills and copies while the other computes. A batch that fails is halved
+    until the crops that fail alone are found: they get their own error, all others their embedding. A device that has
+    failed for good ends the loop: `failure` says why, every crop gets a `TransientError`, and the process should be
+    replaced.
     """
 
     def __init__(
@@ -82,25 +85,26 @@ class EncoderLoop:
         streams: int | None = None,
         micro_batch: int | None = None,
         linger_ms: float = 4.0,
-        max_waiting: int = 512,
+        max_waiting: int | None = None,
     ) -> None:
         """Starts the streams.
 
         Args:
             engine: what embeds.
-            streams: threads; by default one per usable core on a CPU, one on CUDA.
-            micro_batch: most crops per forward pass; by default 8 on a CPU, 64 on CUDA.
+            streams: threads; by default one per usable core on a CPU, two on CUDA.
+            micro_batch: most crops per forward pass; by default 8 on a CPU, 256 on CUDA.
             linger_ms: how long a stream waits for its micro-batch to fill; it never waits while one is full.
-            max_waiting: `submit` blocks while so many crops of the same or a higher priority wait.
+            max_waiting: `submit` blocks while so many crops of the same or a higher priority wait; by default 512, or
+                enough for every stream to find two micro-batches.
         """
         on_cpu = engine.device == "cpu"
         cores = _usable_cores()
-        self.streams = streams or (cores if on_cpu else 1)
-        self.micro_batch = micro_batch or (8 if on_cpu else 64)
+        self.streams = streams or (cores if on_cpu else CUDA_STREAMS)
+        self.micro_batch = micro_batch or (8 if on_cpu else CUDA_BATCH)
         self.failure: BaseException | None = None
         self._engine = engine
         self._linger_s = linger_ms / 1000
-        self._max_waiting = max_waiting
+        self._max_waiting = max_waiting or max(512, 2 * self.streams * self.micro_batch)
         self._torch_threads = max(1, cores // self.streams) if on_cpu else None
         self._heap: list[_Item] = []
         self._waiting: Counter[int] = Counter()

@@ -51,12 +51,19 @@ def start_runtime(
 
 def _starter(loaded: LoadedRelease, settings: Settings, streams: int | None) -> Callable[[], Embedder]:
     def start() -> Embedder:
-        from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only processes that judge pay for it
-        from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
+        from code_worker.encoder.engine import CUDA_BATCH, Engine  # noqa: PLC0415 - torch: only processes that judge pay for it
+        from code_worker.encoder.loop import CUDA_STREAMS, EncoderLoop  # noqa: PLC0415 - as above
 
-        engine = Engine(loaded.weights, device=settings.device, precision=settings.precision)
-        engine.warm_up()
         worker = settings.worker
+        engine = Engine(
+            loaded.weights,
+            device=settings.device,
+            precision=settings.precision,
+            compile_kernels=worker.compile is not False,
+            lanes=streams or CUDA_STREAMS,
+            largest_batch=worker.micro_batch or CUDA_BATCH,
+        )
+        engine.warm_up()
         return EncoderLoop(engine, streams=streams, micro_batch=worker.micro_batch, linger_ms=worker.linger_ms)
 
     return start
