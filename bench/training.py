@@ -77,7 +77,7 @@ def spread(values: list[float], digits: int = 3) -> dict[str, float]:
 def objective_share(device: str, records: int = 256) -> dict[str, Any]:
     """Extra time of a step with the objective over one with a sum, miniature encoder, `records` records."""
     encoder = TrainableEncoder.fresh(VitConfig(**MINIATURE), seed=0).to(device)
-    stepper = Stepper(encoder, make_optimiser(encoder, TrainingSettings(), fused=False), World(), seed=0)
+    stepper = Stepper(encoder, make_optimiser(encoder, weight_decay=2e-5, fused=False), World(), seed=0)
     size = encoder.config.image_size
     batch = torch.randint(0, 256, (records, len(VIEWS), size, size, 3), dtype=torch.uint8)
 
@@ -99,10 +99,9 @@ def trainer_beside_bare_loop(encoder: dict[str, Any], records: int, device: str,
     model = TrainableEncoder.fresh(VitConfig(**encoder), seed=0).to(device)
     native = bool(encoder)
     cuda = device != "cpu"
-    settings = TrainingSettings()
     stepper = Stepper(
         model,
-        make_optimiser(model, settings, fused=cuda),
+        make_optimiser(model, weight_decay=2e-5, fused=cuda),
         World(),
         seed=0,
         precision="bf16" if cuda else "fp32",

@@ -124,9 +124,9 @@ class LabelSettings(_Section):
 class TrainingSettings(_Section):
     """How a retrain trains the encoder, and on what."""
 
-    epochs: int | None = Field(None, ge=1, description="Epochs at most; unset: 20 on CUDA, 8 on a CPU.")
+    epochs: int | None = Field(None, ge=1, description="Epochs at most; unset: 20 on CUDA, 10 on a CPU.")
     steps_per_epoch: int | None = Field(
-        None, ge=1, description="Optimiser steps in an epoch; unset: 200 on CUDA, 40 on a CPU."
+        None, ge=1, description="Optimiser steps in an epoch; unset: 200 on CUDA, 60 on a CPU."
     )
     records: int | None = Field(
         None,
@@ -135,7 +135,12 @@ class TrainingSettings(_Section):
         "a CPU.",
     )
     accumulate: int = Field(1, ge=1, description="Parts in which a step's records are computed, to save memory.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak; from scratch the published one is 2e-3.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak; from scratch the published one is 2e-3; unset: 2e-4, or 1e-3 for encoders smaller than the "
+        "published one.",
+    )
     weight_decay: float = Field(2e-5, ge=0, description="AdamW's.")
     warmup_epochs: float = Field(0.5, ge=0, description="Epochs of linear warm-up from 1e-6.")
     patience: int = Field(6, ge=1, description="Epochs without a better linear head on the hold-out before it stops.")
@@ -148,12 +153,13 @@ class TrainingSettings(_Section):
         description="Views cut at native resolution, as inference sees images, instead of resized ones as published; "
         "unset: for encoders smaller than the published one.",
     )
-    keep: float = Field(
-        1.0,
+    keep: float | None = Field(
+        None,
         ge=0,
         le=1,
         description="Share of the champion's weights that a retrain begins with, the rest fresh ones (shrink and "
-        "perturb): less learns new traces sooner and forgets more.",
+        "perturb): less learns new traces sooner and forgets more; unset: 1, or 0.5 for encoders smaller than the "
+        "published one.",
     )
     max_forgetting: float | None = Field(
         0.02,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from code_worker.releases.manifest import Thresholds
     from code_worker.training.snapshot import Member, Snapshot
 
-__all__ = ["Side", "gate_inputs", "labels_of", "measured"]
+__all__ = ["Side", "gate_inputs", "labels_of", "measured", "missed_generators"]
+
+_FOUND: Final = 0.75
+_FEWEST: Final = 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +99,26 @@ def gate_inputs(snapshot: Snapshot, candidate: Side, champion: Side | None, *, m
         noise=noise,
         unseen=unchecked,
         min_holdout=min_holdout,
+    )
+
+
+def missed_generators(members: Sequence[Member], side: Side) -> frozenset[str]:
+    """Named generators with ten images or more, of which a release calls fewer than three quarters fake.
+
+    Raises:
+        ArtifactError: the head that decides does not keep its contract.
+    """
+    fakes = [
+        member for member in members if member.generator and member.label == FAKE and member.sha256 in side.clean
+    ]
+    if not fakes or side.head not in side.heads:
+        return frozenset()
+    scores = checked_scores(side.head, side.heads[side.head], matrix(fakes, side.clean))
+    found: dict[str, list[bool]] = {}
+    for member, score in zip(fakes, scores, strict=True):
+        found.setdefault(str(member.generator), []).append(bool(score >= side.thresholds.high))
+    return frozenset(
+        name for name, calls in found.items() if len(calls) >= _FEWEST and sum(calls) < _FOUND * len(calls)
     )
 
 

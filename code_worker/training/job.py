@@ -12,13 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from code_worker.errors import TrainingError
 from code_worker.settings import LimitSettings, TrainingSettings
+from code_worker.types import IMAGE_SIZE
 
 __all__ = [
     "FAILED_STATUS",
     "HOLDOUT_FILE",
     "TRAIN_FILE",
     "Item",
+    "Manner",
     "TrainingJob",
+    "for_device",
+    "for_encoder",
     "read_items",
     "read_job",
     "write_job",
@@ -97,7 +101,7 @@ class Scale:
         return self.epochs * self.steps_per_epoch
 
 
-_SCALES: Final = {"cuda": Scale(20, 200, 256), "cpu": Scale(8, 40, 48)}
+_SCALES: Final = {"cuda": Scale(20, 200, 256), "cpu": Scale(10, 60, 48)}
 
 
 def for_device(settings: TrainingSettings, device: str) -> Scale:
@@ -107,6 +111,35 @@ def for_device(settings: TrainingSettings, device: str) -> Scale:
         settings.epochs or usual.epochs,
         settings.steps_per_epoch or usual.steps_per_epoch,
         settings.records or usual.records,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How an encoder is trained, nothing left unset.
+
+    Attributes:
+        learning_rate: peak.
+        keep: share of the champion's weights to begin with.
+        native: views cut at native resolution instead of resized ones.
+    """
+
+    learning_rate: float
+    keep: float
+    native: bool
+
+
+def for_encoder(settings: TrainingSettings, image_size: int) -> Manner:
+    """The manner that the settings ask for; what they leave unset follows the size of the encoder's images.
+
+    A small encoder that was trained to its end is blind to traces that it had no use for: it begins with half fresh
+    weights and learns faster. It would see no trace at all in a photograph that was resized to its views.
+    """
+    usual = Manner(1e-3, 0.5, native=True) if image_size < IMAGE_SIZE else Manner(2e-4, 1.0, native=False)
+    return Manner(
+        usual.learning_rate if settings.learning_rate is None else settings.learning_rate,
+        usual.keep if settings.keep is None else settings.keep,
+        usual.native if settings.native is None else settings.native,
     )
 
 

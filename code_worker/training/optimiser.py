@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from code_worker.settings import TrainingSettings
     from code_worker.training.job import Scale
 
 __all__ = ["WARMUP_FROM", "WeightAverage", "learning_rate", "make_optimiser", "set_learning_rate"]
@@ -17,26 +16,26 @@ __all__ = ["WARMUP_FROM", "WeightAverage", "learning_rate", "make_optimiser", "s
 WARMUP_FROM = 1e-6
 
 
-def make_optimiser(model: nn.Module, settings: TrainingSettings, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW; vectors (biases, norms) and the tokens are not decayed, as timm's recipes have it."""
+def make_optimiser(model: nn.Module, *, weight_decay: float, fused: bool) -> torch.optim.AdamW:
+    """AdamW, its rate yet to be set; as in timm's recipes vectors (biases, norms) and the tokens are not decayed."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (plain if parameter.ndim < 2 or name.endswith(("cls_token", "pos_embed")) else decayed).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=WARMUP_FROM, fused=fused or None)
 
 
-def learning_rate(step: int, settings: TrainingSettings, scale: Scale) -> float:
+def learning_rate(step: int, peak: float, *, warmup_epochs: float, scale: Scale) -> float:
     """Rate of a step (from 0): linear from 1e-6 over the warm-up, then half a cosine down to 0 at the last step."""
-    warmup = min(round(settings.warmup_epochs * scale.steps_per_epoch), scale.steps - 1)
+    warmup = min(round(warmup_epochs * scale.steps_per_epoch), scale.steps - 1)
     if step < warmup:
-        return WARMUP_FROM + (settings.learning_rate - WARMUP_FROM) * step / warmup
+        return WARMUP_FROM + (peak - WARMUP_FROM) * step / warmup
     done = (step - warmup) / max(1, scale.steps - warmup)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:

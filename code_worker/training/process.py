@@ -24,7 +24,15 @@ from code_worker.errors import CodeWorkerError, ConfigurationError, DivergedErro
 from code_worker.logs import configure_logging, get_logger
 from code_worker.plugins import load_plugins
 from code_worker.settings import load_settings
-from code_worker.training.job import FAILED_STATUS, HOLDOUT_FILE, TRAIN_FILE, TrainingJob, read_items, read_job
+from code_worker.training.job import (
+    FAILED_STATUS,
+    HOLDOUT_FILE,
+    TRAIN_FILE,
+    TrainingJob,
+    for_encoder,
+    read_items,
+    read_job,
+)
 from code_worker.training.network import TrainableEncoder
 from code_worker.training.processes import World, join
 from code_worker.training.record import Record
@@ -82,7 +90,9 @@ def _encoder(job: TrainingJob, champion: EncoderWeights | None) -> TrainableEnco
     config = _config(job) if champion is None else champion.config
     small = config.image_size < IMAGE_SIZE
     fresh = TrainableEncoder.fresh(config, seed=job.settings.seed, start=job.start or ("cosine" if small else "timm"))
-    return fresh if champion is None else fresh.mixed_with(champion, job.settings.keep)
+    return (
+        fresh if champion is None else fresh.mixed_with(champion, for_encoder(job.settings, config.image_size).keep)
+    )
 
 
 def _config(job: TrainingJob) -> VitConfig:

@@ -31,9 +31,21 @@ log = get_logger(__name__)
 
 
 def train_encoder(
-    attempt: Attempt, taken: Snapshot, base: LoadedRelease | None, progress: Progress
+    attempt: Attempt,
+    taken: Snapshot,
+    base: LoadedRelease | None,
+    progress: Progress,
+    *,
+    missed: frozenset[str] = frozenset(),
 ) -> tuple[EncoderWeights, str]:
     """The trained encoder and its hash; what an earlier attempt left in the workplace is gone on with.
+
+    Args:
+        attempt: at the run.
+        taken: what to learn from and to measure on.
+        base: whose encoder to begin with.
+        progress: hears of the training.
+        missed: generators to dwell on; unset: those that are new in the snapshot.
 
     Raises:
         TrainingError, RunLostError, RunStoppedError: see `child.train`.
@@ -43,20 +55,22 @@ def train_encoder(
 
     place = attempt.place
     if not (place.job / JOB_FILE).is_file():
-        write_training_job(attempt, taken, base)
+        write_training_job(attempt, taken, base, missed)
     train(place.job, attempt.settings, attempt.held, progress, lock=place.lock)
     weights = read_weights(place.job / RESULT)
     return weights, _digest(place, weights)
 
 
-def write_training_job(attempt: Attempt, taken: Snapshot, base: LoadedRelease | None) -> None:
+def write_training_job(
+    attempt: Attempt, taken: Snapshot, base: LoadedRelease | None, missed: frozenset[str] = frozenset()
+) -> None:
     """Makes the kept copies local and describes the training, complete or not at all.
 
     Raises:
         TrainingError: an image of the hold-out among those to learn from, or a full disk.
         DatasetError: less than half of the images can be read.
     """
-    learned, measured = (make_items(members, attempt) for members in (taken.train, taken.holdout))
+    learned, measured = (make_items(members, attempt, missed) for members in (taken.train, taken.holdout))
     refuse_holdout(learned)
     directory = attempt.place.job
     try:
@@ -87,8 +101,10 @@ def _described(attempt: Attempt, base: LoadedRelease | None) -> TrainingJob:
     )
 
 
-def make_items(members: Sequence[Member], attempt: Attempt) -> list[Item]:
+def make_items(members: Sequence[Member], attempt: Attempt, missed: frozenset[str] = frozenset()) -> list[Item]:
     """The members as local files; those of which the copy is gone or damaged are left out.
+
+    Where generators are missed, what counts as new, and is drawn more often, is their images alone.
 
     Raises:
         StorageError: the storage cannot be read at all.
@@ -109,7 +125,7 @@ def make_items(members: Sequence[Member], attempt: Attempt) -> list[Item]:
             generator=member.generator,
             collection=member.collection,
             sha256=member.sha256,
-            new=member.new,
+            new=member.generator in missed if missed else member.new,
         )
 
     threads = attempt.settings.worker.fetch_threads

@@ -14,7 +14,7 @@ from code_worker.logs import get_logger
 from code_worker.training.batches import BatchMaker, ImageCache, batches
 from code_worker.training.checkpoints import resume_state, write_checkpoint
 from code_worker.training.interpolation import SHARES, choose_share, mixed
-from code_worker.training.job import for_device
+from code_worker.training.job import for_device, for_encoder
 from code_worker.training.measure import Measured, Measurer, spread
 from code_worker.training.objective import VIEWS
 from code_worker.training.optimiser import WeightAverage, learning_rate, make_optimiser, set_learning_rate
@@ -23,7 +23,6 @@ from code_worker.training.record import Record
 from code_worker.training.sampling import RecordSampler
 from code_worker.training.step import DivergenceWatch, Stepper, chance_loss, resolve_precision
 from code_worker.training.views import ViewSettings
-from code_worker.types import IMAGE_SIZE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,16 +68,9 @@ class Trainer:
         broadcast_weights(encoder, world)
         device = encoder.mean.device.type
         self._scale = for_device(job.settings, device)
-        self._optimiser = make_optimiser(encoder, job.settings, fused=device == "cuda")
-        self._stepper = Stepper(
-            encoder,
-            self._optimiser,
-            world,
-            seed=job.settings.seed,
-            accumulate=job.settings.accumulate,
-            precision=resolve_precision(job.precision, device),
-            compiled=job.compile if job.compile is not None else device == "cuda",
-        )
+        self._manner = for_encoder(job.settings, encoder.config.image_size)
+        self._optimiser = make_optimiser(encoder, weight_decay=job.settings.weight_decay, fused=device == "cuda")
+        self._stepper = self._make_stepper(device)
         self._average = WeightAverage(encoder, job.settings.ema_decay) if job.settings.ema_decay else None
         self._watch = DivergenceWatch(chance_loss(self._scale.records * world.size))
         self._cache = ImageCache(train, job.limits)
@@ -91,11 +83,22 @@ class Trainer:
         self._interpolation: dict[str, Any] | None = None
         self._wants_stop = False
 
+    def _make_stepper(self, device: str) -> Stepper:
+        return Stepper(
+            self._encoder,
+            self._optimiser,
+            self._world,
+            seed=self._settings.seed,
+            accumulate=self._settings.accumulate,
+            precision=resolve_precision(self._job.precision, device),
+            compiled=self._job.compile if self._job.compile is not None else device == "cuda",
+        )
+
     def _make_maker(self, train: Sequence[Item]) -> BatchMaker:
         return BatchMaker(
             self._cache,
             RecordSampler(train, new_share=self._settings.new_share),
-            ViewSettings(size=self._encoder.config.image_size, resize=not self._is_native()),
+            ViewSettings(size=self._encoder.config.image_size, resize=not self._manner.native),
             records=self._scale.records,
             seed=self._settings.seed,
             rank=self._world.rank,
@@ -149,7 +152,8 @@ class Trainer:
         return False
 
     def _advance(self, batch: Tensor) -> None:
-        set_learning_rate(self._optimiser, learning_rate(self.step, self._settings, self._scale))
+        peak, warmup = self._manner.learning_rate, self._settings.warmup_epochs
+        set_learning_rate(self._optimiser, learning_rate(self.step, peak, warmup_epochs=warmup, scale=self._scale))
         self._watch.see(self._stepper(batch, self.step), self.step)
         if self._average is not None:
             self._average.update(self._encoder)
@@ -218,11 +222,6 @@ class Trainer:
         epoch = self.step // self._scale.steps_per_epoch
         return lead_decides(epoch - self._best["epoch"] >= self._settings.patience, self._world)
 
-    def _is_native(self) -> bool:
-        """An encoder of small images would see no trace in a photograph that was resized to them."""
-        native = self._settings.native
-        return self._encoder.config.image_size < IMAGE_SIZE if native is None else native
-
     @property
     def _device(self) -> str:
         return self._encoder.mean.device.type
@@ -255,7 +254,7 @@ class Trainer:
             "settings": {
                 **self._settings.model_dump(mode="json"),
                 **asdict(self._scale),
-                "native": self._is_native(),
+                **asdict(self._manner),
             },
             "broken": self._record.broken(self._cache.broken),
         }

@@ -78,3 +78,11 @@ def write_small_job(directory: Path, job: TrainingJob | None = None, *, train: i
         write_items(images / "holdout", holdout, seed=1, held_out=True),
     )
     return directory
+
+
+def items(*kinds: tuple[int, str | None, str | None, bool]) -> list[Item]:
+    """Items of label, generator, group and newness, without files."""
+    return [
+        Item(path="", label=label, generator=generator, group=group, new=new, sha256=f"{number:064}")  # type: ignore[arg-type]  # 0 or 1
+        for number, (label, generator, group, new) in enumerate(kinds)
+    ]

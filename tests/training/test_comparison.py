@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from code_worker.errors import ArtifactError, TrainingError
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import GateSettings
-from code_worker.training.comparison import Side, gate_inputs, measured
+from code_worker.training.comparison import Side, gate_inputs, measured, missed_generators
 from code_worker.training.gate import GateDecision, decide
 from code_worker.training.snapshot import Member, Snapshot
 from code_worker_heads.linear import LinearHead
@@ -157,3 +158,21 @@ def test_the_manifests_figures_are_overall_and_by_group() -> None:
     assert set(found) == {CLEAN, FEED}
     assert found[CLEAN]["linear"]["overall"]["n"] == len(taken.holdout)
     assert set(found[CLEAN]["linear"]["groups"]) == {"real", "old", "newer"}
+
+
+def test_generators_that_a_release_misses_are_those_it_should_learn() -> None:
+    members = make({None: 60, "old": 30, "newcomer": 30, "rare": 9})
+    rows = seen(members, {"old": 40.0})
+    taught = [member for member in members if member.generator in {None, "old"}]
+    release = side("r", "e", fitted(taught, rows), rows)
+    assert missed_generators(members, release) == {"newcomer"}
+    assert missed_generators(taught, release) == frozenset()
+    assert missed_generators(members, replace(release, head="another")) == frozenset()
+
+
+def test_an_image_that_was_never_encoded_says_nothing_of_its_generator() -> None:
+    members = make({None: 60, "newcomer": 30})
+    rows = seen(members, {})
+    release = side("r", "e", fitted(members, rows), rows)
+    known = {sha256: row for sha256, row in rows.items() if sha256 not in {one.sha256 for one in members[65:]}}
+    assert missed_generators(members, replace(release, rows={CLEAN: known})) == frozenset()

@@ -301,6 +301,7 @@ def test_a_retrain_trains_the_encoder_and_is_judged_like_any_other(
     loaded = registry.load(str(ended.candidate))
     assert loaded.encoder_sha256 != registry.load(champion).encoder_sha256
     assert alias(settings, sqlite_store) == (ended.candidate if ended.state == "promoted" else champion)
+    assert ended.report["missed_generators"] == [NEW]
     report = settings.data_path / "runs" / ended.id / "report"
     measured = json.loads((report / "metrics.json").read_text())
     assert measured["release"]["id"] == ended.candidate
