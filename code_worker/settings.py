@@ -138,8 +138,8 @@ class TrainingSettings(_Section):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak; from scratch the published one is 2e-3; unset: 2e-4, or 1e-3 for encoders smaller than the "
-        "published one.",
+        description="Peak; from scratch the published one is 2e-3; unset: 2e-4, or 1e-3 for encoders smaller than "
+        "the published one.",
     )
     weight_decay: float = Field(2e-5, ge=0, description="AdamW's.")
     warmup_epochs: float = Field(0.5, ge=0, description="Epochs of linear warm-up from 1e-6.")
