@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["STORED", "Collector", "Item", "Witness"]
 
 _LOOK_S = 5.0
+_LINGER_S = 0.01
+"""How long an image that has arrived waits for others to be looked up with: a query for each would cost more."""
 STORED = np.dtype("<f4")
 """Of an embedding as the store keeps it."""
 
@@ -70,7 +72,9 @@ class Witness(Protocol):
 class Collector:
     """Fetches and decodes in the shared pool, a bounded number of objects at a time."""
 
-    def __init__(self, sources: Fetcher, pool: PriorityPool, limits: LimitSettings, known: KnownEmbeddings) -> None:
+    def __init__(
+        self, sources: Fetcher, pool: PriorityPool, limits: LimitSettings, known: KnownEmbeddings | None
+    ) -> None:
         self._sources = sources
         self._pool = pool
         self._limits = limits
@@ -115,7 +119,12 @@ class Collector:
 
     def known(self, encoder_sha256: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
         """Embeddings of these contents that an earlier job left."""
-        return self._known(encoder_sha256, hashes)
+        return {} if self._known is None else self._known(encoder_sha256, hashes)
+
+    @property
+    def group(self) -> int:
+        """How many images to look up at once, where there is anything to look up."""
+        return 1 if self._known is None else self._pool.size
 
     def submit(self, batch: int, item: Item, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Queues work for one job: urgent ones first, then older batches, so that batches end one after the other.
@@ -142,6 +151,8 @@ class _Batch:
         self._witness = witness
         self._number = next(collector.numbers)
         self._fetching: dict[Future[_Bytes], Item] = {}
+        self._arrived: list[tuple[Item, _Bytes]] = []
+        self._look_up_at = 0.0
         self._decoding: dict[Future[NDArray[np.uint8]], tuple[Item, str]] = {}
         self._encoding: dict[Item, Future[NDArray[np.float32]]] = {}
         self._twins: dict[str, list[Item]] = {}
@@ -149,11 +160,11 @@ class _Batch:
     def run(self, items: Sequence[Item]) -> None:
         waiting = deque(items)
         while waiting or self._fetching or self._decoding:
-            while waiting and len(self._fetching) + len(self._decoding) < self._collector.window:
+            while waiting and self._held < self._collector.window:
                 item = waiting.popleft()
                 self._fetching[self._collector.submit(self._number, item, self._collector.fetch)] = item
             pending: list[Future[Any]] = [*self._fetching, *self._decoding]
-            done, _ = wait(pending, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+            done, _ = wait(pending, timeout=self._patience_s(), return_when=FIRST_COMPLETED)
             # Waiting for one's turn behind more urgent images is not being stuck.
             if done or not any(future.running() for future in pending):
                 self._progress()
@@ -162,8 +173,15 @@ class _Batch:
                 if future in self._decoding:
                     self._after_decode(future)
 
+    @property
+    def _held(self) -> int:
+        return len(self._fetching) + len(self._arrived) + len(self._decoding)
+
+    def _patience_s(self) -> float:
+        return max(0.0, self._look_up_at - time.monotonic()) if self._arrived else _LOOK_S
+
     def _after_fetch(self, futures: Sequence[Future[_Bytes]]) -> None:
-        arrived: list[tuple[Item, _Bytes]] = []
+        """Looks up what has arrived, once it is a group, or has waited enough, or nothing more is to come."""
         for future in futures:
             item = self._fetching.pop(future)
             if (error := future.exception()) is not None:
@@ -174,9 +192,15 @@ class _Batch:
             item.facts = ImageFacts(
                 content.sha256, len(fetched.data), etag=fetched.etag, version_id=fetched.version_id
             )
-            arrived.append((item, content))
-        if not arrived:
-            return
+            if not self._arrived:
+                self._look_up_at = time.monotonic() + _LINGER_S
+            self._arrived.append((item, content))
+        enough = len(self._arrived) >= self._collector.group or not self._fetching
+        if self._arrived and (enough or time.monotonic() >= self._look_up_at):
+            self._look_up()
+
+    def _look_up(self) -> None:
+        arrived, self._arrived = self._arrived, []
         known = self._collector.known(
             self._runtime.encoder_sha256, sorted({content.sha256 for _, content in arrived})
         )
@@ -225,7 +249,7 @@ class _Batch:
             item.error, item.encoding = first.error, first.encoding
             return
         encoded = self._encoding[first]
-        while wait([encoded], timeout=_LOOK_S).not_done:
+        while not encoded.done() and wait([encoded], timeout=_LOOK_S).not_done:
             if not encoded.running():
                 self._progress()
         if (error := encoded.exception()) is not None:

@@ -46,10 +46,6 @@ class Judged:
     embeddings: dict[str, bytes] = field(default_factory=dict)
 
 
-def _nothing_known(_: str, __: Sequence[str]) -> Mapping[str, bytes]:
-    return {}
-
-
 def _no_choice(_: Job, __: Sequence[str]) -> str | None:
     return None
 
@@ -68,7 +64,7 @@ class Judge:
         sources: Fetcher,
         pool: PriorityPool,
         limits: LimitSettings,
-        known: KnownEmbeddings = _nothing_known,
+        known: KnownEmbeddings | None = None,
         select_head: SelectHead = _no_choice,
     ) -> None:
         self._collector = Collector(sources, pool, limits, known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -124,8 +124,8 @@ class Rescorer:
         self._head = head
         self._select_said = False
         self._originals = _Unchanged(sources)
-        self._from_source = Collector(self._originals, pool, limits, _nothing_known)
-        self._from_copies = Collector(_CopySource(copies), pool, limits, _nothing_known)
+        self._from_source = Collector(self._originals, pool, limits, None)
+        self._from_copies = Collector(_CopySource(copies), pool, limits, None)
 
     def judge(self, some: Sequence[Judged], *, at_most: int | None = None) -> Rejudged:
         """Gives verdicts again, of the next revision; one image never touches its neighbours.
@@ -268,10 +268,6 @@ def _reason(plan: _Plan) -> str:
         return error.reason.value
     log.error("image_failed", job=plan.job.id, exc_info=error)
     return RejectReason.INTERNAL.value
-
-
-def _nothing_known(_: str, __: Sequence[str]) -> Mapping[str, bytes]:
-    return {}
 
 
 def _no_progress() -> None:

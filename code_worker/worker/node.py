@@ -83,7 +83,7 @@ class Node:
             sources=self._sources,
             pool=self._pool,
             limits=settings.limits,
-            known=self._known,
+            known=self._known if settings.worker.store_embeddings else None,
             select_head=self._plugins.select_head,
         )
         self._policies = PolicyBook()
@@ -177,8 +177,6 @@ class Node:
             os._exit(STUCK_STATUS)
 
     def _known(self, encoder_sha256: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
-        if not self.settings.worker.store_embeddings:
-            return {}
         try:
             return self.store.run(lambda session: embeddings.known(session, encoder_sha256, hashes), write=False)
         except StoreUnavailableError as error:

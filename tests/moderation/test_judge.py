@@ -18,6 +18,7 @@ from code_worker.errors import (
     SourcePausedError,
     TransientError,
 )
+from code_worker.images.source import Fetched
 from code_worker.moderation import collect
 from code_worker.moderation.judge import Judge, Judged
 from code_worker.moderation.policy import Policy, PolicyBook
@@ -34,6 +35,19 @@ from tests.moderation.doubles import (
     png,
     runtime,
 )
+
+
+class OneAfterTheOther(DictSources):
+    """Objects arrive a moment apart, as over a network."""
+
+    def __init__(self, objects: Mapping[str, bytes | Exception]) -> None:
+        super().__init__(objects)
+        self._turn = threading.Lock()
+
+    def fetch(self, uri: str) -> Fetched:
+        with self._turn:
+            time.sleep(0.002)
+            return super().fetch(uri)
 
 
 @pytest.fixture
@@ -107,6 +121,43 @@ def test_failed_credentials_name_their_source_and_blame_no_job(judge_objects: Ca
         ("a", "s3://uploads", False),
         ("b", None, False),
     }
+
+
+def test_images_that_arrive_soon_after_each_other_are_looked_up_together(
+    pool: PriorityPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "_LINGER_S", 30.0)  # so that only the number of images counts here
+    asked: list[int] = []
+
+    def known(encoder: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
+        asked.append(len(hashes))
+        return {}
+
+    sources = OneAfterTheOther({str(value): png(value) for value in range(10, 26)})
+    judge = Judge(sources=sources, pool=pool, limits=LimitSettings(), known=known)
+    judged = judge.judge([Job(id=uri, uri=uri) for uri in sources.objects], runtime(), PolicyBook())
+    assert len(judged.verdicts) == sum(asked) == 16
+    assert len(asked) <= 16 / pool.size
+
+
+def test_an_image_that_has_arrived_does_not_wait_for_one_that_hangs(pool: PriorityPool) -> None:
+    looked_up = threading.Event()
+
+    class Hanging(DictSources):
+        def fetch(self, uri: str) -> Fetched:
+            if uri == "late" and not looked_up.wait(20):
+                raise TransientError(RejectReason.FETCH_TIMEOUT, "nobody looked the other image up")
+            return super().fetch(uri)
+
+    def known(encoder: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
+        looked_up.set()
+        return {}
+
+    sources = Hanging({"early": png(10), "late": png(20)})
+    judge = Judge(sources=sources, pool=pool, limits=LimitSettings(), known=known)
+    judged = judge.judge([Job(id=uri, uri=uri) for uri in sources.objects], runtime(), PolicyBook())
+    assert not judged.faults
+    assert len(judged.verdicts) == 2
 
 
 def test_known_embeddings_are_not_computed_again(judge_objects: Callable[..., Judged]) -> None:
