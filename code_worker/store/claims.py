@@ -15,12 +15,13 @@ from sqlalchemy.orm import Session
 
 from code_worker.store.ids import as_uuid, valid_uuids
 from code_worker.store.models import JobRow, db_now, db_now_plus
-from code_worker.store.sql import among, plain, table_of
+from code_worker.store.sql import among, plain, table_of, unindexed
 from code_worker.types import Job, RejectReason
 
 __all__ = ["Fault", "attempts_of", "claim", "exhausted", "put_back", "release_owner", "renew"]
 
 _JOBS = table_of(JobRow)
+_STATE = unindexed(_JOBS.c.state)
 _JOB_COLUMNS = (
     _JOBS.c.id,
     _JOBS.c.uri,
@@ -63,8 +64,8 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
             among(session, _JOBS.c.id, wanted),
             _JOBS.c.attempts < max_attempts,
             or_(
-                and_(_JOBS.c.state == "accepted", or_(_JOBS.c.not_before.is_(None), _JOBS.c.not_before <= db_now())),
-                and_(_JOBS.c.state == "running", _JOBS.c.due_at <= db_now()),
+                and_(_STATE == "accepted", or_(_JOBS.c.not_before.is_(None), _JOBS.c.not_before <= db_now())),
+                and_(_STATE == "running", _JOBS.c.due_at <= db_now()),
             ),
         )
         .order_by(_JOBS.c.id)
@@ -92,7 +93,7 @@ def attempts_of(session: Session, ids: Sequence[str]) -> dict[str, int]:
     """Attempts so far of those of the jobs that are unfinished; more than none makes a job a suspect."""
     rows = session.execute(
         select(_JOBS.c.id, _JOBS.c.attempts).where(
-            among(session, _JOBS.c.id, valid_uuids(ids)), _JOBS.c.due_at.is_not(None)
+            among(session, _JOBS.c.id, valid_uuids(ids)), _STATE.in_(("accepted", "running"))
         )
     )
     return {row.id: row.attempts for row in rows}

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from code_worker.queues import chunks
 from code_worker.store.ids import valid_uuids
 from code_worker.store.models import JobRow, db_now, db_now_plus, time_plus
-from code_worker.store.sql import IN_LIST, among, table_of
+from code_worker.store.sql import IN_LIST, among, table_of, unindexed
 
 __all__ = ["DueJob", "due", "mark_published", "queue_wait_s", "ring_empty", "unpublish"]
 
@@ -37,7 +37,7 @@ def mark_published(session: Session, ids: Sequence[str], *, wait_s: float = 60.0
     for some in chunks(sorted(valid_uuids(ids)), IN_LIST):
         session.execute(
             update(_JOBS)
-            .where(among(session, _JOBS.c.id, some), _JOBS.c.state == "accepted")
+            .where(among(session, _JOBS.c.id, some), unindexed(_JOBS.c.state) == "accepted")
             .values(published_at=db_now(), due_at=db_now_plus(wait_s))
         )
 

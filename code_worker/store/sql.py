@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import JSON, ColumnElement, Table, Text, Uuid, cast, func, literal, literal_column, select
+from sqlalchemy import JSON, ColumnElement, Table, Uuid, cast, func, literal, literal_column, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
+from sqlalchemy.types import NullType
 
 from code_worker.queues import chunks
 from code_worker.store.models import Base
 
-__all__ = ["IN_LIST", "among", "insert_into", "insert_new", "is_plain", "plain", "table_of"]
+__all__ = ["IN_LIST", "among", "insert_into", "insert_new", "is_plain", "plain", "table_of", "unindexed"]
 
 IN_LIST: Final = 1000
 """Ids in one `IN (…)`: well under both databases' limits on parameters, and few enough statements."""
@@ -34,8 +35,18 @@ def among(session: Session, column: ColumnElement[str], ids: Iterable[str]) -> C
     """
     if _is_sqlite(session):
         return column.in_(list(ids))
-    listed = cast(literal("{" + ",".join(ids) + "}", Text()), postgresql.ARRAY(Uuid(as_uuid=False)))
+    # Without a type of its own the parameter is an array at once; text would be cast anew for every row looked at.
+    listed = cast(literal("{" + ",".join(ids) + "}", NullType()), postgresql.ARRAY(Uuid(as_uuid=False)))
     return column == func.any(listed)
+
+
+def unindexed(column: ColumnElement[str]) -> ColumnElement[str]:
+    """A text column that no index is used for: beside a list of ids it must only sift what the primary key found.
+
+    Whether few or many jobs have a state changes faster than the planner's statistics; by an index on the state it
+    would read the whole backlog for each message.
+    """
+    return column.concat("")
 
 
 def insert_into(session: Session, row: type[Base]) -> postgresql.Insert | sqlite.Insert:

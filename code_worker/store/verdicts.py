@@ -16,7 +16,7 @@ from code_worker.queues import chunks
 from code_worker.store.engine import Store
 from code_worker.store.ids import as_uuid, uuid7
 from code_worker.store.models import JobRow, VerdictRow, db_now
-from code_worker.store.sql import IN_LIST, among, insert_new, plain, table_of
+from code_worker.store.sql import IN_LIST, among, insert_new, plain, table_of, unindexed
 from code_worker.types import ImageFacts, Label, Outcome, Provenance, RejectReason, Verdict
 
 __all__ = ["VerdictFilter", "from_row", "get", "list_verdicts", "live", "stream", "write"]
@@ -73,7 +73,7 @@ def _finish(session: Session, job_ids: Sequence[str]) -> None:
             update(_JOBS)
             .where(
                 among(session, _JOBS.c.id, some),
-                _JOBS.c.due_at.is_not(None),
+                unindexed(_JOBS.c.state).in_(("accepted", "running")),
                 _VERDICTS.c.job_id == _JOBS.c.id,
                 _VERDICTS.c.revision == _JOBS.c.revision,
             )

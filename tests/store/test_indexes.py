@@ -1,17 +1,19 @@
-"""What runs all the time must not read all of history."""
+"""What runs all the time must read neither all of history nor all of the backlog."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
 from code_worker.types import JobState, Label, RejectReason
+from tests.store.acts import accept, judged
 
 NORMAL = "code_worker.normal"
 IDS = [uuid7(), uuid7()]
@@ -83,3 +85,36 @@ def test_no_frequent_query_reads_a_whole_table_or_sorts_it(sqlite_store: Store, 
         full = step.startswith(("SCAN jobs", "SCAN verdicts")) and "USING" not in step.partition(" [")[0]
         assert not full, step
         assert not step.startswith("USE TEMP B-TREE FOR ORDER BY"), step
+
+
+BY_ID: dict[str, Callable[[Session, list[str]], object]] = {
+    "attempts_of": jobs.attempts_of,
+    "claim": lambda session, ids: jobs.claim(session, ids, owner="me", lease_s=1, max_attempts=3),
+    "mark_published": jobs.mark_published,
+    "verdicts": lambda session, ids: verdicts.write(session, [judged(job_id) for job_id in ids]),
+}
+
+
+@pytest.mark.parametrize("name", BY_ID)
+def test_jobs_named_by_id_are_found_by_id_however_old_the_statistics(postgres_store: Store, name: str) -> None:
+    postgres_store.run(lambda session: session.execute(text("ANALYZE jobs")))
+    ids = accept(postgres_store, *(f"s3://b/{number}" for number in range(3000)))
+    seen: list[tuple[str, Any]] = []
+
+    def note(_: object, __: object, statement: str, parameters: Any, ___: object, ____: bool) -> None:
+        seen.append((statement, parameters))
+
+    event.listen(postgres_store.engine, "before_cursor_execute", note)
+    postgres_store.run(lambda session: BY_ID[name](session, ids[:64]))
+    event.remove(postgres_store.engine, "before_cursor_execute", note)
+
+    def explain(session: Session) -> set[str]:
+        session.execute(text("SET LOCAL enable_seqscan = off"))
+        steps = [
+            row[0]
+            for statement, parameters in seen
+            for row in session.connection().exec_driver_sql(f"EXPLAIN {statement}", parameters)
+        ]
+        return {index for step in steps for index in re.findall(r"\b(?:ix|pk)_jobs\w*", step)}
+
+    assert postgres_store.run(explain) == {"pk_jobs"}
