@@ -1,6 +1,6 @@
 """Adaptation: a generator that the starter misses, 200 labels of it, one retrain; refit alone beside it.
 
-`python -m bench.adaptation DIRECTORY [--generator toy-quantised]` builds a deployment of its own in DIRECTORY
+`python -m bench.adaptation DIRECTORY [--generator toy-dotted]` builds a deployment of its own in DIRECTORY
 (SQLite, files), imports a release of the starter whose heads are fitted on the old generators, labels, runs the same
 `Learner` as a schedule does, and measures champion and candidate on photographs of which nothing was learned.
 """
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SIZE = 232
-OLD_RECORDS, NEW_RECORDS, MEASURED = 320, 100, 240
+OLD_RECORDS, NEW_RECORDS, MEASURED = 1000, 100, 480
 
 
 def main() -> None:
     """Runs it and prints a table and JSON."""
     parser = argparse.ArgumentParser(prog="bench.adaptation")
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--generator", choices=list(NEWCOMERS), default="toy-quantised")
+    parser.add_argument("--generator", choices=list(NEWCOMERS), default="toy-dotted")
     parser.add_argument("--kind", choices=["retrain", "refit"], action="append")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

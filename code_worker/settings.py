@@ -126,7 +126,7 @@ class TrainingSettings(_Section):
 
     epochs: int | None = Field(None, ge=1, description="Epochs at most; unset: 20 on CUDA, 10 on a CPU.")
     steps_per_epoch: int | None = Field(
-        None, ge=1, description="Optimiser steps in an epoch; unset: 200 on CUDA, 60 on a CPU."
+        None, ge=1, description="Optimiser steps in an epoch; unset: 200 on CUDA, 40 on a CPU."
     )
     records: int | None = Field(
         None,
@@ -138,8 +138,8 @@ class TrainingSettings(_Section):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak; from scratch the published one is 2e-3; unset: 2e-4, or 1e-3 for encoders smaller than "
-        "the published one.",
+        description="Peak; from scratch the published one is 2e-3; unset: 2e-4, or 1e-3 where an encoder smaller "
+        "than the published one does not see a new generator.",
     )
     weight_decay: float = Field(2e-5, ge=0, description="AdamW's.")
     warmup_epochs: float = Field(0.5, ge=0, description="Epochs of linear warm-up from 1e-6.")
@@ -158,8 +158,8 @@ class TrainingSettings(_Section):
         ge=0,
         le=1,
         description="Share of the champion's weights that a retrain begins with, the rest fresh ones (shrink and "
-        "perturb): less learns new traces sooner and forgets more; unset: 1, or 0.5 for encoders smaller than the "
-        "published one.",
+        "perturb): less learns new traces sooner and forgets more; unset: 1, or 0.5 where an encoder "
+        "smaller than the published one does not see a new generator.",
     )
     max_forgetting: float | None = Field(
         0.02,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from code_worker.releases.manifest import Thresholds
     from code_worker.training.snapshot import Member, Snapshot
 
-__all__ = ["Side", "gate_inputs", "labels_of", "measured", "missed_generators"]
+__all__ = ["Side", "gate_inputs", "labels_of", "measured", "missed_generators", "unseen_generators"]
 
 _FOUND: Final = 0.75
 _FEWEST: Final = 10
@@ -132,7 +132,7 @@ def _noise(snapshot: Snapshot, candidate: Side, champion: Side | None) -> tuple[
     """
     if champion is None:
         return _noise_seen_by(snapshot.members, candidate, learned=True), ()
-    unseen_names = _unseen_generators(snapshot, champion)
+    unseen_names = unseen_generators(snapshot, champion)
     checkable = [one for one in snapshot.members if one.label == REAL or one.generator not in unseen_names]
     by_champion = _noise_seen_by(checkable, champion, learned=False)
     if champion.encoder_sha256 == candidate.encoder_sha256:
@@ -146,7 +146,8 @@ def _noise(snapshot: Snapshot, candidate: Side, champion: Side | None) -> tuple[
     ), unseen_names
 
 
-def _unseen_generators(snapshot: Snapshot, champion: Side) -> tuple[str, ...]:
+def unseen_generators(snapshot: Snapshot, champion: Side) -> tuple[str, ...]:
+    """New generators that the champion's encoder does not tell from reals."""
     members = [member for member in snapshot.members if member.sha256 in champion.clean]
     embeddings, labels = matrix(members, champion.clean), labels_of(members)
     old = {member.generator for member in members if not member.new}

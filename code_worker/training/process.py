@@ -90,9 +90,9 @@ def _encoder(job: TrainingJob, champion: EncoderWeights | None) -> TrainableEnco
     config = _config(job) if champion is None else champion.config
     small = config.image_size < IMAGE_SIZE
     fresh = TrainableEncoder.fresh(config, seed=job.settings.seed, start=job.start or ("cosine" if small else "timm"))
-    return (
-        fresh if champion is None else fresh.mixed_with(champion, for_encoder(job.settings, config.image_size).keep)
-    )
+    if champion is None:
+        return fresh
+    return fresh.mixed_with(champion, for_encoder(job.settings, config.image_size, blind=job.blind).keep)
 
 
 def _config(job: TrainingJob) -> VitConfig:

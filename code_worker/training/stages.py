@@ -11,12 +11,12 @@ from code_worker.logs import get_logger
 from code_worker.releases.manifest import Thresholds
 from code_worker.store import runs
 from code_worker.training import snapshot as snapshots
-from code_worker.training.comparison import Side, gate_inputs, measured, missed_generators
+from code_worker.training.comparison import Side, gate_inputs, measured, missed_generators, unseen_generators
 from code_worker.training.encoded import CONDITIONS, Rows, check_readable, matrix, open_encoder
 from code_worker.training.gate import decide
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
 from code_worker.training.run_report import write_report
-from code_worker.training.train_encoder import train_encoder
+from code_worker.training.train_encoder import Lacks, train_encoder
 
 if TYPE_CHECKING:
     from code_worker.data.examples import Skipped
@@ -118,8 +118,8 @@ class Stages:
         weights, digest = (base.weights, base.encoder_sha256) if base is not None else (None, "")
         if self.attempt.run.kind == "retrain":
             self._enter("train")
-            missed = frozenset() if base is None else self._missed(base, taken)
-            weights, digest = train_encoder(self.attempt, taken, base, self._say_training, missed=missed)
+            lacks = Lacks() if base is None else self._lacks(base, taken)
+            weights, digest = train_encoder(self.attempt, taken, base, self._say_training, lacks)
         if weights is None:
             raise NoReleaseError("no champion whose encoder the heads could be fitted on: import a release first")
         self._enter("refit")
@@ -129,11 +129,12 @@ class Stages:
         self.attempt.held.note(candidate=release)
         return release
 
-    def _missed(self, base: LoadedRelease, taken: Snapshot) -> frozenset[str]:
+    def _lacks(self, base: LoadedRelease, taken: Snapshot) -> Lacks:
         """What the training should dwell on; the gate will want the same embeddings of the champion."""
-        missed = missed_generators(taken.train, self._side(base, taken, like=None))
-        self.report["missed_generators"] = sorted(missed)
-        return missed
+        side = self._side(base, taken, like=None)
+        lacks = Lacks(missed_generators(taken.train, side), frozenset(unseen_generators(taken, side)))
+        self.report |= {"missed_generators": sorted(lacks.missed), "unseen_generators": sorted(lacks.unseen)}
+        return lacks
 
     def _base(self) -> LoadedRelease | None:
         return (

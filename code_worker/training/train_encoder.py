@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -25,9 +25,17 @@ if TYPE_CHECKING:
     from code_worker.training.snapshot import Member, Snapshot
     from code_worker.training.workplace import Workplace
 
-__all__ = ["make_items", "train_encoder", "write_training_job"]
+__all__ = ["Lacks", "make_items", "train_encoder", "write_training_job"]
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Lacks:
+    """Generators that the champion calls fake too rarely, and new ones that its encoder does not tell from reals."""
+
+    missed: frozenset[str] = frozenset()
+    unseen: frozenset[str] = frozenset()
 
 
 def train_encoder(
@@ -35,8 +43,7 @@ def train_encoder(
     taken: Snapshot,
     base: LoadedRelease | None,
     progress: Progress,
-    *,
-    missed: frozenset[str] = frozenset(),
+    lacks: Lacks,
 ) -> tuple[EncoderWeights, str]:
     """The trained encoder and its hash; what an earlier attempt left in the workplace is gone on with.
 
@@ -45,7 +52,7 @@ def train_encoder(
         taken: what to learn from and to measure on.
         base: whose encoder to begin with.
         progress: hears of the training.
-        missed: generators to dwell on; unset: those that are new in the snapshot.
+        lacks: what to dwell on.
 
     Raises:
         TrainingError, RunLostError, RunStoppedError: see `child.train`.
@@ -55,33 +62,31 @@ def train_encoder(
 
     place = attempt.place
     if not (place.job / JOB_FILE).is_file():
-        write_training_job(attempt, taken, base, missed)
+        write_training_job(attempt, taken, base, lacks)
     train(place.job, attempt.settings, attempt.held, progress, lock=place.lock)
     weights = read_weights(place.job / RESULT)
     return weights, _digest(place, weights)
 
 
-def write_training_job(
-    attempt: Attempt, taken: Snapshot, base: LoadedRelease | None, missed: frozenset[str] = frozenset()
-) -> None:
+def write_training_job(attempt: Attempt, taken: Snapshot, base: LoadedRelease | None, lacks: Lacks) -> None:
     """Makes the kept copies local and describes the training, complete or not at all.
 
     Raises:
         TrainingError: an image of the hold-out among those to learn from, or a full disk.
         DatasetError: less than half of the images can be read.
     """
-    learned, measured = (make_items(members, attempt, missed) for members in (taken.train, taken.holdout))
+    learned, measured = (make_items(members, attempt, lacks.missed) for members in (taken.train, taken.holdout))
     refuse_holdout(learned)
     directory = attempt.place.job
     try:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        write_job(directory, _described(attempt, base), learned, measured)
+        write_job(directory, _described(attempt, base, blind=bool(lacks.unseen)), learned, measured)
     except OSError as error:
         raise TrainingError(f"the training job cannot be written to {directory}: {error.strerror}") from error
 
 
-def _described(attempt: Attempt, base: LoadedRelease | None) -> TrainingJob:
+def _described(attempt: Attempt, base: LoadedRelease | None, *, blind: bool) -> TrainingJob:
     from code_worker.encoder.checkpoint import save_weights  # noqa: PLC0415 - as above
 
     settings = TrainingSettings.model_validate(attempt.run.config["training"])
@@ -94,6 +99,7 @@ def _described(attempt: Attempt, base: LoadedRelease | None) -> TrainingJob:
         initial=None if initial is None else str(initial),
         encoder={} if base is None else asdict(base.weights.config),
         settings=settings,
+        blind=blind,
         device=attempt.settings.device,
         # Pictures need an extra, and no training should end for the lack of it.
         picture_every=TrainingJob.model_fields["picture_every"].default if find_spec("matplotlib") else 0,
@@ -101,7 +107,7 @@ def _described(attempt: Attempt, base: LoadedRelease | None) -> TrainingJob:
     )
 
 
-def make_items(members: Sequence[Member], attempt: Attempt, missed: frozenset[str] = frozenset()) -> list[Item]:
+def make_items(members: Sequence[Member], attempt: Attempt, missed: frozenset[str]) -> list[Item]:
     """The members as local files; those of which the copy is gone or damaged are left out.
 
     Where generators are missed, what counts as new, and is drawn more often, is their images alone.

@@ -68,7 +68,7 @@ class Trainer:
         broadcast_weights(encoder, world)
         device = encoder.mean.device.type
         self._scale = for_device(job.settings, device)
-        self._manner = for_encoder(job.settings, encoder.config.image_size)
+        self._manner = for_encoder(job.settings, encoder.config.image_size, blind=job.blind)
         self._optimiser = make_optimiser(encoder, weight_decay=job.settings.weight_decay, fused=device == "cuda")
         self._stepper = self._make_stepper(device)
         self._average = WeightAverage(encoder, job.settings.ema_decay) if job.settings.ema_decay else None

@@ -24,14 +24,16 @@ from tests.training.jobs import MINIATURE, items
 
 def test_what_is_left_unset_is_what_the_device_can_do() -> None:
     slow, fast = (for_device(TrainingSettings(), device) for device in ("cpu", "cuda:1"))
-    assert slow.steps * slow.records * 30 < fast.steps * fast.records
+    assert slow.steps * slow.records * 50 < fast.steps * fast.records
     asked = for_device(TrainingSettings(epochs=3, steps_per_epoch=7, records=5), "cuda")
     assert (asked.epochs, asked.steps_per_epoch, asked.records, asked.steps) == (3, 7, 5, 21)
 
 
 def test_what_is_left_unset_follows_the_size_of_the_encoder() -> None:
-    assert for_encoder(TrainingSettings(), 224) == Manner(2e-4, 1.0, native=False)
-    assert for_encoder(TrainingSettings(), 48) == Manner(1e-3, 0.5, native=True)
+    for blind in (False, True):
+        assert for_encoder(TrainingSettings(), 224, blind=blind) == Manner(2e-4, 1.0, native=False)
+    assert for_encoder(TrainingSettings(), 48) == Manner(2e-4, 1.0, native=True)
+    assert for_encoder(TrainingSettings(), 48, blind=True) == Manner(1e-3, 0.5, native=True)
     asked = TrainingSettings(learning_rate=3e-4, keep=0, native=False)
     assert for_encoder(asked, 48) == Manner(3e-4, 0.0, native=False)
 

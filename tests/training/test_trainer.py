@@ -340,7 +340,7 @@ def test_a_warm_start_lies_between_fresh_weights_and_the_champions() -> None:
     assert all(torch.equal(mixed.state[name], champion.state[name]) for name in champion.state)
 
 
-@pytest.mark.parametrize(("keep", "same"), [(1.0, True), (0.5, False), (None, False)])
+@pytest.mark.parametrize(("keep", "same"), [(1.0, True), (0.5, False), (None, True)])
 def test_a_retrain_begins_with_as_much_of_the_champion_as_asked_for(keep: float | None, same: bool) -> None:
     champion = TrainableEncoder.fresh(VitConfig(**MINIATURE), seed=5).weights("champion")
     begun = _encoder(small_job(keep=keep), champion).weights("begun").state
