@@ -71,7 +71,7 @@ class JobRow(Base):
         partial_index("ix_jobs_due_at", "due_at", where="due_at IS NOT NULL"),
         partial_index("ix_jobs_queue_published_at", "queue", "published_at", where="due_at IS NOT NULL"),
         partial_index("ix_jobs_owner", "owner", where="owner IS NOT NULL"),
-        Index("ix_jobs_queue_claimed_at", "queue", "claimed_at"),
+        partial_index("ix_jobs_queue_claimed_at", "queue", "claimed_at", where="claimed_at IS NOT NULL"),
         Index("ix_jobs_created_at_id", "created_at", "id"),
         Index("ix_jobs_state_created_at_id", "state", "created_at", "id"),
         partial_index("ix_jobs_tenant_created_at_id", "tenant", "created_at", "id", where="tenant IS NOT NULL"),
