@@ -81,19 +81,21 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     with place(chosen.directory) as directory, server(directory) as url, ledger(url) as store:
         ids = waiting_jobs(store)
-        for size in sorted(chosen.sizes):
+        # What was built before cannot be measured any smaller.
+        for size in sorted(size for size in chosen.sizes if size >= finished(store)):
             if not grow(store, size, deadline):
                 print(f"paused on the way to {size}; run again with the same --directory")
                 break
             found[str(size)] = {
                 name: measured(store, work, chosen.rounds) for name, work in statements(ids, size).items()
             }
-            plans = {name: explained(store, work) for name, work in statements(ids, size).items()}
+            # After each size: the next may take hours, or be interrupted.
+            write_json(chosen.json, {"median_ms": found})
+            if chosen.explain:
+                plans = [f"== {name}\n{explained(store, work)}\n" for name, work in statements(ids, size).items()]
+                chosen.explain.write_text("\n".join(plans), encoding="utf-8")
     if found:
         report(found)
-        write_json(chosen.json, {"median_ms": found})
-    if found and chosen.explain:
-        chosen.explain.write_text("\n".join(f"== {name}\n{plan}\n" for name, plan in plans.items()), encoding="utf-8")
 
 
 @contextmanager
@@ -131,8 +133,7 @@ def waiting_jobs(store: Store) -> list[str]:
 
 def grow(store: Store, size: int, deadline: float) -> bool:
     """Adds finished jobs up to so many, indexes rebuilt afterwards; False when the time was up before."""
-    with store.engine.connect() as connection:
-        there = connection.execute(text("SELECT count(*) FROM verdicts WHERE release LIKE 'release-%'")).scalar_one()
+    there = finished(store)
     if there < size:
         definitions = dropped_indexes(store)
         while there < size and time.monotonic() < deadline:
@@ -148,6 +149,13 @@ def grow(store: Store, size: int, deadline: float) -> bool:
     for table in ("jobs", "verdicts", "embeddings"):
         on_server(store, f"ANALYZE {table}")
     return True
+
+
+def finished(store: Store) -> int:
+    """How many finished jobs were made."""
+    with store.engine.connect() as connection:
+        count = text("SELECT count(*) FROM verdicts WHERE release LIKE 'release-%'")
+        return int(connection.execute(count).scalar_one())
 
 
 def dropped_indexes(store: Store) -> list[str]:
