@@ -34,6 +34,12 @@ class Part:
 PARTS = {
     "pipeline": Part(("bench.pipeline",), ("--quick",)),
     "decoding": Part(("bench.decoding",), ("--quick",)),
+    "servers": Part(("bench.servers",), ("--quick",)),
+    "stack": Part(("bench.stack",), ("--quick",)),
+    "intake": Part(("bench.ledger", "intake"), ("--references", "2000", "--rounds", "1", "--sizes", "1000")),
+    "verdicts": Part(("bench.ledger", "verdicts"), ("--jobs", "500", "--rounds", "1")),
+    "noop": Part(("bench.noop",), ("--images", "640", "--rounds", "1")),
+    "growth": Part(("bench.growth",), ("--sizes", "1000", "--rounds", "2")),
     "training": Part(("bench.training",)),
 }
 

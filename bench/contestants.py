@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-__all__ = ["CONTESTANTS", "Contestant", "PublishedModel"]
+if TYPE_CHECKING:
+    from code_worker.types import Verdict
+
+__all__ = ["CONTESTANTS", "Contestant", "PublishedModel", "label_of"]
 
 BATCH = 32
 CONTESTANTS = ("ours", "published-0", "published-2", "loop")
@@ -34,8 +37,8 @@ class Contestant:
         self.name = name
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def judge(self, paths: Sequence[Path]) -> Judged:
-        """Seconds from the first file to the last label, and the labels: 1 is fake.
+    def judge(self, paths: Sequence[Path | str]) -> Judged:
+        """Seconds from the first file to the last label, and the labels: 1 is fake. Ours takes URIs as well.
 
         Raises:
             RuntimeError: the process ended.
@@ -46,7 +49,7 @@ class Contestant:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.name} ended with status {self._process.wait(10)}")
+            raise RuntimeError(f"{self.name} ended with status {self._process.wait(60)}")
         found = json.loads(answer)
         return float(found["seconds"]), list(found["labels"])
 
@@ -56,9 +59,9 @@ class Contestant:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
+        with self._process:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
 
 
 class PublishedModel:
@@ -90,6 +93,17 @@ class PublishedModel:
         return [int(label) for label in self._head.predict(rows)]
 
 
+def label_of(verdict: Verdict | None) -> int:
+    """1 is fake.
+
+    Raises:
+        RuntimeError: the image was not judged.
+    """
+    if verdict is None or verdict.label is None:
+        raise RuntimeError(f"an image was not judged: {verdict}")
+    return int(verdict.label == "fake")
+
+
 def ours(stack: ExitStack, model: Path) -> Callable[[list[str]], Judged]:
     """`scan` with the release that importing the published form gives, with the settings a worker has."""
     from code_worker.cli.scan_runtime import start
@@ -106,7 +120,7 @@ def ours(stack: ExitStack, model: Path) -> Callable[[list[str]], Judged]:
 
     def judge(paths: list[str]) -> Judged:
         began = time.perf_counter()
-        labels = [int(one.label == "fake") for one in scan(paths, ready.judge, ready.runtime, ready.policies)]
+        labels = [label_of(one) for one in scan(paths, ready.judge, ready.runtime, ready.policies)]
         return time.perf_counter() - began, labels
 
     return judge

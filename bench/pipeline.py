@@ -69,15 +69,21 @@ def compare(
     return compared(alternate(list(contestants), rounds, measure), "ours", bar_of(kind))
 
 
-@contextmanager
-def started(directory: Path, names: Sequence[str] = CONTESTANTS) -> Iterator[dict[str, Contestant]]:
-    """The contestants, on one model that is made for them."""
+def published_model(directory: Path) -> Path:
+    """A checkpoint in the published form with random weights, below a directory, made unless it is there."""
     from tests.parity import build_parity_set
 
     model = directory / "set" / "published"
     if not model.exists():
         (directory / "set").mkdir(parents=True)
         build_parity_set(directory / "set")
+    return model
+
+
+@contextmanager
+def started(directory: Path, names: Sequence[str] = CONTESTANTS) -> Iterator[dict[str, Contestant]]:
+    """The contestants, on one model that is made for them."""
+    model = published_model(directory)
     with ExitStack() as stack:
         yield {name: stack.enter_context(Contestant(name, model)) for name in names}
 
