@@ -128,16 +128,20 @@ def main() -> None:
         Worker(chosen.child, chosen.images, chosen.distinct).run()
         return
     with postgres() as server, RedisServer() as broker, tempfile.TemporaryDirectory() as data:
-        settings = Settings(data_dir=Path(data), database_url=server.new_database(), broker_url=broker.url)
+
+        def measure(name: str, images: int) -> dict[str, Any]:
+            # A database each: a sweeper would ring for jobs that another contestant left.
+            url = server.new_database()
+            settings = Settings(data_dir=Path(data), database_url=url, broker_url=broker.url)
+            return measured(settings, name, images, chosen.distinct)
+
         if chosen.memory:
-            found = measured(settings, "ledger", chosen.memory, chosen.distinct)
+            found = measure("ledger", chosen.memory)
             print_table(("images", "MB"), found["memory_mb"])
             print(f"growth: {found['growth_percent']} %")
         else:
             rates = alternate(
-                list(chosen.contestants),
-                chosen.rounds,
-                lambda name: float(measured(settings, name, chosen.images, chosen.distinct)["per_s"]),
+                list(chosen.contestants), chosen.rounds, lambda name: float(measure(name, chosen.images)["per_s"])
             )
             found = judged_rates(rates)
     write_json(chosen.json, found)
@@ -217,9 +221,9 @@ class Worker:
             work(message)
             with self._lock:
                 before, self._seen = self._seen, self._seen + len(message["jobs"])
-                if before // step != self._seen // step or self._seen == self._images:
+                if before // step != self._seen // step or before < self._images <= self._seen:
                     self._memory.append((self._seen, round(psutil.Process().memory_info().rss / 2**20, 2)))
-                if self._seen == self._images:
+                if before < self._images <= self._seen:
                     self._ended = time.perf_counter()
                     os.kill(os.getpid(), signal.SIGTERM)
 
