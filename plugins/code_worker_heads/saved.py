@@ -16,7 +16,15 @@ from code_worker.errors import ArtifactError
 from code_worker.heads import EstimatorState, Head
 from code_worker.types import EMBEDDING_DIM
 
-__all__ = ["ArrayHead", "checked_embeddings", "checked_labels", "number_array", "sided", "two_classes"]
+__all__ = [
+    "ArrayHead",
+    "checked_embeddings",
+    "checked_labels",
+    "number_array",
+    "refuse_other_forms",
+    "sided",
+    "two_classes",
+]
 
 Arrays = dict[str, NDArray[Any]]
 _HALF: Final = np.float32(0.5)
@@ -29,13 +37,22 @@ def checked_embeddings(embeddings: NDArray[Any]) -> NDArray[Any]:
     Raises:
         ValueError: they are not.
     """
-    if embeddings.ndim != 2 or embeddings.shape[1] != EMBEDDING_DIM:
-        raise ValueError(f"embeddings must have shape (n, {EMBEDDING_DIM}), not {embeddings.shape}")
-    if embeddings.dtype not in (np.float32, np.float64):
-        raise ValueError(f"embeddings must be float32, not {embeddings.dtype}")
+    refuse_other_forms(embeddings)
     if not np.isfinite(embeddings).all():
         raise ValueError("embeddings must be finite; at least one is NaN or infinite")
     return np.ascontiguousarray(embeddings)
+
+
+def refuse_other_forms(embeddings: NDArray[Any]) -> None:
+    """Refuses what is not `(n, 192)` and floating-point.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if embeddings.ndim != 2 or embeddings.shape[1] != EMBEDDING_DIM:
+        raise ValueError(f"embeddings must have shape (n, {EMBEDDING_DIM}), not {embeddings.shape}")
+    if embeddings.dtype.char not in "fd":
+        raise ValueError(f"embeddings must be float32, not {embeddings.dtype}")
 
 
 def checked_labels(labels: NDArray[Any], rows: int) -> NDArray[np.int8]:
@@ -65,7 +82,10 @@ def two_classes(labels: NDArray[np.int8]) -> NDArray[np.int8]:
 def sided(scores: NDArray[np.float64], generated: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Scores as `(n,) float32`, at least 0.5 exactly where `generated`: rounding to float32 must not change sides."""
     rounded = scores.astype(np.float32)
-    return np.where(generated, np.maximum(rounded, _HALF), np.minimum(rounded, _BELOW_HALF))
+    strayed = (rounded >= _HALF) != generated
+    if strayed.any():
+        rounded[strayed] = np.where(generated[strayed], _HALF, _BELOW_HALF)
+    return rounded
 
 
 def number_array(estimator: EstimatorState, name: str, shape: tuple[int | None, ...]) -> NDArray[Any]:

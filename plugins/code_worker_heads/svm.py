@@ -16,8 +16,8 @@ from code_worker_heads.saved import ArrayHead, Arrays, checked_embeddings, check
 __all__ = ["OneClassSvmHead"]
 
 _MAX_DEGREE: Final = 16
-_KERNEL_ENTRIES: Final = 2**21
-"""Kernel values held at once (16 MiB)."""
+_KERNEL_ENTRIES: Final = 2**17
+"""Kernel values held at once (1 MiB): the powers are taken while they are still in the cache."""
 _ROUNDING: Final = 1e-10
 """Far above float64's rounding of a decision, relative to the size of its terms."""
 
@@ -53,6 +53,8 @@ class OneClassSvmHead(ArrayHead):
     _vectors: NDArray[np.float64]
     _alpha: NDArray[np.float64]
     _kernel: NDArray[np.float64]
+    _longest: float
+    _weight: float
 
     def fit(self, embeddings: NDArray[Any], labels: NDArray[Any]) -> Self:
         """Fits scikit-learn's `OneClassSVM` on real images and keeps its arrays.
@@ -99,9 +101,8 @@ class OneClassSvmHead(ArrayHead):
             block = rows[start : start + step]
             decision[start : start + step] = self._sum_kernel(block @ self._vectors.T)
         gamma, constant, degree, rho = self._kernel
-        longest = np.sqrt(np.vecdot(self._vectors, self._vectors).max())
-        reach = (abs(gamma) * longest * np.sqrt(np.vecdot(rows, rows)) + abs(constant)) ** degree
-        near = np.abs(decision) <= _ROUNDING * (np.abs(self._alpha).sum() * reach + abs(rho))
+        reach = (abs(gamma) * self._longest * np.sqrt(np.vecdot(rows, rows)) + abs(constant)) ** degree
+        near = np.abs(decision) <= _ROUNDING * (self._weight * reach + abs(rho))
         for row in np.flatnonzero(near):
             decision[row] = self._sum_kernel(np.vecdot(rows[row], self._vectors)[None])[0]
         return decision
@@ -110,7 +111,8 @@ class OneClassSvmHead(ArrayHead):
         """Decision from the inner products `(n, vectors)`; overwrites them."""
         gamma, constant, degree, rho = self._kernel
         products *= gamma
-        products += constant
+        if constant:
+            products += constant
         # numpy's power calls pow(); squaring and multiplying is ten times faster and what libsvm does.
         power = products.copy() if int(degree) % 2 else np.ones_like(products)
         remaining = int(degree) // 2
@@ -143,6 +145,9 @@ class OneClassSvmHead(ArrayHead):
         if not (float(kernel[2]).is_integer() and 1 <= kernel[2] <= _MAX_DEGREE):
             raise ArtifactError(f"degree of the polynomial must be 1 to {_MAX_DEGREE}, not {kernel[2]}")
         self._vectors, self._alpha, self._kernel = vectors, alpha, kernel
+        with np.errstate(over="ignore"):
+            self._longest = float(np.sqrt(np.vecdot(vectors, vectors).max()))
+            self._weight = float(np.abs(alpha).sum())
         return self
 
     @classmethod

@@ -265,3 +265,12 @@ print({'sklearn', 'scipy', 'torch'} & set(sys.modules))
 def test_scoring_imports_no_scikit_learn() -> None:
     done = subprocess.run([sys.executable, "-c", SCORING], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_refused_where_the_weight_is_nought_too(bad: float) -> None:
+    linear = LinearHead().restore({"coef": np.eye(1, 192)[0], "intercept": np.zeros(1)})
+    rows = np.zeros((3, 192), dtype=np.float32)
+    rows[1, 100] = bad
+    with pytest.raises(ValueError, match="must be finite"):
+        linear.score(rows)
