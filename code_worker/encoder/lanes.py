@@ -77,7 +77,7 @@ class Lane:
     def rehearse(self, shape: int) -> None:
         """One pass of whatever the device holds: compiles, loads and tunes the kernels of this shape."""
         with torch.inference_mode(), self._on_stream():
-            self._encoder(self._crops[:shape])
+            self._embed(shape)
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -138,6 +138,11 @@ class Lanes:
         with self._borrowed() as lane:
             parts = [lane.run(crops[start : start + largest]) for start in range(0, len(crops), largest)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def rehearse(self, shape: int) -> None:
+        """One pass of a batch that lies on the device already, until it is done."""
+        with self._borrowed() as lane:
+            lane.rehearse(shape)
 
     def prepare(self) -> None:
         """Compiles the kernels for every shape and records them per lane; call it before others use the lanes.
