@@ -47,6 +47,7 @@ def test_folding_on_the_cpu_flips_no_label(loaded: LoadedRelease) -> None:
     assert 0 < report.embedding_error <= 2e-5
     assert set(report.heads) == {"linear", "knn", "svm"}
     assert all(head.flips == 0 and head.deterministic for head in report.heads.values())
+    assert report.kernels == "plain"
     assert report.files == len(loaded.manifest.files)
     assert report.to_dict()["passed"] is True
 

@@ -227,6 +227,7 @@ def verify(release: str | None, *, device: str | None, precision: str | None, im
             loaded,
             device=device or settings.device,
             precision=precision or settings.precision,
+            compile_kernels=settings.worker.compile is not False,
             images=images,
             on_images=advance,
         )
@@ -240,7 +241,7 @@ def verify(release: str | None, *, device: str | None, precision: str | None, im
 def _say_report(report: VerifyReport) -> None:
     click.echo(f"{report.release}: {report.files} files match the manifest")
     click.echo(
-        f"{report.device} {report.precision} against cpu fp32 on {report.images} crops: "
+        f"{report.device} {report.precision}, {report.kernels} kernels, against cpu fp32 on {report.images} crops: "
         f"embeddings differ by at most {report.embedding_error:.2g}"
     )
     rows = [

@@ -52,6 +52,7 @@ class VerifyReport:
         files: how many files were compared with the manifest when it was loaded.
         device: device the encoder ran on.
         precision: its arithmetic.
+        kernels: `plain`, or how a worker's warm-up prepared them on this device.
         images: how many crops were encoded.
         embedding_error: largest absolute difference in any of their numbers.
         heads: report per head.
@@ -61,6 +62,7 @@ class VerifyReport:
     files: int
     device: str
     precision: str
+    kernels: str
     images: int
     embedding_error: float
     heads: Mapping[str, HeadReport]
@@ -80,12 +82,14 @@ def verify(
     *,
     device: str = "auto",
     precision: str = "fp32",
+    compile_kernels: bool = False,
     images: int = 256,
     seed: int = 0,
     on_images: Callable[[int], None] | None = None,
 ) -> VerifyReport:
     """Encodes seeded crops (photograph-like and synthetic) with the reference and as a worker would, and compares.
 
+    `compile_kernels` prepares them as a worker does: fused kernels round differently, so they are what is compared.
     `on_images` hears how many more crops are done. The files' hashes were compared when `loaded` was.
 
     Raises:
@@ -97,13 +101,22 @@ def verify(
     if images < 1:
         raise ConfigurationError(f"{images} images: at least one is needed")
     reference = Engine(loaded.weights, device="cpu", precision="fp32", fold=False)
-    tested = Engine(loaded.weights, device=device, precision=precision)
+    tested = Engine(
+        loaded.weights,
+        device=device,
+        precision=precision,
+        compile_kernels=compile_kernels,
+        lanes=1,
+        largest_batch=_CHUNK,
+    )
+    tested.warm_up()
     expected, found = _embed_both(reference.embed, tested.embed, images, seed, on_images)
     return VerifyReport(
         release=loaded.id,
         files=len(loaded.manifest.files),
         device=str(tested.device),
         precision=tested.precision,
+        kernels=tested.kernels,
         images=images,
         embedding_error=float(np.abs(expected - found).max()),
         heads={name: _compare(name, head, expected, found) for name, head in loaded.heads.items()},

@@ -155,7 +155,7 @@ def test_verify_passes_and_prints_the_figures(run: Run, two: list[Path]) -> None
     result = run("verify", "--images", 8)
     assert result.status == 0
     assert "files match the manifest" in result.stdout
-    assert "cpu fp32 against cpu fp32 on 8 crops" in result.stdout
+    assert "cpu fp32, plain kernels, against cpu fp32 on 8 crops" in result.stdout
     assert "0 of 8" in result.stdout
     report = json.loads(run("verify", id_of(two[0]), "--images", 4, "--json").stdout)
     assert report["passed"] is True
