@@ -20,7 +20,7 @@ from code_worker_heads.saved import (
     sided,
     two_classes,
 )
-from code_worker_heads.search import CosineIndex, unit_rows
+from code_worker_heads.search import CosineIndex, NeighbourIndex, unit_rows
 
 __all__ = ["NearestNeighbourHead"]
 
@@ -48,7 +48,7 @@ class NearestNeighbourHead(ArrayHead):
 
     _references: NDArray[Any]
     _labels: NDArray[np.int8]
-    _classes: tuple[tuple[NDArray[np.intp], CosineIndex], ...]
+    _classes: tuple[tuple[NDArray[np.intp], NeighbourIndex], ...]
 
     def fit(self, embeddings: NDArray[Any], labels: NDArray[Any]) -> Self:
         """Keeps the embeddings as references; nothing else is learnt."""
@@ -76,7 +76,7 @@ class NearestNeighbourHead(ArrayHead):
         return sided(np.divide(d_real[:, 0], total, out=np.full(len(total), 0.5), where=total > 0), generated)
 
     def _nearest_of_class(
-        self, queries: NDArray[np.float64], positions: NDArray[np.intp], index: CosineIndex
+        self, queries: NDArray[np.float64], positions: NDArray[np.intp], index: NeighbourIndex
     ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         distances, found = index.nearest(queries, min(self.options.n_neighbors, len(index)))
         return distances, positions[found]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from code_worker.types import EMBEDDING_DIM
 
-__all__ = ["CosineIndex", "unit_rows"]
+__all__ = ["CosineIndex", "NeighbourIndex", "unit_rows"]
 
 _QUERIES: Final = 128
 _BLOCK: Final = 16384
@@ -33,6 +33,15 @@ def unit_rows(rows: NDArray[Any]) -> NDArray[np.float64]:
     wide = rows.astype(np.float64)
     lengths = np.sqrt(np.vecdot(wide, wide))
     return wide / np.where(lengths == 0, 1.0, lengths)[:, None]
+
+
+class NeighbourIndex(Protocol):
+    """References of one class that can be searched."""
+
+    def __len__(self) -> int: ...
+
+    def nearest(self, queries: NDArray[np.float64], k: int) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        """Distances and positions of the `k` nearest references, each `(n, k)`, nearest first, ties by position."""
 
 
 class CosineIndex:
