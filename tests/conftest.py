@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,6 +26,9 @@ for name in [name for name in os.environ if name.startswith(("CODE_WORKER_", "AW
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.environ["AWS_CONFIG_FILE"] = os.devnull
+# A shell that puts the tests into its background has them ignore Ctrl-C, and with them whatever they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
