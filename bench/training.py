@@ -36,6 +36,9 @@ from code_worker.training.step import Stepper
 from code_worker.training.views import ViewSettings
 
 ROUNDS = 5
+_ON_ONE_CORE = (
+    "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 def main() -> None:
@@ -157,7 +160,7 @@ def _round(
 
 
 def two_processes(steps: int = 12, records: int = 24) -> dict[str, Any]:
-    """Images/s of two gloo processes of one thread each over those of one such process."""
+    """Images/s of two gloo processes of one thread each over those of one such process, which has one core."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         items = write_records(root / "images", Album(LEARNED_FROM), 120, seed=5, size=104)
@@ -180,7 +183,9 @@ def _processes(directory: Path, items: list[Any], steps: int, records: int, coun
     )
     write_job(directory, job, items[:200], items[200:])
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    command = [sys.executable, *several, "-m", "code_worker.training.process", str(directory)]
+    # Its threads that prepare views would take the core that a second process has to share with nobody.
+    pinned = ["-c", _ON_ONE_CORE, sys.executable] if count == 1 else []
+    command = [sys.executable, *pinned, *several, "-m", "code_worker.training.process", str(directory)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     return float(json.loads((directory / "progress.json").read_text())["images_per_s"])
 
