@@ -162,7 +162,7 @@ class TrainingSettings(_Section):
         "smaller than the published one does not see a new generator.",
     )
     max_forgetting: float | None = Field(
-        0.02,
+        0.005,
         ge=0,
         description="A trained encoder is drawn back towards the champion's until no group of the hold-out loses "
         "more than this of the probability that a linear head gives to what is right; unset (`null`): not.",
