@@ -71,18 +71,23 @@ def test_a_producer_that_reaches_only_the_broker_sends_uris(
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(5))
     deployment.worker()
     item = {"uri": str(tmp_path / "files" / "a.jpg"), "tenant": "acme", "key": "post-1", "metadata": {"post": 1}}
-    with Celery("producer", set_as_current=False) as app:
-        app.config_from_object(celery_config(deployment.settings))
-        for uri in (item["uri"], item["uri"], "s3://other/thing.jpg"):
-            app.send_task(MODERATE, args=({"v": 1, "items": [{**item, "uri": uri}]},), queue=NORMAL)
-        unkeyed = {"v": 1, "items": [{"uri": item["uri"], "tenant": "twice"}, {"uri": "a", "tenant": "\ud800"}]}
-        for _ in range(2):
-            app.send_task(MODERATE, args=(unkeyed,), queue=NORMAL, task_id="the-same-delivery")
     store = deployment.store()
 
     def rows() -> list[tuple[str, str]]:
         with store.engine.connect() as connection:
             return [tuple(row) for row in connection.execute(text("select uri, tenant from verdicts")).all()]
+
+    with Celery("producer", set_as_current=False) as app:
+        app.config_from_object(celery_config(deployment.settings))
+        for uri in (item["uri"], item["uri"]):
+            app.send_task(MODERATE, args=({"v": 1, "items": [{**item, "uri": uri}]},), queue=NORMAL)
+        # Messages are taken side by side: the other URI must not come to own the key.
+        wait_until(rows, 60, "the first verdict")
+        other = {**item, "uri": "s3://other/thing.jpg"}
+        app.send_task(MODERATE, args=({"v": 1, "items": [other]},), queue=NORMAL)
+        unkeyed = {"v": 1, "items": [{"uri": item["uri"], "tenant": "twice"}, {"uri": "a", "tenant": "\ud800"}]}
+        for _ in range(2):
+            app.send_task(MODERATE, args=(unkeyed,), queue=NORMAL, task_id="the-same-delivery")
 
     buried = wait_until(lambda: len(found := deployment.events("message_refused")) >= 3 and found, 60, "refusals")
     assert sum("id_conflict" in event["error"] for event in buried) == 1
