@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from code_worker.store.models.audit import AuditRow, RemovalRow
 from code_worker.store.models.base import Base, UtcDateTime, db_now, db_now_plus, time_plus
 from code_worker.store.models.deployed import AliasMoveRow, AliasRow, PolicyRecord, ReleaseRow
 from code_worker.store.models.fleet import DeadLetterRow, LeaseRow, PluginSeenRow, SourcePauseRow, WorkerRow
@@ -20,6 +21,7 @@ from code_worker.store.models.ledger import EmbeddingRow, JobRow, VerdictRow
 __all__ = [
     "AliasMoveRow",
     "AliasRow",
+    "AuditRow",
     "Base",
     "DeadLetterRow",
     "EmbeddingRow",
@@ -31,6 +33,7 @@ __all__ = [
     "PluginSeenRow",
     "PolicyRecord",
     "ReleaseRow",
+    "RemovalRow",
     "RunMetricsRow",
     "RunRow",
     "ScheduleSlotRow",
