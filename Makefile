@@ -13,7 +13,7 @@ REGION := $(VENV)/.region
 CELERY_5_6 := .matrix/celery-5.6
 COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: help demo test lint check test-celery-5.6 test-matrix settings lock bench clean
+.PHONY: help demo test lint check test-celery-5.6 test-matrix faults settings lock bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -60,6 +60,9 @@ test-celery-5.6: $(CELERY_5_6)/.installed $(REGION) ## Run the worker tests on C
 
 test-matrix: test-celery-5.6 ## Run the worker tests on both supported lines of Celery
 	$(BIN)/python -m pytest tests/worker
+
+faults: $(INSTALLED) $(REGION) ## Run the fault matrix, the long rows too, and write docs/reliability.md (ROWS="F3 F5")
+	$(BIN)/python -m pytest tests -m "row or nightly" --rows "$(ROWS)" --fault-report docs/reliability.md $(ARGS)
 
 settings: $(INSTALLED) ## Write docs/settings.md from the settings
 	$(BIN)/python docs/generate_settings.py

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from code_worker.broker import celery_config
 from code_worker.errors import BrokerUnavailableError
+from code_worker.logs import get_logger
 from code_worker.queues import MODERATE, jobs_message
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Doorbell"]
 
+log = get_logger(__name__)
 _MARK = "code_worker.mark"
 
 
@@ -68,6 +70,7 @@ class Doorbell:
             )
         except (OperationalError, ConnectionError, TimeoutError) as error:
             raise BrokerUnavailableError(f"broker did not take the message: {error}") from error
+        log.debug("jobs_published", jobs=job_ids)
 
     def call(
         self, task: str, queue: str, *, arguments: Mapping[str, Any] | None = None, expires_s: float | None = None

@@ -15,6 +15,15 @@ import pytest
 
 from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
+from tests.faults.rows import (  # noqa: F401 - hooks and fixtures of the fault matrix, whose rows lie in all directories
+    fault_rng,
+    fault_seed,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+    seen,
+)
 from tests.servers import PostgresServer, RedisServer, S3Server
 
 if TYPE_CHECKING:

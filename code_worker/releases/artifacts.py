@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError
+from code_worker.failpoints import failpoint
 from code_worker.releases.hashing import OnBytes
 from code_worker.releases.manifest import (
     MANIFEST_NAME,
@@ -88,6 +89,7 @@ class LocalArtifacts:
             if not _is_whole(target, release):
                 with _working_directory(self.root) as copy:
                     shutil.copytree(directory, copy, dirs_exist_ok=True)
+                    failpoint("mid_upload")
                     _replace(target, copy)
         return str(target)
 
@@ -145,6 +147,8 @@ class S3Artifacts:
         with _translated(f"cannot write release {release} to {self.address}"):
             _refuse_other(self._manifest_bytes(release), sha256, f"{self.address}/{release}")
             for name in (*sorted(manifest.files), MANIFEST_NAME):
+                if name == MANIFEST_NAME:
+                    failpoint("mid_upload")
                 self._client.upload_file(str(directory / name), self._bucket, self._key(release, name))
         return f"{self.address}/{release}"
 

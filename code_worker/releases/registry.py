@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, StoreError
+from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
 from code_worker.releases.importer import ImportOptions, build_release
@@ -89,7 +90,9 @@ class Registry:
         """
         manifest, sha256 = verify_files(directory)
         id_ = release_id(sha256)
+        failpoint("before_upload")
         location = self._artifacts.put(directory)
+        failpoint("after_upload")
         plain, source = manifest.model_dump(mode="json"), manifest.source.uri
         added = self._store.run(
             lambda session: releases.add(
@@ -155,9 +158,15 @@ class Registry:
             ArtifactError: the release has no head, or its status forbids it.
         """
         self.load_to_judge(release)
-        before = self._store.run(
-            lambda session: releases.move_alias(session, CHAMPION, release, by=by, reason=reason)
-        )
+        failpoint("before_promotion")
+
+        def move(session: Session) -> str | None:
+            previous = releases.move_alias(session, CHAMPION, release, by=by, reason=reason)
+            failpoint("mid_promotion")
+            return previous
+
+        before = self._store.run(move)
+        failpoint("after_promotion")
         log.info("champion_moved", release=release, before=before, by=by)
         return before
 

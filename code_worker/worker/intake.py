@@ -35,6 +35,8 @@ def handle_message(node: Node, message: object, message_id: str) -> bool:
     if items:
         job_ids = [*job_ids, *node.ledger.outlast(lambda: _accept(node.store, items, message_id))]
     attempts = node.store.run(lambda session: jobs.attempts_of(session, job_ids), write=False)
+    if decided := len(job_ids) - len(attempts):
+        log.info("duplicate_skipped", jobs=decided)
     return all(
         _unless_stopping(node, group, below, alone) for group, below, alone in _groups(node, job_ids, attempts)
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from code_worker.errors import StoreUnavailableError
+from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.moderation.faults import JobFault
 from code_worker.moderation.verdicts import rejected_job
@@ -79,8 +80,11 @@ class Ledger:
                 embeddings.keep(session, encoder_sha256, judged.embeddings)
             for source, fault in sources:
                 workers.pause_source(session, source, seconds=_PAUSE_S, detail=fault.detail)
+            failpoint("before_verdict_commit")
 
         self.outlast(lambda: self.store.run(write), progress)
+        log.debug("verdicts_committed", jobs=[verdict.job_id for verdict in rows])
+        failpoint("after_verdict_commit")
         for source, fault in sources:
             log.error("source_paused", source=source, seconds=_PAUSE_S, detail=fault.detail)
 

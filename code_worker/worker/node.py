@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from code_worker._version import __version__
 from code_worker.errors import CodeWorkerError, SourcePausedError, StoreUnavailableError
+from code_worker.failpoints import failpoint
 from code_worker.images.source import Fetched, Sources, source_name
 from code_worker.logs import get_logger
 from code_worker.moderation.judge import Judge
@@ -113,6 +114,10 @@ class Node:
                 self.store.run(lambda session: jobs.mark_published(session, job_ids, wait_s=_NO_RELEASE_WAIT_S))
                 return
             claimed = self.ledger.claim(job_ids, below=below)
+            if passed_over := len(job_ids) - len(claimed):
+                log.info("duplicate_skipped", jobs=passed_over)
+            log.debug("jobs_claimed", jobs=[job.id for job in claimed])
+            failpoint("after_claim")
             if not claimed:
                 return
             progress = stack.enter_context(self.in_flight.batch([job.id for job in claimed]))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from celery.exceptions import Reject
 
 from code_worker.errors import CodeWorkerError
+from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.queues import MODERATE, SWEEP
 
@@ -40,6 +41,7 @@ def register_tasks(app: Celery, host: Host) -> None:
             raise Reject(str(error), requeue=True) from error
         if not done:
             raise Reject("the worker stops", requeue=True)
+        failpoint("before_ack")
 
     def sweep() -> None:
         host.sweep()

@@ -10,7 +10,11 @@ from typing import Any
 from celery import Celery, bootsteps
 from celery.worker.request import Request
 
+from code_worker.logs import get_logger
+
 __all__ = ["WakingRequest", "add_waker"]
+
+log = get_logger(__name__)
 
 
 class _Waker(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
@@ -62,6 +66,7 @@ class WakingRequest(Request):  # type: ignore[misc]  # Celery ships no types
     def acknowledge(self) -> None:
         """Acknowledges the message, then wakes the loop."""
         super().acknowledge()
+        log.debug("message_acknowledged", message=self.id)
         _wake()
 
     def reject(self, requeue: bool = False) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 from code_worker.doorbell import Doorbell
-from code_worker.plugins import load_plugins
-from code_worker.releases.registry import open_registry
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
 from tests.servers import RedisServer, S3Server
-from tests.worker.harness import Deployment
+from tests.worker.harness import Deployment, environment_in, promote_release
 
 
 @pytest.fixture(autouse=True)
@@ -39,23 +38,12 @@ def deploy(
     made: list[Deployment] = []
 
     def build(database_url: str, *, promote: bool = True, **extra: str) -> Deployment:
-        environment = {
-            **s3_server.environment,
-            "CODE_WORKER_DATA_DIR": str(tmp_path / "data"),
-            "CODE_WORKER_DATABASE_URL": database_url,
-            "CODE_WORKER_BROKER_URL": redis_server.url,
-            "CODE_WORKER_ARTIFACTS": str(tmp_path / "releases"),
-            "CODE_WORKER_S3__BUCKETS": f'["{bucket}"]',
-            "CODE_WORKER_FILES__ROOTS": f'["{tmp_path / "files"}"]',
-            "CODE_WORKER_LOG_FORMAT": "json",
-            **extra,
-        }
-        (tmp_path / "files").mkdir(exist_ok=True)
+        storage = {**s3_server.environment, "CODE_WORKER_S3__BUCKETS": f'["{bucket}"]'}
+        environment = environment_in(tmp_path, database_url, redis_server.url) | storage | extra
         deployment = Deployment(environment, tmp_path / "workers.log")
         made.append(deployment)
-        store = open_store(database_url)
-        migrate.upgrade(store)
-        store.close()
+        with closing(open_store(database_url)) as store:
+            migrate.upgrade(store)
         if promote:
             promote_release(deployment, toy_release_dir)
         return deployment
@@ -64,12 +52,3 @@ def deploy(
     for deployment in made:
         deployment.close()
     shutil.rmtree(tmp_path / "releases", ignore_errors=True)
-
-
-def promote_release(deployment: Deployment, directory: Path) -> str:
-    """Imports a release directory and makes it champion."""
-    settings = deployment.settings
-    registry = open_registry(settings, store=deployment.store(), plugins=load_plugins(settings))
-    release = registry.import_(str(directory))
-    registry.promote(release, by="test")
-    return release

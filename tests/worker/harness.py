@@ -19,6 +19,8 @@ import psutil
 from PIL import Image
 
 from code_worker.client import Client
+from code_worker.plugins import load_plugins
+from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings, load_settings
 from code_worker.store.engine import Store, open_store
 
@@ -129,3 +131,25 @@ class WorkerProcess:
             if child.is_running():
                 child.kill()
         self._log.close()
+
+
+def environment_in(directory: Path, database_url: str, broker_url: str) -> dict[str, str]:
+    """Settings of a deployment that keeps its data below `directory` and reads images in `files` there."""
+    (directory / "files").mkdir(exist_ok=True)
+    return {
+        "CODE_WORKER_DATA_DIR": str(directory / "data"),
+        "CODE_WORKER_DATABASE_URL": database_url,
+        "CODE_WORKER_BROKER_URL": broker_url,
+        "CODE_WORKER_ARTIFACTS": str(directory / "releases"),
+        "CODE_WORKER_FILES__ROOTS": f'["{directory / "files"}"]',
+        "CODE_WORKER_LOG_FORMAT": "json",
+    }
+
+
+def promote_release(deployment: Deployment, directory: Path) -> str:
+    """Imports a release directory and makes it champion."""
+    settings = deployment.settings
+    registry = open_registry(settings, store=deployment.store(), plugins=load_plugins(settings))
+    release = registry.import_(str(directory))
+    registry.promote(release, by="test")
+    return release

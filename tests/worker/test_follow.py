@@ -19,8 +19,7 @@ from code_worker.releases.manifest import Source, read_manifest, release_id
 from code_worker.settings import Settings
 from code_worker.types import Outcome
 from tests.toy_release import write_toy_release
-from tests.worker.conftest import promote_release
-from tests.worker.harness import Deployment, jpeg, wait_until
+from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
 
 FOLLOWED_WITHIN_S = 10
 

@@ -17,8 +17,7 @@ from code_worker.releases.manifest import Source
 from code_worker.releases.registry import Registry, open_registry
 from code_worker.types import Outcome, Verdict
 from tests.toy_release import write_toy_release
-from tests.worker.conftest import promote_release
-from tests.worker.harness import Deployment, jpeg, wait_until
+from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
 
 IMAGES = 24
 MOODY = """

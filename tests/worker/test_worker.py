@@ -15,8 +15,7 @@ from code_worker.broker import celery_config
 from code_worker.queues import MODERATE, NORMAL
 from code_worker.types import Label, Outcome, RejectReason, Verdict
 from tests.servers import S3Server
-from tests.worker.conftest import promote_release
-from tests.worker.harness import Deployment, jpeg, wait_until
+from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
 
 
 def _sqlite(tmp_path: Path) -> str:

@@ -1,0 +1,99 @@
+"""A deployment that faults are put to: it keeps account of what was accepted and is checked when the test is over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+from code_worker.store.engine import Store
+from tests.faults.checker import broker_violations, ledger_violations, log_violations, overdue
+from tests.faults.operations import Operations, operations_of
+from tests.worker.harness import Deployment, jpeg, wait_until
+
+__all__ = ["FaultDeployment"]
+
+_SETTLED_WITHIN_S = 90.0
+
+
+@dataclass
+class FaultDeployment(Deployment):
+    """Its encoder has one block, so that two cores judge hundreds of images in seconds."""
+
+    accepted: list[str] = field(default_factory=list)
+    broker_url: str = ""
+    """Where the broker itself is, when the processes reach it through a proxy."""
+    tolerated: set[str] = field(default_factory=set)
+    """Events that a test provokes and that may carry a traceback."""
+    lost_on_purpose: bool = False
+    """Set by a test whose messages nobody is meant to acknowledge."""
+    _ledger: Store | None = None
+
+    @property
+    def ledger(self) -> Store:
+        """One store for the test's own looks at the ledger."""
+        if self._ledger is None:
+            self._ledger = self.store()
+        return self._ledger
+
+    def images(self, count: int, start: int = 0) -> list[str]:
+        """Writes images, each of its own content, and returns their paths."""
+        directory = Path(self.environment["CODE_WORKER_DATA_DIR"]).parent / "files"
+        paths = [directory / f"{number}.jpg" for number in range(start, start + count)]
+        for number, path in enumerate(paths, start):
+            path.write_bytes(jpeg(number))
+        return [str(path) for path in paths]
+
+    def enqueue(self, wanted: Iterable[Any], **options: Any) -> list[str]:
+        """Accepts jobs and remembers their ids: each is a promise."""
+        with closing(self.client()) as client:
+            ids = client.enqueue_many(wanted, **options)
+        self.accepted += ids
+        return ids
+
+    def counts(self) -> dict[str, int]:
+        """Jobs by state; states without a job are left out."""
+        with self.ledger.engine.connect() as connection:
+            rows = connection.execute(text("select state, count(*) from jobs group by state")).all()
+        return {str(state): int(count) for state, count in rows}
+
+    def decided(self, ids: Sequence[str] | None = None) -> int:
+        """How many of the jobs, or of all, have a verdict."""
+        with self.ledger.engine.connect() as connection:
+            rows = connection.execute(text("select distinct job_id from verdicts")).scalars()
+            found = {str(row).replace("-", "") for row in rows}
+        return len(found if ids is None else found & {job.replace("-", "") for job in ids})
+
+    def unfinished(self) -> int:
+        counts = self.counts()
+        return counts.get("accepted", 0) + counts.get("running", 0)
+
+    def started(self, count: int = 1) -> None:
+        """Returns once so many worker processes were ready to take messages."""
+        wait_until(lambda: len(self.events("worker_starting")) >= count, 60, f"{count} workers")
+
+    def operations(self) -> Operations:
+        """What was published, claimed, committed and acknowledged so far."""
+        return operations_of(self.log())
+
+    def violations(self) -> list[str]:
+        """Lets the jobs come to rest, ends the workers in order, and returns what the checker found."""
+        found = list(overdue(self.ledger, self.settings.worker.lease_s))
+        if self.workers and self.unfinished() and not any(worker.alive for worker in self.workers):
+            self.worker()
+        if self.workers:
+            wait_until(lambda: not self.unfinished(), _SETTLED_WITHIN_S, "every accepted job decided")
+        found += [f"a worker ended with status {status}" for status in self._end_workers() if status]
+        found += ledger_violations(self.ledger, self.accepted)
+        if not self.lost_on_purpose:
+            prefix = self.settings.broker.key_prefix
+            found += broker_violations(self.ledger, self.broker_url or self.settings.resolved_broker_url, prefix)
+        found += log_violations(self.log(), self.tolerated)
+        return found
+
+    def _end_workers(self) -> list[int]:
+        return [worker.terminate(60) for worker in self.workers if worker.alive]
