@@ -17,6 +17,7 @@ __all__ = [
     "GateSettings",
     "LabelSettings",
     "LimitSettings",
+    "RetentionSettings",
     "S3Settings",
     "ScheduleSettings",
     "Settings",
@@ -209,6 +210,30 @@ class ShadowSettings(_Section):
     share: float = Field(1.0, ge=0, le=1, description="Share of judged images that it scores too, by content hash.")
 
 
+class RetentionSettings(_Section):
+    """How many days things are kept; unset: for ever. What an appeal or the learning rests on is kept unless told."""
+
+    jobs_days: float | None = Field(
+        None, gt=0, description="Finished jobs, with their verdicts and shadow scores, from their last verdict on."
+    )
+    superseded_days: float | None = Field(
+        None, gt=0, description="Verdicts that a newer one of the same job replaced."
+    )
+    labels_days: float | None = Field(
+        None, gt=0, description="What was said of an image, and its kept copy, from the last statement on."
+    )
+    embeddings_days: float | None = Field(
+        90.0, gt=0, description="Embeddings of images of which no copy is kept; they are computed again when needed."
+    )
+    shadow_days: float | None = Field(90.0, gt=0, description="Scores of challengers.")
+    dead_letters_days: float | None = Field(30.0, gt=0, description="Broker messages that nobody could read.")
+    curves_days: float | None = Field(365.0, gt=0, description="Curves of training runs; the runs themselves stay.")
+    slots_days: float | None = Field(365.0, gt=0, description="Times at which schedules fired.")
+    interval_s: float = Field(600.0, gt=0, description="How often a worker looks what is too old.")
+    batch: int = Field(1000, ge=1, le=10_000, description="Rows deleted in one transaction.")
+    pass_s: float = Field(30.0, gt=0, description="A pass ends after so long, done or not; the next one goes on.")
+
+
 class Settings(BaseSettings):
     """All settings of the project; every field can be set by environment or file."""
 
@@ -252,6 +277,7 @@ class Settings(BaseSettings):
     schedule: ScheduleSettings = ScheduleSettings()
     gate: GateSettings = GateSettings()
     shadow: ShadowSettings = ShadowSettings()
+    retention: RetentionSettings = RetentionSettings()
 
     @classmethod
     def settings_customise_sources(

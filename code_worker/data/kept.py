@@ -24,6 +24,7 @@ __all__ = ["KeptImages", "LocalKept", "S3Kept", "open_kept"]
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _INCOMPLETE: Final = ".incomplete"
 _ABANDONED_AFTER_S: Final = 24 * 3600.0
+_FORBIDDEN: Final = frozenset({"403", "AccessDenied", "NotImplemented", "MethodNotAllowed"})
 _MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound"})
 
 
@@ -57,6 +58,13 @@ class KeptImages(Protocol):
 
         Raises:
             DatasetError, StorageError: as `read`.
+        """
+
+    def drop(self, sha256: str) -> bool:
+        """Deletes the copy, every version and cached one of it; whether there was any. Again, it changes nothing.
+
+        Raises:
+            StorageError: it cannot be deleted.
         """
 
 
@@ -135,6 +143,25 @@ class LocalKept:
             raise _gone(sha256, str(self.root))
         return self._place(sha256)
 
+    def drop(self, sha256: str) -> bool:
+        """See `KeptImages.drop`; what a writer left half written is dropped too, if it is these bytes."""
+        target = self._place(sha256)
+        with _translated(f"cannot delete a copy in {self.root}"):
+            for path in (self.root / _INCOMPLETE).glob("*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+                        path.unlink()
+            try:
+                target.unlink()
+            except FileNotFoundError:
+                return False
+            _flush(target.parent)
+        return True
+
+    def held(self) -> Iterator[str]:
+        """Content hashes of every copy."""
+        return (path.name for path in self.root.glob("??/??/*") if _HASH.fullmatch(path.name))
+
     def _place(self, sha256: str) -> Path:
         return self.root / _name(sha256)
 
@@ -200,6 +227,27 @@ class S3Kept:
         if not self.cache.exists(sha256):
             self.cache.put(self.read(sha256))
         return self.cache.path(sha256)
+
+    def drop(self, sha256: str) -> bool:
+        """See `KeptImages.drop`; of a bucket that keeps versions all of them go."""
+        key = self._key(sha256)
+        cached = self.cache.drop(sha256)
+        with _translated(f"cannot delete s3://{self._bucket}/{key}"):
+            found = list(self._versions(key))
+            for version in found or [{}]:
+                self._client.delete_object(Bucket=self._bucket, Key=key, **version)
+        return bool(found) or cached
+
+    def _versions(self, key: str) -> Iterator[dict[str, str]]:
+        """Versions and delete markers of one object; none where they may not be listed, and then none are kept."""
+        try:
+            for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self._bucket, Prefix=key):
+                for one in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
+                    if one["Key"] == key:
+                        yield {"VersionId": one["VersionId"]}
+        except self._client.exceptions.ClientError as error:
+            if str(error.response.get("Error", {}).get("Code")) not in _FORBIDDEN:
+                raise
 
     def _key(self, sha256: str) -> str:
         return f"{self._prefix}{_name(sha256)}"

@@ -17,6 +17,8 @@ from code_worker.worker.ledger import Ledger
 from code_worker.worker.sweeper import Sweeper
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from celery import Celery
 
     from code_worker.settings import Settings
@@ -43,6 +45,8 @@ class Host:
         self._repeater: Repeater | None = None
         self._learning: Learning | None = None
         self._watcher: Repeater | None = None
+        self._retention: Repeater | None = None
+        self._stop_retaining: Callable[[], None] = lambda: None
         self._stop_learning = threading.Event()
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
@@ -89,6 +93,7 @@ class Host:
             if self._repeater is None:
                 self._repeater = Repeater("sweep", self.settings.worker.sweep_interval_s, self.sweep)
                 self._repeater.start()
+                self._start_retaining()
 
     def learning(self) -> Learning:
         """What runs retrains and refits, made at the first call.
@@ -115,6 +120,15 @@ class Host:
                 self._watcher = Repeater("learning_watch", watcher.interval_s, watcher.look)
                 self._watcher.start()
 
+    def _start_retaining(self) -> None:
+        from code_worker.worker.retention import Retention  # noqa: PLC0415 - SQLAlchemy
+
+        if self._retention is None:
+            work = Retention(self.settings, self._migrated_store(), f"retention-{uuid4().hex[:12]}")
+            self._stop_retaining = work.stop
+            self._retention = Repeater("retention", work.interval_s, work)
+            self._retention.start()
+
     def _migrated_store(self) -> Store:
         store = open_store(self.settings.resolved_database_url)
         migrate.require_current(store)
@@ -123,18 +137,22 @@ class Host:
     def stop_taking(self) -> None:
         """The worker was asked to end: batches are finished, a run is left to the next process, nothing is begun."""
         self._stop_learning.set()
+        self._stop_retaining()
         if self._node is not None:
             self._node.stopping = True
 
     def _forget(self) -> None:
         """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
-        _INHERITED.append((self._node, self._sweeper, self._repeater, self._learning, self._watcher))
+        _INHERITED.append((self._node, self._sweeper, self._repeater, self._learning, self._watcher, self._retention))
         self._lock = threading.RLock()
-        self._node = self._sweeper = self._repeater = self._learning = self._watcher = None
+        self._node = self._sweeper = self._repeater = self._learning = self._watcher = self._retention = None
 
     def close(self) -> None:
         """Ends the background work of this process."""
         with self._lock:
+            if self._retention is not None:
+                self._retention.stop()
+                self._retention = None
             if self._repeater is not None:
                 self._repeater.stop()
                 self._repeater = None

@@ -181,3 +181,38 @@ def test_the_settings_choose_the_storage(tmp_path: Path) -> None:
     assert remote.cache.root == tmp_path / "cache" / "dataset"
     with pytest.raises(ConfigurationError, match="names no bucket"):
         open_kept(Settings(data_dir=tmp_path, datasets="s3://"))
+
+
+def test_a_copy_that_is_dropped_is_gone_with_its_cached_one(storage: Storage) -> None:
+    storage.kept.put(DATA)
+    other = storage.kept.put(b"another")
+    storage.kept.path(SHA)
+    assert storage.kept.drop(SHA)
+    assert not storage.kept.exists(SHA)
+    with pytest.raises(DatasetError, match="no copy"):
+        storage.kept.path(SHA)
+    assert not storage.kept.drop(SHA)
+    assert storage.kept.read(other) == b"another"
+
+
+def test_of_a_bucket_that_keeps_versions_every_version_is_dropped(s3_server: S3Server, tmp_path: Path) -> None:
+    client, bucket = s3_server.client(), f"kept-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=bucket)
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    kept = S3Kept(f"s3://{bucket}/kept", s3_settings(s3_server.url), cache=tmp_path / "cache")
+    kept.put(DATA)
+    client.delete_object(Bucket=bucket, Key=f"kept/{NAME}")
+    kept.put(DATA)
+    assert kept.drop(SHA)
+    left = client.list_object_versions(Bucket=bucket)
+    assert not left.get("Versions")
+    assert not left.get("DeleteMarkers")
+
+
+def test_bytes_that_a_dead_writer_left_go_with_the_copy(tmp_path: Path) -> None:
+    kept = LocalKept(tmp_path)
+    kept.put(DATA)
+    (tmp_path / ".incomplete" / "left").write_bytes(DATA)
+    (tmp_path / ".incomplete" / "other").write_bytes(b"another's, being written")
+    kept.drop(SHA)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["other"]

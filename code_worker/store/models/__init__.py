@@ -5,6 +5,7 @@ from __future__ import annotations
 from code_worker.store.models.audit import AuditRow, RemovalRow
 from code_worker.store.models.base import Base, UtcDateTime, db_now, db_now_plus, time_plus
 from code_worker.store.models.deployed import AliasMoveRow, AliasRow, PolicyRecord, ReleaseRow
+from code_worker.store.models.erasing import ErasedDigestRow, ErasureRow, ErasureTargetRow
 from code_worker.store.models.fleet import DeadLetterRow, LeaseRow, PluginSeenRow, SourcePauseRow, WorkerRow
 from code_worker.store.models.learning import (
     ImportedRow,
@@ -25,6 +26,9 @@ __all__ = [
     "Base",
     "DeadLetterRow",
     "EmbeddingRow",
+    "ErasedDigestRow",
+    "ErasureRow",
+    "ErasureTargetRow",
     "ImportedRow",
     "JobRow",
     "KeptImageRow",

@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from code_worker.store.ids import uuid7
-from code_worker.store.models.base import BIG_KEY, JSON_OBJECT, Base, UtcDateTime, db_now
+from code_worker.store.models.base import BIG_KEY, JSON_OBJECT, Base, UtcDateTime, db_now, partial_index
 
 __all__ = [
     "ImportedRow",
@@ -64,6 +64,7 @@ class LabelRow(Base):
         CheckConstraint("label = 'fake' OR generator IS NULL", name="real_has_no_generator"),
         Index("ix_labels_sha256_id", "sha256", "id"),
         Index("ix_labels_created_at", "created_at"),
+        partial_index("ix_labels_job_id", "job_id", where="job_id IS NOT NULL"),
         {"comment": "Statements about images, append-only; a stated rule resolves those that contradict."},
     )
 
@@ -77,7 +78,10 @@ class ImportedRow(Base):
     sha256: Mapped[str] = mapped_column(String(64), comment="Of the image's bytes.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was imported.")
 
-    __table_args__ = ({"comment": "Rows of label files, so that none is fetched again."},)
+    __table_args__ = (
+        Index("ix_imported_rows_sha256", "sha256"),
+        {"comment": "Rows of label files, so that none is fetched again."},
+    )
 
 
 class KeptImageRow(Base):

@@ -151,5 +151,6 @@ class EmbeddingRow(Base):
 
     __table_args__ = (
         CheckConstraint(f"length(vector) = {EMBEDDING_DIM * 4}", name="vector_length"),
+        Index("ix_embeddings_created_at", "created_at"),
         {"comment": "Embeddings by encoder and content."},
     )

@@ -1,0 +1,196 @@
+"""What is too old to be kept, deleted in bounded batches from the oldest on; jobs are found by time, others by id.
+
+Each function deletes at most `limit` rows that are older than `days`, by the database's clock, and returns how many.
+Ids are in the order of time, so a batch is a range at the old end of its table and touches few pages. What is of
+record goes under an entry of the audit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, CursorResult, Table, delete, exists, func, select
+from sqlalchemy.orm import Session
+
+from code_worker.store import audit
+from code_worker.store.ids import uuid7_floor
+from code_worker.store.models import (
+    DeadLetterRow,
+    EmbeddingRow,
+    ImportedRow,
+    JobRow,
+    KeptImageRow,
+    LabelRow,
+    RunMetricsRow,
+    ScheduleSlotRow,
+    ShadowScoreRow,
+    VerdictRow,
+    db_now,
+)
+from code_worker.store.sql import among, table_of
+
+__all__ = ["PRUNERS", "Prune", "forget_labels", "old_images", "rowcount"]
+
+ACTOR: Final = "retention"
+_JOBS = table_of(JobRow)
+_VERDICTS = table_of(VerdictRow)
+_NEWER = _VERDICTS.alias("newer")
+_SHADOW = table_of(ShadowScoreRow)
+_EMBEDDINGS = table_of(EmbeddingRow)
+_KEPT = table_of(KeptImageRow)
+_LABELS = table_of(LabelRow)
+_LATER = _LABELS.alias("later")
+_ROWS = table_of(ImportedRow)
+_LETTERS = table_of(DeadLetterRow)
+_CURVES = table_of(RunMetricsRow)
+_SLOTS = table_of(ScheduleSlotRow)
+Prune = Callable[[Session, float, int], int]
+
+
+def jobs(session: Session, days: float, limit: int) -> int:
+    """Finished jobs whose last verdict is that old, with their verdicts and shadow scores."""
+    moment = _moment(session, days)
+    old = (
+        select(_JOBS.c.id)
+        .where(_JOBS.c.created_at < moment, _JOBS.c.finished_at < moment, _JOBS.c.due_at.is_(None))
+        .where(~exists().where(_VERDICTS.c.job_id == _JOBS.c.id, _VERDICTS.c.created_at >= moment))
+        .order_by(_JOBS.c.created_at, _JOBS.c.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    found = list(session.scalars(old))
+    if not found:
+        return 0
+    entry = _entry(session, "jobs", days, len(found))
+    with audit.removal(session, entry):
+        session.execute(delete(_SHADOW).where(among(session, _SHADOW.c.job_id, found)))
+        session.execute(delete(_VERDICTS).where(among(session, _VERDICTS.c.job_id, found)))
+        session.execute(delete(_JOBS).where(among(session, _JOBS.c.id, found)))
+    return len(found)
+
+
+def superseded(session: Session, days: float, limit: int) -> int:
+    """Verdicts that are that old and have a newer one of the same job."""
+    newer = exists().where(_NEWER.c.job_id == _VERDICTS.c.job_id, _NEWER.c.revision > _VERDICTS.c.revision)
+    before = _VERDICTS.c.id < uuid7_floor(_moment(session, days))
+    found = list(session.scalars(select(_VERDICTS.c.id).where(before, newer).order_by(_VERDICTS.c.id).limit(limit)))
+    if not found:
+        return 0
+    with audit.removal(session, _entry(session, "superseded verdicts", days, len(found))):
+        session.execute(delete(_VERDICTS).where(among(session, _VERDICTS.c.id, found)))
+    return len(found)
+
+
+def embeddings(session: Session, days: float, limit: int) -> int:
+    """Embeddings of images of which no copy is kept: of a kept copy they could be made again anyway."""
+    found = session.execute(
+        select(_EMBEDDINGS.c.encoder_sha256, _EMBEDDINGS.c.sha256)
+        .where(_EMBEDDINGS.c.created_at < _moment(session, days))
+        .where(~exists().where(_KEPT.c.sha256 == _EMBEDDINGS.c.sha256))
+        .order_by(_EMBEDDINGS.c.created_at)
+        .limit(limit)
+    ).all()
+    by_encoder: dict[str, list[str]] = {}
+    for encoder, sha256 in found:
+        by_encoder.setdefault(encoder, []).append(sha256)
+    return sum(
+        rowcount(
+            session.execute(
+                delete(_EMBEDDINGS).where(
+                    _EMBEDDINGS.c.encoder_sha256 == encoder, _EMBEDDINGS.c.sha256.in_(sorted(hashes))
+                )
+            )
+        )
+        for encoder, hashes in by_encoder.items()
+    )
+
+
+def old_images(session: Session, days: float, limit: int) -> list[str]:
+    """Content hashes of images of which nothing was said for that long, at most `limit`."""
+    statement = select(_LABELS.c.sha256).where(*_unspoken_of(session, days)).order_by(_LABELS.c.id).limit(limit)
+    return sorted(set(session.scalars(statement)))
+
+
+def _unspoken_of(session: Session, days: float) -> tuple[ColumnElement[bool], ...]:
+    floor = uuid7_floor(_moment(session, days))
+    later = exists().where(_LATER.c.sha256 == _LABELS.c.sha256, _LATER.c.id >= floor)
+    return _LABELS.c.id < floor, ~later
+
+
+def forget_labels(session: Session, hashes: Sequence[str], days: float) -> int:
+    """Deletes all that was said of these images, and the notes on their copies; returns how many statements.
+
+    Images of which something was said meanwhile stay.
+    """
+    among_these = _LABELS.c.sha256.in_(hashes)
+    still = sorted(set(session.scalars(select(_LABELS.c.sha256).where(among_these, *_unspoken_of(session, days)))))
+    if not still:
+        return 0
+    with audit.removal(session, _entry(session, "labels", days, len(still))):
+        count = rowcount(session.execute(delete(_LABELS).where(_LABELS.c.sha256.in_(still))))
+        session.execute(delete(_ROWS).where(_ROWS.c.sha256.in_(still)))
+        session.execute(delete(_KEPT).where(_KEPT.c.sha256.in_(still)))
+    return count
+
+
+def shadow_scores(session: Session, days: float, limit: int) -> int:
+    """Scores of challengers."""
+    return _by_id(session, _SHADOW, days, limit)
+
+
+def dead_letters(session: Session, days: float, limit: int) -> int:
+    """Unreadable messages."""
+    return _by_id(session, _LETTERS, days, limit)
+
+
+def curves(session: Session, days: float, limit: int) -> int:
+    """Points of curves; they are counted, so their order is that of time too."""
+    return _oldest(session, _CURVES, _CURVES.c.id, _CURVES.c.created_at < _moment(session, days), limit)
+
+
+def slots(session: Session, days: float, limit: int) -> int:
+    """Times at which schedules fired, but for the last of each, by which a missed one is told."""
+    last = select(func.max(_SLOTS.c.slot)).group_by(_SLOTS.c.name)
+    old = (_SLOTS.c.slot < _moment(session, days)) & _SLOTS.c.slot.not_in(last)
+    return _oldest(session, _SLOTS, _SLOTS.c.slot, old, limit)
+
+
+PRUNERS: Final[Mapping[str, Prune]] = {
+    "jobs": jobs,
+    "superseded": superseded,
+    "embeddings": embeddings,
+    "shadow": shadow_scores,
+    "dead_letters": dead_letters,
+    "curves": curves,
+    "slots": slots,
+}
+"""By the name of the setting `NAME_days`; labels have copies in the storage, so they are not among these."""
+
+
+def rowcount(result: Any) -> int:
+    """How many rows a DELETE or UPDATE touched."""
+    assert isinstance(result, CursorResult)  # noqa: S101 - such a statement always gives one
+    return result.rowcount
+
+
+def _moment(session: Session, days: float) -> datetime:
+    now: datetime | None = session.scalar(select(db_now()))
+    assert now is not None  # noqa: S101 - the database knows the time
+    return now.astimezone(UTC) - timedelta(days=days)
+
+
+def _by_id(session: Session, table: Table, days: float, limit: int) -> int:
+    old = table.c.id < uuid7_floor(_moment(session, days))
+    return _oldest(session, table, table.c.id, old, limit)
+
+
+def _oldest(session: Session, table: Table, key: ColumnElement[Any], old: ColumnElement[bool], limit: int) -> int:
+    found = select(key).where(old).order_by(key).limit(limit)
+    return rowcount(session.execute(delete(table).where(key.in_(found), old)))
+
+
+def _entry(session: Session, what: str, days: float, count: int) -> audit.Entry:
+    details = {"count": count, "older_than_days": days}
+    return audit.record(session, actor=ACTOR, action="retention.remove", subject=what, details=details)

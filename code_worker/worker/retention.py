@@ -1,0 +1,100 @@
+"""Retention in the background: one process at a time, a bounded pass now and then, whatever else is under way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+from code_worker.logs import get_logger
+from code_worker.store import retention, workers
+
+if TYPE_CHECKING:
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Session, Store
+
+__all__ = ["Retention"]
+
+log = get_logger(__name__)
+_ROLE = "retention"
+_LEASE_S = 120.0
+
+
+class Retention:
+    """Deletes what the settings say is too old; leaves off after `pass_s`, the next pass goes on.
+
+    Args:
+        settings: how long what is kept.
+        store: a migrated one.
+        owner: the name under which it holds its role.
+    """
+
+    def __init__(self, settings: Settings, store: Store, owner: str) -> None:
+        self.interval_s = settings.retention.interval_s
+        self._settings = settings
+        self._store = store
+        self._owner = owner
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """A pass under way ends after the batch at hand."""
+        self._stopped.set()
+
+    def __call__(self) -> Mapping[str, int]:
+        """One pass, if nobody else is at it; rows deleted by kind."""
+        if not self._take_turn(_LEASE_S):
+            return {}
+        try:
+            return self._pass()
+        finally:
+            # Others of the fleet need not look before it is due again.
+            self._take_turn(self.interval_s * 0.8)
+
+    def _take_turn(self, seconds: float) -> bool:
+        return self._store.run(lambda session: workers.take_lease(session, _ROLE, self._owner, seconds))
+
+    def _pass(self) -> Mapping[str, int]:
+        deadline = time.monotonic() + self._settings.retention.pass_s
+        deleted: dict[str, int] = {}
+        for name, step in self._steps().items():
+            while self._goes_on(deadline) and (count := step()):
+                deleted[name] = deleted.get(name, 0) + count
+        if deleted:
+            log.info("retention_deleted", **deleted)
+        return deleted
+
+    def _goes_on(self, deadline: float) -> bool:
+        return not self._stopped.is_set() and time.monotonic() < deadline and self._take_turn(_LEASE_S)
+
+    def _steps(self) -> Mapping[str, Callable[[], int]]:
+        """What deletes one batch of each kind that has an age; 0 when nothing is left."""
+        ages = {name: getattr(self._settings.retention, f"{name}_days") for name in (*retention.PRUNERS, "labels")}
+        steps = {
+            name: partial(self._prune, prune, days)
+            for name, prune in retention.PRUNERS.items()
+            if (days := ages[name]) is not None
+        }
+        if (days := ages["labels"]) is not None:
+            steps["labels"] = partial(self._forget_labels, days)
+        return steps
+
+    def _prune(self, prune: retention.Prune, days: float) -> int:
+        limit = self._settings.retention.batch
+        return self._store.run(lambda session: prune(session, days, limit))
+
+    def _forget_labels(self, days: float) -> int:
+        """Copies go before the rows that name them: after a crash in between the next pass finds the rows."""
+        from code_worker.data.kept import open_kept  # noqa: PLC0415 - boto3, where the storage is in S3
+
+        limit = self._settings.retention.batch
+        old = self._store.run(lambda session: retention.old_images(session, days, limit), write=False)
+        kept = open_kept(self._settings)
+        for sha256 in old:
+            kept.drop(sha256)
+
+        def forget(session: Session) -> int:
+            return retention.forget_labels(session, old, days)
+
+        return self._store.run(forget)

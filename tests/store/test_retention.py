@@ -1,0 +1,154 @@
+"""What is too old goes, in bounded batches and with an entry that says so; all else stays."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+import pytest
+
+from code_worker.store import audit, embeddings, jobs, kept_images, labels, retention, runs, schedule, shadow, workers
+from code_worker.store import verdicts as verdict_store
+from code_worker.store.engine import Store
+from code_worker.store.ids import uuid7, uuid7_floor
+from code_worker.store.kept_images import KeptImage
+from code_worker.store.labels import NewLabel
+from code_worker.store.shadow import ShadowScore
+from tests.store.acts import HASH, accept, claim, judged, write
+
+NOW_OLD = 0.05 / 86_400
+"""Days after which the tests' own rows are old, having waited for `age`."""
+OTHER = "b" * 64
+
+
+def age() -> None:
+    time.sleep(0.12)
+
+
+def prune(store: Store, kind: str, days: float = NOW_OLD, limit: int = 100) -> int:
+    return store.run(lambda session: retention.PRUNERS[kind](session, days, limit))
+
+
+def done(store: Store, uri: str = "s3://b/a.jpg") -> str:
+    (job_id,) = accept(store, uri)
+    claim(store, [job_id])
+    write(store, judged(job_id))
+    return job_id
+
+
+def known(store: Store, job_id: str) -> bool:
+    return store.run(lambda session: jobs.get(session, job_id), write=False) is not None
+
+
+def live(store: Store, job_id: str) -> str | None:
+    found = store.run(lambda session: verdict_store.live(session, job_id), write=False)
+    return None if found is None else found.id
+
+
+def test_the_least_id_of_a_moment_parts_those_before_from_those_after() -> None:
+    before = uuid7()
+    time.sleep(0.002)
+    floor = uuid7_floor(datetime.now(UTC))
+    time.sleep(0.002)
+    assert before < floor < uuid7()
+
+
+def test_finished_jobs_go_with_verdicts_and_shadow_scores_and_unfinished_ones_never(store: Store) -> None:
+    old = [done(store) for _ in range(3)]
+    (waiting,) = accept(store, "s3://b/waits.jpg")
+    score = ShadowScore(
+        job_id=old[0],
+        revision=0,
+        sha256=HASH,
+        release="r-2",
+        head="linear",
+        score=0.1,
+        label="real",
+        champion="r-1",
+        champion_head="linear",
+        champion_score=0.9,
+        champion_label="fake",
+        tenant=None,
+        content_type=None,
+    )
+    store.run(lambda session: shadow.add(session, [score]))
+    age()
+    fresh = done(store)
+    assert [prune(store, "jobs", limit=2), prune(store, "jobs", limit=2), prune(store, "jobs", limit=2)] == [2, 1, 0]
+    assert [known(store, job_id) for job_id in (*old, waiting, fresh)] == [False] * 3 + [True] * 2
+    assert live(store, old[0]) is None
+    assert live(store, fresh) is not None
+    assert store.run(shadow.last, write=False) is None
+    first = store.run(lambda session: audit.last(session, action="retention.remove"), write=False)
+    assert first is not None
+    assert (first.actor, first.subject, '"count":1' in first.details) == ("retention", "jobs", True)
+
+
+def test_a_job_that_was_judged_again_lately_stays_whole(store: Store) -> None:
+    job_id = done(store)
+    age()
+    store.run(lambda session: jobs.retry(session, [job_id]))
+    claim(store, [job_id])
+    write(store, judged(job_id, revision=1))
+    assert prune(store, "jobs") == 0
+    assert prune(store, "superseded") == 1, "its first verdict was replaced"
+    found = store.run(lambda session: verdict_store.live(session, job_id), write=False)
+    assert found is not None
+    assert found.revision == 1
+
+
+def test_embeddings_go_unless_a_copy_of_the_image_is_kept(store: Store) -> None:
+    vector = bytes(768)
+    image = KeptImage(OTHER, 1, "png", 1, 1, "s3://b/kept.png")
+
+    def keep(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        for encoder in ("e" * 64, "f" * 64):
+            embeddings.keep(session, encoder, {HASH: vector, OTHER: vector})
+        kept_images.note_kept(session, [image])
+
+    store.run(keep)
+    assert prune(store, "embeddings", days=1) == 0
+    age()
+    assert [prune(store, "embeddings", limit=1) for _ in range(3)] == [1, 1, 0]
+    assert set(store.run(lambda session: embeddings.known(session, "e" * 64, [HASH, OTHER]), write=False)) == {OTHER}
+
+
+def test_images_go_with_all_that_was_said_of_them_unless_somebody_spoke_since(store: Store) -> None:
+    said = [NewLabel(HASH, "fake", "alice", "api"), NewLabel(OTHER, "real", "alice", "api")]
+    images = [KeptImage(one, 1, "png", 1, 1, "s3://b/x") for one in (HASH, OTHER)]
+
+    def label(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        kept_images.note_kept(session, images)
+        labels.note_imported(session, {"1" * 64: HASH, "2" * 64: OTHER})
+        return labels.add(session, said)
+
+    store.run(label)
+    age()
+    store.run(lambda session: labels.add(session, [NewLabel(OTHER, "fake", "bob", "api")]))
+    old = store.run(lambda session: retention.old_images(session, NOW_OLD, 10), write=False)
+    assert old == [HASH]
+    assert store.run(lambda session: retention.forget_labels(session, [HASH, OTHER], NOW_OLD)) == 1
+    assert {one.sha256 for one in store.run(lambda session: labels.list_labels(session, limit=9))} == {OTHER}
+    assert set(store.run(lambda session: kept_images.kept(session, [HASH, OTHER]))) == {OTHER}
+    assert store.run(lambda session: labels.imported(session, ["1" * 64, "2" * 64])) == {"2" * 64: OTHER}
+
+
+@pytest.mark.parametrize("kind", ["dead_letters", "curves", "slots"])
+def test_what_only_the_running_of_the_system_left_goes_by_age(store: Store, kind: str) -> None:
+    run_id = uuid7()
+
+    def leave(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        workers.dead_letter(session, task="t", body="b", error="e")
+        run = runs.start(session, id=run_id, kind="refit", by="a", owner="a:1", config={}, base_release=None)
+        assert run is not None
+        runs.add_metrics(session, run.lease, [runs.RunMetrics(1, 1, {"loss": 1.0})])
+        for day in (1, 2):
+            schedule.take(session, "refit", datetime(2026, 1, day, tzinfo=UTC), run_id=None, outcome="started")
+
+    store.run(leave)
+    age()
+    assert prune(store, kind, days=1000) == 0
+    assert [prune(store, kind), prune(store, kind)] == [1, 0]
+    last = store.run(lambda session: schedule.last(session, "refit"), write=False)
+    assert last is not None, "by the last slot a missed one is told"
+    assert last.slot.day == 2

@@ -1,0 +1,100 @@
+"""Retention as a worker runs it: in turns, in passes that end, copies included."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from code_worker.data.kept import LocalKept
+from code_worker.settings import RetentionSettings, Settings, WorkerSettings
+from code_worker.store import labels, workers
+from code_worker.store.engine import Store
+from code_worker.worker.app import create_app, host_of
+from code_worker.worker.retention import Retention
+from tests.training.learning import label, pictures
+from tests.worker.harness import wait_until
+
+OLD = 0.05 / 86_400
+
+
+def retention(store: Store, directory: Path, owner: str = "a", **ages: float | None) -> Retention:
+    settings = Settings(data_dir=directory, retention=RetentionSettings(**{"interval_s": 0.1, **ages}))  # type: ignore[arg-type]
+    return Retention(settings, store, owner)
+
+
+def letters(store: Store) -> int:
+    return len(store.run(workers.list_dead_letters, write=False))
+
+
+def leave(store: Store, count: int) -> None:
+    def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        for number in range(count):
+            workers.dead_letter(session, task="t", body=str(number), error="e")
+
+    store.run(write)
+    time.sleep(0.12)
+
+
+def test_one_process_at_a_time_deletes_all_that_is_old_batch_by_batch(sqlite_store: Store, tmp_path: Path) -> None:
+    leave(sqlite_store, 7)
+    mine = retention(sqlite_store, tmp_path, dead_letters_days=OLD, batch=2, interval_s=600)
+    assert mine() == {"dead_letters": 7}
+    leave(sqlite_store, 1)
+    assert retention(sqlite_store, tmp_path, owner="b", dead_letters_days=OLD)() == {}, "it is another's turn"
+    assert mine() == {"dead_letters": 1}
+
+
+def test_a_pass_that_is_told_to_stop_or_out_of_time_leaves_the_rest_to_the_next(
+    sqlite_store: Store, tmp_path: Path
+) -> None:
+    leave(sqlite_store, 3)
+    hurried = retention(sqlite_store, tmp_path, dead_letters_days=OLD, batch=1, pass_s=1e-9)
+    assert hurried() == {}
+    stopped = retention(sqlite_store, tmp_path, dead_letters_days=OLD, batch=1)
+    stopped.stop()
+    assert stopped() == {}
+    assert letters(sqlite_store) == 3
+
+
+def test_nothing_of_record_has_an_age_unless_somebody_sets_one(sqlite_store: Store, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    label(settings, sqlite_store, pictures("real", 2), "real")
+    time.sleep(0.12)
+    short = dict.fromkeys(["embeddings_days", "shadow_days", "dead_letters_days", "curves_days", "slots_days"], OLD)
+    assert retention(sqlite_store, tmp_path, **short)() == {}
+    assert len(sqlite_store.run(lambda session: labels.list_labels(session, limit=9))) == 2
+
+
+def test_copies_go_with_the_labels(sqlite_store: Store, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    hashes = label(settings, sqlite_store, pictures("real", 3), "real")
+    time.sleep(0.12)
+    (late,) = label(settings, sqlite_store, pictures("real", 1, first=3), "real")
+    kept = LocalKept(Path(settings.resolved_datasets))
+    assert sorted(kept.held()) == sorted([*hashes, late])
+    (found,) = sqlite_store.run(lambda session: labels.list_labels(session, labels.LabelFilter(sha256=late), limit=9))
+    days = (time.time() - found.created_at.timestamp() + 0.06) / 86_400
+    assert retention(sqlite_store, tmp_path, labels_days=days, batch=2)() == {"labels": 3}
+    assert list(kept.held()) == [late]
+
+
+def test_a_worker_does_it_in_the_background_until_it_ends(sqlite_store: Store, tmp_path: Path) -> None:
+    leave(sqlite_store, 2)
+    settings = Settings(
+        data_dir=tmp_path,
+        database_url=SecretStr(sqlite_store.url),
+        broker_url=SecretStr("memory://"),
+        retention=RetentionSettings(dead_letters_days=OLD, interval_s=0.1),
+        worker=WorkerSettings(sweep_interval_s=3600),
+    )
+    host = host_of(create_app(settings))
+    host.start_sweeping()
+    try:
+        wait_until(lambda: letters(sqlite_store) == 0, 30, "the worker deletes what is old")
+    finally:
+        host.stop_taking()
+        host.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "retention"]
