@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,6 +36,7 @@ _LINGER_S = 0.01
 """How long an image that has arrived waits for others to be looked up with: a query for each would cost more."""
 STORED = np.dtype("<f4")
 """Of an embedding as the store keeps it."""
+_SomeErrand = TypeVar("_SomeErrand", bound="_Errand")
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +58,65 @@ class Item:
 class _Bytes:
     fetched: Fetched
     sha256: str
+
+
+class _Errand(ABC):
+    """A piece of work for the pool, and what went wrong with it; tells its batch when it has ended."""
+
+    __slots__ = ("_ended", "error", "item", "running")
+
+    def __init__(self, item: Item, ended: SimpleQueue[_Errand]) -> None:
+        self.item = item
+        self.error: BaseException | None = None
+        self.running = False
+        self._ended = ended
+
+    def __call__(self) -> None:
+        self.running = True
+        try:
+            self.work()
+        except BaseException as error:  # noqa: BLE001 - whatever was raised belongs to the image
+            self.error = error
+        self._ended.put(self)
+
+    @abstractmethod
+    def work(self) -> None:
+        """What the pool's thread does."""
+
+
+class _Fetch(_Errand):
+    """Gets and hashes the bytes."""
+
+    __slots__ = ("_sources", "content")
+
+    content: _Bytes
+
+    def __init__(self, item: Item, ended: SimpleQueue[_Errand], sources: Fetcher) -> None:
+        super().__init__(item, ended)
+        self._sources = sources
+
+    def work(self) -> None:
+        with _timed(self.item, "fetch"):
+            fetched = self._sources.fetch(self.item.job.uri)
+            self.content = _Bytes(fetched, hashlib.sha256(fetched.data).hexdigest())
+
+
+class _Decode(_Errand):
+    """Turns bytes into the crop."""
+
+    __slots__ = ("_limits", "content", "crop")
+
+    crop: NDArray[np.uint8]
+
+    def __init__(self, item: Item, ended: SimpleQueue[_Errand], content: _Bytes, limits: LimitSettings) -> None:
+        super().__init__(item, ended)
+        self.content = content
+        self._limits = limits
+
+    def work(self) -> None:
+        with _timed(self.item, "decode"):
+            self.crop, facts = decode(self.content.fetched.data, self._limits, sha256=self.content.sha256)
+        self.item.facts = _with_source(facts, self.content.fetched)
 
 
 class Witness(Protocol):
@@ -93,18 +156,13 @@ class Collector:
             progress()
             yield item
 
-    def fetch(self, item: Item) -> _Bytes:
-        """Gets and hashes the bytes; runs in the pool."""
-        with _timed(item, "fetch"):
-            fetched = self._sources.fetch(item.job.uri)
-            return _Bytes(fetched, hashlib.sha256(fetched.data).hexdigest())
+    def fetch(self, batch: int, item: Item, ended: SimpleQueue[_Errand]) -> _Fetch:
+        """Has the bytes of an image fetched."""
+        return self._submit(batch, _Fetch(item, ended, self._sources))
 
-    def decode(self, item: Item, content: _Bytes) -> NDArray[np.uint8]:
-        """Turns bytes into the crop; runs in the pool."""
-        with _timed(item, "decode"):
-            crop, facts = decode(content.fetched.data, self._limits, sha256=content.sha256)
-        item.facts = _with_source(facts, content.fetched)
-        return crop
+    def decode(self, batch: int, item: Item, ended: SimpleQueue[_Errand], content: _Bytes) -> _Decode:
+        """Has bytes turned into the crop."""
+        return self._submit(batch, _Decode(item, ended, content, self._limits))
 
     def reuse(self, item: Item, content: _Bytes, embedding: NDArray[np.float32]) -> None:
         """Takes over an embedding; the header is read all the same, for the facts and for limits set since."""
@@ -126,21 +184,22 @@ class Collector:
         """How many images to look up at once, where there is anything to look up."""
         return 1 if self._known is None else self._pool.size
 
-    def submit(self, batch: int, item: Item, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Queues work for one job: urgent ones first, then older batches, so that batches end one after the other.
-
-        Were batches served in turn, they would all end late together, and a live job would wait for a free slot.
-        """
-        return self._pool.submit((-item.job.priority, batch), work, item, *arguments)
-
     @property
     def window(self) -> int:
         """How many objects of one batch may be on their way, so that memory does not grow with the batch."""
         return 2 * self._pool.size
 
+    def _submit(self, batch: int, errand: _SomeErrand) -> _SomeErrand:
+        """Queues work for one job: urgent ones first, then older batches, so that batches end one after the other.
+
+        Were batches served in turn, they would all end late together, and a live job would wait for a free slot.
+        """
+        self._pool.submit((-errand.item.job.priority, batch), errand)
+        return errand
+
 
 class _Batch:
-    """The state of one call: which futures belong to which item, and what was seen twice."""
+    """The state of one call: what is under way for which item, and what was seen twice."""
 
     def __init__(
         self, collector: Collector, runtime: Runtime, progress: Callable[[], None], witness: Witness | None
@@ -150,10 +209,11 @@ class _Batch:
         self._progress = progress
         self._witness = witness
         self._number = next(collector.numbers)
-        self._fetching: dict[Future[_Bytes], Item] = {}
-        self._arrived: list[tuple[Item, _Bytes]] = []
+        self._ended: SimpleQueue[_Errand] = SimpleQueue()
+        self._fetching: set[_Fetch] = set()
+        self._arrived: list[_Fetch] = []
         self._look_up_at = 0.0
-        self._decoding: dict[Future[NDArray[np.uint8]], tuple[Item, str]] = {}
+        self._decoding: set[_Decode] = set()
         self._encoding: dict[Item, Future[NDArray[np.float32]]] = {}
         self._twins: dict[str, list[Item]] = {}
 
@@ -161,51 +221,55 @@ class _Batch:
         waiting = deque(items)
         while waiting or self._fetching or self._decoding:
             while waiting and self._held < self._collector.window:
-                item = waiting.popleft()
-                self._fetching[self._collector.submit(self._number, item, self._collector.fetch)] = item
-            pending: list[Future[Any]] = [*self._fetching, *self._decoding]
-            done, _ = wait(pending, timeout=self._patience_s(), return_when=FIRST_COMPLETED)
+                self._fetching.add(self._collector.fetch(self._number, waiting.popleft(), self._ended))
+            done = self._next_ended()
             # Waiting for one's turn behind more urgent images is not being stuck.
-            if done or not any(future.running() for future in pending):
+            if done or not any(errand.running for errand in (*self._fetching, *self._decoding)):
                 self._progress()
-            self._after_fetch([future for future in done if future in self._fetching])
-            for future in done:
-                if future in self._decoding:
-                    self._after_decode(future)
+            self._after_fetch([errand for errand in done if isinstance(errand, _Fetch)])
+            for errand in done:
+                if isinstance(errand, _Decode):
+                    self._after_decode(errand)
 
     @property
     def _held(self) -> int:
         return len(self._fetching) + len(self._arrived) + len(self._decoding)
 
-    def _patience_s(self) -> float:
-        return max(0.0, self._look_up_at - time.monotonic()) if self._arrived else _LOOK_S
+    def _next_ended(self) -> list[_Errand]:
+        """All that has ended, at least one unless the time to wait is over."""
+        patience_s = max(0.0, self._look_up_at - time.monotonic()) if self._arrived else _LOOK_S
+        done: list[_Errand] = []
+        with suppress(Empty):
+            done.append(self._ended.get(timeout=patience_s))
+            while True:
+                done.append(self._ended.get_nowait())
+        return done
 
-    def _after_fetch(self, futures: Sequence[Future[_Bytes]]) -> None:
+    def _after_fetch(self, errands: Sequence[_Fetch]) -> None:
         """Looks up what has arrived, once it is a group, or has waited enough, or nothing more is to come."""
-        for future in futures:
-            item = self._fetching.pop(future)
-            if (error := future.exception()) is not None:
-                item.error = error
+        for errand in errands:
+            self._fetching.remove(errand)
+            item = errand.item
+            if errand.error is not None:
+                item.error = errand.error
                 continue
-            content = future.result()
-            fetched = content.fetched
+            content, fetched = errand.content, errand.content.fetched
             item.facts = ImageFacts(
                 content.sha256, len(fetched.data), etag=fetched.etag, version_id=fetched.version_id
             )
             if not self._arrived:
                 self._look_up_at = time.monotonic() + _LINGER_S
-            self._arrived.append((item, content))
+            self._arrived.append(errand)
         enough = len(self._arrived) >= self._collector.group or not self._fetching
         if self._arrived and (enough or time.monotonic() >= self._look_up_at):
             self._look_up()
 
     def _look_up(self) -> None:
         arrived, self._arrived = self._arrived, []
-        known = self._collector.known(
-            self._runtime.encoder_sha256, sorted({content.sha256 for _, content in arrived})
-        )
-        for item, content in arrived:
-            self._reuse_or_decode(item, content, known)
+        hashes = sorted({errand.content.sha256 for errand in arrived})
+        known = self._collector.known(self._runtime.encoder_sha256, hashes)
+        for errand in arrived:
+            self._reuse_or_decode(errand.item, errand.content, known)
 
     def _reuse_or_decode(self, item: Item, content: _Bytes, known: Mapping[str, bytes]) -> None:
         if (stored := known.get(content.sha256)) is not None and len(stored) == EMBEDDING_DIM * STORED.itemsize:
@@ -216,16 +280,16 @@ class _Batch:
             self._twins[content.sha256].append(item)
         else:
             self._twins[content.sha256] = [item]
-            future = self._collector.submit(self._number, item, self._collector.decode, content)
-            self._decoding[future] = (item, content.sha256)
+            self._decoding.add(self._collector.decode(self._number, item, self._ended, content))
 
-    def _after_decode(self, future: Future[NDArray[np.uint8]]) -> None:
-        item, sha256 = self._decoding.pop(future)
-        if (error := future.exception()) is not None:
+    def _after_decode(self, errand: _Decode) -> None:
+        self._decoding.remove(errand)
+        item, sha256 = errand.item, errand.content.sha256
+        if errand.error is not None:
             for twin in self._twins[sha256]:
-                twin.error = error
+                twin.error = errand.error
             return
-        crop = future.result()
+        crop = errand.crop
         if self._witness is not None:
             self._witness.saw_crop(sha256, crop)
         item.timings_ms["encode"] = -time.perf_counter()
@@ -256,6 +320,9 @@ class _Batch:
             item.error, item.encoding = error, True
             return
         embedding = encoded.result()
+        if item is not first and first.embedding is embedding:
+            item.embedding, item.facts = embedding, _as_twin(item, first)
+            return
         if not np.isfinite(embedding).all():
             item.error = ImageRejectedError(RejectReason.INTERNAL, "the encoder gave numbers that are not finite")
             return
@@ -264,8 +331,8 @@ class _Batch:
             item.timings_ms["encode"] += time.perf_counter()
             item.timings_ms["encode"] *= 1000
             item.fresh = embedding.astype(STORED).tobytes()
-        elif item.facts is not None and first.facts is not None:
-            item.facts = replace(first.facts, etag=item.facts.etag, version_id=item.facts.version_id)
+        else:
+            item.facts = _as_twin(item, first)
 
 
 class _timed:  # noqa: N801 - reads as a verb where it is used
@@ -283,3 +350,11 @@ class _timed:  # noqa: N801 - reads as a verb where it is used
 
 def _with_source(facts: ImageFacts, fetched: Fetched) -> ImageFacts:
     return replace(facts, etag=fetched.etag, version_id=fetched.version_id)
+
+
+def _as_twin(item: Item, first: Item) -> ImageFacts | None:
+    """The facts of an image whose bytes are another's: the same but for the source's own version."""
+    own, facts = item.facts, first.facts
+    if own is None or facts is None or (own.etag, own.version_id) == (facts.etag, facts.version_id):
+        return facts
+    return replace(facts, etag=own.etag, version_id=own.version_id)

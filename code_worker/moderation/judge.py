@@ -12,7 +12,7 @@ from code_worker.moderation.collect import Collector, Item, Witness
 from code_worker.moderation.faults import JobFault
 from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.scoring import score_items
-from code_worker.moderation.verdicts import judged_verdict, rejected_verdict
+from code_worker.moderation.verdicts import judged_by, judged_verdict, rejected_verdict
 from code_worker.types import Job, RejectReason, Verdict
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ class Judge:
         return result
 
     def _head_for(self, item: Item, policy: Policy, runtime: Runtime, result: Judged) -> str | None:
-        names = tuple(sorted(runtime.heads))
         try:
             chosen = wanted_head(item.job, policy, runtime, self._select_head)
         except Exception as error:
@@ -109,7 +108,8 @@ class Judge:
             return None
         if chosen in runtime.heads:
             return chosen
-        detail = f"unknown head {chosen!r}; release {runtime.release} has {', '.join(names) or 'none'}"
+        names = ", ".join(sorted(runtime.heads)) or "none"
+        detail = f"unknown head {chosen!r}; release {runtime.release} has {names}"
         result.verdicts.append(rejected_verdict(item, RejectReason.MODEL_UNAVAILABLE, detail, runtime))
         return None
 
@@ -118,11 +118,12 @@ class Judge:
         for item, policy, head in ready:
             by_head.setdefault(head, []).append((item, policy))
         for head, members in by_head.items():
+            provenance = {policy: judged_by(head, policy, runtime) for policy in {policy for _, policy in members}}
             scores = score_items(runtime.heads[head], head, [item for item, _ in members])
             broken = all(isinstance(score, str) for score in scores)
             for (item, policy), score in zip(members, scores, strict=True):
                 if not isinstance(score, str):
-                    result.verdicts.append(judged_verdict(item, score, head, policy, runtime))
+                    result.verdicts.append(judged_verdict(item, score, policy, provenance[policy]))
                 elif broken:
                     # A head that fails on every image is at fault itself: the jobs wait for one that works.
                     result.faults.append(JobFault(item.job, RejectReason.MODEL_UNAVAILABLE, score))

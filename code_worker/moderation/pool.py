@@ -6,13 +6,14 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import ParamSpec, Self, TypeVar
+from typing import Self
+
+from code_worker.logs import get_logger
 
 __all__ = ["PriorityPool"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
+log = get_logger(__name__)
+
 _LAST = (float("inf"),)
 
 
@@ -25,7 +26,7 @@ class PriorityPool:
     def __init__(self, threads: int, name: str = "fetch") -> None:
         if threads < 1:
             raise ValueError(f"a pool needs at least one thread, not {threads}")
-        self._queue: queue.PriorityQueue[tuple[tuple[float, ...], int, Callable[[], None] | None]] = (
+        self._queue: queue.PriorityQueue[tuple[tuple[float, ...], int, Callable[[], object] | None]] = (
             queue.PriorityQueue()
         )
         self._order = itertools.count()
@@ -41,28 +42,17 @@ class PriorityPool:
         """Number of threads."""
         return len(self._threads)
 
-    def submit(self, rank: tuple[float, ...], work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Queues `work`; lower ranks, compared as tuples are, run first.
+    def submit(self, rank: tuple[float, ...], work: Callable[[], object]) -> None:
+        """Queues `work`; lower ranks, compared as tuples are, run first. What it raises is logged and goes to nobody.
+
+        There is no future: making, filling and watching one costs more than fetching a small image from memory.
 
         Raises:
             RuntimeError: the pool was closed.
         """
         if self._closed:
             raise RuntimeError("the pool is closed")
-        future: Future[R] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = work(*args, **kwargs)
-            except BaseException as error:  # noqa: BLE001 - a future carries whatever was raised to its owner
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        self._queue.put((rank, next(self._order), run))
-        return future
+        self._queue.put((rank, next(self._order), work))
 
     def close(self) -> None:
         """Runs what is queued, then ends the threads."""
@@ -73,8 +63,12 @@ class PriorityPool:
             thread.join()
 
     def _work(self) -> None:
-        while (run := self._queue.get()[2]) is not None:
-            run()
+        while (work := self._queue.get()[2]) is not None:
+            try:
+                work()
+            except Exception:
+                # A thread less would only make the worker slower, without a word.
+                log.exception("pool_work_failed")
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ from code_worker.logs import get_logger
 from code_worker.moderation.collect import STORED, Collector, Item
 from code_worker.moderation.judge import wanted_head
 from code_worker.moderation.scoring import score_items
-from code_worker.moderation.verdicts import judged_verdict
+from code_worker.moderation.verdicts import judged_by, judged_verdict
 from code_worker.types import EMBEDDING_DIM, Job, Label, RejectReason, Verdict
 
 if TYPE_CHECKING:
@@ -218,7 +218,8 @@ class Rescorer:
             if isinstance(score, str):
                 result.left[HEAD_FAILED] += 1
                 continue
-            new = judged_verdict(item, score, head, plan.policy, self._runtime)
+            by = judged_by(head, plan.policy, self._runtime)
+            new = judged_verdict(item, score, plan.policy, by)
             result.pairs.append((plan.old, replace(new, supersedes=plan.old.id)))
 
 

@@ -12,10 +12,24 @@ if TYPE_CHECKING:
     from code_worker.moderation.policy import Policy
     from code_worker.moderation.runtime import Runtime
 
-__all__ = ["judged_verdict", "rejected_job", "rejected_verdict"]
+__all__ = ["judged_by", "judged_verdict", "rejected_job", "rejected_verdict"]
 
 
-def judged_verdict(item: Item, score: float, head: str, policy: Policy, runtime: Runtime) -> Verdict:
+def judged_by(head: str, policy: Policy, runtime: Runtime) -> Provenance:
+    """What the verdicts of a head under a policy have in common."""
+    return Provenance(
+        release=runtime.release,
+        manifest_sha256=runtime.manifest_sha256,
+        head=head,
+        head_sha256=runtime.head_sha256.get(head),
+        policy=policy.id,
+        low=policy.low,
+        high=policy.high,
+        code_version=_code_version(runtime),
+    )
+
+
+def judged_verdict(item: Item, score: float, policy: Policy, provenance: Provenance) -> Verdict:
     """The verdict of a scored image under the policy in force."""
     return Verdict(
         job_id=item.job.id,
@@ -24,16 +38,7 @@ def judged_verdict(item: Item, score: float, head: str, policy: Policy, runtime:
         label=policy.label(score),
         score=score,
         facts=item.facts,
-        provenance=Provenance(
-            release=runtime.release,
-            manifest_sha256=runtime.manifest_sha256,
-            head=head,
-            head_sha256=runtime.head_sha256.get(head),
-            policy=policy.id,
-            low=policy.low,
-            high=policy.high,
-            code_version=_code_version(runtime),
-        ),
+        provenance=provenance,
         tenant=item.job.tenant,
         content_type=item.job.content_type,
         metadata=item.job.metadata,

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -233,7 +234,7 @@ def test_waiting_for_ones_turn_counts_as_a_sign_of_life(
     monkeypatch.setattr(collect, "_LOOK_S", 0.02)
     release, signs = threading.Event(), []
     for _ in range(pool.size):
-        pool.submit((-9,), release.wait, 30)
+        pool.submit((-9,), partial(release.wait, 30))
     judge = Judge(sources=DictSources({"a": png(1)}), pool=pool, limits=LimitSettings())
     waiting = threading.Thread(
         target=judge.judge, args=([Job("a", "a")], runtime(), PolicyBook(), lambda: signs.append(1))
