@@ -257,6 +257,9 @@ class _Batch:
             item.facts = ImageFacts(
                 content.sha256, len(fetched.data), etag=fetched.etag, version_id=fetched.version_id
             )
+            if content.sha256 in self._twins:
+                self._twins[content.sha256].append(item)
+                continue
             if not self._arrived:
                 self._look_up_at = time.monotonic() + _LINGER_S
             self._arrived.append(errand)
@@ -272,14 +275,15 @@ class _Batch:
             self._reuse_or_decode(errand.item, errand.content, known)
 
     def _reuse_or_decode(self, item: Item, content: _Bytes, known: Mapping[str, bytes]) -> None:
+        if content.sha256 in self._twins:
+            self._twins[content.sha256].append(item)
+            return
+        self._twins[content.sha256] = [item]
         if (stored := known.get(content.sha256)) is not None and len(stored) == EMBEDDING_DIM * STORED.itemsize:
             self._collector.reuse(item, content, np.frombuffer(stored, dtype=STORED).astype(np.float32))
             if self._witness is not None and item.error is None:
                 self._witness.saw_bytes(content.sha256, content.fetched.data)
-        elif content.sha256 in self._twins:
-            self._twins[content.sha256].append(item)
         else:
-            self._twins[content.sha256] = [item]
             self._decoding.add(self._collector.decode(self._number, item, self._ended, content))
 
     def _after_decode(self, errand: _Decode) -> None:
@@ -292,10 +296,11 @@ class _Batch:
         crop = errand.crop
         if self._witness is not None:
             self._witness.saw_crop(sha256, crop)
-        item.timings_ms["encode"] = -time.perf_counter()
+        item.timings_ms["encode"] = time.perf_counter()
         try:
             self._encoding[item] = self._runtime.embedder.submit(crop, item.job.priority, self._number)
         except TransientError as unavailable:
+            del item.timings_ms["encode"]
             for twin in self._twins[sha256]:
                 twin.error, twin.encoding = unavailable, True
 
@@ -309,30 +314,27 @@ class _Batch:
         if item.error is not None or item.embedding is not None:
             return
         first = self._twins[item.facts.sha256][0] if item.facts else item
-        if first.error is not None:
+        if first is not item:
+            self._take_embedding(first)
             item.error, item.encoding = first.error, first.encoding
+            item.embedding, item.facts = first.embedding, _as_twin(item, first)
+            item.timings_ms["reused"] = 1.0
             return
-        encoded = self._encoding[first]
+        encoded = self._encoding[item]
         while not encoded.done() and wait([encoded], timeout=_LOOK_S).not_done:
             if not encoded.running():
                 self._progress()
+        began = item.timings_ms.pop("encode")
         if (error := encoded.exception()) is not None:
             item.error, item.encoding = error, True
             return
         embedding = encoded.result()
-        if item is not first and first.embedding is embedding:
-            item.embedding, item.facts = embedding, _as_twin(item, first)
-            return
         if not np.isfinite(embedding).all():
             item.error = ImageRejectedError(RejectReason.INTERNAL, "the encoder gave numbers that are not finite")
             return
         item.embedding = embedding
-        if item is first:
-            item.timings_ms["encode"] += time.perf_counter()
-            item.timings_ms["encode"] *= 1000
-            item.fresh = embedding.astype(STORED).tobytes()
-        else:
-            item.facts = _as_twin(item, first)
+        item.timings_ms["encode"] = (time.perf_counter() - began) * 1000
+        item.fresh = embedding.astype(STORED).tobytes()
 
 
 class _timed:  # noqa: N801 - reads as a verb where it is used
