@@ -85,7 +85,7 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
         )
         .returning(*_JOB_COLUMNS)
     )
-    claimed = {row["id"]: Job(**row) for row in session.execute(statement).mappings()}
+    claimed = {row.id: Job(**row._asdict()) for row in session.execute(statement)}
     return [claimed[job_id] for job_id in wanted if job_id in claimed]
 
 
@@ -108,7 +108,7 @@ def exhausted(session: Session, *, max_attempts: int, limit: int) -> list[Job]:
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    return [Job(**row) for row in rows.mappings()]
+    return [Job(**row._asdict()) for row in rows]
 
 
 def renew(session: Session, *, owner: str, lease_s: float, ids: Sequence[str] | None = None) -> int:

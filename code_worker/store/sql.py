@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import JSON, ColumnElement, Table, Uuid, cast, func, literal, literal_column, select
+from sqlalchemy import JSON, ColumnElement, Table, Uuid, bindparam, cast, func, literal, literal_column, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
@@ -112,19 +113,33 @@ def _insert_as_json(
     constants: Mapping[str, Any],
     fresh: str | None,
 ) -> set[str]:
+    names, unique = tuple(values[0]), tuple(same)
+    statement = _json_insert_with(row, names, unique, constants) if constants else _json_insert(row, names, unique)
+    listed = {"rows": json.dumps(values, allow_nan=False, default=_as_text)}
+    if fresh is None:
+        session.execute(statement, listed)
+        return set()
+    return set(session.scalars(statement.returning(table_of(row).c[fresh]), listed))
+
+
+@cache
+def _json_insert(row: type[Base], names: tuple[str, ...], same: tuple[str, ...]) -> postgresql.Insert:
+    """Building the statement for 30 columns takes as long as sending it."""
+    return _json_insert_with(row, names, same, {})
+
+
+def _json_insert_with(
+    row: type[Base], names: tuple[str, ...], same: tuple[str, ...], constants: Mapping[str, Any]
+) -> postgresql.Insert:
     # One parameter instead of 30 per row: measured at 2.5 times the rate of `executemany` in pipeline mode.
-    table, names = table_of(row), list(values[0])
-    listed = cast(literal(json.dumps(values, allow_nan=False, default=_as_text), postgresql.VARCHAR()), JSON)
+    table = table_of(row)
+    listed = cast(bindparam("rows", type_=postgresql.VARCHAR()), JSON)
     records = func.json_populate_recordset(literal_column(f"NULL::{table.name}"), listed).table_valued(
         *(table.c[name] for name in names), name="fresh_rows"
     )
     source = select(*(records.c[name] for name in names), *constants.values())
     statement = postgresql.insert(table).from_select([*names, *constants], source)
-    statement = statement.on_conflict_do_nothing(index_elements=same)
-    if fresh is None:
-        session.execute(statement)
-        return set()
-    return set(session.scalars(statement.returning(table.c[fresh])))
+    return statement.on_conflict_do_nothing(index_elements=same)
 
 
 def _as_text(value: object) -> str:

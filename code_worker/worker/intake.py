@@ -34,23 +34,25 @@ def handle_message(node: Node, message: object, message_id: str) -> bool:
         return True
     if items:
         job_ids = [*job_ids, *node.ledger.outlast(lambda: _accept(node.store, items, message_id))]
-    attempts = node.store.run(lambda session: jobs.attempts_of(session, job_ids), write=False)
-    if decided := len(job_ids) - len(attempts):
+    if job_ids and node.stopping:
+        return False
+    # Nearly always all are fresh, and asking for their attempts first would be a transaction more for each message.
+    taken = node.moderate(job_ids, below=1)
+    if not (rest := [job_id for job_id in job_ids if job_id not in taken]):
+        return True
+    attempts = node.store.look(lambda session: jobs.attempts_of(session, rest))
+    if decided := len(rest) - len(attempts):
         log.info("duplicate_skipped", jobs=decided)
-    return all(
-        _unless_stopping(node, group, below, alone) for group, below, alone in _groups(node, job_ids, attempts)
-    )
+    return all(_unless_stopping(node, group, below, alone) for group, below, alone in _suspects(node, attempts))
 
 
-def _groups(node: Node, job_ids: Sequence[str], attempts: Mapping[str, int]) -> Iterator[tuple[list[str], int, bool]]:
+def _suspects(node: Node, attempts: Mapping[str, int]) -> Iterator[tuple[list[str], int, bool]]:
     """What to judge together: ids, the number of attempts they must be below, and whether with nothing beside them.
 
     A job that was under way when a worker died may have killed it: such jobs go in small groups, and each by itself
     in its last attempt, so that a file that ends processes is found out and its neighbours are not.
     """
     limit = node.settings.worker.max_attempts
-    if fresh := [job for job in job_ids if attempts.get(job) == 0]:
-        yield fresh, 1, False
     for group in chunks((job for job, tried in attempts.items() if 0 < tried < limit - 1), SUSPECTS_PER_MESSAGE):
         yield group, limit - 1, False
     for job in (job for job, tried in attempts.items() if tried and tried >= limit - 1):

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -102,8 +103,10 @@ class Node:
             repeater.start()
         self.shadow.start()
 
-    def moderate(self, job_ids: Sequence[str], *, below: int, alone: bool = False) -> None:
+    def moderate(self, job_ids: Sequence[str], *, below: int, alone: bool = False) -> AbstractSet[str]:
         """Claims, judges and records a batch; returns when it is in the ledger or nothing was left to do.
+
+        Returns which jobs it had to do with: those claimed, or all of them while there is no release to judge by.
 
         Jobs with `below` attempts or more are passed over: since they were looked at, another worker died over them.
         """
@@ -112,14 +115,14 @@ class Node:
             runtime = stack.enter_context(self.runtimes.use())
             if runtime is None:
                 self.store.run(lambda session: jobs.mark_published(session, job_ids, wait_s=_NO_RELEASE_WAIT_S))
-                return
+                return frozenset(job_ids)
             claimed = self.ledger.claim(job_ids, below=below)
             if passed_over := len(job_ids) - len(claimed):
                 log.info("duplicate_skipped", jobs=passed_over)
             log.debug("jobs_claimed", jobs=[job.id for job in claimed])
             failpoint("after_claim")
             if not claimed:
-                return
+                return frozenset()
             progress = stack.enter_context(self.in_flight.batch([job.id for job in claimed]))
             # What may have killed a worker is shown to nobody else.
             sight = None if alone else stack.enter_context(self.shadow.watch(runtime))
@@ -135,6 +138,7 @@ class Node:
         log.info(
             "batch_done", jobs=len(claimed), verdicts=len(judged.verdicts), faults=len(judged.faults), alone=alone
         )
+        return {job.id for job in claimed}
 
     def _give_back(self, claimed: Sequence[Job]) -> None:
         try:
@@ -183,7 +187,7 @@ class Node:
 
     def _known(self, encoder_sha256: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
         try:
-            return self.store.run(lambda session: embeddings.known(session, encoder_sha256, hashes), write=False)
+            return self.store.look(lambda session: embeddings.known(session, encoder_sha256, hashes))
         except StoreUnavailableError as error:
             log.warning("embeddings_not_looked_up", error=str(error))
             return {}

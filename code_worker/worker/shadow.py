@@ -172,7 +172,7 @@ class Shadow:
     def _known(self, encoder_sha256: str, hashes: Sequence[str]) -> Embeddings:
         if not self._settings.worker.store_embeddings:
             return {}
-        stored = self._store.run(lambda session: embeddings.known(session, encoder_sha256, hashes), write=False)
+        stored = self._store.look(lambda session: embeddings.known(session, encoder_sha256, hashes))
         return {sha256: np.frombuffer(vector, STORED).astype(np.float32) for sha256, vector in stored.items()}
 
     def _encode(self, images: Mapping[str, NDArray[Any] | bytes], challenger: Runtime) -> Embeddings:
