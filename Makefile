@@ -69,7 +69,7 @@ settings: $(INSTALLED) ## Write docs/settings.md from the settings
 
 lock: ## Resolve the dependencies anew (UPGRADE=--upgrade takes the newest); needs uv
 	$(COMPILE) $(UPGRADE) --all-extras --output-file requirements/lock.txt pyproject.toml
-	$(COMPILE) --extra worker --extra training --constraint requirements/lock.txt --output-file requirements/worker.txt pyproject.toml
+	$(COMPILE) --extra worker --extra training --extra openvino --constraint requirements/lock.txt --output-file requirements/worker.txt pyproject.toml
 	$(COMPILE) --constraint requirements/lock.txt --output-file requirements/build.txt requirements/build.in
 	$(COMPILE) --no-deps --output-file requirements/celery-5.6.txt requirements/celery-5.6.in
 

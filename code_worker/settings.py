@@ -262,6 +262,9 @@ class Settings(BaseSettings):
         None, description="Head used when neither job, plugin nor policy names one; unset: the release's own default."
     )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
+    engine: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="What runs the encoder; auto: OpenVINO on a CPU where it is installed, else torch."
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Encoder arithmetic; fp32 on CPU.")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: console on a terminal, else JSON."

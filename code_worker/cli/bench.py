@@ -153,6 +153,7 @@ def _facts(found: Capacity, settings: Settings, per_day: int | None) -> dict[str
 
     facts: dict[str, Any] = {
         "device": settings.device,
+        "engine": found.engine,
         "precision": settings.precision,
         "region_decoding": region_decoder()[1],
         "decode_one_thread_per_s": _rate(found.decode_one),
@@ -175,7 +176,7 @@ def _rate(rate: Rate) -> dict[str, float]:
 
 def _for_people(facts: Mapping[str, Any]) -> dict[str, Any]:
     rates = {name: value for name, value in facts.items() if isinstance(value, dict)}
-    plain = ("release", "images", "source", "device", "precision", "region_decoding")
+    plain = ("release", "images", "source", "device", "engine", "precision", "region_decoding")
     shown = {name.replace("_", " "): facts[name] for name in plain}
     for name, value in rates.items():
         text = f"{value['median']} images/s ({value['lowest']} to {value['highest']})"

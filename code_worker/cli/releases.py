@@ -206,9 +206,12 @@ def challenge(release: str | None, *, withdraw: bool, reason: str) -> None:
 @click.argument("release", required=False)
 @click.option("--device", help="Device to test; unset: that of the settings.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Arithmetic; unset: as above.")
+@click.option("--engine", type=click.Choice(["auto", "torch", "openvino"]), help="Encoder's engine; unset: as above.")
 @click.option("--images", default=256, show_default=True, type=click.IntRange(1), help="Crops to compare.")
 @json_option
-def verify(release: str | None, *, device: str | None, precision: str | None, images: int, as_json: bool) -> None:
+def verify(
+    release: str | None, *, device: str | None, precision: str | None, engine: str | None, images: int, as_json: bool
+) -> None:
     """Check RELEASE (the champion, if none is named): hashes, then its answers on this device.
 
     The encoder runs over seeded crops here and in float32 on the CPU; exit status 1 when a file differs from the
@@ -227,6 +230,7 @@ def verify(release: str | None, *, device: str | None, precision: str | None, im
             loaded,
             device=device or settings.device,
             precision=precision or settings.precision,
+            engine=engine or settings.engine,
             compile_kernels=settings.worker.compile is not False,
             images=images,
             on_images=advance,

@@ -14,7 +14,7 @@ from code_worker.encoder.weights import EncoderWeights
 from code_worker.errors import ConfigurationError
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 
-__all__ = ["CROP_SHAPE", "CUDA_BATCH", "Engine", "resolve_device"]
+__all__ = ["CROP_SHAPE", "CUDA_BATCH", "Engine", "check_crops", "resolve_device"]
 
 # On an H100 some milliseconds of work: enough to hide launches and copies, too little to make a batch wait.
 CUDA_BATCH = 256
@@ -32,7 +32,10 @@ class Engine:
     Attributes:
         device: `cpu`, `cuda` or `cuda:N`.
         precision: `fp32`, `bf16` or `fp16`.
+        name: `torch`.
     """
+
+    name = "torch"
 
     def __init__(
         self,
@@ -84,8 +87,7 @@ class Engine:
         Raises:
             ValueError: another shape or type.
         """
-        if crops.dtype != np.uint8 or crops.shape[1:] != CROP_SHAPE:
-            raise ValueError(f"crops must be (n, 224, 224, 3) uint8, not {crops.shape} {crops.dtype}")
+        check_crops(crops)
         if not len(crops):
             return np.empty((0, EMBEDDING_DIM), np.float32)
         if self._lanes is not None:
@@ -110,6 +112,16 @@ class Engine:
         if self._lanes is not None and self._compile_kernels:
             self._lanes.prepare()
         self.embed(np.zeros((crops, *CROP_SHAPE), np.uint8))
+
+
+def check_crops(crops: NDArray[np.uint8]) -> None:
+    """Refuses whatever is not `(n, 224, 224, 3) uint8`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if crops.dtype != np.uint8 or crops.shape[1:] != CROP_SHAPE:
+        raise ValueError(f"crops must be (n, 224, 224, 3) uint8, not {crops.shape} {crops.dtype}")
 
 
 def resolve_device(device: str) -> str:

@@ -45,9 +45,9 @@ class CropEncoder(nn.Module):
         vit: Any = build_vit(config)
         vit.load_state_dict(state)
         self._dtype = dtype
-        self._side = config.image_size // config.patch_size
-        self._patch_size = config.patch_size
-        self._margin = (IMAGE_SIZE - config.image_size) // 2
+        self.side = config.image_size // config.patch_size
+        self.patch_size = config.patch_size
+        self.margin = (IMAGE_SIZE - config.image_size) // 2
         self._missing = EMBEDDING_DIM - config.width
         self.fold = fold
         self.blocks: nn.Sequential = vit.blocks.to(dtype)
@@ -91,7 +91,7 @@ class CropEncoder(nn.Module):
 
     def _patches(self, crops: Tensor) -> Tensor:
         """`(n, patches, patch_size² · 3) float32`, a patch's values in row, column, channel order."""
-        side, size, margin = self._side, self._patch_size, self._margin
+        side, size, margin = self.side, self.patch_size, self.margin
         if margin:
             crops = crops[:, margin:-margin, margin:-margin]
         grid = crops.reshape(-1, side, size, side, size, 3).transpose(2, 3)

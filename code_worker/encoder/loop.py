@@ -101,6 +101,7 @@ class EncoderLoop:
         cores = _usable_cores()
         self.streams = streams or (cores if on_cpu else CUDA_STREAMS)
         self.micro_batch = micro_batch or (8 if on_cpu else CUDA_BATCH)
+        self.engine = getattr(engine, "name", type(engine).__name__)
         self.failure: BaseException | None = None
         self._engine = engine
         self._linger_s = linger_ms / 1000

@@ -56,6 +56,7 @@ class Capacity:
         decode_all: decoding in as many threads as a worker has.
         forward: the encoder's loop on ready crops.
         end_to_end: from files to verdicts.
+        engine: what runs the encoder, `torch` or `openvino`.
         busy: share of that time in which the encoder's streams were at work, 0 to 1, by round.
     """
 
@@ -63,6 +64,7 @@ class Capacity:
     decode_all: Rate
     forward: Rate
     end_to_end: Rate
+    engine: str
     busy: tuple[float, ...]
 
     @property
@@ -121,7 +123,7 @@ class Bench:
                     busy.append(min(1.0, (self._loop.stats().busy_s - before) / took / self._loop.streams))
                 say(1)
         one, every, forward, whole = (Rate(tuple(values)) for values in rates.values())
-        return Capacity(one, every, forward, whole, tuple(busy))
+        return Capacity(one, every, forward, whole, self._loop.engine, tuple(busy))
 
     def _decode_one(self, until: float) -> int:
         return sum(1 for data in _cycle(self._data, until) if len(decode(data, self._limits)[0]))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from code_worker.errors import UnknownHeadError
+from code_worker.logs import get_logger
 from code_worker.moderation.lazy import LazyEmbedder
 from code_worker.moderation.policy import DEFAULT_POLICY, Policy
 from code_worker.moderation.runtime import Embedder, Runtime
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from code_worker.settings import Settings
 
 __all__ = ["embedding_key", "start_runtime"]
+
+log = get_logger(__name__)
 
 
 def start_runtime(
@@ -51,19 +54,21 @@ def start_runtime(
 
 def _starter(loaded: LoadedRelease, settings: Settings, streams: int | None) -> Callable[[], Embedder]:
     def start() -> Embedder:
-        from code_worker.encoder.engine import CUDA_BATCH, Engine  # noqa: PLC0415 - torch: only processes that judge pay for it
-        from code_worker.encoder.loop import CUDA_STREAMS, EncoderLoop  # noqa: PLC0415 - as above
+        from code_worker.encoder.choice import open_engine  # noqa: PLC0415 - torch: only processes that judge pay for it
+        from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
 
         worker = settings.worker
-        engine = Engine(
+        engine = open_engine(
             loaded.weights,
+            engine=settings.engine,
             device=settings.device,
             precision=settings.precision,
             compile_kernels=worker.compile is not False,
-            lanes=streams or CUDA_STREAMS,
-            largest_batch=worker.micro_batch or CUDA_BATCH,
+            streams=streams,
+            largest_batch=worker.micro_batch,
         )
         engine.warm_up()
+        log.info("encoder_ready", engine=engine.name, device=engine.device, kernels=engine.kernels)
         return EncoderLoop(engine, streams=streams, micro_batch=worker.micro_batch, linger_ms=worker.linger_ms)
 
     return start

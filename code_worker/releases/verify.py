@@ -50,6 +50,7 @@ class VerifyReport:
     Attributes:
         release: release id.
         files: how many files were compared with the manifest when it was loaded.
+        engine: what ran the encoder, `torch` or `openvino`.
         device: device the encoder ran on.
         precision: its arithmetic.
         kernels: `plain`, or how a worker's warm-up prepared them on this device.
@@ -60,6 +61,7 @@ class VerifyReport:
 
     release: str
     files: int
+    engine: str
     device: str
     precision: str
     kernels: str
@@ -80,6 +82,7 @@ class VerifyReport:
 def verify(
     loaded: LoadedRelease,
     *,
+    engine: str = "auto",
     device: str = "auto",
     precision: str = "fp32",
     compile_kernels: bool = False,
@@ -96,17 +99,19 @@ def verify(
         ConfigurationError: no images, or a device or precision that this machine lacks.
         ArtifactError: a head that does not keep its contract.
     """
-    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only who encodes pays for it
+    from code_worker.encoder.choice import open_engine  # noqa: PLC0415 - torch: only who encodes pays for it
+    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - as above
 
     if images < 1:
         raise ConfigurationError(f"{images} images: at least one is needed")
     reference = Engine(loaded.weights, device="cpu", precision="fp32", fold=False)
-    tested = Engine(
+    tested = open_engine(
         loaded.weights,
+        engine=engine,
         device=device,
         precision=precision,
         compile_kernels=compile_kernels,
-        lanes=1,
+        streams=1,
         largest_batch=_CHUNK,
     )
     tested.warm_up()
@@ -114,6 +119,7 @@ def verify(
     return VerifyReport(
         release=loaded.id,
         files=len(loaded.manifest.files),
+        engine=tested.name,
         device=str(tested.device),
         precision=tested.precision,
         kernels=tested.kernels,

@@ -131,10 +131,10 @@ def open_encoder(
 
 
 def _start(weights: EncoderWeights, settings: Settings) -> Any:
-    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: the trainer waits for a run without it
+    from code_worker.encoder.choice import open_engine  # noqa: PLC0415 - torch: the trainer waits for a run without it
     from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
 
-    engine = Engine(weights, device=settings.device, precision=settings.precision)
+    engine = open_engine(weights, engine=settings.engine, device=settings.device, precision=settings.precision)
     engine.warm_up()
     worker = settings.worker
     return EncoderLoop(engine, streams=worker.streams, micro_batch=worker.micro_batch, linger_ms=worker.linger_ms)

@@ -151,9 +151,11 @@ def decoding(_settings: Settings) -> Iterator[Check]:
 
 def device(settings: Settings) -> Iterator[Check]:
     """The encoder's device and arithmetic, tried on one black crop with random weights."""
-    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: seconds, and absent on producers
+    from code_worker.encoder.choice import open_engine  # noqa: PLC0415 - torch: seconds, and absent on producers
     from code_worker.encoder.weights import random_weights  # noqa: PLC0415 - as above
 
-    engine = Engine(random_weights(0), device=settings.device, precision=settings.precision)
+    engine = open_engine(
+        random_weights(0), engine=settings.engine, device=settings.device, precision=settings.precision
+    )
     engine.warm_up()
-    yield Check("device", Status.OK, f"{engine.device} encodes in {engine.precision}")
+    yield Check("device", Status.OK, f"{engine.device} encodes in {engine.precision}, {engine.kernels} kernels")
