@@ -39,15 +39,17 @@ class Alternating(Restless):
         return np.full(len(embeddings), self.calls % 2, np.float32)
 
 
-def test_folding_on_the_cpu_flips_no_label(loaded: LoadedRelease) -> None:
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_what_a_worker_does_on_a_cpu_flips_no_label(loaded: LoadedRelease, engine: str) -> None:
     heard: list[int] = []
-    report = verify(loaded, device="cpu", images=20, on_images=heard.append)
+    report = verify(loaded, engine=engine, device="cpu", images=20, on_images=heard.append)
     assert report.passed
     assert sum(heard) == report.images == 20
     assert 0 < report.embedding_error <= 2e-5
     assert set(report.heads) == {"linear", "knn", "svm"}
     assert all(head.flips == 0 and head.deterministic for head in report.heads.values())
-    assert report.kernels == "plain"
+    assert report.engine == engine
+    assert report.kernels.partition(" ")[0] == {"torch": "plain", "openvino": "OpenVINO"}[engine]
     assert report.files == len(loaded.manifest.files)
     assert report.to_dict()["passed"] is True
 

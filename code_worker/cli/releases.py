@@ -245,7 +245,8 @@ def verify(
 def _say_report(report: VerifyReport) -> None:
     click.echo(f"{report.release}: {report.files} files match the manifest")
     click.echo(
-        f"{report.device} {report.precision}, {report.kernels} kernels, against cpu fp32 on {report.images} crops: "
+        f"{report.engine} on {report.device} in {report.precision}, {report.kernels} kernels, against the reference "
+        f"on {report.images} crops: "
         f"embeddings differ by at most {report.embedding_error:.2g}"
     )
     rows = [

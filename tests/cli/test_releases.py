@@ -152,10 +152,10 @@ def test_a_published_directory_is_imported_with_its_heads(run: Run, parity_set: 
 
 def test_verify_passes_and_prints_the_figures(run: Run, two: list[Path]) -> None:
     run("import", two[0], "--promote")
-    result = run("verify", "--images", 8)
+    result = run("verify", "--images", 8, "--engine", "torch")
     assert result.status == 0
     assert "files match the manifest" in result.stdout
-    assert "cpu fp32, plain kernels, against cpu fp32 on 8 crops" in result.stdout
+    assert "torch on cpu in fp32, plain kernels, against the reference on 8 crops" in result.stdout
     assert "0 of 8" in result.stdout
     report = json.loads(run("verify", id_of(two[0]), "--images", 4, "--json").stdout)
     assert report["passed"] is True
