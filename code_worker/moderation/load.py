@@ -68,10 +68,23 @@ def _starter(loaded: LoadedRelease, settings: Settings, streams: int | None) -> 
             largest_batch=worker.micro_batch,
         )
         engine.warm_up()
+        if engine.device == "cpu":
+            _one_blas_thread()
         log.info("encoder_ready", engine=engine.name, device=engine.device, kernels=engine.kernels)
         return EncoderLoop(engine, streams=streams, micro_batch=worker.micro_batch, linger_ms=worker.linger_ms)
 
     return start
+
+
+def _one_blas_thread() -> None:
+    """Heads multiply beside the encoder's streams, which have a core each.
+
+    A product on several threads ends when the last of them gets its core back: measured on two busy cores, a head's
+    batch took ten times as long as on one thread.
+    """
+    from threadpoolctl import ThreadpoolController  # noqa: PLC0415 - looks through all loaded libraries
+
+    ThreadpoolController().select(internal_api="openblas").limit(limits=1)
 
 
 def _thresholds(loaded: LoadedRelease) -> Policy:

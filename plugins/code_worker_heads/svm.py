@@ -16,8 +16,10 @@ from code_worker_heads.saved import ArrayHead, Arrays, checked_embeddings, check
 __all__ = ["OneClassSvmHead"]
 
 _MAX_DEGREE: Final = 16
-_KERNEL_ENTRIES: Final = 2**17
-"""Kernel values held at once (1 MiB): the powers are taken while they are still in the cache."""
+_PRODUCT_ENTRIES: Final = 2**20
+"""Inner products held at once (8 MiB)."""
+_KERNEL_ENTRIES: Final = 2**14
+"""Of which so many (128 KiB) are raised to their power at once, while they are still in the cache."""
 _ROUNDING: Final = 1e-10
 """Far above float64's rounding of a decision, relative to the size of its terms."""
 
@@ -95,11 +97,11 @@ class OneClassSvmHead(ArrayHead):
         return decision
 
     def _decision(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        step = max(1, _KERNEL_ENTRIES // len(self._vectors))
+        step = max(1, _PRODUCT_ENTRIES // len(self._vectors))
         decision = np.empty(len(rows))
         for start in range(0, len(rows), step):
-            block = rows[start : start + step]
-            decision[start : start + step] = self._sum_kernel(block @ self._vectors.T)
+            products = rows[start : start + step] @ self._vectors.T
+            decision[start : start + step] = self._sum_kernel(products)
         gamma, constant, degree, rho = self._kernel
         reach = (abs(gamma) * self._longest * np.sqrt(np.vecdot(rows, rows)) + abs(constant)) ** degree
         near = np.abs(decision) <= _ROUNDING * (self._weight * reach + abs(rho))
@@ -109,7 +111,12 @@ class OneClassSvmHead(ArrayHead):
 
     def _sum_kernel(self, products: NDArray[np.float64]) -> NDArray[np.float64]:
         """Decision from the inner products `(n, vectors)`; overwrites them."""
-        gamma, constant, degree, rho = self._kernel
+        step = max(1, _KERNEL_ENTRIES // products.shape[1])
+        sums = [self._sum_powers(products[start : start + step]) for start in range(0, len(products), step)]
+        return np.asarray(np.concatenate(sums) - self._kernel[3], dtype=np.float64)
+
+    def _sum_powers(self, products: NDArray[np.float64]) -> NDArray[np.float64]:
+        gamma, constant, degree, _ = self._kernel
         products *= gamma
         if constant:
             products += constant
@@ -121,7 +128,7 @@ class OneClassSvmHead(ArrayHead):
             if remaining % 2:
                 power *= products
             remaining //= 2
-        return np.asarray(np.vecdot(power, self._alpha) - rho)
+        return np.asarray(np.vecdot(power, self._alpha))
 
     def score(self, embeddings: NDArray[Any]) -> NDArray[np.float32]:
         """Graded by the decision in units of ρ; at least 0.5 exactly where the decision is 0 or less."""
