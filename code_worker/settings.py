@@ -120,6 +120,18 @@ class LabelSettings(_Section):
         "left out); only what all say; or the last of the most trusted labeller (`trusted`, in its order).",
     )
     trusted: tuple[str, ...] = Field((), description="Labellers by falling trust; others come after, the last first.")
+    ignored: tuple[str, ...] = Field((), description="Labellers whose statements do not count.")
+    max_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the new images that one labeller may have in a snapshot, once several label; what is "
+        "over is left out. `trusted` ones are not cut. Unset: any.",
+    )
+    min_labellers: int = Field(1, ge=1, description="Labellers of new images without whom nothing goes live.")
+    max_duplicates: int | None = Field(
+        5, ge=1, description="New images nearly the same that one labeller may teach; unset (`null`): any number."
+    )
 
 
 class TrainingSettings(_Section):
@@ -199,6 +211,27 @@ class GateSettings(_Section):
     )
     max_label_noise: float = Field(
         0.15, ge=0, le=1, description="Share of labels of one class that their neighbours contradict."
+    )
+    golden: str | None = Field(
+        None, description="Data set of your own on which nothing may get worse; its images are never learned from."
+    )
+    golden_sha256: str | None = Field(None, description="Its hash, as `code-worker data pin` prints it.")
+    max_golden_loss: float = Field(
+        0.005, ge=0, le=1, description="Area under the ROC curve that may be lost on the golden set."
+    )
+    max_disagreement: float = Field(
+        3.0,
+        gt=0,
+        description="How much more a labeller's new labels may disagree with their neighbours than old ones.",
+    )
+    min_agreement: float | None = Field(
+        0.97,
+        ge=0,
+        le=1,
+        description="Share of old images that the champion judges rightly of which both must say the same.",
+    )
+    max_psi: float | None = Field(
+        0.2, gt=0, description="Largest population stability index of scores of old images."
     )
     bootstrap: int = Field(1000, ge=100, description="Resamples of the paired bootstrap.")
     promote: bool = Field(True, description="Promote by itself what passes; else it becomes the challenger.")

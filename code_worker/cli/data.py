@@ -108,6 +108,24 @@ def _say_counts(
 
 
 @data.command()
+@click.argument("source")
+@json_option
+def pin(source: str, *, as_json: bool) -> None:
+    """Print the hash that pins SOURCE as the golden set (CODE_WORKER_GATE__GOLDEN_SHA256).
+
+    It is of the bytes and labels of all images, wherever they lie; a set of which an image cannot be read has none.
+    """
+    from code_worker.training.golden_set import read_golden  # noqa: PLC0415 - the forms, not for --help
+
+    with progress(f"hashing {source}"):
+        golden = read_golden(source, quiet_settings())
+    if as_json:
+        click.echo(to_json({"source": source, "images": len(golden.examples), "sha256": golden.digest}))
+    else:
+        click.echo(golden.digest)
+
+
+@data.command()
 @_source
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to make; it appears whole.")
 @click.option("--shard-mb", type=click.IntRange(1), default=512, show_default=True, help="Largest shard.")

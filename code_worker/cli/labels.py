@@ -202,7 +202,8 @@ def _resolved(store: Store, rules: LabelSettings, since: datetime | None) -> Ite
     from code_worker.store.labels import resolve  # noqa: PLC0415 - as above
 
     found = store.run(
-        lambda session: resolve(session, rule=rules.rule, trusted=rules.trusted, since=since), write=False
+        lambda session: resolve(session, rule=rules.rule, trusted=rules.trusted, ignored=rules.ignored, since=since),
+        write=False,
     )
     for some in chunks(found, 1000):
         copies = store.run(lambda session, some=some: kept(session, [one.sha256 for one in some]), write=False)  # type: ignore[misc]

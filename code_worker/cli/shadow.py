@@ -78,7 +78,7 @@ def _report(session: Session, wanted: ShadowFilter, rule: LabelSettings, limit: 
     from code_worker.store import shadow as table  # noqa: PLC0415 - as above
 
     said = table.labelled(session, wanted)
-    known = labels.resolve(session, rule=rule.rule, trusted=rule.trusted) if said else []
+    known = labels.resolve(session, rule=rule.rule, trusted=rule.trusted, ignored=rule.ignored) if said else []
     right = who_was_right(said, {label.sha256: label.label for label in known})
     most = table.disagreements(session, wanted, limit=limit) if limit else []
     return summarise(wanted.release, table.tally(session, wanted), right, most)

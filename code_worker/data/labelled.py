@@ -36,7 +36,7 @@ def labelled_examples(
     from code_worker.store import labels as table  # noqa: PLC0415 - SQLAlchemy: not for who reads files only
 
     def both(session: Session) -> tuple[list[ResolvedLabel], list[Conflict]]:
-        decided = table.resolve(session, rule=rule.rule, trusted=rule.trusted)
+        decided = table.resolve(session, rule=rule.rule, trusted=rule.trusted, ignored=rule.ignored)
         return decided, table.conflicts(session)
 
     decided, disputed = store.run(both, write=False)

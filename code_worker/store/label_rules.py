@@ -43,6 +43,7 @@ class ResolvedLabel:
         contradicted: whether their latest statements differ.
         last_at: when the latest of these was said.
         first_created_at: when the first statement of all was written here.
+        by: whose statement decides.
     """
 
     sha256: str
@@ -53,6 +54,7 @@ class ResolvedLabel:
     contradicted: bool
     last_at: datetime
     first_created_at: datetime
+    by: str = ""
 
 
 class _Spoken(Protocol):
@@ -124,4 +126,5 @@ def resolve_image(statements: Sequence[Said], rule: str, trusted: Sequence[str] 
         contradicted=any(one.label != decides.label for one in last),
         last_at=last[-1].at,
         first_created_at=min(one.created_at for one in statements),
+        by=decides.by,
     )

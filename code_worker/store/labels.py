@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -295,7 +295,12 @@ def _statement(row: RowMapping) -> Statement:
 
 
 def resolve(
-    session: Session, *, rule: str, trusted: Sequence[str] = (), since: datetime | None = None
+    session: Session,
+    *,
+    rule: str,
+    trusted: Sequence[str] = (),
+    ignored: Collection[str] = (),
+    since: datetime | None = None,
 ) -> list[ResolvedLabel]:
     """One label for every image that the rule decides, by content hash; the others are absent.
 
@@ -305,6 +310,7 @@ def resolve(
         session: the unit of work.
         rule: `latest`, `majority`, `unanimous` or `trusted`, as in the settings.
         trusted: labellers by falling trust, for the rule `trusted`.
+        ignored: labellers whose statements do not count.
         since: only images of which something was written here since then; all that was said of them counts.
 
     Raises:
@@ -312,6 +318,8 @@ def resolve(
     """
     # Without the id: making UUIDs of a million of them would take a quarter of the time.
     statement = select(*_SAID[:-1]).order_by(_LABELS.c.sha256, _LABELS.c.id)
+    if ignored:
+        statement = statement.where(_LABELS.c.by.not_in(sorted(ignored)))
     if since is not None:
         statement = statement.where(
             _LABELS.c.sha256.in_(select(_LABELS.c.sha256).where(_LABELS.c.created_at >= since))

@@ -15,16 +15,27 @@ from code_worker.training.encoded import CONDITIONS, Rows, matrix
 from code_worker.training.gate import GateInputs, Opinion
 from code_worker.training.metrics import figures
 from code_worker.training.noise import Noise, label_noise, unseen
+from code_worker.training.safeguards import GoldenOpinions
 from code_worker.training.snapshot import UNNAMED
+from code_worker.training.trust import Suspicion, suspicions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from code_worker.heads import Head
     from code_worker.releases.manifest import Thresholds
+    from code_worker.training.golden_set import GoldenSet
     from code_worker.training.snapshot import Member, Snapshot
 
-__all__ = ["Side", "gate_inputs", "labels_of", "measured", "missed_generators", "unseen_generators"]
+__all__ = [
+    "Side",
+    "gate_inputs",
+    "golden_opinions",
+    "labels_of",
+    "measured",
+    "missed_generators",
+    "unseen_generators",
+]
 
 _FOUND: Final = 0.75
 _FEWEST: Final = 10
@@ -73,7 +84,15 @@ def labels_of(members: Sequence[Member]) -> NDArray[np.int8]:
     return np.array([member.label for member in members], dtype=np.int8)
 
 
-def gate_inputs(snapshot: Snapshot, candidate: Side, champion: Side | None, *, min_holdout: int) -> GateInputs:
+def gate_inputs(
+    snapshot: Snapshot,
+    candidate: Side,
+    champion: Side | None,
+    *,
+    min_holdout: int,
+    min_labellers: int = 1,
+    golden: GoldenOpinions | None = None,
+) -> GateInputs:
     """The hold-out as both see it, without what one of them could not read or decode under every condition.
 
     Raises:
@@ -99,7 +118,57 @@ def gate_inputs(snapshot: Snapshot, candidate: Side, champion: Side | None, *, m
         noise=noise,
         unseen=unchecked,
         min_holdout=min_holdout,
+        labellers=tuple(sorted({member.by for member in snapshot.members if member.new})),
+        min_labellers=min_labellers,
+        suspicions=_suspicions(snapshot, candidate, champion, frozenset(unchecked)),
+        golden=golden,
     )
+
+
+def golden_opinions(golden: GoldenSet, candidate: Side, champion: Side | None) -> GoldenOpinions:
+    """What both say of the golden set; its images are rows of the sides' first condition.
+
+    Raises:
+        TrainingError: an image that a release cannot judge.
+        ArtifactError: a head does not keep its contract.
+    """
+    clean = CONDITIONS[0].key
+    opinions = []
+    for side in (candidate, champion):
+        if side is None:
+            opinions.append(None)
+            continue
+        if lost := [one.key for one in golden.examples if (one.sha256 or "") not in side.clean]:
+            raise TrainingError(f"{len(lost)} images of the golden set cannot be decoded, {lost[0]} for one")
+        rows = np.stack([side.clean[one.sha256 or ""] for one in golden.examples])
+        scores = {clean: {side.head: checked_scores(side.head, side.heads[side.head], rows)}}
+        opinions.append(Opinion(side.release, side.head, (side.thresholds.low, side.thresholds.high), scores))
+    labels = np.array([one.label for one in golden.examples], dtype=np.int8)
+    own, other = opinions
+    assert own is not None  # noqa: S101 - a candidate is a side
+    return GoldenOpinions(golden.digest, labels, own, other)
+
+
+def _suspicions(
+    snapshot: Snapshot, candidate: Side, champion: Side | None, unseen_names: frozenset[str]
+) -> tuple[Suspicion, ...]:
+    """By labeller, the smaller of what two encoders say; one that learned the labels speaks for the hold-out alone.
+
+    New generators that the champion's encoder does not see would make every labeller of theirs look wrong.
+    """
+    first = candidate if champion is None else champion
+    known = [one for one in snapshot.members if one.label == REAL or one.generator not in unseen_names]
+    found = _suspicions_seen_by(known, first, learned=champion is None)
+    if champion is None or champion.encoder_sha256 == candidate.encoder_sha256:
+        return found
+    own = {one.by: one for one in _suspicions_seen_by(snapshot.members, candidate, learned=True)}
+    return tuple(min((one, own.get(one.by, one)), key=lambda each: each.ratio) for one in found)
+
+
+def _suspicions_seen_by(labelled: Sequence[Member], side: Side, *, learned: bool) -> tuple[Suspicion, ...]:
+    members = [member for member in labelled if member.sha256 in side.clean]
+    honest = np.array([member.holdout or not learned for member in members], dtype=np.bool_)
+    return suspicions(members, matrix(members, side.clean), labels_of(members), honest)
 
 
 def missed_generators(members: Sequence[Member], side: Side) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -94,9 +94,22 @@ class Encoder:
             TrainingError: the dataset storage cannot be read at all, so that no image is to blame.
             TransientError: the device failed.
         """
+        return self.see_examples((example_of(member, self._kept) for member in members), condition, progress)
+
+    def see_examples(
+        self,
+        examples: Iterable[Example],
+        condition: Condition = CLEAN,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> Seen:
+        """The same for images of any data set.
+
+        Raises:
+            TrainingError, TransientError: see `see`.
+        """
         transform = condition.transform
         done = embed_examples(
-            (example_of(member, self._kept) for member in members),
+            examples,
             self._embedder,
             self._settings.limits,
             known=self._known,

@@ -12,7 +12,9 @@ from code_worker.data.examples import FAKE, REAL
 from code_worker.errors import TrainingError
 from code_worker.training.metrics import Difference, Threshold, figures, intervals, paired_difference
 from code_worker.training.noise import Noise
+from code_worker.training.safeguards import GoldenOpinions, safeguarded
 from code_worker.training.snapshot import UNNAMED
+from code_worker.training.trust import Suspicion
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,6 +60,10 @@ class GateInputs:
         noise: wrong labels, the smaller estimate of the two releases' embeddings.
         unseen: new generators whose labels nobody could check: the champion's encoder does not tell them from reals.
         min_holdout: images of each class below which nothing is decided.
+        labellers: who labelled what is new.
+        min_labellers: how many these must be.
+        suspicions: how much new labels disagree with their neighbours, by labeller.
+        golden: the golden set, if there is one.
     """
 
     labels: NDArray[np.int8]
@@ -68,6 +74,10 @@ class GateInputs:
     noise: tuple[Noise, ...] = ()
     unseen: tuple[str, ...] = ()
     min_holdout: int = 1
+    labellers: tuple[str, ...] = ()
+    min_labellers: int = 1
+    suspicions: tuple[Suspicion, ...] = ()
+    golden: GoldenOpinions | None = None
 
     def groups(self) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         """The reals, and the fakes of each generator: nobody may pay for what others gain."""
@@ -117,6 +127,7 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
        that two images weigh no more than that.
     4. Something is gained: the 95 % interval of the difference in balanced accuracy lies above 0, on all images or on
        the new ones, under any condition. Without a champion the candidate must beat chance.
+    5. It withstands the safeguards against wrong and malicious labels, see `safeguards.safeguarded`.
 
     Raises:
         TrainingError: scores that are no numbers in [0, 1], so that no report can be computed.
@@ -127,9 +138,11 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
         gains = _changes(inputs, settings, _wholes(inputs), "balanced_accuracy")
         report = _report(inputs, losses, gains)
         better = _gained(inputs, gains, settings)
+        unsafe, safeguards = safeguarded(inputs, settings)
     except ValueError as error:
         raise TrainingError(f"the report of {inputs.candidate.release} cannot be computed: {error}") from error
     problems += [f"worse on {change}" for change in losses if _lost(change, settings)]
+    problems += unsafe
     if not better and not problems:
         problems.append("nothing gained: neither overall nor on the new images is it better beyond chance")
     if problems:
@@ -137,7 +150,9 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
             f"the champion's encoder does not see {name}: only a retrain can change that" for name in inputs.unseen
         ]
     reasons = tuple(problems or [f"better on {reason}" for reason in better])
-    return GateDecision(not problems, reasons, {**report, "promote": not problems, "reasons": list(reasons)})
+    return GateDecision(
+        not problems, reasons, {**report, **safeguards, "promote": not problems, "reasons": list(reasons)}
+    )
 
 
 def _too_small(inputs: GateInputs) -> Iterator[str]:

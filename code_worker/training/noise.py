@@ -19,7 +19,7 @@ from code_worker.training.metrics import figures
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["MIN_SLICE", "Noise", "label_noise", "unseen"]
+__all__ = ["MIN_SLICE", "Noise", "label_noise", "neighbour_shares", "unseen"]
 
 MIN_SLICE: Final = 10
 """Images below which a share of wrong labels is not worth the name."""
@@ -61,7 +61,7 @@ def label_noise(
         For images that look real, and for those that look generated.
     """
     rows = np.flatnonzero(asked)
-    fakes = _fake_neighbours(embeddings, labels, rows)
+    fakes = neighbour_shares(embeddings, labels, rows)
     return (
         _among_purest(among, REAL, fakes, labels[rows]),
         _among_purest(among, FAKE, -fakes, labels[rows]),
@@ -80,7 +80,7 @@ def unseen(embeddings: NDArray[np.float32], labels: NDArray[np.int8], group: NDA
     if not (group.any() and reals.any()):
         return False
     rows = np.flatnonzero(group | reals)
-    fakes = _fake_neighbours(embeddings, labels, rows).astype(np.float32)
+    fakes = neighbour_shares(embeddings, labels, rows).astype(np.float32)
     return float(figures(labels[rows], fakes)["auroc"] or 0.0) < _TOLD_APART
 
 
@@ -92,7 +92,7 @@ def _among_purest(among: str, looks: int, unlikeness: NDArray[np.float64], label
     return Noise(among, looks, float((labels[purest] != looks).mean()), count)
 
 
-def _fake_neighbours(
+def neighbour_shares(
     embeddings: NDArray[np.float32], labels: NDArray[np.int8], rows: NDArray[np.intp]
 ) -> NDArray[np.float64]:
     """Share of fakes among the nearest neighbours of each of the rows, itself left out."""

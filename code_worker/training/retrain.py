@@ -159,7 +159,7 @@ class Learner:
             kind=kind,
             champion=champion,
             snapshot=taken.counts(),
-            missing=tuple(snapshots.shortages(taken, settings.schedule)),
+            missing=tuple(snapshots.shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)),
             heads=tuple(sorted({*known, *self._parts.plugins.heads()})),
             training=settings.training.model_dump(mode="json") if kind == "retrain" else None,
             running=None if active is None else active.id,

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.examples import FAKE, REAL
@@ -14,6 +14,7 @@ from code_worker.data.holdout import is_holdout
 from code_worker.errors import DatasetError
 from code_worker.store import kept_images, labels, runs, snapshots
 from code_worker.store.ids import uuid7
+from code_worker.training.trust import LeftOut, cap_shares
 
 if TYPE_CHECKING:
     from code_worker.settings import LabelSettings, ScheduleSettings
@@ -29,13 +30,17 @@ UNNAMED: Final = "unnamed"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One labelled image; `new` unless the last champion that learned here was taught the same of it."""
+    """One labelled image; `new` unless the last champion that learned here was taught the same of it.
+
+    `by` said what decides its label; empty in snapshots from before that was noted.
+    """
 
     sha256: str
     label: int
     generator: str | None
     collection: str | None
     new: bool
+    by: str = ""
 
     @property
     def holdout(self) -> bool:
@@ -53,6 +58,7 @@ class Snapshot:
         contradicted: members of which labellers differ, decided by the rule.
         undecided: labelled images that the rule left undecided; they are not members.
         unkept: labelled images of which no copy is kept; they are not members.
+        left_out: why (`share`, `duplicates`, `golden`) → by whom → labelled images that are not members.
         id: of the frozen snapshot, or of the one to be.
     """
 
@@ -61,6 +67,7 @@ class Snapshot:
     contradicted: int = 0
     undecided: int = 0
     unkept: int = 0
+    left_out: Mapping[str, LeftOut] = field(default_factory=dict)
     id: str = field(default_factory=uuid7)
 
     @property
@@ -87,7 +94,15 @@ class Snapshot:
             "contradicted": self.contradicted,
             "undecided": self.undecided,
             "unkept": self.unkept,
+            "labellers": dict(sorted(Counter(member.by for member in self.members if member.new).items())),
+            "left_out": {why: dict(by) for why, by in self.left_out.items()},
         }
+
+    def without(self, why: str, members: Sequence[Member], left: LeftOut) -> Snapshot:
+        """The same with these members alone; `left` says who labelled the others."""
+        if not left:
+            return self
+        return replace(self, members=tuple(members), left_out={**self.left_out, why: left})
 
 
 def _counted(members: Sequence[Member]) -> dict[str, Any]:
@@ -103,7 +118,9 @@ def _counted(members: Sequence[Member]) -> dict[str, Any]:
 
 def take(session: Session, settings: LabelSettings) -> Snapshot:
     """What is labelled now, resolved by the rule, as far as copies are kept; nothing is written."""
-    resolved = labels.resolve(session, rule=settings.rule, trusted=settings.trusted)
+    resolved = labels.resolve(
+        session, rule=settings.rule, trusted=settings.trusted, ignored=frozenset(settings.ignored)
+    )
     kept = kept_images.kept(session, (label.sha256 for label in resolved))
     before = _learned_before(session)
     members = [
@@ -113,18 +130,20 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
             generator=label.generator,
             collection=label.collection,
             new=before.get(label.sha256) != number,
+            by=label.by,
         )
         for label in resolved
         if label.sha256 in kept
     ]
     disputed = {conflict.sha256 for conflict in labels.conflicts(session)}
-    return Snapshot(
+    taken = Snapshot(
         rule=settings.rule,
         members=tuple(sorted(members, key=lambda member: member.sha256)),
         contradicted=len(disputed & {member.sha256 for member in members}),
         undecided=len(disputed - {label.sha256 for label in resolved}),
         unkept=len(resolved) - len(members),
     )
+    return taken.without("share", *cap_shares(taken.members, settings.max_share, settings.trusted))
 
 
 def _learned_before(session: Session) -> Mapping[str, int]:
@@ -162,6 +181,7 @@ def load(session: Session, snapshot_id: str) -> Snapshot:
         contradicted=counts.get("contradicted", 0),
         undecided=counts.get("undecided", 0),
         unkept=counts.get("unkept", 0),
+        left_out=counts.get("left_out", {}),
         id=snapshot_id,
     )
 
@@ -184,7 +204,7 @@ def check_classes(snapshot: Snapshot) -> None:
             )
 
 
-def shortages(snapshot: Snapshot, settings: ScheduleSettings) -> list[str]:
+def shortages(snapshot: Snapshot, settings: ScheduleSettings, *, min_labellers: int = 1) -> list[str]:
     """What is missing to the minimum numbers, one sentence each; empty when a run is due."""
     counts = snapshot.counts()
     new = {name: counts[TRAIN][name] + counts[HOLDOUT][name] for name in ("new_real", "new_fake")}
@@ -194,4 +214,6 @@ def shortages(snapshot: Snapshot, settings: ScheduleSettings) -> list[str]:
         ("real images in the hold-out", counts[HOLDOUT]["real"], settings.min_holdout),
         ("generated images in the hold-out", counts[HOLDOUT]["fake"], settings.min_holdout),
     ]
+    if counts["labellers"]:
+        wanted.append(("labellers of what is new", len(counts["labellers"]), min_labellers))
     return [f"{found} {what}, {least} are needed" for what, found, least in wanted if found < least]

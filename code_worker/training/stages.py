@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -11,12 +12,21 @@ from code_worker.logs import get_logger
 from code_worker.releases.manifest import Thresholds
 from code_worker.store import runs
 from code_worker.training import snapshot as snapshots
-from code_worker.training.comparison import Side, gate_inputs, measured, missed_generators, unseen_generators
+from code_worker.training.comparison import (
+    Side,
+    gate_inputs,
+    golden_opinions,
+    measured,
+    missed_generators,
+    unseen_generators,
+)
 from code_worker.training.encoded import CONDITIONS, Rows, check_readable, matrix, open_encoder
 from code_worker.training.gate import decide
+from code_worker.training.golden_set import GoldenSet, load_golden
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
 from code_worker.training.run_report import write_report
 from code_worker.training.train_encoder import Lacks, train_encoder
+from code_worker.training.trust import drop_floods
 
 if TYPE_CHECKING:
     from code_worker.data.examples import Skipped
@@ -61,6 +71,9 @@ class Stages:
     attempt: Attempt
     report: dict[str, Any] = field(default_factory=dict)
     _views: dict[str, _Views] = field(default_factory=dict)
+    _loaded_base: LoadedRelease | None = None
+    _golden_set: GoldenSet | None = None
+    _golden_read: bool = False
 
     def work(self) -> Ending | None:
         """Goes through all stages; None when the run ended by moving an alias.
@@ -92,10 +105,13 @@ class Stages:
         self._enter("snapshot")
         labels = self.attempt.settings.labels
         taken = self.attempt.parts.store.run(lambda session: snapshots.take(session, labels), write=False)
-        self.report["snapshot"] = taken.counts()
-        snapshots.check_classes(taken)
-        if not self.attempt.run.config.get("force") and (why := self._why_wait(taken)):
-            return Ending("skipped", why)
+        # Embeddings are asked for only where a run may be due.
+        for sift in (None, self._without_golden, self._without_floods):
+            taken = taken if sift is None else sift(taken)
+            self.report["snapshot"] = taken.counts()
+            snapshots.check_classes(taken)
+            if not self.attempt.run.config.get("force") and (why := self._why_wait(taken)):
+                return Ending("skipped", why)
 
         def freeze(session: Session) -> None:
             snapshots.freeze(session, taken)
@@ -104,8 +120,34 @@ class Stages:
         self.attempt.held.write(freeze)
         return taken
 
+    def _without_golden(self, taken: Snapshot) -> Snapshot:
+        """What the golden set holds is not learned from, whoever labelled it."""
+        golden = self._golden()
+        if golden is None:
+            return taken
+        held = [member for member in taken.members if member.sha256 in golden.hashes]
+        stay = [member for member in taken.members if member.sha256 not in golden.hashes]
+        return taken.without("golden", stay, Counter(member.by for member in held))
+
+    def _without_floods(self, taken: Snapshot) -> Snapshot:
+        """Nearly the same image over and over counts a few times; told by the champion's encoder, if there is one."""
+        most, base = self.attempt.settings.labels.max_duplicates, self._base()
+        if most is None or base is None:
+            return taken
+        rows = self._see(base.weights, base.encoder_sha256, taken).clean
+        seen = [member for member in taken.members if member.sha256 in rows]
+        unseen = [member for member in taken.members if member.sha256 not in rows]
+        stay, left = drop_floods(seen, matrix(seen, rows), most)
+        return taken.without("duplicates", sorted([*stay, *unseen], key=lambda one: one.sha256), left)
+
+    def _golden(self) -> GoldenSet | None:
+        if not self._golden_read:
+            self._golden_set, self._golden_read = load_golden(self.attempt.settings), True
+        return self._golden_set
+
     def _why_wait(self, taken: Snapshot) -> list[str]:
-        why = snapshots.shortages(taken, self.attempt.settings.schedule)
+        settings = self.attempt.settings
+        why = snapshots.shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)
         before = self.attempt.parts.store.run(
             lambda session: runs.concluded(session, kind=self.attempt.run.kind, digest=taken.digest), write=False
         )
@@ -137,11 +179,9 @@ class Stages:
         return lacks
 
     def _base(self) -> LoadedRelease | None:
-        return (
-            None
-            if self.attempt.run.base_release is None
-            else self.attempt.parts.registry.load(self.attempt.run.base_release)
-        )
+        if self._loaded_base is None and self.attempt.run.base_release is not None:
+            self._loaded_base = self.attempt.parts.registry.load(self.attempt.run.base_release)
+        return self._loaded_base
 
     def _say_training(self, said: Mapping[str, Any]) -> None:
         self.attempt.listen("train", said)
@@ -190,8 +230,12 @@ class Stages:
                 condition: encoder.see(members, condition, self._counter(condition.key, len(members)))
                 for condition, members in zip(CONDITIONS, (taken.members, taken.holdout), strict=True)
             }
-        check_readable(taken.members, seen[CONDITIONS[0]])
-        views = _Views({condition.key: one.rows for condition, one in seen.items()}, seen[CONDITIONS[0]].skipped)
+            golden = self._golden()
+            extra = {} if golden is None else encoder.see_examples(golden.examples).rows
+        clean = seen[CONDITIONS[0]]
+        check_readable(taken.members, clean)
+        rows = {condition.key: one.rows for condition, one in seen.items()}
+        views = _Views({**rows, CONDITIONS[0].key: {**clean.rows, **extra}}, clean.skipped)
         self._views[encoder_sha256] = views
         self._report_skipped(views.skipped)
         return views
@@ -234,11 +278,17 @@ class Stages:
 
     def _decide(self, candidate: LoadedRelease, champion: str | None, taken: Snapshot) -> GateDecision:
         rival = None if champion is None else self.attempt.parts.registry.load(champion)
-        inputs = gate_inputs(
-            taken,
+        sides = (
             self._side(candidate, taken, like=rival),
             None if rival is None else self._side(rival, taken, like=None),
+        )
+        golden = self._golden()
+        inputs = gate_inputs(
+            taken,
+            *sides,
             min_holdout=self.attempt.settings.schedule.min_holdout,
+            min_labellers=self.attempt.settings.labels.min_labellers,
+            golden=None if golden is None else golden_opinions(golden, *sides),
         )
         return decide(inputs, self.attempt.settings.gate)
 

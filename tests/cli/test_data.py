@@ -127,3 +127,19 @@ def test_a_full_disk_is_said_in_words_and_leaves_nothing(shard: Path, tmp_path: 
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr.splitlines()[-1].endswith("File too large; nothing of it was left")
     assert list((tmp_path / "packs").iterdir()) == []
+
+
+def test_a_golden_set_is_pinned_by_bytes_and_labels_wherever_it_lies(bare_cli: Cli, tmp_path: Path) -> None:
+    for root in ("here", "there"):
+        for label in ("real", "fake"):
+            (tmp_path / root / label).mkdir(parents=True)
+            (tmp_path / root / label / f"{root}.png").write_bytes(picture(len(label) + (label == "real")))
+    pins = [bare_cli("data", "pin", str(tmp_path / root)).stdout for root in ("here", "there")]
+    assert pins[0] == pins[1]
+    assert len(pins[0].strip()) == 64
+    (tmp_path / "there" / "real" / "there.png").rename(tmp_path / "there" / "fake" / "turned.png")
+    (tmp_path / "there" / "real" / "other.png").write_bytes(picture(77))
+    (changed,) = bare_cli("data", "pin", str(tmp_path / "there"), "--json").records
+    assert (changed["images"], changed["sha256"] + "\n" != pins[0]) == (3, True)
+    (tmp_path / "here" / "real" / "empty.png").write_bytes(b"")
+    assert bare_cli("data", "pin", str(tmp_path / "here")).status == 1

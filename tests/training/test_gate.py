@@ -89,7 +89,7 @@ def test_a_loss_within_chance_is_borne_until_it_is_larger_than_allowed() -> None
     four_lost[2 * N - 5 : 2 * N] = 1
     decision = gate(replace(opinion("c", 0, 0, 0), scores={"clean": {"linear": four_lost}}), champion)
     assert decision.reasons[0].startswith("worse on old, clean: accuracy 0.950 → 0.920")
-    generous = GateSettings(max_regression=0.05)
+    generous = GateSettings(max_regression=0.05, min_agreement=None)
     assert gate(
         replace(opinion("c", 0, 0, 0), scores={"clean": {"linear": four_lost}}), champion, settings=generous
     ).promote

@@ -1,0 +1,84 @@
+"""The golden set: images that no label of the store can change, pinned by hash, on which nothing may get worse."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from code_worker.data.open import open_examples
+from code_worker.errors import ConfigurationError, TrainingError
+
+if TYPE_CHECKING:
+    from code_worker.data.examples import Example, Skipped
+    from code_worker.settings import Settings
+
+__all__ = ["GoldenSet", "load_golden", "pin_of", "read_golden"]
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenSet:
+    """Its images with their content hashes, and the hash of all of it."""
+
+    examples: tuple[Example, ...]
+    digest: str
+
+    @property
+    def hashes(self) -> frozenset[str]:
+        """Content hashes of its images: none of them may be learned from."""
+        return frozenset(one.sha256 or "" for one in self.examples)
+
+
+def pin_of(examples: Iterable[Example]) -> str:
+    """Hash of a data set: of the content hash and label of every image, in whatever order and place they lie."""
+    lines = sorted(f"{one.sha256} {one.label}" for one in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_golden(source: str, settings: Settings) -> GoldenSet:
+    """Reads every image of a data set and hashes it.
+
+    Raises:
+        DatasetError: it cannot be read.
+        TrainingError: an image of it cannot be; half a golden set is none.
+    """
+    skipped: list[Skipped] = []
+    found = [_hashed(one) for one in open_examples(source, settings=settings, skipped=skipped)]
+    if skipped:
+        raise TrainingError(
+            f"golden set {source}: {len(skipped)} images cannot be read, one of them {skipped[0].key}: "
+            f"{skipped[0].reason}"
+        )
+    return GoldenSet(tuple(found), pin_of(found))
+
+
+def load_golden(settings: Settings) -> GoldenSet | None:
+    """The golden set of the settings, compared with its pin; None where none is set.
+
+    Raises:
+        ConfigurationError: it is not pinned.
+        TrainingError: it is not what was pinned.
+        DatasetError: it cannot be read.
+    """
+    source, pin = settings.gate.golden, settings.gate.golden_sha256
+    if source is None:
+        return None
+    if pin is None:
+        raise ConfigurationError(
+            f"the golden set {source} is not pinned: set CODE_WORKER_GATE__GOLDEN_SHA256 to what "
+            f"`code-worker data pin {source}` prints"
+        )
+    golden = read_golden(source, settings)
+    if golden.digest != pin.lower():
+        raise TrainingError(
+            f"the golden set {source} was changed: it is pinned as {pin[:16]}… and is {golden.digest[:16]}… now; "
+            "put it back, or pin it anew if you meant it (`code-worker data pin`)"
+        )
+    return golden
+
+
+def _hashed(example: Example) -> Example:
+    data = example.read()
+    return replace(example, sha256=hashlib.sha256(data).hexdigest(), read=partial(bytes, data))
