@@ -132,21 +132,18 @@ def golden_opinions(golden: GoldenSet, candidate: Side, champion: Side | None) -
         TrainingError: an image that a release cannot judge.
         ArtifactError: a head does not keep its contract.
     """
-    clean = CONDITIONS[0].key
-    opinions = []
-    for side in (candidate, champion):
-        if side is None:
-            opinions.append(None)
-            continue
-        if lost := [one.key for one in golden.examples if (one.sha256 or "") not in side.clean]:
-            raise TrainingError(f"{len(lost)} images of the golden set cannot be decoded, {lost[0]} for one")
-        rows = np.stack([side.clean[one.sha256 or ""] for one in golden.examples])
-        scores = {clean: {side.head: checked_scores(side.head, side.heads[side.head], rows)}}
-        opinions.append(Opinion(side.release, side.head, (side.thresholds.low, side.thresholds.high), scores))
     labels = np.array([one.label for one in golden.examples], dtype=np.int8)
-    own, other = opinions
-    assert own is not None  # noqa: S101 - a candidate is a side
-    return GoldenOpinions(golden.digest, labels, own, other)
+    other = None if champion is None else _golden_opinion(golden, champion)
+    return GoldenOpinions(golden.digest, labels, _golden_opinion(golden, candidate), other)
+
+
+def _golden_opinion(golden: GoldenSet, side: Side) -> Opinion:
+    hashes = [one.sha256 or "" for one in golden.examples]
+    if lost := [sha256 for sha256 in hashes if sha256 not in side.clean]:
+        raise TrainingError(f"{len(lost)} images of the golden set cannot be decoded, {lost[0]} for one")
+    scores = checked_scores(side.head, side.heads[side.head], np.stack([side.clean[sha256] for sha256 in hashes]))
+    thresholds = (side.thresholds.low, side.thresholds.high)
+    return Opinion(side.release, side.head, thresholds, {CONDITIONS[0].key: {side.head: scores}})
 
 
 def _suspicions(

@@ -171,12 +171,13 @@ def suspicions(
     asked = np.flatnonzero(honest)
     fakes = neighbour_shares(embeddings, labels, asked)
     otherwise = np.where(labels[asked] == 1, 1 - fakes, fakes)
-    new = np.array([members[place].new for place in asked], dtype=np.bool_)
-    by = np.array([members[place].by for place in asked], dtype=object)
+    speakers = [members[place] for place in asked.tolist()]
+    new = np.array([member.new for member in speakers], dtype=np.bool_)
+    by = np.array([member.by for member in speakers], dtype=np.str_)
     before = float(otherwise[~new].mean()) if (~new).sum() >= _FEWEST else _ORDINARY
     history = max(before, _ORDINARY)
     found = [
-        Suspicion(str(name), float(otherwise[new & (by == name)].mean()), history, count)
+        Suspicion(name, float(otherwise[new & (by == name)].mean()), history, count)
         for name, count in Counter(by[new].tolist()).items()
         if count >= _FEWEST
     ]
