@@ -21,7 +21,20 @@ if TYPE_CHECKING:
     Labels = NDArray[np.int8]
     Scores = NDArray[np.float32]
 
-__all__ = ["EstimatorState", "Head", "HeadSpec", "fit_head"]
+__all__ = ["EstimatorState", "Head", "HeadSpec", "compute_device", "fit_head", "use_compute_device"]
+
+_device = "cpu"
+
+
+def compute_device() -> str:
+    """Device of this process's encoder, `cpu`, `cuda` or `cuda:N`; a head may put large matrix products there."""
+    return _device
+
+
+def use_compute_device(device: str) -> None:
+    """Says where the encoder runs; for whoever starts it."""
+    global _device  # noqa: PLW0603 - a device belongs to the process, and heads are built before the encoder starts
+    _device = device
 
 
 @dataclass(frozen=True, slots=True)

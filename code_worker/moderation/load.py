@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from code_worker.errors import UnknownHeadError
+from code_worker.heads import use_compute_device
 from code_worker.logs import get_logger
 from code_worker.moderation.lazy import LazyEmbedder
 from code_worker.moderation.policy import DEFAULT_POLICY, Policy
@@ -68,6 +69,7 @@ def _starter(loaded: LoadedRelease, settings: Settings, streams: int | None) -> 
             largest_batch=worker.micro_batch,
         )
         engine.warm_up()
+        use_compute_device(engine.device)
         if engine.device == "cpu":
             _one_blas_thread()
         log.info("encoder_ready", engine=engine.name, device=engine.device, kernels=engine.kernels)

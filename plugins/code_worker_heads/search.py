@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from code_worker.heads import compute_device
+from code_worker.logs import get_logger
 from code_worker.types import EMBEDDING_DIM
+from code_worker_heads.device import DeviceSearch
 
 __all__ = ["CosineIndex", "NeighbourIndex", "unit_rows"]
+
+log = get_logger(__name__)
 
 _QUERIES: Final = 128
 _BLOCK: Final = 16384
@@ -18,6 +24,9 @@ _BLOCK: Final = 16384
 costs a time slice where other work wants the cores too."""
 _CELL: Final = 128
 """References whose largest similarity is looked at first; only cells that may hold a neighbour are searched."""
+
+_LEAST_ON_A_DEVICE: Final = 20_000
+"""References from which on the way to a GPU and back is shorter than the search on a processor."""
 
 _UNIT_ROUNDOFF: Final = 2.0**-24
 _ERROR: Final = (EMBEDDING_DIM + 8) * _UNIT_ROUNDOFF
@@ -56,6 +65,9 @@ class CosineIndex:
         self._units = np.empty(references.shape, dtype=np.float32)
         for start in range(0, len(references), _BLOCK):
             self._units[start : start + _BLOCK] = unit_rows(references[start : start + _BLOCK])
+        self._lock = threading.Lock()
+        self._device: str | None = None
+        self._search: DeviceSearch | None = None
 
     def __len__(self) -> int:
         return len(self.references)
@@ -71,7 +83,7 @@ class CosineIndex:
         positions = np.empty((len(queries), k), dtype=np.intp)
         for start in range(0, len(queries), _QUERIES):
             block = queries[start : start + _QUERIES]
-            for row, candidates in enumerate(self._candidates(block.astype(np.float32), k)):
+            for row, candidates in enumerate(self._near(block.astype(np.float32), k)):
                 exact = self._distances(block[row], candidates)
                 chosen = np.lexsort((candidates, exact))[:k]
                 distances[start + row], positions[start + row] = exact[chosen], candidates[chosen]
@@ -83,6 +95,23 @@ class CosineIndex:
             for start in range(0, len(positions), _BLOCK)
         ]
         return np.asarray(np.concatenate(parts).clip(0.0, 2.0))
+
+    def _near(self, queries: NDArray[np.float32], k: int) -> list[NDArray[np.intp]]:
+        device = compute_device()
+        if device == "cpu" or len(self) < _LEAST_ON_A_DEVICE:
+            return self._candidates(queries, k)
+        with self._lock:
+            if self._device != device:
+                self._device, self._search = device, self._moved_to(device)
+            search = self._search
+        return self._candidates(queries, k) if search is None else search.candidates(queries, k, float(_MARGIN))
+
+    def _moved_to(self, device: str) -> DeviceSearch | None:
+        try:
+            return DeviceSearch(self._units, device)
+        except RuntimeError as error:
+            log.warning("references_stay_on_the_cpu", references=len(self), device=device, error=str(error))
+            return None
 
     def _candidates(self, queries: NDArray[np.float32], k: int) -> list[NDArray[np.intp]]:
         """Per query the positions of every reference that may be among its `k` nearest.

@@ -12,6 +12,7 @@ from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import KNeighborsClassifier
 
 from code_worker.releases.estimator import read_estimator
+from code_worker_heads import device, search
 from code_worker_heads.knn import NearestNeighbourHead
 from code_worker_heads.search import CosineIndex, unit_rows
 from tests.heads.samples import clouds
@@ -49,6 +50,43 @@ def test_distances_and_positions_are_those_of_a_full_search_in_float64(spread: f
     np.testing.assert_array_equal(positions, expected)
     np.testing.assert_array_equal(distances, np.take_along_axis(full, expected, axis=1))
     np.testing.assert_allclose(full, cosine_distances(queries, references.astype(np.float64)), atol=1e-14)
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything goes the way that a GPU's references go; torch's own processor stands in for the GPU."""
+    monkeypatch.setattr(search, "compute_device", lambda: "cpu:0")
+    monkeypatch.setattr(search, "_LEAST_ON_A_DEVICE", 1)
+    monkeypatch.setattr(device, "_BLOCK", 1000)
+
+
+@pytest.mark.usefixtures("on_a_device")
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("spread", [1.0, 1e-6])
+def test_a_device_finds_the_same_neighbours(spread: float, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    centre = rng.normal(size=192)
+    references = (centre + spread * rng.normal(size=(3500, 192))).astype(np.float32)
+    queries = unit_rows((centre + spread * rng.normal(size=(140, 192))).astype(np.float32))
+    index = CosineIndex(references)
+    found = index.nearest(queries, k)
+    assert isinstance(index._search, device.DeviceSearch)
+    monkeypatch.setattr(search, "compute_device", lambda: "cpu")
+    for one, other in zip(found, index.nearest(queries, k), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("on_a_device")
+def test_a_device_that_cannot_take_the_references_leaves_them_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(search, "compute_device", lambda: "cuda:99")
+    references, labels = clouds(200, 0)
+    head = knn(references, labels)
+    assert (head.score(references) >= 0.5).tolist() == (labels == 1).tolist()
+    assert caplog.text.count("references_stay_on_the_cpu") == 2  # once per class, not per batch
+    head.score(references)
+    assert caplog.text.count("references_stay_on_the_cpu") == 2
 
 
 def test_a_difference_that_float32_cannot_see_still_decides() -> None:

@@ -1,0 +1,52 @@
+"""Nearest neighbours where matrix products are cheap: references kept on a GPU, searched there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["DeviceSearch"]
+
+_BLOCK: Final = 2**18
+"""References per matrix product: 128 MiB of similarities for 128 queries."""
+
+
+class DeviceSearch:
+    """Unit rows `(n, 192) float32` on a device of torch's.
+
+    Raises:
+        RuntimeError: the device has no room for them, or torch is set to multiply float32 in fewer bits.
+    """
+
+    def __init__(self, units: NDArray[np.float32], device: str) -> None:
+        import torch
+
+        if torch.get_float32_matmul_precision() != "highest":
+            raise RuntimeError("torch multiplies float32 in fewer bits, so that a nearest reference may be missed")
+        self._torch = torch
+        self._device = device
+        self._units = torch.from_numpy(units).to(device)
+
+    def candidates(self, queries: NDArray[np.float32], k: int, margin: float) -> list[NDArray[np.intp]]:
+        """Per query the positions of every reference whose similarity is within `margin` of the k-th largest."""
+        torch = self._torch
+        with torch.inference_mode():
+            rows = torch.from_numpy(queries).to(self._device)
+            best = torch.full((len(queries), k), -torch.inf, device=self._device)
+            parts = []
+            for start in range(0, len(self._units), _BLOCK):
+                similarities = rows @ self._units[start : start + _BLOCK].T
+                top = torch.topk(similarities, min(k, similarities.shape[1])).values
+                best = torch.topk(torch.cat((best, top), dim=1), k).values
+                query, position = (similarities >= best[:, -1:] - margin).nonzero(as_tuple=True)
+                parts.append((query, position + start, similarities[query, position]))
+            query, position, similarity = (torch.cat(part) for part in zip(*parts, strict=True))
+            kept = similarity >= best[query, -1] - margin
+            found: tuple[Any, Any] = query[kept].cpu().numpy(), position[kept].cpu().numpy()
+        order = np.argsort(found[0], kind="stable")
+        counts = np.bincount(found[0], minlength=len(queries))
+        return np.split(found[1][order].astype(np.intp), np.cumsum(counts)[:-1])
