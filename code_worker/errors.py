@@ -3,6 +3,7 @@
 ```
 CodeWorkerError
 ├── ConfigurationError          wrong settings or wrong use; the caller must change something (exit status 2)
+│   ├── NotAllowedError         the actor's role does not reach so far
 │   ├── UnknownHeadError        a head that no plugin registered, or that the release lacks
 │   ├── PluginError             a plugin that cannot be loaded, or two that claim one name
 │   └── NoReleaseError          nothing installed to judge with
@@ -48,6 +49,7 @@ __all__ = [
     "IntegrityError",
     "MessageError",
     "NoReleaseError",
+    "NotAllowedError",
     "PluginError",
     "RunActiveError",
     "RunLostError",
@@ -71,6 +73,10 @@ class CodeWorkerError(Exception):
 
 class ConfigurationError(CodeWorkerError):
     """Settings or arguments that cannot work."""
+
+
+class NotAllowedError(ConfigurationError):
+    """Somebody whose role does not reach so far; nothing was done."""
 
 
 class UnknownHeadError(ConfigurationError):

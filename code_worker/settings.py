@@ -18,6 +18,7 @@ __all__ = [
     "LabelSettings",
     "LimitSettings",
     "RetentionSettings",
+    "RoleSettings",
     "S3Settings",
     "ScheduleSettings",
     "Settings",
@@ -267,6 +268,20 @@ class RetentionSettings(_Section):
     pass_s: float = Field(30.0, gt=0, description="A pass ends after so long, done or not; the next one goes on.")
 
 
+class RoleSettings(_Section):
+    """Who may do what; while all three are empty, everybody may do everything."""
+
+    labellers: tuple[str, ...] = Field(
+        (), description="Who may label: names as `by` or as users of the command line; `*` is everybody."
+    )
+    reviewers: tuple[str, ...] = Field(
+        (), description="Who may also import files of labels and label in other people's names."
+    )
+    operators: tuple[str, ...] = Field(
+        (), description="Who may also change what judges: releases, policies, retrains, rescoring, erasure."
+    )
+
+
 class Settings(BaseSettings):
     """All settings of the project; every field can be set by environment or file."""
 
@@ -314,6 +329,7 @@ class Settings(BaseSettings):
     gate: GateSettings = GateSettings()
     shadow: ShadowSettings = ShadowSettings()
     retention: RetentionSettings = RetentionSettings()
+    roles: RoleSettings = RoleSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -16,7 +16,7 @@ from code_worker.releases.artifacts import LocalArtifacts
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import MANIFEST_NAME, Source, read_manifest, release_id, write_manifest
 from code_worker.releases.registry import Registry
-from code_worker.settings import Settings
+from code_worker.settings import RoleSettings, Settings
 from code_worker.store import releases
 from code_worker.store.engine import Store
 from tests.release_parts import write_plain_release
@@ -49,7 +49,7 @@ def artifacts(tmp_path: Path) -> LocalArtifacts:
 
 @pytest.fixture
 def registry(store: Store, artifacts: LocalArtifacts, plugins: Plugins) -> Registry:
-    return Registry(store, artifacts, plugins)
+    return Registry(store, artifacts, plugins, RoleSettings())
 
 
 def history(store: Store) -> list[tuple[str, str | None, str, str]]:
@@ -214,11 +214,11 @@ def test_files_that_fit_their_own_manifest_but_not_the_registered_one_are_refuse
     twin = sha256[:12] + "0" * 52
     store.run(
         lambda session: releases.add(
-            session, id=release_id(sha256), manifest_sha256=twin, location="", manifest={}, source=""
+            session, id=release_id(sha256), manifest_sha256=twin, location="", manifest={}, source="", by="ann"
         )
     )
     with pytest.raises(IntegrityError, match="not the registered one"):
-        Registry(store, artifacts, plugins).load(release_id(sha256))
+        Registry(store, artifacts, plugins, RoleSettings()).load(release_id(sha256))
 
 
 def test_a_release_whose_files_are_no_model_is_not_promoted(registry: Registry, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_release_without_heads_is_not_promoted(registry: Registry, plugins: Pl
 def test_a_release_whose_plugins_are_gone_is_not_promoted(
     store: Store, artifacts: LocalArtifacts, three: list[Path]
 ) -> None:
-    registry = Registry(store, artifacts, Plugins())
+    registry = Registry(store, artifacts, Plugins(), RoleSettings())
     with pytest.raises(PluginError, match=r"of code-worker .* not installed"):
         registry.promote(registry.add(three[0]), by="ann")
 
@@ -266,7 +266,7 @@ import os, sys
 from pathlib import Path
 from code_worker.plugins import load_plugins
 from code_worker.releases import artifacts, registry
-from code_worker.settings import Settings
+from code_worker.settings import RoleSettings, Settings
 from code_worker.store import releases
 from code_worker.store.engine import open_store
 
@@ -283,7 +283,8 @@ elif point == "before the move":
 elif point == "in the transaction":
     move = releases.move_alias
     releases.move_alias = lambda *a, **k: (move(*a, **k), die())
-found = registry.Registry(open_store(url), artifacts.LocalArtifacts(Path(root)), load_plugins(Settings()))
+plugins, roles = load_plugins(Settings()), RoleSettings()
+found = registry.Registry(open_store(url), artifacts.LocalArtifacts(Path(root)), plugins, roles)
 found.promote(found.add(Path(release)), by="crash")
 die()
 """
@@ -313,7 +314,7 @@ def test_a_crash_anywhere_in_a_promotion_leaves_one_whole_champion(
     moved: bool,
 ) -> None:
     store: Store = request.getfixturevalue(f"{kind}_store")
-    registry = Registry(store, artifacts, plugins)
+    registry = Registry(store, artifacts, plugins, RoleSettings())
     old, new = registry.add(three[0]), release_id(read_manifest(three[1])[1])
     registry.promote(old, by="ann")
     words = [sys.executable, "-c", CRASH, store.url, str(artifacts.root), str(three[1]), point]

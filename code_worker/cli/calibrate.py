@@ -16,6 +16,7 @@ from code_worker.cli.output import print_table, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.errors import ConfigurationError
+from code_worker.roles import Role, require
 
 if TYPE_CHECKING:
     from code_worker.data.examples import Skipped
@@ -79,11 +80,13 @@ def calibrate(**words: Any) -> None:
     if "" in {asked.tenant, asked.content_type}:
         raise click.UsageError("an empty name stands for nothing: leave the option out")
     settings = quiet_settings()
+    if not asked.dry_run:
+        require(settings.roles, who(), Role.OPERATOR, "set thresholds")
     if not (asked.dry_run or has_database(settings)):
         raise ConfigurationError(f"no database in {settings.data_path} to set a policy in; try --dry-run")
     with open_ledger(settings) if has_database(settings) else nullcontext() as store:
         calibration = _calibrated(asked, settings, store)
-        row = None if asked.dry_run or store is None else _put(asked, store, calibration)
+        row = None if asked.dry_run or store is None else _put(asked, settings, store, calibration)
         if row is not None and store is not None:
             _warn_of_another_champion(store, calibration.evidence["release"])
     if asked.as_json:
@@ -129,22 +132,21 @@ def _labelled(store: Store) -> Labelled:
     return lambda hashes: store.run(lambda session: kept(session, hashes).keys(), write=False)
 
 
-def _put(asked: _Asked, store: Store, made: Calibration) -> PolicyRow:
-    from code_worker.store import policies  # noqa: PLC0415 - as above
+def _put(asked: _Asked, settings: Settings, store: Store, made: Calibration) -> PolicyRow:
+    from code_worker.worker.policies import put_policy  # noqa: PLC0415 - as above
 
-    return store.run(
-        lambda session: policies.put(
-            session,
-            low=made.made.low,
-            high=made.made.high,
-            tenant=asked.tenant,
-            content_type=asked.content_type,
-            # Thresholds of one head mean nothing for another.
-            head=made.head,
-            by=who(),
-            note=asked.note or f"calibrated on {asked.source} for at most {asked.max_fpr:g} false alarms",
-            evidence=made.evidence,
-        )
+    return put_policy(
+        settings,
+        store,
+        by=who(),
+        low=made.made.low,
+        high=made.made.high,
+        tenant=asked.tenant,
+        content_type=asked.content_type,
+        # Thresholds of one head mean nothing for another.
+        head=made.head,
+        note=asked.note or f"calibrated on {asked.source} for at most {asked.max_fpr:g} false alarms",
+        evidence=made.evidence,
     )
 
 

@@ -53,6 +53,7 @@ def label(
                 collection=collection,
                 note=note,
                 source="cli",
+                actor=who(),
             )
         except ValueError as error:
             raise click.UsageError(str(error)) from None

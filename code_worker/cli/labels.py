@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -109,6 +110,8 @@ def import_(
             by=by or who(),
             collection=collection,
             threads=settings.worker.fetch_threads,
+            actor=who(),
+            sha256=_sha256(file),
         )
         counts = _reported(done)
     if as_json:
@@ -116,6 +119,11 @@ def import_(
     else:
         click.echo("{new} new labels, {known} said before, {refused} rows refused".format_map(counts))
     raise SystemExit(1 if counts["refused"] else 0)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _reported(done: Iterator[Imported]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from code_worker.logs import redact
 __all__ = ["cli", "main"]
 
 _COMMANDS = {
+    "audit": ("code_worker.cli.audit:audit", "Show who changed what, and check that record."),
     "beat": ("code_worker.cli.worker:beat", "Run the scheduler (one per deployment, supervised)."),
     "bench": ("code_worker.cli.bench:bench", "Measure what this machine can judge, and what limits it."),
     "calibrate": ("code_worker.cli.calibrate:calibrate", "Set thresholds by labelled images."),

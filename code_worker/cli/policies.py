@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from code_worker.cli.arguments import json_option
-from code_worker.cli.ledger import open_ledger
+from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import print_json_lines, print_table, to_json
 from code_worker.cli.who import who
 from code_worker.errors import UnknownHeadError
@@ -83,25 +83,32 @@ def set_(
     as_json: bool,
 ) -> None:
     """Put thresholds in force; verdicts from now on carry them, those written before keep theirs."""
-    from code_worker.store import policies as table  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.worker.policies import put_policy  # noqa: PLC0415 - SQLAlchemy: not for --help
 
     if not low <= high:  # also false for NaN
         raise click.UsageError(f"--low {low:g} is not below or at --high {high:g}")
     if "" in {tenant, content_type, head}:
         raise click.UsageError("an empty name stands for nothing: leave the option out")
-    with open_ledger() as store:
+    settings = quiet_settings()
+    with open_ledger(settings) as store:
         if head is not None:
             _check_head(store, head)
-        made = store.run(
-            lambda session: table.put(
-                session, low=low, high=high, tenant=tenant, content_type=content_type, head=head, by=who(), note=note
-            )
+        made = put_policy(
+            settings,
+            store,
+            by=who(),
+            low=low,
+            high=high,
+            tenant=tenant,
+            content_type=content_type,
+            head=head,
+            note=note,
         )
     if as_json:
         click.echo(to_json(asdict(made)))
         return
-    scope = f"{f'tenant {tenant}' if tenant else 'every tenant'}, {content_type or 'every content type'}"
-    click.echo(f"version {made.version} for {scope}: real below {low:g}, fake from {high:g}; workers take it over")
+    whose = f"{f'tenant {tenant}' if tenant else 'every tenant'}, {content_type or 'every content type'}"
+    click.echo(f"version {made.version} for {whose}: real below {low:g}, fake from {high:g}; workers take it over")
 
 
 def _check_head(store: Store, head: str) -> None:

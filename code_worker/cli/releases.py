@@ -98,7 +98,7 @@ def import_(
     )
     with _registry(quiet_settings(), create=True) as registry:
         with progress(f"importing {source}"):
-            release = registry.import_(source, options)
+            release = registry.import_(source, options, by=who())
             if promote:
                 registry.promote(release, by=who(), reason="promoted on import")
         _say_imported(registry.show(release), promoted=promote, as_json=as_json)

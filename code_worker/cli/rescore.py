@@ -12,6 +12,7 @@ from code_worker.cli.arguments import AGO_OR_DATE, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import print_table, to_json
 from code_worker.cli.progress import progress
+from code_worker.cli.who import who
 from code_worker.types import Label, RejectReason
 
 if TYPE_CHECKING:
@@ -68,7 +69,15 @@ def rescore(
     wanted = RescoreFilter(since, until, tenant, Label(label) if label else None)
     with open_ledger(settings) as store, progress("judging history again", counted=True) as advance:
         used, tally = judge_again(
-            settings, store, wanted, release=release, head=head, limit=limit, dry_run=dry_run, progress=advance
+            settings,
+            store,
+            wanted,
+            release=release,
+            head=head,
+            limit=limit,
+            dry_run=dry_run,
+            by=who(),
+            progress=advance,
         )
     if as_json:
         click.echo(to_json({"release": used, "dry_run": dry_run, **tally.to_dict()}))

@@ -14,6 +14,7 @@ from code_worker.cli.output import print_facts, print_table, to_json
 from code_worker.cli.run_progress import run_progress
 from code_worker.cli.runs import run_record, say_run
 from code_worker.cli.who import who
+from code_worker.roles import Role, require
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +77,7 @@ def _enqueue(kind: str, settings: Settings, *, force: bool) -> None:
     from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only for who rings
     from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE  # noqa: PLC0415 - as above
 
+    require(settings.roles, who(), Role.OPERATOR, f"start a {kind}")
     bell = Doorbell.for_producer(settings)
     try:
         task = {"retrain": RETRAIN, "refit": REFIT}[kind]

@@ -1,16 +1,12 @@
-"""Who runs a command, for the records of changes."""
+"""Who runs a command, for roles and for the records of changes."""
 
 from __future__ import annotations
 
-import getpass
-import os
+from code_worker.roles import current_user
 
 __all__ = ["who"]
 
 
 def who() -> str:
-    """The user's name, or number where it has no name, as in many containers."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return f"uid {os.getuid()}"
+    """The user that this process runs as."""
+    return current_user()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -17,7 +15,8 @@ from code_worker.data.kept import KeptImages, open_kept
 from code_worker.errors import DatasetError
 from code_worker.images.decode import inspect
 from code_worker.images.source import Sources
-from code_worker.store import jobs, kept_images, labels, verdicts
+from code_worker.roles import Role, current_user, require
+from code_worker.store import audit, jobs, kept_images, labels, verdicts
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Session, Store
 
-__all__ = ["Found", "Labelled", "Labeller", "absolute", "labeller_name"]
+__all__ = ["Found", "LabelFile", "Labelled", "Labeller", "absolute"]
 
 _HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
 _JOB: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -50,6 +49,14 @@ class Found:
     job_id: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LabelFile:
+    """Where statements were read, for the audit: the file's name, and the hash of its bytes if that is known."""
+
+    name: str
+    sha256: str | None = None
+
+
 class Labeller:
     """Finds and keeps images and records what is said of them; safe to share between threads.
 
@@ -64,6 +71,7 @@ class Labeller:
         self, settings: Settings, store: Store, *, sources: Sources | None = None, kept: KeptImages | None = None
     ) -> None:
         self._limits = settings.limits
+        self._roles = settings.roles
         self._store = store
         self._sources = sources or Sources(settings)
         self._kept = kept or open_kept(settings)
@@ -79,6 +87,7 @@ class Labeller:
         note: str = "",
         source: str = "api",
         at: datetime | None = None,
+        actor: str | None = None,
     ) -> Labelled:
         """Says that an image is real or generated; when this returns, statement and copy are safe.
 
@@ -91,26 +100,33 @@ class Labeller:
             note: free text.
             source: by which way it is said.
             at: when it was said; unset: now.
+            actor: who acts, if it is not who says so; to speak in somebody else's name takes a reviewer.
 
         Raises:
             ValueError: an argument that cannot be stored; nothing was fetched.
+            NotAllowedError: whoever acts is no labeller, or none but a reviewer may do it; likewise.
             DatasetError: no such job, no copy of such a hash, or other bytes than the job judged.
             ImageRejectedError: the image may not be read, is not there, or is no image.
             TransientError: its source failed; try again.
         """
+        by = current_user() if by is None else by
+        actor = by if actor is None else actor
         draft = NewLabel(
             sha256=_UNKNOWN,
             label=label,
-            by=labeller_name() if by is None else by,
+            by=by,
             source=source,
             generator=generator,
             collection=collection,
             note=note,
             at=at,
         )
+        require(self._roles, actor, Role.LABELLER, "label")
+        if actor != by:
+            require(self._roles, actor, Role.REVIEWER, f"label in the name of {by}")
         found = self.find(target)
         new = replace(draft, sha256=found.image.sha256, uri=found.uri, job_id=found.job_id)
-        return Labelled(new.sha256, found.uri, self.record([new], [found.image]) > 0)
+        return Labelled(new.sha256, found.uri, self.record([new], [found.image], actor=actor) > 0)
 
     def find(self, target: str, *, sha256: str | None = None) -> Found:
         """The image that a target names; a copy of it is kept afterwards, and only what is not kept is fetched.
@@ -129,8 +145,22 @@ class Labeller:
             return self._of_job(target)
         return self._at(absolute(target), sha256)
 
+    def allow_import(self, actor: str) -> None:
+        """Returns when the actor may import files of labels.
+
+        Raises:
+            NotAllowedError: they are no reviewer.
+        """
+        require(self._roles, actor, Role.REVIEWER, "import labels")
+
     def record(
-        self, new: Sequence[NewLabel], images: Sequence[KeptImage], rows: Mapping[str, str] | None = None
+        self,
+        new: Sequence[NewLabel],
+        images: Sequence[KeptImage],
+        rows: Mapping[str, str] | None = None,
+        *,
+        actor: str,
+        file: LabelFile | None = None,
     ) -> int:
         """Writes statements, the images they are about and rows that were read, in one transaction.
 
@@ -138,6 +168,8 @@ class Labeller:
             new: statements, in the order said.
             images: every image that they name and that `find` gave.
             rows: keys of a file's rows and the content hashes they turned out to mean.
+            actor: who acts, for the audit.
+            file: the file that they are from.
 
         Returns:
             How many statements said something new.
@@ -147,6 +179,8 @@ class Labeller:
             kept_images.note_kept(session, images)
             added = labels.add(session, new)
             labels.note_imported(session, rows or {})
+            if added:
+                _audit(session, new, added, actor, file)
             return added
 
         return self._store.run(write)
@@ -205,8 +239,12 @@ def absolute(target: str) -> str:
     return str(Path(target).absolute())
 
 
-def labeller_name() -> str:
-    """Who labels when nobody is named: the user of this process, or its number where it has no name."""
-    with suppress(KeyError, OSError):
-        return getpass.getuser()
-    return f"uid {os.getuid()}"
+def _audit(session: Session, new: Sequence[NewLabel], added: int, actor: str, file: LabelFile | None) -> None:
+    """One entry for what one transaction wrote; it names statements by id, never the images."""
+    if file is None:
+        for one in new:
+            details = {"label": one.label, "generator": one.generator, "by": one.by, "source": one.source}
+            audit.record(session, actor=actor, action="label.add", subject=f"label {one.id}", details=details)
+        return
+    read = {"sha256": file.sha256, "rows": len(new), "added": added, **Counter(one.label for one in new)}
+    audit.record(session, actor=actor, action="label.import", subject=f"file {file.name}", details=read)

@@ -15,6 +15,8 @@ from code_worker.releases.artifacts import ArtifactStore, open_artifacts
 from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import LoadedRelease, load_release
 from code_worker.releases.manifest import read_manifest, release_id, verify_files
+from code_worker.roles import Role, current_user, require
+from code_worker.settings import RoleSettings
 from code_worker.store import releases
 from code_worker.store.releases import CHALLENGER, CHAMPION
 
@@ -60,26 +62,36 @@ class Registered:
 
 
 class Registry:
-    """Imports, loads and promotes releases. Safe to share between threads."""
+    """Imports, loads and promotes releases. Safe to share between threads.
 
-    def __init__(self, store: Store, artifacts: ArtifactStore, plugins: Plugins) -> None:
+    What changes which release judges, or could, takes an operator: methods raise NotAllowedError for others. What a
+    run adds and promotes is under the authority of whoever started or scheduled it.
+    """
+
+    def __init__(self, store: Store, artifacts: ArtifactStore, plugins: Plugins, roles: RoleSettings) -> None:
         self._store = store
         self._artifacts = artifacts
         self._plugins = plugins
+        self._roles = roles
 
-    def import_(self, source: str, options: ImportOptions | None = None) -> str:
+    def import_(self, source: str, options: ImportOptions | None = None, *, by: str | None = None) -> str:
         """Builds a release from `source` (see `build_release`), stores and registers it; returns its id.
 
         Raises:
+            NotAllowedError: `by` (unset: the user of this process) is no operator.
             ConfigurationError, ArtifactError: see `build_release`.
         """
+        by = current_user() if by is None else by
+        require(self._roles, by, Role.OPERATOR, "import a release")
         with tempfile.TemporaryDirectory(prefix="code-worker-import-") as directory:
             built = Path(directory) / "release"
             build_release(source, self._plugins, built, options)
-            return self.add(built)
+            return self.add(built, by=by)
 
-    def add(self, directory: Path) -> str:
+    def add(self, directory: Path, *, by: str | None = None) -> str:
         """Stores and registers a finished release directory; returns its id. Adding it again changes nothing.
+
+        `by` is for the record; unset, it is the user of this process.
 
         The files are in the artifact store before the row is written: a row always leads to a whole release, and
         what a crash in between leaves behind is taken up by the next attempt.
@@ -94,9 +106,10 @@ class Registry:
         location = self._artifacts.put(directory)
         failpoint("after_upload")
         plain, source = manifest.model_dump(mode="json"), manifest.source.uri
+        who = current_user() if by is None else by
         added = self._store.run(
             lambda session: releases.add(
-                session, id=id_, manifest_sha256=sha256, location=location, manifest=plain, source=source
+                session, id=id_, manifest_sha256=sha256, location=location, manifest=plain, source=source, by=who
             )
         )
         log.info("release_added", release=id_, new=added, source=source, heads=sorted(manifest.heads))
@@ -157,6 +170,7 @@ class Registry:
             NoReleaseError, ArtifactError, PluginError: see `load`; the champion stays.
             ArtifactError: the release has no head, or its status forbids it.
         """
+        require(self._roles, by, Role.OPERATOR, "promote a release")
         self.load_to_judge(release)
         failpoint("before_promotion")
 
@@ -177,6 +191,7 @@ class Registry:
             StoreError: there is no previous champion, or somebody moved the alias meanwhile.
             ArtifactError, PluginError: it cannot be loaded any more; the champion stays.
         """
+        require(self._roles, by, Role.OPERATOR, "roll back")
         wanted = self._previous_champion()
         self.load_to_judge(wanted)
 
@@ -200,6 +215,7 @@ class Registry:
             ArtifactError: the release has no head.
             StoreError: it is the champion.
         """
+        require(self._roles, by, Role.OPERATOR, "choose a challenger")
         self._load_with_heads(release)
         before = self._store.run(lambda session: releases.challenge(session, release, by=by, reason=reason))
         log.info("challenger_moved", release=release, before=before, by=by)
@@ -207,7 +223,8 @@ class Registry:
 
     def withdraw(self, *, by: str, reason: str = "") -> str | None:
         """Leaves the champion without a challenger; returns the one that was, or None."""
-        before = self._store.run(lambda session: releases.drop_alias(session, CHALLENGER))
+        require(self._roles, by, Role.OPERATOR, "withdraw the challenger")
+        before = self._store.run(lambda session: releases.drop_alias(session, CHALLENGER, by=by, reason=reason))
         if before is not None:
             log.info("challenger_withdrawn", release=before, by=by, reason=reason)
         return before
@@ -249,4 +266,4 @@ def open_registry(settings: Settings, *, store: Store, plugins: Plugins) -> Regi
     Raises:
         ConfigurationError: an artifact address that cannot be.
     """
-    return Registry(store, open_artifacts(settings), plugins)
+    return Registry(store, open_artifacts(settings), plugins, settings.roles)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ __all__ = [
     "Entry",
     "Flaw",
     "Verified",
+    "blank",
     "last",
     "list_entries",
+    "note_state",
     "record",
     "removal",
     "stream",
@@ -39,6 +42,8 @@ _REMOVALS = table_of(RemovalRow)
 _LOCK: Final = 0x636F6465_61756469
 """Key of PostgreSQL's advisory lock: "codeaudi"."""
 _MAX_NAME: Final = 300
+_MAX_TEXT: Final = 1000
+_TELLING: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+|\b[0-9a-fA-F]{32,}\b")
 _PAGE: Final = 1000
 
 
@@ -132,6 +137,18 @@ def record(
     return Entry(**row)
 
 
+def blank(text: str) -> str:
+    """Free text for an entry, without what may have to be erased one day: URIs and hashes become `…`."""
+    return _TELLING.sub("…", plain(text, _MAX_TEXT))
+
+
+def note_state(session: Session, *, actor: str, subject: str, state: Mapping[str, Any]) -> None:
+    """Records a `settings.change` when the state of a subject is not the one recorded last."""
+    before = last(session, action="settings.change", subject=subject)
+    if before is None or json.loads(before.details) != dict(state):
+        record(session, actor=actor, action="settings.change", subject=subject, details=state)
+
+
 def _now(session: Session) -> datetime:
     """The time now, not that of the transaction's start, which may lie before that of the entry before."""
     postgresql = session.get_bind().dialect.name == "postgresql"
@@ -203,14 +220,17 @@ def stream(store: Store, *, page: int = _PAGE) -> Iterator[Entry]:
         after = found[-1].seq
 
 
-def verify(store: Store) -> Verified:
+def verify(store: Store, *, head: tuple[int, str] | None = None) -> Verified:
     """Walks along the chain: numbers without gaps, each hash right, each entry naming the hash of the one before.
 
-    Entries cut off at the end leave a chain that holds: compare its length and last hash with those noted before.
+    Entries cut off at the end leave a chain that holds, and whoever may write to the database can compute one anew:
+    only `head`, number and hash of an entry noted elsewhere, shows that.
     """
     flaws: list[Flaw] = []
-    seq, previous = 0, FIRST
+    seq, previous, sought = 0, FIRST, head
     for entry in stream(store):
+        if (entry.seq, entry.hash) == sought:
+            sought = None
         if entry.seq != seq + 1:
             flaws.append(Flaw(entry.seq, f"entries {seq + 1} to {entry.seq - 1} are missing"))
         if entry.previous != previous:
@@ -218,4 +238,6 @@ def verify(store: Store) -> Verified:
         if entry.digest() != entry.hash:
             flaws.append(Flaw(entry.seq, "its hash is not that of what it says"))
         seq, previous = entry.seq, entry.hash
+    if sought is not None:
+        flaws.append(Flaw(sought[0], "it was noted with another hash, or is missing"))
     return Verified(seq, previous, tuple(flaws))

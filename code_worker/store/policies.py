@@ -11,6 +11,7 @@ from sqlalchemy import RowMapping, func, literal, select
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
+from code_worker.store import audit
 from code_worker.store.ids import as_uuid, uuid7
 from code_worker.store.models import PolicyRecord
 from code_worker.store.sql import insert_into, table_of
@@ -80,6 +81,10 @@ def put(
     made = session.execute(written).mappings().one_or_none()
     if made is None:
         raise StoreError("the policy was changed by somebody else just now: look at it and try again")
+    details = {name: row[name] for name in ("tenant", "content_type", "version", "head", "low", "high")}
+    audit.record(
+        session, actor=by, action="policy.put", subject=str(row["id"]), details={**details, "note": audit.blank(note)}
+    )
     return _policy(made)
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import RowMapping, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
+from code_worker.store import audit
 from code_worker.store.models import AliasMoveRow, AliasRow, ReleaseRow, db_now
 from code_worker.store.sql import insert_into, insert_new, table_of
 
@@ -33,6 +34,7 @@ __all__ = [
 
 CHAMPION: Final = "champion"
 CHALLENGER: Final = "challenger"
+_ACTIONS: Final = {CHAMPION: "release.promote", CHALLENGER: "release.challenge"}
 _RELEASES = table_of(ReleaseRow)
 _ALIASES = table_of(AliasRow)
 _MOVES = table_of(AliasMoveRow)
@@ -76,6 +78,7 @@ def add(
     location: str,
     manifest: Mapping[str, Any],
     source: str,
+    by: str,
     status: str = "ready",
 ) -> bool:
     """Registers a release; returns False when it was registered before, which changes nothing.
@@ -96,7 +99,14 @@ def add(
     written = get(session, id)
     if written is None or written.manifest_sha256 != manifest_sha256:
         raise StoreError(f"release {id} is registered with another manifest")
+    if known is None:
+        details = {"manifest_sha256": manifest_sha256, "source": audit.blank(source), "heads": _heads(manifest)}
+        audit.record(session, actor=by, action="release.add", subject=id, details=details)
     return known is None
+
+
+def _heads(manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    return {name: entry.get("sha256") for name, entry in manifest.get("heads", {}).items()}
 
 
 def get(session: Session, release_id: str) -> ReleaseInfo | None:
@@ -155,9 +165,13 @@ def challenge(session: Session, release_id: str, *, by: str, reason: str) -> str
     return move_alias(session, CHALLENGER, release_id, by=by, reason=reason)
 
 
-def drop_alias(session: Session, name: str) -> str | None:
+def drop_alias(session: Session, name: str, *, by: str, reason: str = "") -> str | None:
     """Makes an alias point nowhere; returns where it pointed. Its moves stay in the history."""
-    return session.scalar(delete(_ALIASES).where(_ALIASES.c.name == name).returning(_ALIASES.c.release_id))
+    before = session.scalar(delete(_ALIASES).where(_ALIASES.c.name == name).returning(_ALIASES.c.release_id))
+    if before is not None:
+        details = {"alias": name, "reason": audit.blank(reason)}
+        audit.record(session, actor=by, action="release.withdraw", subject=before, details=details)
+    return before
 
 
 def rollback(session: Session, name: str, *, by: str, reason: str) -> str:
@@ -211,3 +225,6 @@ def _move(
     )
     if name == CHAMPION:
         session.execute(delete(_ALIASES).where(_ALIASES.c.name == CHALLENGER, _ALIASES.c.release_id == release_id))
+    action = "release.rollback" if undoes is not None else _ACTIONS.get(name, "release.alias")
+    details = {"alias": name, "before": previous_id, "reason": audit.blank(reason)}
+    audit.record(session, actor=by, action=action, subject=release_id, details=details)

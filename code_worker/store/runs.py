@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
 from code_worker.errors import RunLostError, StoreError
-from code_worker.store import releases
+from code_worker.store import audit, releases
 from code_worker.store.ids import as_uuid
 from code_worker.store.models import AliasMoveRow, RunMetricsRow, RunRow, SnapshotRow, db_now, db_now_plus
 from code_worker.store.releases import CHAMPION
@@ -184,6 +184,17 @@ def finish(
     if report is not None:
         columns["report"] = dict(report)
     _write(session, lease, {**columns, "finished_at": db_now()})
+    if state == "rejected":
+        _record_rejection(session, lease, reasons)
+
+
+def _record_rejection(session: Session, lease: Lease, reasons: Sequence[str]) -> None:
+    if (run := get(session, lease.run_id)) is None:
+        return
+    details = {"run": run.id, "kind": run.kind, "reasons": [audit.blank(reason) for reason in reasons]}
+    audit.record(
+        session, actor=run.by, action="release.reject", subject=run.candidate or f"run {run.id}", details=details
+    )
 
 
 def promote(

@@ -20,6 +20,7 @@ from code_worker.errors import (
 from code_worker.logs import get_logger
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
+from code_worker.roles import Role, require
 from code_worker.store import runs, schedule
 from code_worker.store.ids import uuid7
 from code_worker.training import snapshot as snapshots
@@ -125,10 +126,13 @@ class Learner:
             The run as it ended. Without a slot, a run of this kind that was left behind is the one asked for.
 
         Raises:
+            NotAllowedError: without a slot, `by` is no operator.
             RunActiveError: another process works on a run.
             RunLostError, RunStoppedError: see `Held.check`; the run goes on elsewhere or later.
             StoreUnavailableError: the database stayed away; the run goes on when it is back.
         """
+        if slot is None:
+            require(self._settings.roles, by, Role.OPERATOR, f"start a {kind}")
         left_behind = self.resume()
         if left_behind is not None and slot is None and left_behind.kind == kind:
             return left_behind

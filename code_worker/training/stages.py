@@ -167,7 +167,7 @@ class Stages:
         self._enter("refit")
         views = self._see(weights, digest, taken)
         self._build(weights, views, taken, base)
-        release = self.attempt.parts.registry.add(self.attempt.place.candidate)
+        release = self.attempt.parts.registry.add(self.attempt.place.candidate, by=self.attempt.run.by)
         self.attempt.held.note(candidate=release)
         return release
 

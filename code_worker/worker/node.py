@@ -27,6 +27,7 @@ from code_worker.worker.background import Repeater
 from code_worker.worker.gate import Gate
 from code_worker.worker.inflight import InFlight
 from code_worker.worker.ledger import Ledger
+from code_worker.worker.noted import note_settings
 from code_worker.worker.runtimes import Runtimes
 from code_worker.worker.shadow import Shadow
 from code_worker.worker.supervisor import OWNER_ENV
@@ -98,6 +99,7 @@ class Node:
     def start(self) -> None:
         """Loads the champion, then starts the background work."""
         self.store.run(lambda session: workers.saw_plugins(session, self._plugins.installed()))
+        note_settings(self.settings, self.store)
         self.follow()
         for repeater in self._background:
             repeater.start()

@@ -18,7 +18,8 @@ from code_worker.moderation.rescore import Rejudged, Rescorer, RescoreTally
 from code_worker.moderation.rescore import rescore as judge_again
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
-from code_worker.store import embeddings, kept_images, policies, rescoring
+from code_worker.roles import Role, current_user, require
+from code_worker.store import audit, embeddings, kept_images, policies, rescoring
 from code_worker.store.ids import uuid7
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def rescore(
     head: str | None = None,
     limit: int | None = None,
     dry_run: bool = False,
+    by: str | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[str, RescoreTally]:
     """Judges history again with a release (the champion, if none is named); returns its id and what came of it.
@@ -54,11 +56,15 @@ def rescore(
     time. New ones have the next revision and name the old ones, which stay. `dry_run` writes nothing.
 
     Raises:
+        NotAllowedError: `by` (unset: the user of this process) is no operator, and it is no dry run.
         NoReleaseError, ArtifactError, PluginError: the release cannot judge.
         UnknownHeadError: it has no such head.
         SourceCredentialsError: a source refuses everything; what was judged before is written.
         StoreError: the ledger does not answer; likewise.
     """
+    by = current_user() if by is None else by
+    if not dry_run:
+        require(settings.roles, by, Role.OPERATOR, "judge history again")
     plugins = load_plugins(settings)
     registry = open_registry(settings, store=store, plugins=plugins)
     if (release := release or registry.champion()) is None:
@@ -68,6 +74,8 @@ def rescore(
         raise UnknownHeadError(head, tuple(sorted(loaded.heads)))
     runtime = start_runtime(loaded, settings, lazy=True)
     keep = settings.worker.store_embeddings
+    if not dry_run:
+        _record(store, by, release, {"since": wanted.since.isoformat(), "tenant": wanted.tenant, "head": head})
 
     def write(rejudged: Rejudged) -> Collection[str]:
         return _written(rejudged) if dry_run else _write(store, rejudged, runtime.encoder_sha256, keep=keep)
@@ -81,6 +89,13 @@ def rescore(
         tally = judge_again(_pages(store, wanted), rescorer, write, limit=limit, progress=progress)
     log.info("history_rescored", release=release, dry_run=dry_run, **tally.to_dict())
     return release, tally
+
+
+def _record(store: Store, by: str, release: str, details: dict[str, str | None]) -> None:
+    """Before the first new verdict: what follows is many transactions."""
+    store.run(
+        lambda session: audit.record(session, actor=by, action="verdict.rescore", subject=release, details=details)
+    )
 
 
 def _rescorer(

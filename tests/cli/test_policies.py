@@ -56,9 +56,17 @@ def test_wrong_use_changes_nothing(run: Run, words: tuple[str, ...]) -> None:
 
 
 def test_a_head_that_the_champion_lacks_is_refused(run: Run, store: Store) -> None:
+    heads = {"heads": {"linear": {}}}
+
     def promote(session: Session) -> None:
         releases.add(
-            session, id="r-0", manifest_sha256="0" * 64, location="", manifest={"heads": {"linear": {}}}, source=""
+            session,
+            id="r-0",
+            manifest_sha256="0" * 64,
+            location="",
+            manifest=heads,
+            source="",
+            by="ann",
         )
         releases.move_alias(session, "champion", "r-0", by="test", reason="")
 

@@ -11,8 +11,9 @@ import pytest
 
 from code_worker.client import Client
 from code_worker.data.kept import open_kept
-from code_worker.data.labelling import Labeller, labeller_name
+from code_worker.data.labelling import Labeller
 from code_worker.errors import DatasetError, ImageRejectedError, StorageError
+from code_worker.roles import current_user
 from code_worker.settings import S3Settings
 from code_worker.store import kept_images
 from code_worker.store.engine import Store
@@ -61,7 +62,7 @@ def test_saying_the_same_again_adds_nothing(place: Place) -> None:
 
 def test_unless_told_otherwise_the_user_of_the_process_says_it(place: Place) -> None:
     place.labeller.label(place.image("a.png"), "real")
-    assert place.statements()[0].by == labeller_name() != ""
+    assert place.statements()[0].by == current_user() != ""
 
 
 def test_a_relative_path_is_recorded_absolute(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,9 @@ def add(store: Store, release_id: str, *, manifest_sha256: str | None = None) ->
             id=release_id,
             manifest_sha256=manifest_sha256 or release_id * 32,
             location=f"releases/{release_id}",
-            manifest={"heads": ["linear"], "ü": 1.5},
+            manifest={"heads": {"linear": {}}, "ü": 1.5},
             source="hf:aimagelab/CoDE",
+            by="ann",
         )
     )
 
@@ -46,7 +47,7 @@ def test_a_release_is_kept_as_it_was_registered(store: Store) -> None:
     found = store.run(lambda session: releases.get(session, "r1"))
     assert found is not None
     assert (found.location, found.source, found.status) == ("releases/r1", "hf:aimagelab/CoDE", "ready")
-    assert found.manifest == {"heads": ["linear"], "ü": 1.5}
+    assert found.manifest == {"heads": {"linear": {}}, "ü": 1.5}
     assert store.run(lambda session: releases.get(session, "r2")) is None
 
 

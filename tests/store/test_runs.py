@@ -205,7 +205,7 @@ def test_the_last_run_that_taught_a_champion_is_known_whoever_promoted_it(store:
         run = begun(store)
         store.run(
             lambda session: releases.add(
-                session, id=name, manifest_sha256=name * 32, location="", manifest={}, source=""
+                session, id=name, manifest_sha256=name * 32, location="", manifest={}, source="", by="ann"
             )
         )
         store.run(lambda session: runs.note(session, run.lease, snapshot_id=chosen, candidate=name))

@@ -96,7 +96,7 @@ def test_new_is_what_the_last_champion_that_learned_here_was_not_taught(store: S
         snapshots.freeze(session, taken)
         runs.note(session, run.lease, snapshot_id=taken.id, candidate="r-1")
         runs.finish(session, run.lease, "rejected")
-        releases.add(session, id="r-1", manifest_sha256="1" * 64, location="", manifest={}, source="")
+        releases.add(session, id="r-1", manifest_sha256="1" * 64, location="", manifest={}, source="", by="ann")
 
     store.run(learn)
     assert all(member.new for member in take(store, settings).members), "a rejected run taught nobody"

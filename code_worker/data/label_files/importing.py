@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from code_worker.data.label_files.rows import Row
-from code_worker.data.labelling import Found, Labeller
+from code_worker.data.labelling import Found, LabelFile, Labeller
 from code_worker.errors import (
     CodeWorkerError,
     DatasetError,
@@ -61,6 +62,8 @@ def import_rows(
     by: str,
     collection: str | None = None,
     threads: int,
+    actor: str | None = None,
+    sha256: str | None = None,
 ) -> Iterator[Imported]:
     """Records the rows in transactions of 256 and says after each what became of them.
 
@@ -73,10 +76,16 @@ def import_rows(
         by: who labelled, where a row does not say.
         collection: where the images came from, where a row does not say.
         threads: images fetched at the same time.
+        actor: who imports; unset: who labelled.
+        sha256: of the file, for the audit, which has an entry for each transaction.
 
     Raises:
+        NotAllowedError: the actor is no reviewer.
         StorageError, SourceCredentialsError: no row could go on; the good rows before it are recorded.
     """
+    actor = by if actor is None else actor
+    labeller.allow_import(actor)
+    record = partial(_record, labeller, actor=actor, file=LabelFile(name, sha256))
     with ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
         for group in chunks(rows, _ROWS_PER_TRANSACTION):
             outcomes = [_draft(row, name, by, collection) for row in group]
@@ -84,7 +93,7 @@ def import_rows(
             for key in labeller.imported(list(drafts)):
                 del drafts[key]
             found = _find_all(labeller, pool, drafts.values())
-            new = _record(labeller, drafts.values(), found)
+            new = record(drafts.values(), found)
             faults = {key: fault for key, one in drafts.items() if not isinstance(fault := found[one.target], Found)}
             if fatal := next((fault for fault in faults.values() if isinstance(fault, _FATAL)), None):
                 raise fatal
@@ -146,11 +155,11 @@ def _find_all(labeller: Labeller, pool: ThreadPoolExecutor, drafts: Iterable[_Dr
     return dict(zip(targets, pool.map(find, targets), strict=True))
 
 
-def _record(labeller: Labeller, drafts: Iterable[_Draft], found: _Finds) -> int:
+def _record(labeller: Labeller, drafts: Iterable[_Draft], found: _Finds, *, actor: str, file: LabelFile) -> int:
     images, new, rows = dict[str, KeptImage](), list[NewLabel](), dict[str, str]()
     for draft in drafts:
         if isinstance(one := found[draft.target], Found):
             images[one.image.sha256] = one.image
             new.append(replace(draft.label, sha256=one.image.sha256, uri=one.uri))
             rows[draft.key] = one.image.sha256
-    return labeller.record(new, list(images.values()), rows)
+    return labeller.record(new, list(images.values()), rows, actor=actor, file=file)
