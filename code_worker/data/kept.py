@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
+from code_worker.private import make_private
 from code_worker.releases.artifacts import s3_client, s3_errors
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class LocalKept:
             if not _holds(target, data):
                 self._sweep()
                 for directory in (self.root, target.parent.parent, target.parent, self.root / _INCOMPLETE):
-                    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    make_private(directory)
                 self._write(target, data)
         return sha256
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError
 from code_worker.failpoints import failpoint
+from code_worker.private import make_private
 from code_worker.releases.hashing import OnBytes
 from code_worker.releases.manifest import (
     MANIFEST_NAME,
@@ -253,7 +254,9 @@ def s3_errors() -> tuple[type[Exception], ...]:
 @contextlib.contextmanager
 def _locked(directory: Path, release: str) -> Iterator[None]:
     """One process at a time; the lock goes with the process that holds it."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_private(directory.parent)
+    # Other users of the machine may load from a directory of releases that is not in the data directory.
+    directory.mkdir(exist_ok=True)
     with (directory / f".{release}.lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

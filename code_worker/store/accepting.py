@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from code_worker.errors import IdConflictError
+from code_worker.logs import redact
 from code_worker.queues import MAX_URI_LENGTH, chunks, queue_for
 from code_worker.store.ids import keyed_id, uuid7
 from code_worker.store.models import JobRow, db_now_plus
@@ -48,7 +49,8 @@ def check_new(job: NewJob) -> None:
     """Refuses what a database could not store; a caller may ask per job, so that one does not spoil the others.
 
     Raises:
-        ValueError: an empty, overlong or unstorable text, a priority outside 0 to 9, metadata that is not JSON.
+        ValueError: an empty, overlong or unstorable text, a URI with credentials, a priority outside 0 to 9, metadata
+            that is not JSON.
     """
     for name in ("uri", "head", "tenant", "content_type", "key"):
         text = getattr(job, name)
@@ -56,6 +58,8 @@ def check_new(job: NewJob) -> None:
             raise ValueError(f"job not accepted: {name} has over {MAX_URI_LENGTH} characters, a NUL or half of one")
     if not job.uri:
         raise ValueError("job not accepted: uri is empty")
+    if redact(job.uri) != job.uri:
+        raise ValueError("job not accepted: its uri carries a password or a signature, which would be kept for ever")
     if not 0 <= job.priority <= 9:
         raise ValueError(f"job not accepted: priority must be 0 to 9, not {job.priority}")
     if job.metadata:

@@ -20,6 +20,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from code_worker.errors import ConfigurationError
 from code_worker.logs import get_logger
+from code_worker.private import make_private
 from code_worker.store.faults import DbFault, classify, translate
 
 __all__ = ["MAX_TRIES", "Session", "Store", "open_store"]
@@ -169,7 +170,7 @@ def _open_sqlite(url: URL, threads: int) -> Engine:
 
 def _create_private(path: Path) -> None:
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         _create_file(path)
     except OSError as error:
         raise ConfigurationError(f"database file {path} cannot be written: {error.strerror}") from error

@@ -13,6 +13,7 @@ from sqlalchemy import case, delete, or_, select
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
+from code_worker.logs import redact
 from code_worker.store.ids import as_uuid, uuid7
 from code_worker.store.models import (
     DeadLetterRow,
@@ -196,9 +197,9 @@ def resume_source(session: Session, source: str) -> None:
 
 
 def dead_letter(session: Session, *, task: str, body: str, error: str) -> str:
-    """Keeps a message that could not be read, cut at 64 KiB; returns its id."""
+    """Keeps a message that could not be read, without credentials and cut at 64 KiB; returns its id."""
     letter_id = uuid7()
-    row = {"id": letter_id, "task": task, "body": plain(body, _MAX_BODY), "error": plain(error, _MAX_TEXT)}
+    row = {"id": letter_id, "task": task, "body": plain(redact(body), _MAX_BODY), "error": plain(error, _MAX_TEXT)}
     session.execute(_LETTERS.insert().values(row))
     return letter_id
 

@@ -192,6 +192,8 @@ def read_items(path: Path) -> list[Item]:
                 items.append(_item(line, f"{path}:{number}"))
     except OSError as error:
         raise TrainingError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{path}: no text: {error}") from error
     return items
 
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from code_worker.errors import TrainingError
 from code_worker.logs import get_logger
+from code_worker.private import make_private
 
 __all__ = ["Workplace"]
 
@@ -58,7 +59,7 @@ class Workplace:
             TrainingError: it cannot be made, or somebody else did not leave it in time.
         """
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self.path)
             descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise TrainingError(f"cannot work in {self.path}: {error.strerror}") from error

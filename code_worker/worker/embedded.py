@@ -20,6 +20,7 @@ from redis.retry import Retry
 
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.logs import get_logger
+from code_worker.private import make_private
 from code_worker.worker.supervisor import Child
 
 __all__ = ["EmbeddedBroker", "server_binary"]
@@ -79,7 +80,7 @@ class EmbeddedBroker:
             BrokerUnavailableError: a server that an earlier run left behind does not stop.
         """
         binary = server_binary()
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.directory)
         self.url = self._address()
         _write_private(self._kept_address, self.url)
         _write_private(self._config, self._configuration())
@@ -104,7 +105,7 @@ class EmbeddedBroker:
 
     def publish(self) -> None:
         """Tells other processes of this data directory where the broker is."""
-        self._published.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self._published.parent)
         _write_private(self._published, self.url)
 
     def withdraw(self) -> None:

@@ -12,6 +12,7 @@ from typing import Self
 
 from code_worker.broker import check_broker
 from code_worker.errors import ConfigurationError
+from code_worker.private import make_private
 from code_worker.releases.registry import CHAMPION
 from code_worker.settings import Settings
 from code_worker.store import migrate, releases
@@ -72,7 +73,7 @@ class Stack:
     def _make_directories(self) -> None:
         for directory in (self.data_path, self.data_path / "run", self.data_path / "releases"):
             try:
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(directory)
             except OSError as error:
                 raise ConfigurationError(
                     f"the data directory {directory} cannot be made ({error.strerror}): set CODE_WORKER_DATA_DIR"

@@ -77,12 +77,20 @@ def data_directory(settings: Settings) -> Iterator[Check]:
     with tempfile.TemporaryFile(dir=path) as probe:
         probe.write(b"x" * 4096)
         probe.flush()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        yield Check("data directory", Status.WARN, f"{path} is open to others ({mode:o})", f"chmod 700 {path}")
-    else:
+    exposed = [place for place in (path, *_with_secrets(path)) if stat.S_IMODE(place.stat().st_mode) & 0o077]
+    for place in exposed:
+        mode = stat.S_IMODE(place.stat().st_mode)
+        hint = f"chmod {'700' if place.is_dir() else '600'} {place}"
+        yield Check("data directory", Status.WARN, f"{place} is open to others ({mode:o})", hint)
+    if not exposed:
         yield Check("data directory", Status.OK, f"{path} is writable and private")
     yield _room(path)
+
+
+def _with_secrets(directory: Path) -> list[Path]:
+    """The database, and where the embedded broker's password stands."""
+    patterns = ("code_worker.db*", "broker/valkey.conf", "broker/address", "run/broker.url")
+    return sorted(path for pattern in patterns for path in directory.glob(pattern))
 
 
 def _room(path: Path) -> Check:
