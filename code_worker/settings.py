@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from code_worker.errors import ConfigurationError
+from code_worker.training_settings import Section, TrainingSettings
 
 __all__ = [
     "BrokerSettings",
@@ -31,11 +32,7 @@ __all__ = [
 CONFIG_ENV = "CODE_WORKER_CONFIG"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class S3Settings(_Section):
+class S3Settings(Section):
     """Where `s3://` objects come from and how long one may take."""
 
     endpoint_url: str | None = Field(None, description="S3 endpoint; unset means AWS.")
@@ -54,7 +51,7 @@ class S3Settings(_Section):
     checksum_mode: bool = Field(True, description="Verify the checksum that the object carries, if it carries one.")
 
 
-class FileSettings(_Section):
+class FileSettings(Section):
     """Which local files may be read."""
 
     roots: tuple[Path, ...] = Field(
@@ -62,7 +59,7 @@ class FileSettings(_Section):
     )
 
 
-class LimitSettings(_Section):
+class LimitSettings(Section):
     """What an image may cost before it is refused."""
 
     max_bytes: int = Field(50 * 2**20, gt=0, description="Largest file, enforced while it streams in.")
@@ -71,7 +68,7 @@ class LimitSettings(_Section):
     min_side: int = Field(1, ge=1, description="Shortest side that is judged.")
 
 
-class BrokerSettings(_Section):
+class BrokerSettings(Section):
     """How the broker is used."""
 
     key_prefix: str = Field("cw:", description="Prefix of every key in Redis, for ACLs and shared servers.")
@@ -84,7 +81,7 @@ class BrokerSettings(_Section):
     )
 
 
-class WorkerSettings(_Section):
+class WorkerSettings(Section):
     """How one worker process uses its machine."""
 
     concurrency: int = Field(4, ge=1, description="Messages judged at the same time.")
@@ -112,7 +109,7 @@ class WorkerSettings(_Section):
     )
 
 
-class LabelSettings(_Section):
+class LabelSettings(Section):
     """How labels of people and systems become one truth per image."""
 
     rule: Literal["latest", "majority", "unanimous", "trusted"] = Field(
@@ -135,66 +132,7 @@ class LabelSettings(_Section):
     )
 
 
-class TrainingSettings(_Section):
-    """How a retrain trains the encoder, and on what."""
-
-    epochs: int | None = Field(None, ge=1, description="Epochs at most; unset: 20 on CUDA, 10 on a CPU.")
-    steps_per_epoch: int | None = Field(
-        None, ge=1, description="Optimiser steps in an epoch; unset: 200 on CUDA, 40 on a CPU."
-    )
-    records: int | None = Field(
-        None,
-        ge=2,
-        description="Records (one real and one generated image) in a step, per process; unset: 256 on CUDA, 48 on "
-        "a CPU.",
-    )
-    accumulate: int = Field(1, ge=1, description="Parts in which a step's records are computed, to save memory.")
-    learning_rate: float | None = Field(
-        None,
-        gt=0,
-        description="Peak; from scratch the published one is 2e-3; unset: 2e-4, or 1e-3 where an encoder smaller "
-        "than the published one does not see a new generator.",
-    )
-    weight_decay: float = Field(2e-5, ge=0, description="AdamW's.")
-    warmup_epochs: float = Field(0.5, ge=0, description="Epochs of linear warm-up from 1e-6.")
-    patience: int = Field(6, ge=1, description="Epochs without a better linear head on the hold-out before it stops.")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="Average weights with this decay; unset: not.")
-    new_share: float = Field(
-        0.5, ge=0, le=1, description="Share of a step's fakes drawn from generators the champion never learned."
-    )
-    native: bool | None = Field(
-        None,
-        description="Views cut at native resolution, as inference sees images, instead of resized ones as published; "
-        "unset: for encoders smaller than the published one.",
-    )
-    keep: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Share of the champion's weights that a retrain begins with, the rest fresh ones (shrink and "
-        "perturb): less learns new traces sooner and forgets more; unset: 1, or 0.5 where an encoder "
-        "smaller than the published one does not see a new generator.",
-    )
-    max_forgetting: float | None = Field(
-        0.005,
-        ge=0,
-        description="A trained encoder is drawn back towards the champion's until no group of the hold-out loses "
-        "more than this of the probability that a linear head gives to what is right; unset (`null`): not.",
-    )
-    from_scratch: bool = Field(False, description="Begin with fresh weights instead of the champion's.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
-    processes: int = Field(1, ge=1, description="Processes (one per GPU) that torchrun starts on this machine.")
-    loader_processes: int | None = Field(None, ge=0, description="Processes that prepare views; unset: by cores.")
-    timeout_s: int = Field(86_400, ge=60, description="A retrain that takes longer is ended and recorded as failed.")
-    lease_s: float = Field(
-        60, ge=1, description="A run whose process gives no sign of life for so long is taken over by another."
-    )
-    max_attempts: int = Field(
-        10, ge=1, description="Processes that may die over one run before it is recorded as failed."
-    )
-
-
-class ScheduleSettings(_Section):
+class ScheduleSettings(Section):
     """When the detector learns by itself; unset: only when told to."""
 
     retrain: str | None = Field(None, description="Cron line in UTC, such as `0 3 * * sun`.")
@@ -204,7 +142,7 @@ class ScheduleSettings(_Section):
     min_holdout: int = Field(20, ge=1, description="Images of each class in the hold-out, below which it waits.")
 
 
-class GateSettings(_Section):
+class GateSettings(Section):
     """What a candidate must prove before it replaces the champion."""
 
     max_regression: float = Field(
@@ -238,13 +176,13 @@ class GateSettings(_Section):
     promote: bool = Field(True, description="Promote by itself what passes; else it becomes the challenger.")
 
 
-class ShadowSettings(_Section):
+class ShadowSettings(Section):
     """How a challenger is watched."""
 
     share: float = Field(1.0, ge=0, le=1, description="Share of judged images that it scores too, by content hash.")
 
 
-class RetentionSettings(_Section):
+class RetentionSettings(Section):
     """How many days things are kept; unset: for ever. What an appeal or the learning rests on is kept unless told."""
 
     jobs_days: float | None = Field(
@@ -268,7 +206,7 @@ class RetentionSettings(_Section):
     pass_s: float = Field(30.0, gt=0, description="A pass ends after so long, done or not; the next one goes on.")
 
 
-class RoleSettings(_Section):
+class RoleSettings(Section):
     """Who may do what; while all three are empty, everybody may do everything."""
 
     labellers: tuple[str, ...] = Field(

@@ -1,0 +1,72 @@
+"""How a retrain trains: a section of the settings that is a page of its own."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Section", "TrainingSettings"]
+
+
+class Section(BaseModel):
+    """A table of the settings: unknown names are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainingSettings(Section):
+    """How a retrain trains the encoder, and on what."""
+
+    epochs: int | None = Field(None, ge=1, description="Epochs at most; unset: 20 on CUDA, 10 on a CPU.")
+    steps_per_epoch: int | None = Field(
+        None, ge=1, description="Optimiser steps in an epoch; unset: 200 on CUDA, 40 on a CPU."
+    )
+    records: int | None = Field(
+        None,
+        ge=2,
+        description="Records (one real and one generated image) in a step, per process; unset: 256 on CUDA, 48 on "
+        "a CPU.",
+    )
+    accumulate: int = Field(1, ge=1, description="Parts in which a step's records are computed, to save memory.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak; from scratch the published one is 2e-3; unset: 2e-4, or 1e-3 where an encoder smaller "
+        "than the published one does not see a new generator.",
+    )
+    weight_decay: float = Field(2e-5, ge=0, description="AdamW's.")
+    warmup_epochs: float = Field(0.5, ge=0, description="Epochs of linear warm-up from 1e-6.")
+    patience: int = Field(6, ge=1, description="Epochs without a better linear head on the hold-out before it stops.")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="Average weights with this decay; unset: not.")
+    new_share: float = Field(
+        0.5, ge=0, le=1, description="Share of a step's fakes drawn from generators the champion never learned."
+    )
+    native: bool | None = Field(
+        None,
+        description="Views cut at native resolution, as inference sees images, instead of resized ones as published; "
+        "unset: for encoders smaller than the published one.",
+    )
+    keep: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the champion's weights that a retrain begins with, the rest fresh ones (shrink and "
+        "perturb): less learns new traces sooner and forgets more; unset: 1, or 0.5 where an encoder "
+        "smaller than the published one does not see a new generator.",
+    )
+    max_forgetting: float | None = Field(
+        0.005,
+        ge=0,
+        description="A trained encoder is drawn back towards the champion's until no group of the hold-out loses "
+        "more than this of the probability that a linear head gives to what is right; unset (`null`): not.",
+    )
+    from_scratch: bool = Field(False, description="Begin with fresh weights instead of the champion's.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    processes: int = Field(1, ge=1, description="Processes (one per GPU) that torchrun starts on this machine.")
+    loader_processes: int | None = Field(None, ge=0, description="Processes that prepare views; unset: by cores.")
+    timeout_s: int = Field(86_400, ge=60, description="A retrain that takes longer is ended and recorded as failed.")
+    lease_s: float = Field(
+        60, ge=1, description="A run whose process gives no sign of life for so long is taken over by another."
+    )
+    max_attempts: int = Field(
+        10, ge=1, description="Processes that may die over one run before it is recorded as failed."
+    )
