@@ -23,6 +23,8 @@ _COMMANDS = {
     "demo": ("code_worker.cli.demo:demo", "Run the whole main job on a toy set and print what happened."),
     "doctor": ("code_worker.cli.doctor:doctor", "Check each part of an installation, with a hint for each fault."),
     "enqueue": ("code_worker.cli.enqueue:enqueue", "Enqueue images: URIs, a prefix, or a list."),
+    "erase": ("code_worker.cli.erase:erase", "Erase all that is kept of a job, an image or a tenant."),
+    "erasures": ("code_worker.cli.erasures:erasures", "Show receipts of erasures; say whether something was erased."),
     "heads": ("code_worker.cli.heads:heads", "List the heads that plugins offer."),
     "jobs": ("code_worker.cli.jobs:jobs", "List, show and retry jobs."),
     "label": ("code_worker.cli.label:label", "Say that an image is real or fake."),

@@ -61,6 +61,13 @@ class ArtifactStore(Protocol):
     def list(self) -> list[str]:
         """Ids of the complete releases, sorted."""
 
+    def drop(self, release: str) -> bool:
+        """Deletes a release and its cached copy here; whether there was any. Again, it changes nothing.
+
+        Raises:
+            ArtifactError: it cannot be deleted.
+        """
+
 
 def open_artifacts(settings: Settings) -> ArtifactStore:
     """The artifact store that the settings name; nothing is contacted yet.
@@ -112,6 +119,18 @@ class LocalArtifacts:
         """See `ArtifactStore.list`."""
         found = (path.parent.name for path in self.root.glob(f"r-*/{MANIFEST_NAME}"))
         return sorted(name for name in found if _RELEASE_ID.fullmatch(name))
+
+    def drop(self, release: str) -> bool:
+        """See `ArtifactStore.drop`."""
+        target = self.root / _checked_id(release)
+        with _translated(f"cannot delete release {release} in {self.root}"):
+            if not target.exists():
+                return False
+            with _locked(self.root, release):
+                # The manifest first: half a release is none.
+                (target / MANIFEST_NAME).unlink(missing_ok=True)
+                shutil.rmtree(target)
+        return True
 
 
 class S3Artifacts:
@@ -200,6 +219,18 @@ class S3Artifacts:
                 keys = (item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ()))
                 found += [key.partition("/")[0] for key in keys if key.partition("/")[2] == MANIFEST_NAME]
         return sorted(found)
+
+    def drop(self, release: str) -> bool:
+        """See `ArtifactStore.drop`."""
+        cached = LocalArtifacts(self.cache).drop(release)
+        prefix = self._key(_checked_id(release), "")
+        with _translated(f"cannot delete release {release} in {self.address}"):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
+            keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
+            # The manifest first: half a release is none.
+            for key in sorted(keys, key=lambda key: not key.endswith(f"/{MANIFEST_NAME}")):
+                self._client.delete_object(Bucket=self._bucket, Key=key)
+        return bool(keys) or cached
 
 
 def s3_client(settings: S3Settings) -> Any:

@@ -29,6 +29,7 @@ __all__ = [
     "list_releases",
     "move_alias",
     "moves",
+    "retire",
     "rollback",
 ]
 
@@ -123,6 +124,15 @@ def list_releases(session: Session, *, limit: int | None = None) -> list[Release
 
 def _info(row: RowMapping) -> ReleaseInfo:
     return ReleaseInfo(**row)
+
+
+def retire(session: Session, release_id: str, status: str) -> bool:
+    """Lets a release never be promoted again and says why; False while an alias points to it."""
+    pointed = select(_ALIASES.c.name).where(_ALIASES.c.release_id == release_id).with_for_update()
+    if session.scalar(pointed) is not None:
+        return False
+    session.execute(update(_RELEASES).where(_RELEASES.c.id == release_id).values(status=status))
+    return True
 
 
 def alias(session: Session, name: str, *, lock: bool = False) -> str | None:

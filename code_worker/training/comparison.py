@@ -92,6 +92,7 @@ def gate_inputs(
     min_holdout: int,
     min_labellers: int = 1,
     golden: GoldenOpinions | None = None,
+    owed: bool = False,
 ) -> GateInputs:
     """The hold-out as both see it, without what one of them could not read or decode under every condition.
 
@@ -122,6 +123,7 @@ def gate_inputs(
         min_labellers=min_labellers,
         suspicions=_suspicions(snapshot, candidate, champion, frozenset(unchecked)),
         golden=golden,
+        owed=owed,
     )
 
 

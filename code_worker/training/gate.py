@@ -64,6 +64,7 @@ class GateInputs:
         min_labellers: how many these must be.
         suspicions: how much new labels disagree with their neighbours, by labeller.
         golden: the golden set, if there is one.
+        owed: the champion must go, for it learned from what was erased; no worse than it is good enough.
     """
 
     labels: NDArray[np.int8]
@@ -78,6 +79,7 @@ class GateInputs:
     min_labellers: int = 1
     suspicions: tuple[Suspicion, ...] = ()
     golden: GoldenOpinions | None = None
+    owed: bool = False
 
     def groups(self) -> Iterator[tuple[str, NDArray[np.bool_]]]:
         """The reals, and the fakes of each generator: nobody may pay for what others gain."""
@@ -126,7 +128,8 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
        interval of the paired bootstrap, none by more than `max_regression` as measured, where the group is so large
        that two images weigh no more than that.
     4. Something is gained: the 95 % interval of the difference in balanced accuracy lies above 0, on all images or on
-       the new ones, under any condition. Without a champion the candidate must beat chance.
+       the new ones, under any condition. Without a champion the candidate must beat chance. Nothing need be gained
+       where the champion must go because it learned from what was erased.
     5. It withstands the safeguards against wrong and malicious labels, see `safeguards.safeguarded`.
 
     Raises:
@@ -143,6 +146,8 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
         raise TrainingError(f"the report of {inputs.candidate.release} cannot be computed: {error}") from error
     problems += [f"worse on {change}" for change in losses if _lost(change, settings)]
     problems += unsafe
+    if not better and inputs.owed:
+        better = ["nothing, and worse on nothing: the champion learned from what was erased and must go"]
     if not better and not problems:
         problems.append("nothing gained: neither overall nor on the new images is it better beyond chance")
     if problems:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
 from code_worker.releases.manifest import Thresholds
-from code_worker.store import runs
+from code_worker.store import erasures, runs
 from code_worker.training import snapshot as snapshots
 from code_worker.training.comparison import (
     Side,
@@ -145,7 +145,13 @@ class Stages:
             self._golden_set, self._golden_read = load_golden(self.attempt.settings), True
         return self._golden_set
 
+    def _owed(self, champion: str | None) -> bool:
+        """Whether the champion learned from what was erased, so that its files wait to be deleted."""
+        return champion in self.attempt.parts.store.run(erasures.releases_owed, write=False)
+
     def _why_wait(self, taken: Snapshot) -> list[str]:
+        if self._owed(self.attempt.parts.registry.champion()):
+            return []
         settings = self.attempt.settings
         why = snapshots.shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)
         before = self.attempt.parts.store.run(
@@ -289,6 +295,7 @@ class Stages:
             min_holdout=self.attempt.settings.schedule.min_holdout,
             min_labellers=self.attempt.settings.labels.min_labellers,
             golden=None if golden is None else golden_opinions(golden, *sides),
+            owed=self._owed(champion),
         )
         return decide(inputs, self.attempt.settings.gate)
 

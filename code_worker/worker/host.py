@@ -119,6 +119,8 @@ class Host:
                 watcher = Watcher(self.settings, self._migrated_store(), Doorbell(self._app))
                 self._watcher = Repeater("learning_watch", watcher.interval_s, watcher.look)
                 self._watcher.start()
+                # A trainer's directories of runs may be on no other machine.
+                self._start_retaining()
 
     def _start_retaining(self) -> None:
         from code_worker.worker.retention import Retention  # noqa: PLC0415 - SQLAlchemy

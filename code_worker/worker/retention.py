@@ -1,4 +1,4 @@
-"""Retention in the background: one process at a time, a bounded pass now and then, whatever else is under way."""
+"""Retention in the background: one process at a time, a bounded pass now and then; and what erasures left."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
+from code_worker.errors import ArtifactError, DatasetError, StoreError
 from code_worker.logs import get_logger
-from code_worker.store import retention, workers
+from code_worker.store import erasures, retention, workers
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
@@ -43,14 +44,34 @@ class Retention:
         self._stopped.set()
 
     def __call__(self) -> Mapping[str, int]:
-        """One pass, if nobody else is at it; rows deleted by kind."""
+        """One pass, if nobody else is at it; rows deleted by kind. Each machine tidies its own directory."""
+        self._tidy()
         if not self._take_turn(_LEASE_S):
             return {}
         try:
+            self._finish_erasures()
             return self._pass()
         finally:
             # Others of the fleet need not look before it is due again.
             self._take_turn(self.interval_s * 0.8)
+
+    def _tidy(self) -> None:
+        from code_worker.data.leftovers import Leftovers  # noqa: PLC0415 - boto3, where the storage is in S3
+
+        Leftovers(self._settings, self._store).tidy()
+
+    def _finish_erasures(self) -> None:
+        """What a dead process left of an erasure, and files of releases that are not in use any more."""
+        left = self._store.run(
+            lambda session: bool(erasures.still_open(session) or erasures.releases_owed(session)), write=False
+        )
+        if left:
+            from code_worker.data.erasure import Eraser  # noqa: PLC0415 - as above
+
+            try:
+                Eraser(self._settings, self._store, wait_s=0).resume()
+            except (ArtifactError, DatasetError, StoreError) as error:
+                log.warning("erasure_waits", error=str(error))
 
     def _take_turn(self, seconds: float) -> bool:
         return self._store.run(lambda session: workers.take_lease(session, _ROLE, self._owner, seconds))

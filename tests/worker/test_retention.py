@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
 
+import pytest
 from pydantic import SecretStr
 
+from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.kept import LocalKept
 from code_worker.settings import RetentionSettings, Settings, WorkerSettings
-from code_worker.store import labels, workers
+from code_worker.store import erasures, labels, workers
 from code_worker.store.engine import Store
 from code_worker.worker.app import create_app, host_of
 from code_worker.worker.retention import Retention
@@ -98,3 +101,47 @@ def test_a_worker_does_it_in_the_background_until_it_ends(sqlite_store: Store, t
         host.stop_taking()
         host.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "retention"]
+
+
+def test_what_a_dead_process_left_of_an_erasure_is_finished(
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(data_dir=tmp_path)
+    (sha256,) = label(settings, sqlite_store, pictures("real", 1), "real")
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Eraser, "_forget_learning", die)
+    with pytest.raises(KeyboardInterrupt):
+        Eraser(settings, sqlite_store).erase(Scope(sha256=sha256), by="olga")
+    monkeypatch.undo()
+    retention(sqlite_store, tmp_path)()
+    (receipt,) = sqlite_store.run(erasures.list_receipts)
+    assert receipt.state == "done"
+    assert not LocalKept(Path(settings.resolved_datasets)).exists(sha256)
+
+
+def test_each_machine_drops_what_its_own_directory_still_holds(sqlite_store: Store, tmp_path: Path) -> None:
+    mine, shared = tmp_path / "other-machine", Settings(data_dir=tmp_path / "shared")
+    run, gone = "0198c5a2-7f31-7abc-9def-0123456789ab", "0198c5a2-7f31-7abc-9def-0123456789ac"
+    for name in (run, gone):
+        (mine / "runs" / name / "job").mkdir(parents=True)
+    cache = LocalKept(mine / "cache" / "dataset")
+    stale, fresh = cache.put(b"erased elsewhere"), cache.put(b"just fetched")
+    os.utime(cache.path(stale), (0, 0))
+    (kept,) = label(shared, sqlite_store, pictures("real", 1), "real")
+    os.utime(cache.path(cache.put(pictures("real", 1)[0])), (0, 0))
+    (mine / "cache" / "releases" / "r-0123456789ab").mkdir(parents=True)
+
+    def receive(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        erasures.begin(session, id=run, scope="job", by="olga", why="", salt="00")
+        released = {"r-0123456789ab": {"how": "learned", "files": "deleted"}}
+        erasures.note(session, run, releases=released, runs=[gone])
+        erasures.finish(session, run)
+
+    sqlite_store.run(receive)
+    retention(sqlite_store, mine, owner="another")()
+    assert [path.name for path in (mine / "runs").iterdir()] == [run]
+    assert set(cache.held()) == {fresh, kept}
+    assert not (mine / "cache" / "releases" / "r-0123456789ab").exists()

@@ -1,0 +1,111 @@
+"""`code-worker erase`: forget jobs and images, and leave a receipt."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option
+from code_worker.cli.erasures import receipt_record, say_receipt
+from code_worker.cli.ledger import open_ledger, quiet_settings
+from code_worker.cli.output import print_facts, to_json
+from code_worker.cli.progress import progress
+from code_worker.cli.who import who
+
+if TYPE_CHECKING:
+    from code_worker.data.erasure import Eraser, Preview, Scope
+
+__all__ = ["erase"]
+
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def _content_hash(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not _HASH.fullmatch(value := value.lower()):
+        raise click.BadParameter("a content hash has 64 hexadecimal digits")
+    return value
+
+
+@click.command()
+@click.option("--job", type=ID, help="This job; its image too, unless another job judged the same bytes.")
+@click.option(
+    "--sha256", callback=_content_hash, help="The image of this content hash, and every job that judged it."
+)
+@click.option("--tenant", help="Every job of this tenant, and their images as above.")
+@click.option(
+    "--before", type=AGO_OR_DATE, help="All that was accepted or labelled before then, and not spoken of since."
+)
+@click.option("--why", default="", help="The reason, for the receipt and the audit.")
+@click.option("--keep-releases", is_flag=True, help="Leave the files of releases that learned from it.")
+@click.option("--resume", is_flag=True, help="Only finish what earlier erasures left, if anything.")
+@click.option("--dry-run", is_flag=True, help="Print what would be erased; erase nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def erase(
+    *,
+    job: str | None,
+    sha256: str | None,
+    tenant: str | None,
+    before: datetime | None,
+    why: str,
+    keep_releases: bool,
+    resume: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Erase all that is kept of jobs and images; what a receipt says of it tells nobody what it was.
+
+    Rows, embeddings, labels, kept copies, caches and directories of runs go; releases whose heads may hold embeddings
+    lose their files once no alias points to them; the database's files are rewritten. Begun again after a crash it
+    goes on where it ended. Exit status 1 when something could not be erased now.
+    """
+    from code_worker.data.erasure import Eraser, Scope  # noqa: PLC0415 - SQLAlchemy and storage: not for --help
+
+    scope = Scope(job, sha256, tenant, before)
+    if sum(value is not None for value in (job, sha256, tenant, before)) != int(not resume):
+        raise click.UsageError("say one of --job, --sha256, --tenant and --before, or --resume alone")
+    settings = quiet_settings()
+    with open_ledger(settings) as store:
+        eraser = Eraser(settings, store)
+        if resume:
+            click.echo(f"{eraser.resume()} erasures were left, and are finished")
+        elif dry_run:
+            _say_preview(eraser.preview(scope), as_json=as_json)
+        else:
+            _erase(
+                eraser, scope, why, keep_releases=keep_releases, ask=not yes and sys.stdin.isatty(), as_json=as_json
+            )
+
+
+def _erase(eraser: Eraser, scope: Scope, why: str, *, keep_releases: bool, ask: bool, as_json: bool) -> None:
+    if ask:
+        _say_preview(eraser.preview(scope), as_json=False)
+        click.confirm("This cannot be undone. Erase it?", abort=True)
+    with progress("erasing", counted=True) as advance:
+        receipt = eraser.erase(scope, by=who(), why=why, keep_releases=keep_releases, say=advance)
+    if as_json:
+        click.echo(to_json(receipt_record(receipt)))
+    else:
+        say_receipt(receipt)
+
+
+def _say_preview(preview: Preview, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(to_json(asdict(preview)))
+        return
+    facts: dict[str, Any] = {
+        "jobs": preview.jobs,
+        "images": preview.images,
+        "labels": preview.labels,
+        "kept copies": preview.copies,
+        "images that other jobs share": f"{preview.shared}, which stay" if preview.shared else None,
+        "releases that learned from it": ", ".join(f"{name} ({how})" for name, how in preview.releases.items())
+        or None,
+    }
+    print_facts(facts)

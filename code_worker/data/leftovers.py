@@ -1,0 +1,117 @@
+"""What this machine's data directory may still hold of what was erased, here or from elsewhere."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from code_worker.data.kept import LocalKept
+from code_worker.errors import StorageError
+from code_worker.logs import get_logger
+from code_worker.queues import chunks
+from code_worker.releases.artifacts import LocalArtifacts
+from code_worker.store import erasures, kept_images
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Session, Store
+
+__all__ = ["Leftovers"]
+
+log = get_logger(__name__)
+_LOCK: Final = "lock"
+_PAGE: Final = 1000
+_POLL_S: Final = 0.2
+_FRESH_S: Final = 600.0
+
+
+class Leftovers:
+    """Directories of runs that learned from erased images, cached copies of images and releases that are gone.
+
+    Receipts name the runs and releases, and rows the images of which copies are kept, so any machine can tidy itself
+    without being told what was erased.
+    """
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._data = settings.data_path
+        self._store = store
+
+    def tidy(self, *, wait_s: float = 0.0) -> int:
+        """Deletes them and returns how many there were; with `wait_s`, a process at work in one is waited for.
+
+        Raises:
+            StorageError: one cannot be deleted, or its process did not leave it in time.
+        """
+        receipts = self._store.run(erasures.list_receipts, write=False)
+        runs = sorted({run for receipt in receipts for run in receipt.runs})
+        releases = {
+            name for one in receipts for name, facts in one.releases.items() if facts.get("files") == "deleted"
+        }
+        try:
+            found = self._runs(runs, wait_s) + self._copies() + self._releases(releases)
+        except OSError as error:
+            raise StorageError(f"cannot tidy {self._data}: {error}") from error
+        if found:
+            log.info("leftovers_deleted", count=found)
+        return found
+
+    def _runs(self, runs: Iterable[str], wait_s: float) -> int:
+        places = [place for run in runs if (place := self._data / "runs" / run).is_dir()]
+        deadline = time.monotonic() + wait_s
+        count = 0
+        for place in places:
+            while not (gone := _remove(place)) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+            if not gone and wait_s:
+                raise StorageError(f"a training process still works in {place}: end it and do the same again")
+            count += gone
+        return count
+
+    def _copies(self) -> int:
+        """Cached copies of images of which no copy is kept; a fresh one may be of an image not noted yet."""
+        cache = LocalKept(self._data / "cache" / "dataset")
+        count = 0
+        for some in chunks(cache.held(), _PAGE):
+
+            def known(session: Session, some: list[str] = some) -> set[str]:
+                return set(kept_images.kept(session, some))
+
+            kept = self._store.run(known, write=False)
+            old = [sha256 for sha256 in some if sha256 not in kept and _age_s(cache.path(sha256)) > _FRESH_S]
+            count += sum(cache.drop(sha256) for sha256 in old)
+        return count
+
+    def _releases(self, releases: set[str]) -> int:
+        cache = self._data / "cache" / "releases"
+        return sum(LocalArtifacts(cache).drop(name) for name in releases if (cache / name).is_dir())
+
+
+def _age_s(path: Path) -> float:
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime
+    return 0.0
+
+
+def _remove(place: Path) -> bool:
+    """Deletes the directory of a run, unless a process works in it."""
+    try:
+        descriptor = os.open(place / _LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        shutil.rmtree(place)
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        shutil.rmtree(place)
+        return True
+    finally:
+        os.close(descriptor)

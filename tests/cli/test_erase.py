@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from code_worker.store import jobs
+from code_worker.store.engine import Store
+from tests.cli.conftest import Cli
+from tests.cli.ledger_rows import judged
+
+SHA = "ab" * 32
+
+
+def test_a_job_is_erased_and_only_who_knows_it_can_ask(cli: Cli, store: Store) -> None:
+    job_id = judged(store, "s3://b/a.jpg", 0.9, tenant="acme")
+    (planned,) = cli("erase", "--job", job_id, "--dry-run", "--json").records
+    assert (planned["jobs"], planned["images"], planned["releases"]) == (1, 1, {})
+    assert store.run(lambda session: jobs.get(session, job_id)) is not None
+    (receipt,) = cli("erase", "--job", job_id, "--why", "asked by its owner", "--json").records
+    assert (receipt["state"], receipt["scope"], receipt["why"]) == ("done", "job", "asked by its owner")
+    assert receipt["counts"]["verdicts"] == 1
+    assert job_id not in json.dumps(receipt)
+    assert cli("erasures", "check", "--job", job_id, "--json").records == [receipt]
+    assert cli("erasures", "check", "--sha256", SHA.upper()).status == 0
+    assert cli("erasures", "check", "--tenant", "acme").status == 1
+    assert cli("erasures", "list", "--json").records == [receipt]
+    shown = cli("erasures", "show", receipt["id"]).stdout
+    assert "asked by its owner" in shown
+    assert cli("erase", "--resume").stdout == "0 erasures were left, and are finished\n"
+
+
+def test_an_erasure_in_words_says_what_went(cli: Cli, store: Store) -> None:
+    judged(store, "s3://b/a.jpg", 0.9, tenant="acme")
+    ran = cli("erase", "--tenant", "acme", "--dry-run")
+    assert "jobs" in ran.stdout
+    ran = cli("erase", "--tenant", "acme", "--yes")
+    assert (ran.status, ran.stdout.split()[1]) == (0, "erased")
+    assert "acme" not in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--job", "0198c5a2-7f31-7abc-9def-0123456789ab", "--tenant", "a"),
+        ("--sha256", "xyz"),
+        ("--resume", "--tenant", "a"),
+    ],
+)
+def test_no_scope_two_scopes_and_a_hash_that_is_none_are_refused(cli: Cli, arguments: tuple[str, ...]) -> None:
+    assert cli("erase", *arguments).status == 2
+    assert cli("erasures", "check").status == 2
