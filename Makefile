@@ -4,6 +4,7 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 	&& $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$name && break; done)
 UV ?= uv
+PIP_AUDIT ?= pip-audit
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ REGION := $(VENV)/.region
 CELERY_5_6 := .matrix/celery-5.6
 COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: help demo test lint check test-celery-5.6 test-matrix faults settings lock bench clean
+.PHONY: help demo test lint check test-celery-5.6 test-matrix faults settings lock sbom audit-pins bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -72,6 +73,12 @@ lock: ## Resolve the dependencies anew (UPGRADE=--upgrade takes the newest); nee
 	$(COMPILE) --extra worker --extra training --extra openvino --constraint requirements/lock.txt --output-file requirements/worker.txt pyproject.toml
 	$(COMPILE) --constraint requirements/lock.txt --output-file requirements/build.txt requirements/build.in
 	$(COMPILE) --no-deps --output-file requirements/celery-5.6.txt requirements/celery-5.6.in
+
+sbom: ## Write the bill of materials of the production lock, CycloneDX, to dist/
+	$(PYTHON) deploy/sbom.py --output dist/code-worker.cdx.json
+
+audit-pins: ## Ask the vulnerability service about every pin; needs pip-audit and the internet
+	$(PIP_AUDIT) --require-hashes --disable-pip $(foreach lock,$(wildcard requirements/*.txt),-r $(lock))
 
 bench: $(INSTALLED) $(REGION) ## Measure beside others (PARTS="pipeline decoding", ARGS="--quick --json FILE")
 	$(BIN)/python -m bench $(PARTS) $(ARGS)

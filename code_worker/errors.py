@@ -9,7 +9,8 @@ CodeWorkerError
 │   └── NoReleaseError          nothing installed to judge with
 ├── ArtifactError               a checkpoint, head file or release that must not be used
 │   ├── UnsafeArtifactError     a pickle that asked for something it may not have
-│   └── IntegrityError          bytes that differ from the manifest's sha256
+│   ├── IntegrityError          bytes that differ from the manifest's sha256
+│   └── SignatureError          a release that no holder of a key of ours signed
 ├── DatasetError                labelled images, a shard or a tree that cannot be used as they are
 │   └── StorageError            the dataset storage is full, closed or away; no image's fault
 ├── TrainingError               a run that failed, with the reason that is recorded
@@ -54,6 +55,7 @@ __all__ = [
     "RunActiveError",
     "RunLostError",
     "RunStoppedError",
+    "SignatureError",
     "SourceCredentialsError",
     "SourcePausedError",
     "StorageError",
@@ -106,6 +108,10 @@ class UnsafeArtifactError(ArtifactError):
 
 class IntegrityError(ArtifactError):
     """A file whose bytes are not those that the manifest recorded."""
+
+
+class SignatureError(ArtifactError):
+    """A release without a signature, or with one that no configured key made, where keys are configured."""
 
 
 class DatasetError(CodeWorkerError):

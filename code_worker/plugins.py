@@ -24,14 +24,17 @@ import pluggy
 from code_worker import hookspecs
 from code_worker.errors import PluginError, UnknownHeadError
 from code_worker.heads import Head, HeadSpec
+from code_worker.logs import get_logger
 from code_worker.settings import Settings
 from code_worker.types import Job
 
 __all__ = ["HEAD_NAME", "InstalledPlugin", "Plugins", "load_plugins"]
 
 T = TypeVar("T")
+log = get_logger(__name__)
 HEAD_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 """Of a head, whole: as plugins register it and as manifests list it."""
+_OWN: Final = "code-worker"
 _HOOKS: Final = tuple(sorted(name for name in vars(hookspecs) if name.startswith(f"{hookspecs.PROJECT}_")))
 
 
@@ -60,15 +63,14 @@ class InstalledPlugin:
 
 
 def load_plugins(settings: Settings) -> Plugins:
-    """Imports every plugin, registers it, and asks for its heads.
+    """Imports every plugin that is allowed, registers it, and asks for its heads.
 
     Raises:
-        PluginError: one that cannot be imported, implements a hook that does not exist, or offers a head that another
-            offers too. The text names the plugin, its distribution or file, and the cause.
+        PluginError: an allowed one that is not installed, cannot be imported, implements a hook that does not exist,
+            or offers a head that another offers too. The text names the plugin, where it is from, and the cause.
     """
     plugins = Plugins()
-    for entry_point in sorted(entry_points(group=hookspecs.PROJECT), key=lambda found: found.name):
-        origin = _entry_point_origin(entry_point)
+    for origin, entry_point in _allowed(settings.plugins_allowed):
         plugins.add(origin, _load(origin, entry_point.load))
     for path in _plugin_files(settings.plugins_dir):
         origin = _file_origin(path)
@@ -173,6 +175,28 @@ class Plugins:
 
 def _call_all(offer: Callable[..., Any]) -> list[HeadSpec]:
     return list(offer())
+
+
+def _allowed(names: Sequence[str] | None) -> Iterator[tuple[InstalledPlugin, EntryPoint]]:
+    """Entry points of the distributions that may be imported; of the others nothing is imported."""
+    allowed = None if names is None else {_canonical(name): name for name in (_OWN, *names)}
+    offered = [(_entry_point_origin(found), found) for found in entry_points(group=hookspecs.PROJECT)]
+    present = {_canonical(origin.distribution) for origin, _ in offered}
+    if absent := sorted(name for key, name in (allowed or {}).items() if key not in present | {_OWN}):
+        raise PluginError(
+            f"CODE_WORKER_PLUGINS_ALLOWED names {', '.join(absent)}, of which no plugin is installed; "
+            f"installed: {', '.join(sorted(present))}"
+        )
+    for origin, entry_point in sorted(offered, key=lambda offer: offer[1].name):
+        if allowed is None or _canonical(origin.distribution) in allowed:
+            yield origin, entry_point
+        else:
+            log.warning("plugin_not_allowed", plugin=origin.name, distribution=origin.distribution)
+
+
+def _canonical(distribution: str) -> str:
+    """As package indexes compare names."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _entry_point_origin(entry_point: EntryPoint) -> InstalledPlugin:

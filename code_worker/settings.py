@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from code_worker.errors import ConfigurationError
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 CONFIG_ENV = "CODE_WORKER_CONFIG"
+_KEY_LENGTH = 32
 
 
 class S3Settings(Section):
@@ -238,12 +239,22 @@ class Settings(BaseSettings):
         None,
         description="Where releases are kept: a directory or `s3://bucket/prefix`; unset: in the data directory.",
     )
+    signing_keys: tuple[SecretStr, ...] = Field(
+        (),
+        description="Keys (32 characters or more) of the signatures of releases: the first signs what is imported or "
+        "trained here, each is accepted, and what none of them signed is refused. Empty: nothing is asked for.",
+    )
     datasets: str | None = Field(
         None,
         description="Where copies of labelled images are kept: a directory or `s3://bucket/prefix`; unset: in the "
         "data directory.",
     )
     plugins_dir: Path | None = Field(None, description="Directory of single-file plugins.")
+    plugins_allowed: tuple[str, ...] | None = Field(
+        None,
+        description="Distributions whose plugins are loaded, beside our own; unset: every one that is installed. "
+        "Files in `plugins_dir` are allowed by that setting.",
+    )
     head: str | None = Field(
         None, description="Head used when neither job, plugin nor policy names one; unset: the release's own default."
     )
@@ -283,6 +294,13 @@ class Settings(BaseSettings):
         if path := os.environ.get(CONFIG_ENV):
             sources = (*sources, TomlConfigSettingsSource(settings_cls, toml_file=path))
         return sources
+
+    @field_validator("signing_keys")
+    @classmethod
+    def _long_enough(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(key.get_secret_value()) < _KEY_LENGTH for key in keys):
+            raise ValueError(f"a key must have {_KEY_LENGTH} characters or more")
+        return keys
 
     @property
     def data_path(self) -> Path:

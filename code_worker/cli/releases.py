@@ -166,6 +166,18 @@ def promote(release: str, reason: str) -> None:
 
 
 @releases.command()
+@click.argument("release")
+def sign(release: str) -> None:
+    """Sign RELEASE with the first of the configured keys, after you made sure where it is from.
+
+    What is imported or trained while a key is configured is signed by itself.
+    """
+    with _registry(quiet_settings()) as registry:
+        registry.sign(release, by=who())
+    click.echo(f"{release} is signed")
+
+
+@releases.command()
 @click.option("--reason", default="", help="Why, for the history.")
 def rollback(reason: str) -> None:
     """Make the previous champion the champion again."""

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import re
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError
 from code_worker.failpoints import failpoint
-from code_worker.private import make_private
 from code_worker.releases.hashing import OnBytes
 from code_worker.releases.manifest import (
     MANIFEST_NAME,
@@ -25,6 +20,8 @@ from code_worker.releases.manifest import (
     release_id,
     verify_files,
 )
+from code_worker.releases.places import locked, replace_by, working_directory
+from code_worker.releases.signing import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
 
 if TYPE_CHECKING:
     from code_worker.settings import S3Settings, Settings
@@ -32,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["ArtifactStore", "LocalArtifacts", "S3Artifacts", "open_artifacts", "s3_client", "s3_errors"]
 
 _RELEASE_ID = re.compile(r"r-[0-9a-f]{12}")
-_INCOMPLETE = ".incomplete-"
-_ABANDONED_AFTER_S = 24 * 3600.0
 
 
 class ArtifactStore(Protocol):
@@ -53,6 +48,20 @@ class ArtifactStore(Protocol):
         Raises:
             ArtifactError: there is no such release, or it cannot be read.
             IntegrityError: it is damaged.
+        """
+
+    def signature(self, release: str) -> bytes | None:
+        """What stands in the release's `manifest.sig`, or None.
+
+        Raises:
+            ArtifactError: it cannot be read.
+        """
+
+    def put_signature(self, release: str, content: bytes) -> None:
+        """Puts a signature beside the manifest, in the place of another.
+
+        Raises:
+            ArtifactError: it cannot be written.
         """
 
     def exists(self, release: str) -> bool:
@@ -92,13 +101,13 @@ class LocalArtifacts:
         _, sha256 = verify_files(directory)
         release = release_id(sha256)
         target = self.root / release
-        with _translated(f"cannot write release {release} to {self.root}"), _locked(self.root, release):
+        with _translated(f"cannot write release {release} to {self.root}"), locked(self.root, release):
             _refuse_other(_kept_manifest(target), sha256, str(target))
             if not _is_whole(target, release):
-                with _working_directory(self.root) as copy:
+                with working_directory(self.root) as copy:
                     shutil.copytree(directory, copy, dirs_exist_ok=True)
                     failpoint("mid_upload")
-                    _replace(target, copy)
+                    replace_by(target, copy)
         return str(target)
 
     def fetch(self, release: str, on_bytes: OnBytes | None = None) -> Path:
@@ -110,6 +119,24 @@ class LocalArtifacts:
             _, sha256 = verify_files(directory, on_bytes)
         _expect_id(release, sha256, str(directory))
         return directory
+
+    def signature(self, release: str) -> bytes | None:
+        """See `ArtifactStore.signature`."""
+        path = self.root / _checked_id(release) / SIGNATURE_NAME
+        with _translated(f"cannot read the signature of {release}"):
+            try:
+                with path.open("rb") as file:
+                    return file.read(MAX_SIGNATURE_BYTES)
+            except FileNotFoundError:
+                return None
+
+    def put_signature(self, release: str, content: bytes) -> None:
+        """See `ArtifactStore.put_signature`."""
+        path = self.root / _checked_id(release) / SIGNATURE_NAME
+        draft = self.root / f".{release}.sig"
+        with _translated(f"cannot write the signature of {release}"), locked(self.root, release):
+            draft.write_bytes(content)
+            draft.replace(path)
 
     def exists(self, release: str) -> bool:
         """See `ArtifactStore.exists`."""
@@ -126,7 +153,7 @@ class LocalArtifacts:
         with _translated(f"cannot delete release {release} in {self.root}"):
             if not target.exists():
                 return False
-            with _locked(self.root, release):
+            with locked(self.root, release):
                 # The manifest first: half a release is none.
                 (target / MANIFEST_NAME).unlink(missing_ok=True)
                 shutil.rmtree(target)
@@ -175,7 +202,7 @@ class S3Artifacts:
     def fetch(self, release: str, on_bytes: OnBytes | None = None) -> Path:
         """See `ArtifactStore.fetch`; a damaged or missing cached copy is replaced, one process at a time."""
         target = self.cache / _checked_id(release)
-        with _translated(f"cannot read release {release} from {self.address}"), _locked(self.cache, release):
+        with _translated(f"cannot read release {release} from {self.address}"), locked(self.cache, release):
             if not _is_whole(target, release):
                 self._download(release, target, on_bytes)
         return target
@@ -185,7 +212,7 @@ class S3Artifacts:
         if content is None:
             raise ArtifactError(f"release {release} is not in {self.address}")
         manifest = parse_manifest(content, f"{self.address}/{release}/{MANIFEST_NAME}")
-        with _working_directory(self.cache) as copy:
+        with working_directory(self.cache) as copy:
             (copy / MANIFEST_NAME).write_bytes(content)
             for name in sorted(manifest.files):
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -194,15 +221,29 @@ class S3Artifacts:
                 )
             _, sha256 = verify_files(copy)
             _expect_id(release, sha256, f"{self.address}/{release}")
-            _replace(target, copy)
+            replace_by(target, copy)
 
     def _manifest_bytes(self, release: str) -> bytes | None:
+        return self._bytes(release, MANIFEST_NAME, MAX_MANIFEST_BYTES + 1)
+
+    def _bytes(self, release: str, name: str, limit: int) -> bytes | None:
         try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(release, MANIFEST_NAME))
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(release, name))
             with contextlib.closing(answer["Body"]) as body:
-                return bytes(body.read(MAX_MANIFEST_BYTES + 1))
+                return bytes(body.read(limit))
         except self._client.exceptions.NoSuchKey:
             return None
+
+    def signature(self, release: str) -> bytes | None:
+        """See `ArtifactStore.signature`."""
+        with _translated(f"cannot read the signature of {release}"):
+            return self._bytes(_checked_id(release), SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+
+    def put_signature(self, release: str, content: bytes) -> None:
+        """See `ArtifactStore.put_signature`."""
+        with _translated(f"cannot write the signature of {release}"):
+            key = self._key(_checked_id(release), SIGNATURE_NAME)
+            self._client.put_object(Bucket=self._bucket, Key=key, Body=content)
 
     def exists(self, release: str) -> bool:
         """See `ArtifactStore.exists`."""
@@ -280,54 +321,6 @@ def s3_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return ()
     return (Boto3Error, BotoCoreError, ClientError)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, release: str) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
-    make_private(directory.parent)
-    # Other users of the machine may load from a directory of releases that is not in the data directory.
-    directory.mkdir(exist_ok=True)
-    with (directory / f".{release}.lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _working_directory(parent: Path) -> Iterator[Path]:
-    """A directory beside the final place, on the same file system; gone afterwards unless it was renamed."""
-    _drop_abandoned(parent)
-    path = Path(tempfile.mkdtemp(prefix=_INCOMPLETE, dir=parent))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _drop_abandoned(parent: Path) -> None:
-    for path in parent.glob(f"{_INCOMPLETE}*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime < time.time() - _ABANDONED_AFTER_S:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _replace(target: Path, copy: Path) -> None:
-    """Puts a complete copy in the target's place; after a crash there is the whole of it or none."""
-    for parent, _, names in os.walk(copy):
-        for path in (*(Path(parent) / name for name in names), Path(parent)):
-            _flush(path)
-    copy.chmod(0o755)
-    shutil.rmtree(target, ignore_errors=True)
-    copy.rename(target)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_whole(directory: Path, release: str) -> bool:

@@ -15,8 +15,11 @@ from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.estimator import read_estimator
 from code_worker.releases.hashing import FileEntry, hash_file
 from code_worker.releases.manifest import MANIFEST_NAME, Source, verify_files
+from code_worker.releases.signing import check, signature_in
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
+
     from code_worker.heads import Head
     from code_worker.plugins import Plugins
 
@@ -59,13 +62,21 @@ class _Found:
     head: Head
 
 
-def build_release(source: str, plugins: Plugins, directory: Path, options: ImportOptions | None = None) -> str:
+def build_release(
+    source: str,
+    plugins: Plugins,
+    directory: Path,
+    options: ImportOptions | None = None,
+    *,
+    keys: Sequence[SecretStr] = (),
+) -> str:
     """Writes the release that `source` describes into the new directory; returns the manifest's sha256.
 
     `source` is a directory in the published form, `hf:owner/name[@revision]`, a timm checkpoint file, or a release
-    directory, which is verified and copied as it is.
+    directory, which is verified and copied as it is; where there are keys, one of them must have signed it.
 
     Raises:
+        SignatureError: a release directory that none of the keys signed.
         ConfigurationError: the source does not exist, or options that do not fit it.
         ArtifactError: a checkpoint or head that cannot be represented exactly, or that nothing here can read.
         UnsafeArtifactError: a head file that asked for something it may not have; nothing of it was executed.
@@ -73,7 +84,7 @@ def build_release(source: str, plugins: Plugins, directory: Path, options: Impor
     options = options or ImportOptions()
     local, uri = _locate(source)
     if (local / MANIFEST_NAME).is_file():
-        return _copy_release(local, directory, options)
+        return _copy_release(local, directory, options, keys)
     return _convert(local, uri, plugins, directory, options)
 
 
@@ -91,14 +102,16 @@ def _locate(source: str) -> tuple[Path, str]:
     return local, local.name
 
 
-def _copy_release(source: Path, directory: Path, options: ImportOptions) -> str:
+def _copy_release(source: Path, directory: Path, options: ImportOptions, keys: Sequence[SecretStr]) -> str:
     if options != ImportOptions():
         raise ConfigurationError(f"{source} is a finished release: its heads and notes are part of its id")
     _, sha256 = verify_files(source)
     try:
         shutil.copytree(source, directory, dirs_exist_ok=True)
+        manifest, signature = (directory / MANIFEST_NAME).read_bytes(), signature_in(directory)
     except OSError as error:
         raise ArtifactError(f"cannot copy {source}: {error}") from error
+    check(manifest, signature, keys, str(source))
     return sha256
 
 

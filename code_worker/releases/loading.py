@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 from code_worker.errors import ArtifactError, PluginError, UnknownHeadError
 from code_worker.heads import Head
 from code_worker.releases.golden import checked_scores, golden_embeddings
-from code_worker.releases.manifest import HeadEntry, Manifest, release_id, verify_files
+from code_worker.releases.manifest import MANIFEST_NAME, HeadEntry, Manifest, release_id, verify_files
+from code_worker.releases.signing import check, signature_in
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
+
     from code_worker.encoder.checkpoint import EncoderWeights
     from code_worker.plugins import Plugins
     from code_worker.releases.hashing import OnBytes
@@ -50,10 +53,13 @@ def head_directory(directory: Path, name: str) -> Path:
     return directory / "heads" / name
 
 
-def load_release(directory: Path, plugins: Plugins, on_bytes: OnBytes | None = None) -> LoadedRelease:
+def load_release(
+    directory: Path, plugins: Plugins, on_bytes: OnBytes | None = None, *, keys: Sequence[SecretStr] = ()
+) -> LoadedRelease:
     """Loads a release directory, all of it or nothing.
 
     Raises:
+        SignatureError: there are keys, and none of them made the signature that lies in it.
         IntegrityError: its files are not those of the manifest; nothing of them was parsed.
         ArtifactError: a part cannot be loaded, or a head does not keep its contract.
         PluginError: a head's plugin is not installed.
@@ -61,6 +67,8 @@ def load_release(directory: Path, plugins: Plugins, on_bytes: OnBytes | None = N
     from code_worker.encoder.checkpoint import read_weights  # noqa: PLC0415 - torch: only who judges pays for it
 
     manifest, sha256 = verify_files(directory, on_bytes)
+    if keys:
+        check((directory / MANIFEST_NAME).read_bytes(), signature_in(directory), keys, str(directory))
     weights = read_weights(directory)
     heads = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
     for name, head in heads.items():

@@ -23,6 +23,7 @@ from pydantic import (
 from code_worker.errors import ArtifactError, IntegrityError
 from code_worker.plugins import HEAD_NAME
 from code_worker.releases.hashing import FileEntry, OnBytes, Sha256, digest_of, files_below, hash_file
+from code_worker.releases.signing import SIGNATURE_NAME
 from code_worker.types import IMAGE_SIZE
 
 __all__ = [
@@ -167,7 +168,7 @@ def head_digest(names: Iterable[str], files: Mapping[str, FileEntry], options: M
 
 def _check_name(name: str) -> None:
     parts = name.split("/")
-    if name == MANIFEST_NAME or not all(_PART.fullmatch(part) for part in parts):
+    if name in {MANIFEST_NAME, SIGNATURE_NAME} or not all(_PART.fullmatch(part) for part in parts):
         raise ValueError(f"file name {name!r} is not a plain relative path")
 
 
@@ -234,7 +235,7 @@ def verify_files(directory: Path, on_bytes: OnBytes | None = None) -> tuple[Mani
         ArtifactError: see `read_manifest`.
     """
     manifest, sha256 = read_manifest(directory)
-    present = set(files_below(directory)) - {MANIFEST_NAME}
+    present = set(files_below(directory)) - {MANIFEST_NAME, SIGNATURE_NAME}
     listed = manifest.files.keys()
     problems = [*_named("missing", listed - present), *_named("not listed", present - listed)]
     changed = (name for name in listed & present if not _unchanged(directory / name, manifest.files[name], on_bytes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
 from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import LoadedRelease, load_release
-from code_worker.releases.manifest import read_manifest, release_id, verify_files
+from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, verify_files
+from code_worker.releases.signing import check, sign
 from code_worker.roles import Role, current_user, require
 from code_worker.settings import RoleSettings
 from code_worker.store import releases
 from code_worker.store.releases import CHALLENGER, CHAMPION
 
 if TYPE_CHECKING:
+    from pydantic import SecretStr
+
     from code_worker.plugins import Plugins
     from code_worker.releases.hashing import OnBytes
     from code_worker.settings import Settings
@@ -68,8 +72,16 @@ class Registry:
     run adds and promotes is under the authority of whoever started or scheduled it.
     """
 
-    def __init__(self, store: Store, artifacts: ArtifactStore, plugins: Plugins, roles: RoleSettings) -> None:
+    def __init__(
+        self,
+        store: Store,
+        artifacts: ArtifactStore,
+        plugins: Plugins,
+        roles: RoleSettings,
+        keys: Sequence[SecretStr] = (),
+    ) -> None:
         self._store = store
+        self._keys = keys
         self._artifacts = artifacts
         self._plugins = plugins
         self._roles = roles
@@ -79,19 +91,20 @@ class Registry:
 
         Raises:
             NotAllowedError: `by` (unset: the user of this process) is no operator.
-            ConfigurationError, ArtifactError: see `build_release`.
+            ConfigurationError, ArtifactError, SignatureError: see `build_release`.
         """
         by = current_user() if by is None else by
         require(self._roles, by, Role.OPERATOR, "import a release")
         with tempfile.TemporaryDirectory(prefix="code-worker-import-") as directory:
             built = Path(directory) / "release"
-            build_release(source, self._plugins, built, options)
+            build_release(source, self._plugins, built, options, keys=self._keys)
             return self.add(built, by=by)
 
     def add(self, directory: Path, *, by: str | None = None) -> str:
         """Stores and registers a finished release directory; returns its id. Adding it again changes nothing.
 
-        `by` is for the record; unset, it is the user of this process.
+        Where keys are configured it is signed: add only what was made here, or what `import_` checked. `by` is for
+        the record; unset, it is the user of this process.
 
         The files are in the artifact store before the row is written: a row always leads to a whole release, and
         what a crash in between leaves behind is taken up by the next attempt.
@@ -104,6 +117,8 @@ class Registry:
         id_ = release_id(sha256)
         failpoint("before_upload")
         location = self._artifacts.put(directory)
+        if self._keys:
+            self._artifacts.put_signature(id_, sign((directory / MANIFEST_NAME).read_bytes(), self._keys))
         failpoint("after_upload")
         plain, source = manifest.model_dump(mode="json"), manifest.source.uri
         who = current_user() if by is None else by
@@ -150,18 +165,41 @@ class Registry:
 
         Raises:
             NoReleaseError: it is not registered.
+            SignatureError: keys are configured, and none of them signed it.
             ArtifactError: it is missing, damaged (IntegrityError) or cannot be loaded.
             PluginError: a head's plugin is not installed.
         """
+        directory, manifest = self._fetch(release)
+        if self._keys:
+            check(manifest, self._artifacts.signature(release), self._keys, release)
+        return load_release(directory, self._plugins, on_bytes)
+
+    def sign(self, release: str, *, by: str) -> None:
+        """Signs a release that is here already, of which somebody made sure where it is from.
+
+        Raises:
+            NotAllowedError: `by` is no operator.
+            ConfigurationError: no key is configured.
+            NoReleaseError, ArtifactError: as `load`.
+        """
+        require(self._roles, by, Role.OPERATOR, "sign a release")
+        _, manifest = self._fetch(release)
+        self._artifacts.put_signature(release, sign(manifest, self._keys))
+        self._store.run(lambda session: releases.note_signed(session, release, by=by))
+        log.info("release_signed", release=release, by=by)
+
+    def _fetch(self, release: str) -> tuple[Path, bytes]:
+        """Where the verified files are, and the manifest, which is the registered one."""
         registered = self.show(release).info
         directory = self._artifacts.fetch(release)
         _, sha256 = read_manifest(directory)
-        if sha256 != registered.manifest_sha256:
+        manifest = (directory / MANIFEST_NAME).read_bytes()
+        if not sha256 == hashlib.sha256(manifest).hexdigest() == registered.manifest_sha256:
             raise IntegrityError(
                 f"{release}: the manifest in {directory} is not the registered one "
                 f"({sha256[:16]}… instead of {registered.manifest_sha256[:16]}…)"
             )
-        return load_release(directory, self._plugins, on_bytes)
+        return directory, manifest
 
     def promote(self, release: str, *, by: str, reason: str = "") -> str | None:
         """Makes a release the champion, after it was proven to load; returns the champion before.
@@ -266,4 +304,4 @@ def open_registry(settings: Settings, *, store: Store, plugins: Plugins) -> Regi
     Raises:
         ConfigurationError: an artifact address that cannot be.
     """
-    return Registry(store, open_artifacts(settings), plugins, settings.roles)
+    return Registry(store, open_artifacts(settings), plugins, settings.roles, settings.signing_keys)

@@ -29,6 +29,7 @@ __all__ = [
     "list_releases",
     "move_alias",
     "moves",
+    "note_signed",
     "retire",
     "rollback",
 ]
@@ -104,6 +105,11 @@ def add(
         details = {"manifest_sha256": manifest_sha256, "source": audit.blank(source), "heads": _heads(manifest)}
         audit.record(session, actor=by, action="release.add", subject=id, details=details)
     return known is None
+
+
+def note_signed(session: Session, release_id: str, *, by: str) -> None:
+    """Records that somebody vouched for a release by a signature."""
+    audit.record(session, actor=by, action="release.sign", subject=release_id)
 
 
 def _heads(manifest: Mapping[str, Any]) -> dict[str, str | None]:

@@ -100,6 +100,7 @@ class Node:
         """Loads the champion, then starts the background work."""
         self.store.run(lambda session: workers.saw_plugins(session, self._plugins.installed()))
         note_settings(self.settings, self.store)
+        log.info("plugins_in_use", plugins=[str(plugin) for plugin in self._plugins.installed()])
         self.follow()
         for repeater in self._background:
             repeater.start()

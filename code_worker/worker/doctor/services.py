@@ -17,9 +17,14 @@ from code_worker.worker.doctor.check import Check, Status
 if TYPE_CHECKING:
     from code_worker.images.source import Sources
 
-__all__ = ["broker", "clock", "database", "object_store"]
+__all__ = ["broker", "clock", "database", "is_vulnerable", "object_store"]
 
 _TIMEOUT_S: Final = 4.0
+_FIXED: Final = {
+    "redis": {(6, 2): 20, (7, 2): 11, (7, 4): 6, (8, 0): 4, (8, 2): 2},
+    "valkey": {(7, 2): 11, (8, 0): 6, (8, 1): 4},
+}
+"""CVE-2025-49844 (a Lua script takes the server over): the patch level of each series that has the fix."""
 _SKEW_WARN_S: Final = 5.0
 _SKEW_FAIL_S: Final = 60.0
 
@@ -44,10 +49,25 @@ def _redis(url: str) -> Iterator[Check]:
         seconds, micros = client.time()
         here = (before + time.time()) / 2
         info = client.info()
-    where = f"{info.get('server_name', 'redis')} {info.get('valkey_version') or info['redis_version']}"
+    name, version = str(info.get("server_name", "redis")), str(info.get("valkey_version") or info["redis_version"])
+    where = f"{name} {version}"
+    if is_vulnerable(name, version):
+        yield Check(
+            "broker", Status.WARN, f"{where} can be taken over by a script (CVE-2025-49844)", "update the server"
+        )
     yield Check("broker", Status.OK, f"{where} at {urlsplit(url).hostname}:{urlsplit(url).port or 6379} answers")
     yield from _queue_settings(info)
     yield clock("broker", seconds + micros / 1e6, here)
+
+
+def is_vulnerable(name: str, version: str) -> bool:
+    """Whether this server is known to lack the fix of CVE-2025-49844; one of another kind or form is not known."""
+    series = _FIXED.get(name)
+    numbers = [int(part) for part in version.split(".")[:3] if part.isdecimal()]
+    if series is None or len(numbers) != 3:
+        return False
+    major, minor, patch = numbers
+    return patch < series[major, minor] if (major, minor) in series else (major, minor) < max(series)
 
 
 def _queue_settings(info: dict[str, Any]) -> Iterator[Check]:

@@ -1,0 +1,225 @@
+"""Signed releases: with a key configured, what nobody signed is neither imported nor promoted nor loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from code_worker.cli.scan_runtime import load as load_to_scan
+from code_worker.errors import ConfigurationError, IntegrityError, NotAllowedError, SignatureError
+from code_worker.plugins import Plugins, load_plugins
+from code_worker.releases.artifacts import ArtifactStore, LocalArtifacts, S3Artifacts
+from code_worker.releases.importer import build_release
+from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, write_manifest
+from code_worker.releases.registry import Registry
+from code_worker.releases.signing import SIGNATURE_NAME, check, sign
+from code_worker.settings import RoleSettings, S3Settings, Settings, load_settings
+from code_worker.store import audit
+from code_worker.store.engine import Store
+from tests.cli.conftest import Cli
+from tests.parity import ParitySet
+from tests.servers import S3Server
+from tests.toy_release import write_toy_release
+
+OURS, FORMER, THEIRS = (SecretStr(name * 32) for name in "oft")
+MANIFEST = b'{"format": 1}\n'
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return load_plugins(Settings())
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_release(tmp_path_factory.mktemp("release") / "release", depth=1, images=8)
+
+
+@pytest.fixture
+def copy(release: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(release, tmp_path / "copy"))
+
+
+@pytest.fixture(params=["directory", "s3"])
+def artifacts(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
+    if request.param == "directory":
+        return LocalArtifacts(tmp_path / "kept")
+    server: S3Server = request.getfixturevalue("s3_server")
+    server.client().create_bucket(Bucket="signed")
+    settings = S3Settings(
+        endpoint_url=server.url,
+        region="us-east-1",
+        access_key_id=SecretStr(server.access_key_id),
+        secret_access_key=SecretStr(server.secret_access_key),
+        path_style=True,
+    )
+    return S3Artifacts(f"s3://signed/{tmp_path.name}", settings, cache=tmp_path / "cache")
+
+
+Open = Callable[..., Registry]
+
+
+@pytest.fixture
+def opened(sqlite_store: Store, artifacts: ArtifactStore, plugins: Plugins) -> Open:
+    def open_with(*keys: SecretStr, roles: RoleSettings | None = None) -> Registry:
+        return Registry(sqlite_store, artifacts, plugins, roles or RoleSettings(), keys)
+
+    return open_with
+
+
+def signed_by(directory: Path, key: SecretStr) -> Path:
+    (directory / SIGNATURE_NAME).write_bytes(sign((directory / MANIFEST_NAME).read_bytes(), [key]))
+    return directory
+
+
+def test_a_signature_is_of_one_manifest_by_one_key() -> None:
+    made = sign(MANIFEST, [OURS, FORMER])
+    check(MANIFEST, made, [OURS], "r-1")
+    check(MANIFEST, made, [THEIRS, OURS], "r-1")
+    with pytest.raises(SignatureError, match="signed by the key"):
+        check(MANIFEST, made, [FORMER], "r-1")
+    with pytest.raises(SignatureError, match="not of this manifest"):
+        check(MANIFEST + b" ", made, [OURS], "r-1")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"\xff",
+        b'{"key": 1, "algorithm": "hmac-sha256", "signature": "x"}',
+        b'{"key": "k", "algorithm": "none", "signature": ""}',
+        b'{"key": "k", "algorithm": "hmac-sha256", "signature": "\xc3\xa9"}',
+        b"[" * 4000,
+    ],
+)
+def test_what_is_no_signature_is_refused(content: bytes) -> None:
+    with pytest.raises(SignatureError, match="wrongly signed"):
+        check(MANIFEST, content, [OURS], "r-1")
+
+
+def test_without_keys_nothing_is_asked_for_and_nothing_can_be_signed() -> None:
+    check(MANIFEST, None, [], "r-1")
+    with pytest.raises(ConfigurationError, match="SIGNING_KEYS"):
+        sign(MANIFEST, [])
+
+
+def test_a_signature_says_nothing_of_the_key() -> None:
+    assert OURS.get_secret_value().encode() not in sign(MANIFEST, [OURS])
+
+
+def test_what_was_made_here_is_signed_and_loads(opened: Open, copy: Path) -> None:
+    ours = opened(OURS)
+    id_ = ours.add(copy)
+    assert ours.promote(id_, by="olga") is None
+    assert opened().load(id_).id == id_, "who has no key asks for none"
+    assert opened(THEIRS, OURS).load(id_).id == id_, "a former key is accepted"
+    with pytest.raises(SignatureError, match="signed by the key"):
+        opened(THEIRS).load(id_)
+
+
+def test_an_unsigned_release_is_neither_loaded_nor_promoted_until_an_operator_signs_it(
+    opened: Open, copy: Path, sqlite_store: Store
+) -> None:
+    id_ = opened().add(copy)
+    opened().promote(id_, by="olga")
+    ours = opened(OURS)
+    for act in (
+        lambda: ours.load(id_),
+        lambda: ours.promote(id_, by="olga"),
+        lambda: ours.challenge(id_, by="olga"),
+    ):
+        with pytest.raises(SignatureError, match=f"{id_} is not signed: .*releases sign"):
+            act()
+    with pytest.raises(NotAllowedError):
+        opened(OURS, roles=RoleSettings(operators=("olga",))).sign(id_, by="eve")
+    ours.sign(id_, by="olga")
+    assert ours.load(id_).id == id_
+    entry = sqlite_store.run(lambda session: audit.last(session, action="release.sign"))
+    assert entry is not None
+    assert (entry.actor, entry.subject) == ("olga", id_)
+
+
+def test_a_release_directory_of_others_must_be_signed_to_be_imported(
+    opened: Open, copy: Path, sqlite_store: Store, plugins: Plugins, tmp_path: Path
+) -> None:
+    ours = opened(OURS)
+    with pytest.raises(SignatureError, match="is not signed"):
+        ours.import_(str(copy))
+    with pytest.raises(SignatureError, match="signed by the key"):
+        ours.import_(str(signed_by(copy, THEIRS)))
+    assert ours.list() == []
+    id_ = ours.import_(str(signed_by(copy, OURS)))
+    assert ours.load(id_).id == id_
+    assert opened(OURS, THEIRS).import_(str(signed_by(copy, THEIRS))) == id_
+
+
+def test_a_manifest_that_was_changed_after_signing_is_refused(opened: Open, copy: Path) -> None:
+    signed_by(copy, OURS)
+    manifest, _ = read_manifest(copy)
+    write_manifest(copy, manifest.model_copy(update={"notes": "mine now"}))
+    with pytest.raises(SignatureError, match="not of this manifest"):
+        opened(OURS).import_(str(copy))
+
+
+def test_who_owns_database_and_storage_cannot_swap_a_release(
+    opened: Open, copy: Path, artifacts: ArtifactStore
+) -> None:
+    """They can register another one, move the alias, and copy the signature of the one that was good."""
+    good = opened(OURS).add(copy)
+    manifest, _ = read_manifest(copy)
+    write_manifest(copy, manifest.model_copy(update={"notes": "swapped"}))
+    evil = opened().add(copy)
+    signature = artifacts.signature(good)
+    assert signature is not None
+    artifacts.put_signature(evil, signature)
+    opened().promote(evil, by="mallory")
+    with pytest.raises(SignatureError, match="not of this manifest"):
+        opened(OURS).load(evil)
+
+
+def test_the_signature_is_no_file_of_the_release(copy: Path, plugins: Plugins, tmp_path: Path) -> None:
+    _, before = read_manifest(copy)
+    signed_by(copy, OURS)
+    assert build_release(str(copy), plugins, tmp_path / "made") == before
+    (copy / "more.txt").write_text("not listed")
+    with pytest.raises(IntegrityError, match=r"not listed: more\.txt"):
+        build_release(str(copy), plugins, tmp_path / "again")
+
+
+def test_scanning_with_a_directory_asks_for_the_signature_too(copy: Path, plugins: Plugins) -> None:
+    settings = Settings(signing_keys=(OURS,))
+    with pytest.raises(SignatureError, match="is not signed"):
+        load_to_scan(settings, str(copy), plugins)
+    loaded, _ = load_to_scan(settings, str(signed_by(copy, OURS)), plugins)
+    assert loaded.id == release_id(read_manifest(copy)[1])
+
+
+def test_a_published_form_is_signed_when_it_is_taken(
+    parity_set: ParitySet, opened: Open, artifacts: ArtifactStore
+) -> None:
+    id_ = opened(OURS).import_(str(parity_set.directory))
+    assert artifacts.signature(id_) is not None
+
+
+def test_a_short_key_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODE_WORKER_SIGNING_KEYS", json.dumps(["short-and-secret"]))
+    with pytest.raises(ConfigurationError, match="32 characters or more") as refused:
+        load_settings()
+    assert "short-and-secret" not in str(refused.value)
+
+
+def test_the_shell_signs(sqlite_cli: Cli, copy: Path, tmp_path: Path) -> None:
+    sqlite_cli.env["CODE_WORKER_ARTIFACTS"] = str(tmp_path / "kept")
+    id_ = json.loads(sqlite_cli("releases", "import", str(copy), "--json").stdout)["id"]
+    keys = {"CODE_WORKER_SIGNING_KEYS": json.dumps([OURS.get_secret_value()])}
+    refused = sqlite_cli("releases", "promote", id_, env=keys)
+    assert (refused.status, f"{id_} is not signed" in refused.stderr) == (1, True)
+    assert sqlite_cli("releases", "sign", id_, env=keys).stdout == f"{id_} is signed\n"
+    assert sqlite_cli("releases", "promote", id_, env=keys).status == 0
