@@ -27,7 +27,7 @@ CodeWorkerError
 ├── ImageRejectedError          this image gets a `rejected` verdict, with a reason of the closed list
 └── TransientError              not this image's fault: try again later
     ├── SourceCredentialsError  nor any image's: pause the whole source and alarm
-    └── SourcePausedError       the source waits for its credentials to be mended
+    └── SourcePausedError       the source is left alone while it fails
 ```
 
 A worker knows two dispositions: `ImageRejectedError` becomes a verdict, `TransientError` puts the job back.
@@ -197,8 +197,9 @@ class SourceCredentialsError(TransientError):
 
 
 class SourcePausedError(TransientError):
-    """A source that is paused; nothing was tried."""
+    """A source that is left alone for `wait_s` more; nothing was tried."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, wait_s: float, why: str) -> None:
         self.source = source
-        super().__init__(RejectReason.FETCH_FAILED, f"{source} is paused until its credentials work again")
+        self.wait_s = wait_s
+        super().__init__(RejectReason.FETCH_FAILED, f"{source} is left alone for a while: {why}")

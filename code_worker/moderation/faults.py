@@ -19,6 +19,7 @@ class JobFault:
         detail: what happened.
         source: the source whose credentials failed, else None.
         blame: whether the fault counts towards the job's limit; a paused source is nobody's fault.
+        wait_s: for how long trying again is of no use, where that is known.
     """
 
     job: Job
@@ -26,3 +27,4 @@ class JobFault:
     detail: str
     source: str | None = None
     blame: bool = True
+    wait_s: float | None = None

@@ -137,7 +137,8 @@ class Judge:
         elif isinstance(error, TransientError):
             source = error.source if isinstance(error, SourceCredentialsError) else None
             blame = not isinstance(error, SourceCredentialsError | SourcePausedError)
-            result.faults.append(JobFault(item.job, error.reason, error.detail, source, blame))
+            wait_s = error.wait_s if isinstance(error, SourcePausedError) else None
+            result.faults.append(JobFault(item.job, error.reason, error.detail, source, blame, wait_s))
         else:
             log.error("image_failed", job=item.job.id, exc_info=error)
             detail = f"{type(error).__name__}: {error}"[:500]

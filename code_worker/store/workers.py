@@ -92,12 +92,13 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class SourcePause:
-    """A source that is left alone until a time."""
+    """A source that is left alone until a time, `left_s` from now."""
 
     source: str
     until: datetime
     since: datetime
     detail: str
+    left_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +178,20 @@ def drop_lease(session: Session, name: str, owner: str) -> None:
     session.execute(delete(_LEASES).where(_LEASES.c.name == name, _LEASES.c.owner == owner))
 
 
-def pause_source(session: Session, source: str, *, seconds: float, detail: str) -> None:
-    """Leaves a source alone for a while; within ten minutes of the last pause it is the same trouble."""
+def pause_source(
+    session: Session, source: str, *, seconds: float, detail: str, longest_s: float | None = None
+) -> None:
+    """Leaves a source alone for a while; within ten minutes of the last pause it is the same trouble.
+
+    With `longest_s` the pause is as long as the trouble has lasted so far, but not longer than that and not shorter
+    than `seconds`.
+    """
+    if longest_s is not None:
+        lasted = select(_PAUSES.c.since, db_now().label("now")).where(
+            _PAUSES.c.source == source, _PAUSES.c.until >= db_now_plus(-_SAME_TROUBLE_S)
+        )
+        for since, now in session.execute(lasted):
+            seconds = max(seconds, min(longest_s, (now - since).total_seconds()))
     said = {"until": db_now_plus(seconds), "detail": plain(detail, _MAX_TEXT)}
     since = case((_PAUSES.c.until < db_now_plus(-_SAME_TROUBLE_S), db_now()), else_=_PAUSES.c.since)
     statement = insert_into(session, SourcePauseRow).values(source=source, **said)
@@ -187,8 +200,12 @@ def pause_source(session: Session, source: str, *, seconds: float, detail: str) 
 
 def paused_sources(session: Session) -> dict[str, SourcePause]:
     """Sources that rest now, by name."""
-    rows = session.execute(select(_PAUSES).where(_PAUSES.c.until > db_now()).order_by(_PAUSES.c.source))
-    return {row["source"]: SourcePause(**row) for row in rows.mappings()}
+    query = select(_PAUSES, db_now().label("now")).where(_PAUSES.c.until > db_now()).order_by(_PAUSES.c.source)
+    found: dict[str, SourcePause] = {}
+    for row in session.execute(query).mappings():
+        left_s = (row["until"] - row["now"]).total_seconds()
+        found[row["source"]] = SourcePause(row["source"], row["until"], row["since"], row["detail"], left_s)
+    return found
 
 
 def resume_source(session: Session, source: str) -> None:

@@ -27,6 +27,7 @@ __all__ = ["Ledger"]
 log = get_logger(__name__)
 T = TypeVar("T")
 _PAUSE_S = 30.0
+"""First pause of a source whose credentials do not work; it grows with the trouble."""
 _OUTAGE_S = 60.0
 
 
@@ -72,6 +73,7 @@ class Ledger:
         rows = [*judged.verdicts, *worn_out]
         sources = sorted({fault.source: fault for fault in judged.faults if fault.source}.items())
         keep = self._settings.store_embeddings and judged.embeddings
+        longest_s = self._settings.backoff_max_s
 
         def write(session: Session) -> None:
             verdicts.write(session, rows)
@@ -79,14 +81,14 @@ class Ledger:
             if keep:
                 embeddings.keep(session, encoder_sha256, judged.embeddings)
             for source, fault in sources:
-                workers.pause_source(session, source, seconds=_PAUSE_S, detail=fault.detail)
+                workers.pause_source(session, source, seconds=_PAUSE_S, longest_s=longest_s, detail=fault.detail)
             failpoint("before_verdict_commit")
 
         self.outlast(lambda: self.store.run(write), progress)
         log.debug("verdicts_committed", jobs=[verdict.job_id for verdict in rows])
         failpoint("after_verdict_commit")
         for source, fault in sources:
-            log.error("source_paused", source=source, seconds=_PAUSE_S, detail=fault.detail)
+            log.error("source_paused", source=source, detail=fault.detail)
 
     def quarantine(self, limit: int = 1000) -> int:
         """Ends jobs whose every attempt ended in a dead worker, before anything touches their image again."""
@@ -129,5 +131,8 @@ class Ledger:
         return worn_out, again
 
     def _delay_s(self, fault: JobFault) -> float:
-        base = self._settings.backoff_s * 2**fault.job.faults if fault.blame else _PAUSE_S
+        if not fault.blame:
+            # Not before the pause is over, and not all in the moment in which it is.
+            return (fault.wait_s or _PAUSE_S) * random.uniform(1.0, 1.5)  # noqa: S311 - jitter
+        base: float = self._settings.backoff_s * 2**fault.job.faults
         return min(base, self._settings.backoff_max_s) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter

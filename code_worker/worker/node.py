@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from code_worker._version import __version__
-from code_worker.errors import CodeWorkerError, SourcePausedError, StoreUnavailableError
+from code_worker.errors import CodeWorkerError, StoreUnavailableError
 from code_worker.failpoints import failpoint
-from code_worker.images.source import Fetched, Sources, source_name
+from code_worker.images.source import Sources
 from code_worker.logs import get_logger
 from code_worker.moderation.judge import Judge
 from code_worker.moderation.load import start_runtime
@@ -24,6 +24,7 @@ from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.store import embeddings, jobs, policies, workers
 from code_worker.worker.background import Repeater
+from code_worker.worker.fetching import GuardedSources
 from code_worker.worker.gate import Gate
 from code_worker.worker.inflight import InFlight
 from code_worker.worker.ledger import Ledger
@@ -43,19 +44,6 @@ log = get_logger(__name__)
 STUCK_STATUS = 70
 """Exit status of a process whose watchdog ended it."""
 _NO_RELEASE_WAIT_S = 10.0
-
-
-class _PausableSources:
-    """Sources that are left alone while their credentials are known to fail."""
-
-    def __init__(self, sources: Sources) -> None:
-        self.sources = sources
-        self.paused: frozenset[str] = frozenset()
-
-    def fetch(self, uri: str) -> Fetched:
-        if self.paused and (name := source_name(uri)) in self.paused:
-            raise SourcePausedError(name)
-        return self.sources.fetch(uri)
 
 
 class Node:
@@ -80,10 +68,11 @@ class Node:
             store,
             busy=lambda: self.runtimes.encoding,
         )
-        self._sources = _PausableSources(Sources(settings))
+        self._sources = Sources(settings)
+        self._guarded = GuardedSources(self._sources)
         self._pool = PriorityPool(settings.worker.fetch_threads)
         self.judge = Judge(
-            sources=self._sources,
+            sources=self._guarded,
             pool=self._pool,
             limits=settings.limits,
             known=self._known if settings.worker.store_embeddings else None,
@@ -157,7 +146,7 @@ class Node:
         self._policies = PolicyBook(
             Policy(row.id, row.low, row.high, row.head, row.tenant, row.content_type) for row in rows
         )
-        self._sources.paused = frozenset(paused)
+        self._guarded.paused = {name: pause.left_s for name, pause in paused.items()}
         self.runtimes.follow()
 
     def heartbeat(self) -> None:
@@ -203,5 +192,5 @@ class Node:
         self.shadow.close()
         self._pool.close()
         self.runtimes.close()
-        self._sources.sources.close()
+        self._sources.close()
         self.store.run(lambda session: workers.gone(session, self.owner))

@@ -115,12 +115,15 @@ def test_bad_images_do_not_touch_their_neighbours(judge_objects: Callable[..., J
 
 def test_failed_credentials_name_their_source_and_blame_no_job(judge_objects: Callable[..., Judged]) -> None:
     judged = judge_objects(
-        {"a": SourceCredentialsError("s3://uploads", "ExpiredToken"), "b": SourcePausedError("s3://uploads")}
+        {
+            "a": SourceCredentialsError("s3://uploads", "ExpiredToken"),
+            "b": SourcePausedError("s3://uploads", 40.0, "its credentials do not work"),
+        }
     )
     assert not judged.verdicts
-    assert {(fault.job.id, fault.source, fault.blame) for fault in judged.faults} == {
-        ("a", "s3://uploads", False),
-        ("b", None, False),
+    assert {(fault.job.id, fault.source, fault.blame, fault.wait_s) for fault in judged.faults} == {
+        ("a", "s3://uploads", False, None),
+        ("b", None, False, 40.0),
     }
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -94,6 +95,23 @@ def test_a_pause_soon_after_the_last_is_the_same_trouble(store: Store, lapsed_s:
     store.run(lambda session: session.execute(table.update().values(earlier)))
     again = pause(60)
     assert ((again.until - again.since).total_seconds() > 7000) is same
+
+
+def test_a_pause_grows_with_the_trouble(store: Store) -> None:
+    def pause() -> float:
+        growing = partial(workers.pause_source, source="s3://b", seconds=30, longest_s=900, detail="")
+        store.run(growing)
+        return store.run(workers.paused_sources)["s3://b"].left_s
+
+    def trouble_began(seconds_ago: float) -> None:
+        table = table_of(SourcePauseRow)
+        earlier = {"since": db_now_plus(-seconds_ago), "until": db_now_plus(-1)}
+        store.run(lambda session: session.execute(table.update().values(earlier)))
+
+    assert pause() == pytest.approx(30, abs=2)
+    for lasted, expected in ((10, 30), (200, 200), (7200, 900)):
+        trouble_began(lasted)
+        assert pause() == pytest.approx(expected, abs=2)
 
 
 def test_unreadable_messages_are_kept_cut_to_size(store: Store) -> None:
