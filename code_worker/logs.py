@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import warnings
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -65,7 +66,9 @@ def configure_logging(level: str = "info", form: str = "auto") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("alembic", "botocore", "urllib3", "kombu", "amqp"):
+    # Of strangers' files: a directory of thousands of wrong entries would write as many lines.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    for noisy in ("alembic", "botocore", "urllib3", "kombu", "amqp", "PIL"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 

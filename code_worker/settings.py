@@ -67,6 +67,12 @@ class LimitSettings(Section):
     max_pixels: int = Field(50_000_000, gt=0, description="Largest width x height, read from the header.")
     max_side: int = Field(16_384, gt=0, description="Longest side, read from the header.")
     min_side: int = Field(1, ge=1, description="Shortest side that is judged.")
+    max_decode_bytes: int = Field(
+        280_000_000,
+        gt=0,
+        description="Memory that one process decodes in, told from headers: large images wait for each other, and "
+        "one that takes more is refused. Enough for 50 million pixels in most files, 23 million of a WebP.",
+    )
 
 
 class BrokerSettings(Section):

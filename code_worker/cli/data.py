@@ -173,11 +173,11 @@ def _open(
 def _checked(examples: Iterable[Example], settings: Settings, skipped: list[Skipped]) -> Iterator[Example]:
     """Only those whose pixels can be read."""
     from code_worker.data.examples import Skipped  # noqa: PLC0415 - see _open
-    from code_worker.images.decode import decode  # noqa: PLC0415 - Pillow and numpy: not for --help
+    from code_worker.images.decode import decode_crop  # noqa: PLC0415 - Pillow and numpy: not for --help
 
     for example in examples:
         try:
-            decode(example.read(), settings.limits)
+            decode_crop(example.read(), settings.limits)
         except (StorageError, SourceCredentialsError):
             raise
         except (DatasetError, ImageRejectedError, TransientError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 
 from code_worker.demo.artefacts import GENERATORS, NEWCOMER, NEWCOMERS
 from code_worker.demo.photographs import Photographs
-from code_worker.images.decode import decode
+from code_worker.images.decode import decode_crop
 from code_worker.types import IMAGE_SIZE, RejectReason
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def crops_of(some: Sequence[Picture], limits: LimitSettings) -> tuple[NDArray[np
     """`(n, 224, 224, 3) uint8` and labels `(n,) int8`, 0 real, 1 generated."""
     crops = np.empty((len(some), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for row, picture in enumerate(some):
-        crops[row], _ = decode(picture.data, limits)
+        crops[row] = decode_crop(picture.data, limits)
     return crops, np.array([picture.source != REAL for picture in some], np.int8)
 
 

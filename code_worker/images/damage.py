@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 from PIL import Image
 
+from code_worker.images.tiff import tiff_ends
 from code_worker.types import RejectReason
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-__all__ = ["PILLOW_ERRORS", "is_cut_short", "reason_for", "tiff_tile_size", "webp_size"]
+__all__ = ["PILLOW_ERRORS", "is_cut_short", "reason_for", "webp_size"]
 
 PILLOW_ERRORS: Final = (
     OSError,  # the documented one; also UnidentifiedImageError and the codecs' own status texts
@@ -42,11 +40,6 @@ _RAN_OUT: Final = (IndexError, EOFError, struct.error)
 _PNG_END: Final = b"IEND\xaeB`\x82"
 _JPEG_END: Final = b"\xff\xd9"
 _DECIDED_BY_STRUCTURE: Final = frozenset({"png", "tiff", "webp"})
-_TIFF_TYPE_BYTES: Final = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)
-_TIFF_INTEGERS: Final = {3: "H", 4: "L", 16: "Q"}
-_TIFF_MOST: Final = 65_536
-_TIFF_PARTS: Final = (273, 279, 324, 325)
-"""StripOffsets, StripByteCounts, TileOffsets, TileByteCounts."""
 
 
 def reason_for(error: BaseException, kind: str, data: bytes) -> RejectReason:
@@ -85,7 +78,7 @@ def is_cut_short(kind: str, data: bytes) -> bool:
     if kind == "webp":
         return int.from_bytes(data[4:8], "little") + 8 > len(data)
     if kind == "tiff":
-        return any(end > len(data) for end in _tiff_ends(data))
+        return any(end > len(data) for end in tiff_ends(data))
     return False
 
 
@@ -102,36 +95,3 @@ def webp_size(data: bytes) -> tuple[int, int] | None:
     if kind == b"VP8 ":
         return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
     return None
-
-
-def tiff_tile_size(tags: Mapping[int, Any]) -> tuple[int, int]:
-    """Width and height of one tile, `(0, 0)` for an image in strips: libtiff makes room for a whole tile at once."""
-    width, height = tags.get(322), tags.get(323)
-    return (width, height) if isinstance(width, int) and isinstance(height, int) else (0, 0)
-
-
-def _tiff_ends(data: bytes) -> Iterator[int]:
-    """Where each part that the first directory of a classic or Big TIFF names would end (TIFF 6.0 §2)."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = struct.unpack_from(f"{order}H", data, 2)[0] == 43
-    count_form, entry_form, word_form = (order + form for form in (("Q", "HHQ", "Q") if big else ("H", "HHL", "L")))
-    word = struct.calcsize(word_form)
-    step = struct.calcsize(entry_form) + word
-    directory = struct.unpack_from(word_form, data, word)[0]
-    entries = directory + struct.calcsize(count_form)
-    yield entries
-    if entries > len(data):
-        return
-    count = struct.unpack_from(count_form, data, directory)[0]
-    yield entries + count * step + word
-    parts: dict[int, tuple[int, ...]] = {}
-    for at in range(entries, min(entries + min(count, _TIFF_MOST) * step, len(data) - step + 1), step):
-        tag, kind, values = struct.unpack_from(entry_form, data, at)
-        size = values * (_TIFF_TYPE_BYTES[kind] if kind < len(_TIFF_TYPE_BYTES) else 0)
-        value_at = at + step - word
-        where = struct.unpack_from(word_form, data, value_at)[0] if size > word else value_at
-        yield where + size
-        if tag in _TIFF_PARTS and kind in _TIFF_INTEGERS and values <= _TIFF_MOST and where + size <= len(data):
-            parts[tag] = struct.unpack_from(f"{order}{values}{_TIFF_INTEGERS[kind]}", data, where)
-    for offsets, sizes in (_TIFF_PARTS[:2], _TIFF_PARTS[2:]):
-        yield from map(sum, zip(parts.get(offsets, ()), parts.get(sizes, ()), strict=False))

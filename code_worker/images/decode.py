@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image, ImageFile, TiffImagePlugin
 
-from code_worker.errors import ImageRejectedError
-from code_worker.images.damage import PILLOW_ERRORS, reason_for, tiff_tile_size, webp_size
-from code_worker.images.region import jpeg_region, leave_out_rows_below
+from code_worker.errors import ImageRejectedError, TransientError
+from code_worker.images.damage import PILLOW_ERRORS, reason_for, webp_size
+from code_worker.images.memory import jpeg_buffer_bytes, pillow_bytes, taking
+from code_worker.images.readers import FORMATS, kind_of, open_image, scans_of
+from code_worker.images.region import jpeg_region, leave_out_rows_below, webp_region
+from code_worker.images.tiff import tiff_tile_size
 from code_worker.types import IMAGE_SIZE, ImageFacts, RejectReason
 
 if TYPE_CHECKING:
@@ -29,25 +23,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from code_worker.images.region import Box
     from code_worker.settings import LimitSettings
 
-__all__ = ["FORMATS", "centre", "decode", "decode_whole", "inspect"]
+__all__ = ["FORMATS", "centre", "decode", "decode_crop", "decode_whole", "inspect"]
 
-FORMATS: Final = ("jpeg", "png", "gif", "bmp", "tiff", "webp")
-"""What is judged, told by content and never by name."""
-
-_PREFIX_BYTES: Final = 16
-_JPEG: Final = ("jpeg", "mpo")
-# Image.open() would turn every failed header into "cannot identify image file" and apply a process-wide pixel
-# limit of its own; the readers themselves say what is wrong, and the limits below are the only ones.
-_READERS: Final[dict[str, tuple[Callable[[bytes], bool | str], Callable[[io.BytesIO, str], ImageFile.ImageFile]]]] = {
-    "jpeg": (lambda prefix: prefix.startswith(b"\xff\xd8\xff"), JpegImagePlugin.jpeg_factory),
-    "png": (lambda prefix: prefix.startswith(b"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
-    "gif": (lambda prefix: prefix.startswith((b"GIF87a", b"GIF89a")), GifImagePlugin.GifImageFile),
-    "bmp": (lambda prefix: prefix.startswith(b"BM"), BmpImagePlugin.BmpImageFile),
-    "tiff": (lambda prefix: prefix.startswith(tuple(TiffImagePlugin.PREFIXES)), TiffImagePlugin.TiffImageFile),
-    "webp": (lambda prefix: prefix[:4] == b"RIFF" and prefix[8:15] == b"WEBPVP8", WebPImagePlugin.WebPImageFile),
-}
+_JPEG: Final = ("JPEG", "MPO")
+_MOST_SCANNED: Final = 1_000_000_000
+"""Pixels times scans: a second of libjpeg's, and twenty scans of the largest image, where ten are usual."""
+_RGB_BYTES: Final = 4
 
 
 def decode(data: bytes, limits: LimitSettings, *, sha256: str | None = None) -> tuple[NDArray[np.uint8], ImageFacts]:
@@ -68,17 +52,55 @@ def decode(data: bytes, limits: LimitSettings, *, sha256: str | None = None) -> 
 
     Raises:
         ImageRejectedError: for whatever these bytes are instead of an image within the limits.
+        TransientError: this machine has no memory left for an image that is within the limits.
     """
-    with _opened(data, limits, sha256) as (image, facts):
-        if facts.format in _JPEG and (pixels := _jpeg_centre(data, image)) is not None:
-            return pixels, facts
+    with _opened(data, limits) as image:
+        facts = _facts(data, image, sha256)
+        return _centre_of(data, image, limits), facts
+
+
+def decode_crop(data: bytes, limits: LimitSettings) -> NDArray[np.uint8]:
+    """The pixels that `decode` gives, for those who know or need nothing else of the file.
+
+    Raises:
+        ImageRejectedError, TransientError: as `decode`.
+    """
+    with _opened(data, limits) as image:
+        return _centre_of(data, image, limits)
+
+
+def _centre_of(data: bytes, image: ImageFile.ImageFile, limits: LimitSettings) -> NDArray[np.uint8]:
+    if image.format in _JPEG:
+        with taking(jpeg_buffer_bytes(image, data), limits.max_decode_bytes):
+            if (pixels := _inside(jpeg_region, data, image)) is not None:
+                return pixels
+    with taking(pillow_bytes(image, data), limits.max_decode_bytes), _pixels_let_go(image):
+        if image.format == "WEBP" and (pixels := _inside(webp_region, data, image)) is not None:
+            return pixels
         leave_out_rows_below(data, image, _span(image.height)[1])
-        return centre(image), facts
+        return centre(image)
 
 
-def _jpeg_centre(data: bytes, image: ImageFile.ImageFile) -> NDArray[np.uint8] | None:
+@contextmanager
+def _pixels_let_go(image: ImageFile.ImageFile) -> Iterator[None]:
+    """Frees what a decode that fails has in hand: the frames of its error would keep it beyond its share."""
+    try:
+        yield
+    except PILLOW_ERRORS as error:
+        traceback.clear_frames(error.__traceback__)
+        image.close()
+        vars(image).pop("_decoder", None)  # a WebP's, with its canvases
+        raise
+
+
+def _inside(
+    region: Callable[[bytes, ImageFile.ImageFile, Box], NDArray[np.uint8] | None],
+    data: bytes,
+    image: ImageFile.ImageFile,
+) -> NDArray[np.uint8] | None:
+    """The crop by way of a reader of regions, if it takes this file."""
     (left, right, pad_left), (top, bottom, pad_top) = _span(image.width), _span(image.height)
-    inner = jpeg_region(data, image, (left, top, right, bottom))
+    inner = region(data, image, (left, top, right, bottom))
     return None if inner is None else _padded(inner, pad_left, pad_top)
 
 
@@ -88,8 +110,8 @@ def inspect(data: bytes, limits: LimitSettings, *, sha256: str | None = None) ->
     Raises:
         ImageRejectedError: as `decode`, as far as the header tells.
     """
-    with _opened(data, limits, sha256) as (_, facts):
-        return facts
+    with _opened(data, limits) as image:
+        return _facts(data, image, sha256)
 
 
 def decode_whole(data: bytes, limits: LimitSettings) -> Image.Image:
@@ -98,17 +120,18 @@ def decode_whole(data: bytes, limits: LimitSettings) -> Image.Image:
     Its centre is what `decode` gives.
 
     Raises:
-        ImageRejectedError: as `decode`.
+        ImageRejectedError, TransientError: as `decode`.
     """
-    with _opened(data, limits) as (image, _):
-        image.load()
-        return _as_rgb(image.copy())
+    with _opened(data, limits) as image:
+        # Whoever works on whole images has chosen them: one that takes more than all the memory has it for itself.
+        needed = pillow_bytes(image, data) + 2 * _RGB_BYTES * image.width * image.height
+        with taking(min(needed, limits.max_decode_bytes), limits.max_decode_bytes), _pixels_let_go(image):
+            image.load()
+            return _as_rgb(image.copy())
 
 
 @contextmanager
-def _opened(
-    data: bytes, limits: LimitSettings, sha256: str | None = None
-) -> Iterator[tuple[ImageFile.ImageFile, ImageFacts]]:
+def _opened(data: bytes, limits: LimitSettings) -> Iterator[ImageFile.ImageFile]:
     """An image within the limits, header read and nothing decoded; errors inside the block are translated too."""
     if not data:
         raise ImageRejectedError(RejectReason.EMPTY, "the file has no bytes")
@@ -116,29 +139,39 @@ def _opened(
         raise ImageRejectedError(
             RejectReason.TOO_LARGE_BYTES, f"{len(data)} bytes are more than the limit of {limits.max_bytes}"
         )
-    kind = _kind(data)
+    kind = kind_of(data)
     # Pillow makes room for a WebP's whole canvas on opening it.
     if kind == "webp" and (size := webp_size(data)) is not None:
         _check_size(size, limits)
     try:
-        with _READERS[kind][1](io.BytesIO(data), "") as image:
-            facts = _facts(data, image, sha256)
+        with open_image(kind, data) as image:
             _check_size(image.size, limits)
+            if kind == "jpeg":
+                _check_scans(image, data)
             if isinstance(image, TiffImagePlugin.TiffImageFile):
                 _check_area(*tiff_tile_size(image.tag_v2), limits)
-            yield image, facts
+            yield image
     except PILLOW_ERRORS as error:
+        if isinstance(error, MemoryError) and _is_short(limits.max_decode_bytes):
+            raise TransientError(RejectReason.INTERNAL, "no memory left to decode an image in") from error
         raise ImageRejectedError(reason_for(error, kind, data), _detail(kind, error)) from error
 
 
-def _kind(data: bytes) -> str:
-    prefix = data[:_PREFIX_BYTES]
-    # A bare signature is no header: nothing that follows could contradict it.
-    if len(data) > _PREFIX_BYTES:
-        for kind, (accepts, _) in _READERS.items():
-            if accepts(prefix):
-                return kind
-    raise ImageRejectedError(RejectReason.UNSUPPORTED_FORMAT, f"none of {', '.join(FORMATS)}")
+def _is_short(size: int) -> bool:
+    """Whether it is memory that is missing; where it is not, a damaged length has asked for too much of it."""
+    try:
+        bytearray(size)
+    except MemoryError:
+        return True
+    return False
+
+
+def _check_scans(image: ImageFile.ImageFile, data: bytes) -> None:
+    scans = scans_of(image, data)
+    if scans * image.width * image.height > _MOST_SCANNED:
+        raise ImageRejectedError(
+            RejectReason.CORRUPT, f"jpeg: {scans} scans of {image.width}×{image.height} pixels each"
+        )
 
 
 def _check_size(size: tuple[int, int], limits: LimitSettings) -> None:

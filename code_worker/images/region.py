@@ -1,8 +1,9 @@
 """The centre of an image without the rest of it, where that changes no pixel; Pillow decodes all others whole.
 
-Three ways, each exact: an optional extension decodes one rectangle of a JPEG; of a PNG and of an uncompressed TIFF
-the rows below the crop are left out. A file that Pillow would refuse for what lies outside the crop must stay
-refused, so each way first makes sure that the file is whole to its end.
+Four ways, each exact: an optional extension decodes one rectangle of a JPEG; of a WebP the rectangle is cut from
+libwebp's own canvas; of a PNG and of an uncompressed TIFF the rows below the crop are left out. A file that Pillow
+would refuse for what lies outside the crop must stay refused, so each way first makes sure that the file is whole to
+its end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import numpy as np
 
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import ImageFile
 
-    Box = tuple[int, int, int, int]
+    Box: TypeAlias = tuple[int, int, int, int]
     Decoder = Callable[[bytes, int, int, int, int], bytes | None]
 
-__all__ = ["jpeg_region", "leave_out_rows_below", "region_decoder"]
+__all__ = ["jpeg_region", "leave_out_rows_below", "region_decoder", "region_function", "webp_region"]
 
 _EXTENSION: Final = "code_worker_jpeg"
 _PNG_HEADER: Final = 8
@@ -51,6 +52,11 @@ def region_decoder() -> tuple[bool, str]:
     return _decoder is not None, _described
 
 
+def region_function() -> Decoder | None:
+    """The extension's `(data, left, top, width, height)` → RGB bytes, or None where it declines; None without it."""
+    return _decoder
+
+
 def jpeg_region(data: bytes, image: ImageFile.ImageFile, box: Box) -> NDArray[np.uint8] | None:
     """The `(height, width, 3) uint8` pixels inside a box; None where only Pillow's decode is known to be right.
 
@@ -66,13 +72,32 @@ def jpeg_region(data: bytes, image: ImageFile.ImageFile, box: Box) -> NDArray[np
     return None if found is None else np.frombuffer(found, np.uint8).reshape(bottom - top, right - left, 3)
 
 
+def webp_region(data: bytes, image: ImageFile.ImageFile, box: Box) -> NDArray[np.uint8] | None:  # noqa: ARG001 - a region's
+    """The `(height, width, 3) uint8` pixels inside a box of the first frame, without a copy of the whole of it.
+
+    Alpha is dropped as `convert("RGB")` drops it. None where Pillow has another way to read a WebP.
+
+    Raises:
+        EOFError: there is no frame to decode; Pillow's words for it.
+    """
+    decoder, bands = getattr(image, "_decoder", None), len(getattr(image, "rawmode", ""))
+    if decoder is None or bands not in {3, 4}:
+        return None
+    if (found := decoder.get_next()) is None:
+        raise EOFError("failed to decode next frame in WebP file")
+    left, top, right, bottom = box
+    canvas = np.frombuffer(found[0], np.uint8).reshape(image.height, image.width, bands)
+    return np.ascontiguousarray(canvas[top:bottom, left:right, :3])
+
+
 def leave_out_rows_below(data: bytes, image: ImageFile.ImageFile, bottom: int) -> None:
     """Has Pillow stop at row `bottom` of a PNG or of an uncompressed TIFF, if it may: the rows below stay black.
 
     Of a PNG only where it is not interlaced, not animated, and every chunk of pixels has its checksum: inflating the
     rest could then find no more than an encoder's error. Of a TIFF only where every strip lies inside the file.
     """
-    if bottom >= image.height or getattr(image, "is_animated", False):
+    # Others are not asked whether they are animated: a GIF would be read on to its second frame.
+    if bottom >= image.height or image.format not in {"PNG", "TIFF"} or getattr(image, "is_animated", False):
         return
     if image.format == "PNG" and len(image.tile) == 1 and not image.info.get("interlace") and _is_whole_png(data):
         image.tile = [_shortened(image.tile[0], bottom)]

@@ -170,7 +170,7 @@ class Collector:
             facts = inspect(content.fetched.data, self._limits, sha256=content.sha256)
             item.facts = _with_source(facts, content.fetched)
         except ImageRejectedError as error:
-            item.error = error
+            item.error = _without_frames(error)
             return
         item.embedding = embedding
         item.timings_ms["reused"] = 1.0
@@ -251,7 +251,7 @@ class _Batch:
             self._fetching.remove(errand)
             item = errand.item
             if errand.error is not None:
-                item.error = errand.error
+                item.error = _without_frames(errand.error)
                 continue
             content, fetched = errand.content, errand.content.fetched
             item.facts = ImageFacts(
@@ -291,7 +291,7 @@ class _Batch:
         item, sha256 = errand.item, errand.content.sha256
         if errand.error is not None:
             for twin in self._twins[sha256]:
-                twin.error = errand.error
+                twin.error = _without_frames(errand.error)
             return
         crop = errand.crop
         if self._witness is not None:
@@ -348,6 +348,15 @@ class _timed:  # noqa: N801 - reads as a verb where it is used
 
     def __exit__(self, *_: object) -> None:
         self._item.timings_ms[self._stage] = round((time.perf_counter() - self._start) * 1000, 3)
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """A refusal says all there is to say; the frames it came through would keep its file until the batch ends."""
+    each: BaseException | None = error
+    while each is not None and isinstance(error, ImageRejectedError | TransientError):
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error
 
 
 def _with_source(facts: ImageFacts, fetched: Fetched) -> ImageFacts:

@@ -19,7 +19,7 @@ from code_worker.errors import (
     StorageError,
     TransientError,
 )
-from code_worker.images.decode import decode
+from code_worker.images.decode import decode_crop
 from code_worker.queues import chunks
 from code_worker.types import EMBEDDING_DIM
 
@@ -89,7 +89,7 @@ def embed_examples(
     if crop is not None:
         known = keep = None
     pool = ThreadPoolExecutor(threads, thread_name_prefix="embed")
-    work = _Work(pool, embedder, crop or (lambda data: decode(data, limits)[0]), known, keep)
+    work = _Work(pool, embedder, crop or (lambda data: decode_crop(data, limits)), known, keep)
     try:
         for page in _one_ahead(work.read(page) for page in chunks(examples, _PAGE)):
             work.encode(page)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from code_worker.errors import ImageRejectedError, TrainingError
 from code_worker.heads import fit_head
-from code_worker.images.decode import decode, decode_whole
+from code_worker.images.decode import decode_crop, decode_whole
 from code_worker.training.augment import Augmenter
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 
@@ -77,7 +77,7 @@ class Measurer:
         found, crops = [], []
         for item in items:
             try:
-                crop, _ = decode(Path(item.path).read_bytes(), self._limits)
+                crop = decode_crop(Path(item.path).read_bytes(), self._limits)
             except (ImageRejectedError, OSError):
                 continue
             found.append(item)

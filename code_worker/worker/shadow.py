@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from code_worker.errors import CodeWorkerError, ImageRejectedError, TransientError
-from code_worker.images.decode import decode
+from code_worker.images.decode import decode_crop
 from code_worker.logs import get_logger
 from code_worker.moderation.collect import STORED
 from code_worker.moderation.shadow import Budget, Sight, shadow_scores
@@ -200,7 +200,7 @@ class Shadow:
         if not isinstance(image, bytes):
             return image
         try:
-            return decode(image, self._settings.limits)[0]
+            return decode_crop(image, self._settings.limits)
         except ImageRejectedError:  # its verdict is older than a limit or a reader of today
             return None
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from code_worker.data.examples import FAKE, REAL
 from code_worker.errors import DatasetError, ImageRejectedError, TransientError
-from code_worker.images.decode import decode
+from code_worker.images.decode import decode_crop
 
 if TYPE_CHECKING:
     from code_worker.data.examples import Example
@@ -71,7 +71,7 @@ def _mistakes(scored: Scored, rows: list[int], picture: Callable[[Example], str 
 
 def _thumbnail(example: Example, limits: LimitSettings) -> str | None:
     try:
-        crop = decode(example.read(), limits)[0]
+        crop = decode_crop(example.read(), limits)
     except (DatasetError, ImageRejectedError, TransientError):
         # It was readable a moment ago; the page says what it can without the picture.
         return None
