@@ -223,7 +223,11 @@ class Client:
 
 
 def _as_mapping(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"uri": item} if isinstance(item, str) else item
+    if isinstance(item, str):
+        return {"uri": item}
+    if not isinstance(item, Mapping):
+        raise ValueError(f"a job is a URI or a mapping of its fields, not {type(item).__name__}")  # noqa: TRY004 - as all arguments
+    return item
 
 
 def _new_job(item: Mapping[str, Any]) -> jobs.NewJob:
@@ -253,7 +257,7 @@ def _new_job(item: Mapping[str, Any]) -> jobs.NewJob:
 def _json_length(metadata: dict[Any, Any]) -> float:
     try:
         return len(json.dumps(metadata, sort_keys=True, allow_nan=False))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return float("inf")
 
 
