@@ -63,6 +63,7 @@ def labels() -> dict[str, Labels]:
     """Name → what is said of an image, given its path; each is tried on an image of its own."""
     unknown_job = "01890000-0000-7000-8000-000000000000"
     soon = datetime.now(UTC) + timedelta(days=30)
+    naive = datetime.now(UTC).replace(tzinfo=None)
     return {
         "plain": lambda client, path: client.label(path, "fake", by="alice", generator="sdxl"),
         "unknown_label": lambda client, path: client.label(path, "maybe", by="alice"),
@@ -83,7 +84,7 @@ def labels() -> dict[str, Labels]:
         "note_control_characters": lambda client, path: client.label(path, "real", by="a", note="\x1b[2J\a"),
         "real_by_generator": lambda client, path: client.label(path, "real", by="alice", generator="sdxl"),
         "in_a_month": lambda client, path: client.label(path, "real", by="alice", at=soon),
-        "without_time_zone": lambda client, path: client.label(path, "real", by="a", at=datetime(2024, 1, 1)),  # noqa: DTZ001
+        "without_time_zone": lambda client, path: client.label(path, "real", by="a", at=naive),
     }
 
 
