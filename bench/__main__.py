@@ -36,6 +36,7 @@ PARTS = {
     "decoding": Part(("bench.decoding",), ("--quick",)),
     "servers": Part(("bench.servers",), ("--quick",)),
     "stack": Part(("bench.stack",), ("--quick",)),
+    "forward": Part(("bench.forward",), ("--rounds", "1", "--seconds", "0.1", "--micro-batches", "4")),
     "intake": Part(("bench.ledger", "intake"), ("--references", "2000", "--rounds", "1", "--sizes", "1000")),
     "verdicts": Part(("bench.ledger", "verdicts"), ("--jobs", "500", "--rounds", "1")),
     "noop": Part(("bench.noop",), ("--images", "640", "--rounds", "1")),
