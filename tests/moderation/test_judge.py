@@ -374,3 +374,9 @@ def test_thresholds_decide_the_label(judge_objects: Callable[..., Judged]) -> No
         "middle": Label.UNCERTAIN,
         "high": Label.FAKE,
     }
+
+
+@pytest.mark.parametrize("size", [0, 1, 2047, 2048, 5000, 2**16, 2**16 + 1])
+def test_content_is_hashed_whole_at_any_size(size: int) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    assert collect._sha256(data) == hashlib.sha256(data).hexdigest()
