@@ -17,6 +17,7 @@ from code_worker.settings import S3Settings
 from code_worker.types import RejectReason
 from tests import fault_s3 as fault
 from tests.fault_s3 import BODY, Behaviour, FaultServer
+from tests.faults.rows import Seen, row
 
 URI = "s3://bucket/a.jpg"
 KEYS = {"access_key_id": "canary-key-id", "secret_access_key": "canary-secret"}
@@ -58,7 +59,8 @@ def test_a_whole_body_is_read_and_its_connection_kept() -> None:
         assert server.requests[0]["x-amz-checksum-mode"] == "ENABLED"
 
 
-def test_a_body_cut_short_twice_is_read_at_the_third_try_and_pinned() -> None:
+@row("F20", injection="a body cut short twice", expected="read at the third try, of the same object")
+def test_a_body_cut_short_twice_is_read_at_the_third_try_and_pinned(seen: Seen) -> None:
     with (
         FaultServer(fault.cut_short, fault.cut_short, fault.whole(x_amz_version_id="v1")) as server,
         source_of(server) as source,
@@ -66,33 +68,42 @@ def test_a_body_cut_short_twice_is_read_at_the_third_try_and_pinned() -> None:
         assert source.fetch(URI).data == BODY
     assert [request.get("if-match") for request in server.requests] == [None, fault.ETAG, fault.ETAG]
     assert ["versionId=v1" in request["path"] for request in server.requests] == [False, True, True]
+    seen(requests=len(server.requests))
 
 
-def test_a_body_cut_short_for_ever_is_fetch_truncated() -> None:
+@row("F20", injection="a body cut short for ever", expected="3 tries, then fetch_truncated, to be tried again later")
+def test_a_body_cut_short_for_ever_is_fetch_truncated(seen: Seen) -> None:
     error, server = ending(fault.cut_short, body_attempts=3)
     assert type(error) is TransientError
     assert error.reason is RejectReason.FETCH_TRUNCATED
     assert len(server.requests) == 3
+    seen(requests=len(server.requests), reason=error.reason)
 
 
-def test_a_connection_reset_in_the_body_is_fetch_truncated() -> None:
-    error, _ = ending(fault.reset)
+@row("F19", injection="a connection reset in the body", expected="fetch_truncated, to be tried again later")
+def test_a_connection_reset_in_the_body_is_fetch_truncated(seen: Seen) -> None:
+    error, server = ending(fault.reset)
     assert type(error) is TransientError
     assert error.reason is RejectReason.FETCH_TRUNCATED
+    seen(requests=len(server.requests), reason=error.reason)
 
 
-def test_an_object_replaced_between_two_tries_is_content_changed() -> None:
+@row("F23", injection="an object replaced between two tries of its body", expected="content_changed")
+def test_an_object_replaced_between_two_tries_is_content_changed(seen: Seen) -> None:
     error, server = ending(fault.cut_short, fault.error(412, "PreconditionFailed"))
     assert type(error) is ImageRejectedError
     assert error.reason is RejectReason.CONTENT_CHANGED
     assert len(server.requests) == 2
+    seen(requests=len(server.requests), reason=error.reason)
 
 
-def test_two_answers_of_503_are_tried_again() -> None:
+@row("F17", injection="503 twice, then the object", expected="read, at most 3 requests")
+def test_two_answers_of_503_are_tried_again(seen: Seen) -> None:
     slow = fault.error(503, "SlowDown")
     with FaultServer(slow, slow, fault.whole()) as server, source_of(server, max_attempts=3) as source:
         assert source.fetch(URI).data == BODY
     assert len(server.requests) == 3
+    seen(requests=len(server.requests))
 
 
 def test_503_for_ever_is_fetch_failed() -> None:
@@ -108,11 +119,13 @@ def test_a_page_of_a_proxy_is_fetch_failed() -> None:
     assert error.reason is RejectReason.FETCH_FAILED
 
 
-def test_a_server_that_does_not_answer_is_fetch_timeout() -> None:
+@row("F19", injection="a server that does not answer", expected="fetch_timeout, to be tried again later")
+def test_a_server_that_does_not_answer_is_fetch_timeout(seen: Seen) -> None:
     error, server = ending(fault.hang)
     assert type(error) is TransientError
     assert error.reason is RejectReason.FETCH_TIMEOUT
     assert len(server.requests) == 2
+    seen(requests=len(server.requests), reason=error.reason)
 
 
 def test_a_server_that_stops_in_the_body_is_fetch_timeout() -> None:
@@ -126,14 +139,21 @@ def fetch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "fetch"]
 
 
+@row(
+    "F19",
+    injection="a server that drips for ever, {drip.__name__}; object_timeout_s 0.5 of the usual 30",
+    expected="left at the wall-clock limit, fetch_timeout",
+)
 @pytest.mark.parametrize("drip", [fault.drip_body, fault.drip_header])
-def test_a_dripping_server_is_left_when_time_is_up(drip: Behaviour) -> None:
+def test_a_dripping_server_is_left_when_time_is_up(drip: Behaviour, seen: Seen) -> None:
+    began = time.monotonic()
     # The body would take 5,000 s at this pace and no single read is late: only the wall clock can end it.
     error, server = ending(drip, object_timeout_s=0.5)
     assert type(error) is TransientError
     assert error.reason is RejectReason.FETCH_TIMEOUT
     assert "not read within 0.5 s" in str(error)
     assert len(server.requests) == 1
+    seen(left_after_s=time.monotonic() - began, reason=error.reason)
 
 
 def test_the_thread_of_a_dripping_body_ends_while_the_server_drips_on() -> None:
@@ -174,12 +194,14 @@ def test_a_length_over_the_limit_is_refused_before_the_body_is_read() -> None:
     assert len(server.requests) == 1
 
 
-def test_a_body_that_differs_from_its_checksum_is_checksum_mismatch() -> None:
+@row("F21", injection="a byte changed on the way, for ever", expected="checksum_mismatch, never a wrong verdict")
+def test_a_body_that_differs_from_its_checksum_is_checksum_mismatch(seen: Seen) -> None:
     damaged = b"\xff" + BODY[1:]
     error, server = ending(fault.checksummed(damaged, of=BODY), body_attempts=2)
     assert type(error) is TransientError
     assert error.reason is RejectReason.CHECKSUM_MISMATCH
     assert len(server.requests) == 2
+    seen(requests=len(server.requests), reason=error.reason)
 
 
 def test_damage_on_the_way_is_cured_by_another_try() -> None:
@@ -198,9 +220,11 @@ def test_without_checksum_mode_none_is_asked_for_and_none_compared() -> None:
     assert "x-amz-checksum-mode" not in server.requests[0]
 
 
+@row("F22", injection="the object itself is refused, as {reason}", expected="a terminal reason, exactly 1 request")
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
     [
+        (fault.error(404, "NoSuchBucket"), RejectReason.NOT_FOUND),
         (fault.error(404, "NoSuchKey"), RejectReason.NOT_FOUND),
         (fault.error(403, "AccessDenied"), RejectReason.ACCESS_DENIED),
         (fault.page(403, "forbidden"), RejectReason.ACCESS_DENIED),
@@ -208,11 +232,14 @@ def test_without_checksum_mode_none_is_asked_for_and_none_compared() -> None:
         (fault.error(405, "MethodNotAllowed"), RejectReason.NOT_FOUND),
     ],
 )
-def test_what_the_object_itself_is_refused_for_is_asked_once(behaviour: Behaviour, reason: RejectReason) -> None:
+def test_what_the_object_itself_is_refused_for_is_asked_once(
+    behaviour: Behaviour, reason: RejectReason, seen: Seen
+) -> None:
     error, server = ending(behaviour)
     assert type(error) is ImageRejectedError
     assert error.reason is reason
     assert len(server.requests) == 1
+    seen(requests=len(server.requests), reason=error.reason)
 
 
 def test_a_denial_says_that_the_object_may_be_missing() -> None:
@@ -220,6 +247,11 @@ def test_a_denial_says_that_the_object_may_be_missing() -> None:
     assert "or missing" in str(error)
 
 
+@row(
+    "F22",
+    injection="{status} {code}: what no object of the bucket can pass",
+    expected="the source pauses; no object is blamed",
+)
 @pytest.mark.parametrize(
     ("status", "code"),
     [
@@ -232,11 +264,12 @@ def test_a_denial_says_that_the_object_may_be_missing() -> None:
         (400, "AuthorizationHeaderMalformed"),
     ],
 )
-def test_what_no_object_of_the_bucket_can_pass_pauses_the_source(status: int, code: str) -> None:
-    error, _ = ending(fault.error(status, code))
+def test_what_no_object_of_the_bucket_can_pass_pauses_the_source(status: int, code: str, seen: Seen) -> None:
+    error, server = ending(fault.error(status, code))
     assert isinstance(error, SourceCredentialsError)
     assert error.source == "s3://bucket"
     assert code in str(error)
+    seen(requests=len(server.requests), pauses=error.source)
 
 
 def test_a_redirect_to_another_place_is_not_followed() -> None:

@@ -15,6 +15,7 @@ from code_worker.images.s3 import Location, S3Source, parse_location
 from code_worker.images.source import Fetched, Sources
 from code_worker.settings import LimitSettings, S3Settings, Settings
 from code_worker.types import RejectReason
+from tests.faults.rows import Seen, row
 from tests.servers import S3Server
 
 MakeSources = Callable[..., Sources]
@@ -69,8 +70,9 @@ def refusal(sources: Sources, uri: str) -> RejectReason:
     return caught.value.reason
 
 
+@row("F23", injection="an object replaced after its version was enqueued", expected="the bytes of that version")
 def test_an_object_comes_with_its_etag_and_version(
-    s3_server: S3Server, bucket: str, make_sources: MakeSources
+    s3_server: S3Server, bucket: str, make_sources: MakeSources, seen: Seen
 ) -> None:
     first = put(s3_server, bucket, "a.jpg", b"first")
     second = put(s3_server, bucket, "a.jpg", b"second")
@@ -78,6 +80,7 @@ def test_an_object_comes_with_its_etag_and_version(
     assert sources.fetch(f"s3://{bucket}/a.jpg") == Fetched(b"second", second["ETag"].strip('"'), second["VersionId"])
     old = sources.fetch(f"s3://{bucket}/a.jpg?versionId={first['VersionId']}")
     assert (old.data, old.version_id) == (b"first", first["VersionId"])
+    seen(read=old.data.decode(), lies_there=sources.fetch(f"s3://{bucket}/a.jpg").data.decode())
 
 
 @pytest.mark.parametrize(
