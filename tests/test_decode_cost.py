@@ -196,6 +196,11 @@ def test_a_list_of_strips_longer_than_any_image_is_refused() -> None:
     assert caught.value.reason is RejectReason.CORRUPT
 
 
+def test_a_tiff_may_consist_of_metadata() -> None:
+    data = encoded(pixels(300, 300), "TIFF", icc_profile=bytes(9_000_000))
+    np.testing.assert_array_equal(decode(data, LIMITS)[0], reference(data))
+
+
 def test_a_header_that_pillow_would_go_through_for_minutes_is_left() -> None:
     jpeg = encoded(pixels(300, 260), "JPEG")
     assert decode(jpeg[:2] + b"\xff" * 50_000 + jpeg[2:], LIMITS)[1].width == 300

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from code_worker.errors import ImageRejectedError, TransientError
-from code_worker.images.damage import PILLOW_ERRORS, reason_for, webp_size
+from code_worker.images.damage import PILLOW_ERRORS, is_cut_short, reason_for, webp_size
 from code_worker.images.memory import jpeg_buffer_bytes, pillow_bytes, taking
 from code_worker.images.readers import FORMATS, kind_of, open_image, scans_of
 from code_worker.images.region import jpeg_region, leave_out_rows_below, webp_region
@@ -74,6 +74,9 @@ def _centre_of(data: bytes, image: ImageFile.ImageFile, limits: LimitSettings) -
         with taking(jpeg_buffer_bytes(image, data), limits.max_decode_bytes):
             if (pixels := _inside(jpeg_region, data, image)) is not None:
                 return pixels
+        if is_cut_short("jpeg", data):
+            # As Pillow would say once it had decoded all there is.
+            raise OSError("image file is truncated (it has no end)")
     with taking(pillow_bytes(image, data), limits.max_decode_bytes), _pixels_let_go(image):
         if image.format == "WEBP" and (pixels := _inside(webp_region, data, image)) is not None:
             return pixels

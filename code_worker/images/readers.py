@@ -33,6 +33,8 @@ _MOST_STEPS_OF_DECODING: Final = 1_000_000
 _SLACK_BYTES: Final = 1 << 20
 _PHOTOSHOP: Final = b"Photoshop 3.0\0"
 _PHOTOSHOP_ITEM_BYTES: Final = 12
+_EXIF: Final = b"Exif\0\0"
+_EXIF_STEPS: Final = 5
 _MPF_FRAMES: Final = 0xB001
 _ULTRA_HDR: Final = b' hdrgm:Version="'
 _SCAN: Final = b"\xff\xda"
@@ -49,13 +51,20 @@ class _Steps(io.BytesIO):
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
         self._steps = _MOST_STEPS
-        self._left = len(data) + _SLACK_BYTES
+        # Of a TIFF Pillow reads the directory twice.
+        self._left = 2 * len(data) + _SLACK_BYTES
+        self._exif_segments = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         found = super().read(size)
-        # Each item of such a segment is a step of Pillow's as well.
-        items = len(found) // _PHOTOSHOP_ITEM_BYTES if found.startswith(_PHOTOSHOP) else 0
-        self._steps -= 1 + items
+        self._steps -= 1
+        if found.startswith(_PHOTOSHOP):
+            # Each item of such a segment is a step of Pillow's as well.
+            self._steps -= len(found) // _PHOTOSHOP_ITEM_BYTES
+        elif found.startswith(_EXIF):
+            # Pillow copies all that it has of them whenever one is added.
+            self._exif_segments += 1
+            self._steps -= _EXIF_STEPS * self._exif_segments
         self._left -= len(found)
         if self._steps < 0:
             raise ImageRejectedError(RejectReason.CORRUPT, "the file is cut into too many parts")

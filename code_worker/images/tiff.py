@@ -17,7 +17,8 @@ __all__ = ["check_tiff_parts", "tiff_ends", "tiff_tile_size"]
 _TYPE_BYTES: Final = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)
 _INTEGERS: Final = {3: "H", 4: "L", 16: "Q"}
 _MOST: Final = 65_536
-_MOST_PARTS: Final = 262_144
+_MOST_PARTS: Final = 65_536
+"""Rows of four planes at the longest side, or the largest image in tiles of 32 by 32."""
 _PARTS: Final = (273, 279, 324, 325)
 """StripOffsets, StripByteCounts, TileOffsets, TileByteCounts."""
 

@@ -84,8 +84,11 @@ def _parts() -> Iterator[tuple[str, bytes]]:
     yield "parts_jpeg_segments", jpeg[:2] + b"\xff\xef\0\2" * 2_000_000 + jpeg[2:]
     yield "parts_jpeg_fill_bytes", jpeg[:2] + b"\xff" * 5_000_000 + jpeg[2:]
     yield "parts_jpeg_junk", jpeg[:20] + bytes(5_000_000) + jpeg[20:]
+    exif = b"\xff\xe1" + struct.pack(">H", 108) + b"Exif\0\0" + bytes(100)
+    yield "parts_jpeg_exif", jpeg[:2] + exif * 300 + jpeg[2:]
     yield "parts_jpeg_scans", _scans(300, 4_000)
     yield "parts_bmp_runs", _runs(2_000_000)
+    yield "parts_tiff_tiles", _tiles(200_000)
 
 
 def _scans(count: int, side: int) -> bytes:
@@ -93,6 +96,18 @@ def _scans(count: int, side: int) -> bytes:
     data = encoded(Image.new("RGB", (side, side)), "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + count * last + b"\xff\xd9"
+
+
+def _tiles(count: int) -> bytes:
+    """A TIFF in tiles of one pixel, all at the same place."""
+    side = {256: (3, [500]), 257: (3, [count // 500]), 258: (3, [8]), 259: (3, [1]), 262: (3, [1]), 277: (3, [1])}
+    lists = {324: (4, [8]), 325: (4, [8 + 4 * count])}
+    places, sizes = (struct.pack("<L", number) * count for number in (8, 1))
+    data = bytearray(tiff(side | {322: (3, [1]), 323: (3, [1])} | lists, places + sizes))
+    for tag in lists:
+        at = data.rindex(struct.pack("<HHL", tag, 4, 1))
+        struct.pack_into("<L", data, at + 4, count)
+    return bytes(data)
 
 
 def _runs(count: int) -> bytes:

@@ -68,6 +68,7 @@ def _metadata() -> Iterator[tuple[str, bytes]]:
     yield "exif_40_segments", plain[:2] + _segment(0xE1, b"Exif\0\0MM\0*" + bytes(65_000)) * 40 + plain[2:]
     yield "exif_orientation_6", encoded(gradient(300, 100), "JPEG", exif=exif_orientation(6))
     yield "exif_orientation_99", encoded(gradient(300, 100), "JPEG", exif=exif_orientation(99))
+    yield "tiff_mostly_metadata", encoded(picture, "TIFF", icc_profile=bytes(3_000_000))
     yield "jpeg_unknown_segments", plain[:2] + _segment(0xEF, b"?") * 500 + plain[2:]
     dot = zlib.compress(bytes(110))
     texts = b"".join(png_chunk(b"iTXt", b"k%d\0\0\0\0\0v" % n) for n in range(20_000))
