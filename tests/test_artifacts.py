@@ -13,6 +13,7 @@ from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError
 from code_worker.releases.artifacts import ArtifactStore, LocalArtifacts, S3Artifacts, open_artifacts
 from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id
 from code_worker.settings import S3Settings, Settings
+from tests.faults.rows import Seen, row
 from tests.release_parts import FILES, write_plain_release
 from tests.servers import S3Server
 
@@ -227,6 +228,56 @@ def test_processes_that_store_the_same_release_at_once_agree(release: Path, tmp_
     assert len(answers) == 1
     assert content_of(Path(answers.pop().decode().strip())) == content_of(release)
     assert not list((tmp_path / "kept").glob(".incomplete-*"))
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from code_worker.errors import ArtifactError
+from code_worker.releases.artifacts import LocalArtifacts
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+try:
+    LocalArtifacts(Path(sys.argv[1])).put(Path(sys.argv[2]))
+except ArtifactError as error:
+    print(error)
+"""
+
+
+@row(
+    "F34",
+    injection="a release outgrows RLIMIT_FSIZE",
+    expected="a typed error, the releases before intact, nothing else",
+)
+def test_a_disk_that_fills_up_leaves_the_releases_before(release: Path, tmp_path: Path, seen: Seen) -> None:
+    root = tmp_path / "kept"
+    store = LocalArtifacts(root)
+    store.put(release)
+    other = tmp_path / "other"
+    write_plain_release(other, notes="another")
+    before = content_of(root)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(root), str(other)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "cannot write release" in done.stdout
+    assert "too large" in done.stdout
+    left = {name for name in content_of(root) if not name.endswith(".lock")}
+    assert left == {name for name in before if not name.endswith(".lock")}
+    assert len(store.list()) == 1
+    seen(releases_left=1, half_written=0)
+
+
+def test_a_release_that_is_dropped_is_gone_and_can_be_stored_again(kept: Kept, release: Path) -> None:
+    name = release_id(read_manifest(release)[1])
+    kept.store.put(release)
+    kept.store.fetch(name)
+    assert kept.store.drop(name)
+    assert kept.store.list() == []
+    assert not kept.store.exists(name)
+    with pytest.raises(ArtifactError):
+        kept.store.fetch(name)
+    assert not kept.store.drop(name)
+    kept.store.put(release)
+    assert kept.store.list() == [name]
 
 
 def test_the_settings_choose_the_store(tmp_path: Path) -> None:

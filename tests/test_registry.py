@@ -19,6 +19,7 @@ from code_worker.releases.registry import Registry
 from code_worker.settings import RoleSettings, Settings
 from code_worker.store import releases
 from code_worker.store.engine import Store
+from tests.faults.rows import Seen, row
 from tests.release_parts import write_plain_release
 from tests.toy_release import write_toy_release
 
@@ -290,6 +291,11 @@ die()
 """
 
 
+@row(
+    "F28",
+    injection="the promoting process dies {point}",
+    expected="one live release, whole; promoting again promotes once",
+)
 @pytest.mark.parametrize(
     ("kind", "point", "moved"),
     [
@@ -312,6 +318,7 @@ def test_a_crash_anywhere_in_a_promotion_leaves_one_whole_champion(
     point: str,
     *,
     moved: bool,
+    seen: Seen,
 ) -> None:
     store: Store = request.getfixturevalue(f"{kind}_store")
     registry = Registry(store, artifacts, plugins, RoleSettings())
@@ -322,8 +329,9 @@ def test_a_crash_anywhere_in_a_promotion_leaves_one_whole_champion(
     champion = registry.champion()
     assert champion == (new if moved else old)
     assert registry.load(champion).id == champion
-    for row in registry.list():
-        assert (Path(row.info.location) / MANIFEST_NAME).is_file(), "a row always leads to a release"
+    for listed in registry.list():
+        assert (Path(listed.info.location) / MANIFEST_NAME).is_file(), "a row always leads to a release"
     registry.promote(registry.add(three[1]), by="ann")
     assert registry.champion() == new
     assert [move[0] for move in history(store)] == [new, old], "promoted once"
+    seen(live_releases=1, whole=1, promotions=1)

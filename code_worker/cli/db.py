@@ -1,9 +1,11 @@
-"""`code-worker db`: create, upgrade and inspect the database."""
+"""`code-worker db`: create, upgrade, inspect, copy and restore the database."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,7 +21,7 @@ __all__ = ["db"]
 
 @click.group()
 def db() -> None:
-    """Create, upgrade and inspect the database."""
+    """Create, upgrade, inspect, copy and restore the database."""
 
 
 @contextmanager
@@ -67,3 +69,41 @@ def current(context: click.Context, *, as_json: bool) -> None:
         click.echo(f"{kind} database, revision {have or 'none'}{hint}")
     if have != need:
         context.exit(1)
+
+
+@db.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def backup(file: Path, *, as_json: bool) -> None:
+    """Copy the SQLite database to FILE while everything runs; the copy is whole, checked and of one moment.
+
+    For PostgreSQL use pg_dump. Kept copies of labelled images and releases are files of their own: copy them too.
+    """
+    from code_worker.store.backup import backup as copy  # noqa: PLC0415 - SQLAlchemy, as above
+
+    size = copy(quiet_settings().resolved_database_url, file)
+    if as_json:
+        print_json_lines([{"file": str(file), "size_bytes": size}])
+    else:
+        click.echo(f"{file}: {size} bytes")
+
+
+@db.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def restore(file: Path, *, as_json: bool) -> None:
+    """Make the SQLite database what it was in FILE, which `db backup` wrote; stop workers, trainer and beat before.
+
+    The present one is copied beside it first. What was unfinished then is rung for again by the sweeper.
+    """
+    from code_worker.store.backup import restore as bring_back  # noqa: PLC0415 - SQLAlchemy, as above
+
+    url = quiet_settings().resolved_database_url
+    aside = Path(f"{url.removeprefix('sqlite:///')}.before-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
+    bring_back(url, file, aside)
+    kept = aside if aside.exists() else None
+    if as_json:
+        print_json_lines([{"restored": str(file), "before": kept and str(kept)}])
+        return
+    click.echo(f"restored {file}{f'; what was there before is in {kept}' if kept else ''}")
+    click.echo("next: code-worker db upgrade, then start the workers")

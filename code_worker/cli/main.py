@@ -19,7 +19,7 @@ _COMMANDS = {
     "bench": ("code_worker.cli.bench:bench", "Measure what this machine can judge, and what limits it."),
     "calibrate": ("code_worker.cli.calibrate:calibrate", "Set thresholds by labelled images."),
     "data": ("code_worker.cli.data:data", "Look into labelled data sets, and pack them into shards."),
-    "db": ("code_worker.cli.db:db", "Create, upgrade and inspect the database."),
+    "db": ("code_worker.cli.db:db", "Create, upgrade, inspect, copy and restore the database."),
     "demo": ("code_worker.cli.demo:demo", "Run the whole main job on a toy set and print what happened."),
     "doctor": ("code_worker.cli.doctor:doctor", "Check each part of an installation, with a hint for each fault."),
     "enqueue": ("code_worker.cli.enqueue:enqueue", "Enqueue images: URIs, a prefix, or a list."),

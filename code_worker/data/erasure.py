@@ -17,6 +17,7 @@ from code_worker.data.leftovers import Leftovers
 from code_worker.errors import StoreError
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import open_artifacts
+from code_worker.roles import Role, require
 from code_worker.store import audit, erasing, erasures, releases, workers
 from code_worker.store.erasing import Scope
 from code_worker.store.erasures import IMAGE, JOB, TENANT, WAITING, Receipt
@@ -79,6 +80,7 @@ class Eraser:
 
     def __init__(self, settings: Settings, store: Store, *, wait_s: float = 60.0) -> None:
         self._store = store
+        self._roles = settings.roles
         self._wait_s = wait_s
         self._kept = open_kept(settings)
         self._artifacts = open_artifacts(settings)
@@ -113,9 +115,11 @@ class Eraser:
             say: hears how many jobs and images are done.
 
         Raises:
+            NotAllowedError: they are no operator; nothing was done.
             StoreError: somebody else is erasing, or workers are still judging some of it: do the same again.
             StorageError, ArtifactError: a copy or release cannot be deleted; likewise.
         """
+        require(self._roles, by, Role.OPERATOR, "erase")
         with self._turn():
             erasure_id, salt = uuid7(), erasures.new_salt()
 
@@ -123,7 +127,7 @@ class Eraser:
                 erasures.begin(session, id=erasure_id, scope=str(scope), by=by, why=why, salt=salt)
                 if keep_releases:
                     erasures.note(session, erasure_id, releases={_ALL: {"how": "any", "files": "kept"}})
-                audit.record(session, actor=by, action="erasure.begin", subject=erasure_id, details={"why": why})
+                audit.record(session, actor=by, action="erasure.begin", subject=erasure_id)
 
             self._store.run(begin)
             self._collect(erasure_id, scope)

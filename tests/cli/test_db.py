@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
@@ -46,3 +49,17 @@ def test_the_sql_is_printed_without_a_database(url: str) -> None:
     printed = run(url, "upgrade", "--sql")
     assert printed.exit_code == 0
     assert "CREATE TABLE jobs" in printed.stdout
+
+
+def test_a_copy_is_taken_and_restored(migrated_sqlite: Path, tmp_path: Path) -> None:
+    shutil.copy(migrated_sqlite, tmp_path / "live.db")
+    url, copy = f"sqlite:///{tmp_path / 'live.db'}", str(tmp_path / "copy.db")
+    (taken,) = [json.loads(run(url, "backup", copy, "--json").stdout)]
+    assert (taken["file"], taken["size_bytes"]) == (copy, Path(copy).stat().st_size)
+    restored = run(url, "restore", copy)
+    assert restored.exit_code == 0
+    aside = re.search(r"what was there before is in (\S+)", restored.stdout)
+    assert aside is not None
+    assert Path(aside[1]).is_file()
+    assert json.loads(run(url, "restore", copy, "--json").stdout)["before"] != aside[1]
+    assert run(url, "current").exit_code == 0

@@ -12,8 +12,8 @@ from sqlalchemy import inspect, make_url, text
 
 from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.kept import open_kept
-from code_worker.errors import ArtifactError, RunLostError, StorageError, StoreError
-from code_worker.settings import Settings
+from code_worker.errors import ArtifactError, NotAllowedError, RunLostError, StorageError, StoreError
+from code_worker.settings import RoleSettings, Settings
 from code_worker.store import audit, embeddings, erasures, jobs, kept_images, labels, runs, shadow, workers
 from code_worker.store import snapshots as snapshot_table
 from code_worker.store.engine import Session, Store
@@ -254,6 +254,14 @@ def test_an_erasure_that_died_half_way_is_finished_by_the_next(
     assert rows_with(sqlite_store, sha256, job_id, job_id.replace("-", "")) == set()
     assert files_with(settings.data_path, sha256.encode()) == set()
     assert files_with(database_dir(sqlite_store), sha256.encode(), URI.encode()) == set()
+
+
+def test_only_an_operator_may_erase(store: Store, settings: Settings) -> None:
+    strict = settings.model_copy(update={"roles": RoleSettings(operators=("olga",), reviewers=("rita",))})
+    with pytest.raises(NotAllowedError, match="rita has the role reviewer and may not erase"):
+        Eraser(strict, store).erase(Scope(sha256="a" * 64), by="rita")
+    assert store.run(erasures.list_receipts) == []
+    assert Eraser(strict, store).erase(Scope(sha256="a" * 64), by="olga").state == "done"
 
 
 def test_two_do_not_erase_at_once(store: Store, settings: Settings) -> None:

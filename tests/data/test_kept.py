@@ -17,6 +17,7 @@ import pytest
 from code_worker.data.kept import KeptImages, LocalKept, S3Kept, open_kept
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
 from code_worker.settings import S3Settings, Settings
+from tests.faults.rows import Seen, row
 from tests.servers import S3Server, free_port
 
 DATA = b"bytes of an image"
@@ -135,7 +136,8 @@ def test_storage_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Pat
         LocalKept(tmp_path / "kept").put(DATA)
 
 
-def test_a_disk_that_fills_up_leaves_no_half_copy(tmp_path: Path) -> None:
+@row("F34", injection="a kept copy outgrows RLIMIT_FSIZE", expected="a typed error, nothing half written")
+def test_a_disk_that_fills_up_leaves_no_half_copy(tmp_path: Path, seen: Seen) -> None:
     kept = LocalKept(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     # The nearest to a full disk without one: no file of this process may grow beyond 1,000 bytes.
@@ -146,6 +148,7 @@ def test_a_disk_that_fills_up_leaves_no_half_copy(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    seen(files_left=0)
 
 
 def test_from_s3_a_file_is_fetched_once(s3_server: S3Server, tmp_path: Path) -> None:

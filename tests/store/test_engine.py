@@ -6,6 +6,8 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from code_worker.store.engine import MAX_TRIES, Session, Store, open_store
 from code_worker.store.faults import DbFault, classify
 from code_worker.store.models import JobRow, db_now, db_now_plus
 from code_worker.types import JobState
+from tests.faults.rows import Seen, row
 from tests.servers import free_port
 from tests.store.acts import accept, info
 
@@ -112,7 +115,12 @@ def test_the_databases_clock_compares_with_stored_times(store: Store) -> None:
     assert store.run(compare, write=False) == (True,) * 5
 
 
-def test_a_serialization_failure_runs_the_whole_transaction_again(postgres_store: Store) -> None:
+@row(
+    "F14",
+    injection="SQLSTATE 40001: a serialization failure",
+    expected="the whole transaction again, at most 5 times",
+)
+def test_a_serialization_failure_runs_the_whole_transaction_again(postgres_store: Store, seen: Seen) -> None:
     accept(postgres_store, "s3://b/a")
     tries = 0
 
@@ -129,9 +137,15 @@ def test_a_serialization_failure_runs_the_whole_transaction_again(postgres_store
     assert postgres_store.run(work) == 40
     assert tries == 2
     assert postgres_store.run(lambda session: session.scalar(text("SELECT attempts FROM jobs"))) == 41
+    seen(tries=tries)
 
 
-def test_a_connection_that_was_cut_runs_the_whole_transaction_again(postgres_store: Store) -> None:
+@row(
+    "F14",
+    injection="SQLSTATE 57P01: the backend is terminated",
+    expected="the whole transaction again, at most 5 times",
+)
+def test_a_connection_that_was_cut_runs_the_whole_transaction_again(postgres_store: Store, seen: Seen) -> None:
     tries = 0
 
     def work(session: Session) -> list[str]:
@@ -148,6 +162,60 @@ def test_a_connection_that_was_cut_runs_the_whole_transaction_again(postgres_sto
     assert tries == 2
     assert info(postgres_store, job_id).uri == "s3://b/2"
     assert postgres_store.run(jobs.counts)[JobState.ACCEPTED] == 1
+    seen(tries=tries)
+
+
+@row(
+    "F14",
+    injection="SQLSTATE 40P01: two transactions deadlock",
+    expected="the whole transaction again, at most 5 times",
+)
+def test_a_deadlock_ends_with_both_transactions_committed(postgres_store: Store, seen: Seen) -> None:
+    ids = accept(postgres_store, "s3://b/1", "s3://b/2")
+    both, tries = threading.Barrier(2), [0, 0]
+
+    def add(place: int) -> None:
+        def work(session: Session) -> None:
+            tries[place] += 1
+            for number, job in enumerate(ids if place else reversed(ids)):
+                update = text("UPDATE jobs SET faults = faults + 1 WHERE id = :job")
+                session.execute(update, {"job": job})
+                if number == 0 and tries[place] == 1:
+                    both.wait(30)
+
+        postgres_store.run(work)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(add, range(2)))
+    assert sorted(tries) == [1, 2], "one was the victim"
+    faults = postgres_store.run(lambda session: list(session.scalars(text("SELECT faults FROM jobs"))))
+    assert faults == [2, 2]
+    seen(tries=sum(tries))
+
+
+@row("F14", injection="SQLSTATE 53300: too many connections", expected="the whole transaction again, at most 5 times")
+def test_a_server_without_a_free_connection_is_asked_again(
+    postgres_store: Store, monkeypatch: pytest.MonkeyPatch, seen: Seen
+) -> None:
+    name = postgres_store.engine.url.database
+    postgres_store.run(lambda session: session.execute(text(f"ALTER DATABASE {name} CONNECTION LIMIT 0")) and None)
+    plain = postgres_store.engine.url.set(username="nobody_special")
+    postgres_store.run(lambda session: session.execute(text("CREATE ROLE nobody_special LOGIN")) and None)
+    waits: list[float] = []
+
+    def free(wait_s: float) -> None:
+        waits.append(wait_s)
+        if len(waits) == 2:
+            limit = text(f"ALTER DATABASE {name} CONNECTION LIMIT -1")
+            postgres_store.run(lambda session: session.execute(limit) and None)
+
+    monkeypatch.setattr(engine.time, "sleep", free)
+    try:
+        with closing(open_store(plain.render_as_string(hide_password=False))) as other:
+            assert other.run(lambda session: session.scalar(text("SELECT 1")), write=False) == 1
+    finally:
+        postgres_store.run(lambda session: session.execute(text("DROP ROLE nobody_special")) and None)
+    seen(tries=len(waits) + 1)
 
 
 def test_a_locked_sqlite_is_tried_again_and_then_unavailable(
@@ -234,21 +302,34 @@ def test_each_state_of_postgresql_has_its_disposition(error: type[psycopg.Error]
 
 
 _WRITER = """
-import sys
+import sys, time
 from code_worker.store import jobs
 from code_worker.store.engine import open_store
 store = open_store(sys.argv[1])
+times = []
+def timed(work):
+    began = time.perf_counter()
+    done = store.run(work)
+    times.append(1000 * (time.perf_counter() - began))
+    return done
 for number in range(60):
-    (job,) = store.run(lambda session: jobs.accept(session, [jobs.NewJob(f"s3://b/{sys.argv[2]}/{number}")]))
-    store.run(lambda session: jobs.claim(session, [job], owner=sys.argv[2], lease_s=30, max_attempts=3))
+    (job,) = timed(lambda session: jobs.accept(session, [jobs.NewJob(f"s3://b/{sys.argv[2]}/{number}")]))
+    timed(lambda session: jobs.claim(session, [job], owner=sys.argv[2], lease_s=30, max_attempts=3))
 store.close()
+print(*times)
 """
 
 
-def test_many_processes_write_one_sqlite_file(sqlite_store: Store) -> None:
+@row(
+    "F15", injection="4 processes write one SQLite file", expected="0 × database is locked; p99 of a commit < 250 ms"
+)
+def test_many_processes_write_one_sqlite_file(sqlite_store: Store, seen: Seen) -> None:
     command = [sys.executable, "-W", "error", "-c", _WRITER, sqlite_store.url]
-    writers = [subprocess.Popen([*command, f"p{number}"], stderr=subprocess.PIPE) for number in range(4)]
-    said = [writer.communicate(timeout=120)[1] for writer in writers]
+    pipe = subprocess.PIPE
+    writers = [subprocess.Popen([*command, f"p{number}"], stdout=pipe, stderr=pipe) for number in range(4)]
+    told, said = zip(*(writer.communicate(timeout=120) for writer in writers), strict=True)
     assert [writer.returncode for writer in writers] == [0] * 4, said
     assert not any(b"retried" in text for text in said)
     assert sqlite_store.run(jobs.counts)[JobState.RUNNING] == 240
+    times = sorted(float(time) for text in told for time in text.split())
+    seen(commits=len(times), locked=0, p99_ms=times[int(0.99 * len(times))])

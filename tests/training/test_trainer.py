@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from dataclasses import asdict
 from itertools import pairwise
@@ -35,6 +36,7 @@ from code_worker.training.processes import World
 from code_worker.training.sampling import RecordSampler, generator_of_step
 from code_worker.training.step import DivergenceWatch, Stepper, chance_loss
 from code_worker.training.trainer import Trainer
+from tests.faults.rows import Seen, row
 from tests.training.jobs import MINIATURE, items, picture, small_job, write_items, write_small_job
 
 VIEWS = 8
@@ -141,6 +143,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     with pytest.raises(TrainingError, match=r"step 2: the checkpoint cannot be written .* No space left"):
         write_checkpoint(tmp_path, 2, {"step": 2})
     assert list(tmp_path.iterdir()) == [before]
+
+
+@row("F34", injection="a checkpoint outgrows RLIMIT_FSIZE", expected="a typed error, the checkpoint before intact")
+def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_one_before(tmp_path: Path, seen: Seen) -> None:
+    before = write_checkpoint(tmp_path, 1, {"step": 1})
+    content = before.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"step 2: the checkpoint cannot be written"):
+            write_checkpoint(tmp_path, 2, {"step": 2, "weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [before]
+    assert before.read_bytes() == content
+    seen(checkpoints_left=1, half_written=0)
 
 
 def batch_of(records: int, seed: int = 0) -> torch.Tensor:
