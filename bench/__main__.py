@@ -41,6 +41,7 @@ PARTS = {
     "verdicts": Part(("bench.ledger", "verdicts"), ("--jobs", "500", "--rounds", "1")),
     "noop": Part(("bench.noop",), ("--images", "640", "--rounds", "1")),
     "growth": Part(("bench.growth",), ("--sizes", "1000", "--rounds", "2")),
+    "labels": Part(("bench.labels",), ("--sizes", "1000", "--heads", "linear")),
     "heads": Part(("bench.heads",), ("--references", "3000", "--rounds", "1")),
     "training": Part(("bench.training",)),
 }
