@@ -1,10 +1,11 @@
 """Crashes: SIGKILL at random moments of runs; what the next trainer makes of each, and whether anything is broken.
 
-    python -m bench.crash DIRECTORY [--kills 20] [--kind retrain] [--seed 0] [--json FILE]
+    python -m bench.crash DIRECTORY [--kills 20] [--stages "train gate"] [--kind retrain] [--seed 0] [--json FILE]
 
 A deployment of its own with a broker, a tiny champion and a labelled store. Each round asks for a run, waits a random
-while, kills the trainer and everything below it as a power cut would, starts another, and checks that the run ended
-by its own, that no run was begun twice, and that the champion is a whole, verified release at every look between.
+while, or until the run is seen in a stage, kills the trainer and everything below it as a power cut would, starts
+another, and checks that the run ended by its own, that no run was begun twice, and that the champion is a whole,
+verified release at every look between.
 Exit status 1 when something was not so.
 """
 
@@ -89,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.crash")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--stages", default="", help="kill once more in each of these stages")
     parser.add_argument("--kind", choices=["retrain", "refit"], default="retrain")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -119,14 +121,17 @@ def rounds(settings: Settings, store: Store, chosen: argparse.Namespace) -> list
     with closing(Doorbell.for_producer(settings)) as bell, closing(trainers):
         usual_s = measured_s(chosen.kind, settings, store, trainers, bell)
         print(f"a {chosen.kind} takes {usual_s:.1f} s undisturbed", flush=True)
-        for number in range(chosen.kills):
+        for number, stage in enumerate([*[""] * chosen.kills, *chosen.stages.split()]):
             known = count(store)
             # From the same champion each time, so that there is something to promote.
             promote_champion(settings, store, chosen.directory / "champion")
             trainers.start()
             ask(bell, chosen.kind)
             began = wait_for(partial(newest, store, known))
-            time.sleep(rng.uniform(0, usual_s))
+            if stage:
+                wait_for(partial(reached, store, began.id, stage))
+            else:
+                time.sleep(rng.uniform(0, usual_s))
             trainers.kill()
             found.append({"round": number, **followed(settings, store, trainers, began.id)})
             if (more := count(store)) != known + 1:
@@ -176,6 +181,12 @@ def newest(store: Store, known: int) -> runs.Run | None:
     """The last run, once there are more than so many."""
     found = store.run(lambda session: runs.list_runs(session, limit=1000), write=False)
     return found[0] if len(found) > known else None
+
+
+def reached(store: Store, run_id: str, stage: str) -> runs.Run | None:
+    """The run, once it is in this stage, or has ended before anybody saw it there."""
+    run = store.run(lambda session: runs.get(session, run_id), write=False)
+    return run if run and (run.stage == stage or run.finished_at) else None
 
 
 def ended(store: Store, run_id: str) -> runs.Run | None:

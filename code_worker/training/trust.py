@@ -30,6 +30,7 @@ _ORDINARY: Final = 0.1
 _CLOSE: Final = 0.2
 """Two images are nearly the same within this part of the distance at which images usually have their nearest."""
 _SAMPLE: Final = 2000
+_HISTORY: Final = 5000
 _BLOCK: Final = 1024
 
 
@@ -168,7 +169,10 @@ def suspicions(
         labels: `(n,) int8`.
         honest: `(n,) bool`, images for which this encoder may speak: it did not learn their labels.
     """
-    asked = np.flatnonzero(honest)
+    recent = np.array([member.new for member in members], dtype=np.bool_)
+    old = np.flatnonzero(honest & ~recent)
+    # History is the mean of a sample: each image asked is compared with all.
+    asked = np.sort(np.concatenate([np.flatnonzero(honest & recent), old[:: max(1, len(old) // _HISTORY)]]))
     fakes = neighbour_shares(embeddings, labels, asked)
     otherwise = np.where(labels[asked] == 1, 1 - fakes, fakes)
     speakers = [members[place] for place in asked.tolist()]
