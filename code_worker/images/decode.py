@@ -86,14 +86,15 @@ def _centre_of(data: bytes, image: ImageFile.ImageFile, limits: LimitSettings) -
 
 @contextmanager
 def _pixels_let_go(image: ImageFile.ImageFile) -> Iterator[None]:
-    """Frees what a decode that fails has in hand: the frames of its error would keep it beyond its share."""
+    """Frees what was decoded at the end of its share of memory; the frames of an error would keep it for longer."""
     try:
         yield
     except PILLOW_ERRORS as error:
         traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
         image.close()
         vars(image).pop("_decoder", None)  # a WebP's, with its canvases
-        raise
 
 
 def _inside(

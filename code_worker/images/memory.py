@@ -18,7 +18,7 @@ from code_worker.images.readers import scans_of
 from code_worker.types import RejectReason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from PIL import ImageFile
 
@@ -29,9 +29,7 @@ _MODE_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}
 _WEBP_BYTES: Final = 12
 """libwebp composes frames on two canvases, and hands out a copy of one."""
 _COEFFICIENT_BYTES: Final = 2
-_LARGE_BYTES: Final = 8 << 20
-"""More than the encoder asks for at a time on a CPU, less than the 16 MiB in which Pillow keeps pixels."""
-_MMAP_THRESHOLD: Final = -3
+_LARGE_BYTES: Final = 16 << 20
 _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_HEIGHT, _SAMPLES, _BITS, _ORIENTATION = 278, 322, 323, 277, 258, 274
 
 
@@ -81,14 +79,9 @@ def _tiff_bytes(image: ImageFile.ImageFile, stored: int) -> int:
 
 
 @cache
-def _free_at_once() -> None:
-    """Has glibc give large blocks back to the system when they are freed.
-
-    Left to itself it learns from the first one to keep them, for each thread apart: eight threads that decode in turn
-    would hold eight times the memory of one. Other C libraries do not.
-    """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
+def _trim() -> Callable[[int], int] | None:
+    """Gives freed memory back to the system, with glibc; other C libraries give back what is large by themselves."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class _Room:
@@ -105,8 +98,6 @@ class _Room:
 
     def take(self, size: int, limit: int) -> None:
         """Waits until `size` bytes are left of `limit`."""
-        if size >= _LARGE_BYTES:
-            _free_at_once()
         ticket = object()
         with self._changed:
             self._asking.append(ticket)
@@ -131,7 +122,7 @@ os.register_at_fork(after_in_child=_room.empty)
 
 @contextmanager
 def taking(size: int, limit: int) -> Iterator[None]:
-    """Holds so many bytes of the process's share while its block decodes; never two of these inside each other.
+    """Holds so many bytes of the process's share while its block decodes and frees; never two inside each other.
 
     Raises:
         ImageRejectedError: more than the whole share; nobody was waited for.
@@ -147,4 +138,7 @@ def taking(size: int, limit: int) -> Iterator[None]:
     try:
         yield
     finally:
+        # Else it would be kept for this thread: eight that decode in turn would hold eight times the memory of one.
+        if size >= _LARGE_BYTES and (trim := _trim()) is not None:
+            trim(0)
         _room.give_back(size)
