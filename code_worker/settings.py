@@ -220,7 +220,8 @@ class RoleSettings(Section):
         (), description="Who may label: names as `by` or as users of the command line; `*` is everybody."
     )
     reviewers: tuple[str, ...] = Field(
-        (), description="Who may also import files of labels and label in other people's names."
+        (),
+        description="Who may also import files of labels, label in others' names, and settle contradictions.",
     )
     operators: tuple[str, ...] = Field(
         (), description="Who may also change what judges: releases, policies, retrains, rescoring, erasure."

@@ -241,6 +241,28 @@ def conflicts(*, after: str | None, limit: int, as_json: bool) -> None:
         click.echo(f"more: --after {page[-1].sha256}", err=True)
 
 
+@labels.command()
+@click.argument("target", metavar="URI|JOB|HASH")
+@click.argument("label", metavar="real|fake", type=click.Choice(["real", "fake"]))
+@click.option("--generator", help="What made a fake one, if you know.")
+@click.option("--note", default="", help="Why.")
+def settle(target: str, label: str, generator: str | None, note: str) -> None:
+    """Say, as a reviewer, what an image is; that holds whatever labellers say and the rule would make of it.
+
+    Nobody's statement is removed, and a later review settles it anew. Exit status: as `code-worker label`.
+    """
+    from code_worker.data.labelling import Labeller  # noqa: PLC0415 - numpy and Pillow, not for --help
+    from code_worker.store.labels import REVIEW  # noqa: PLC0415 - SQLAlchemy, likewise
+
+    settings = quiet_settings()
+    with open_ledger(settings) as store, closing(Labeller(settings, store)) as labeller:
+        try:
+            done = labeller.label(target, label, by=who(), generator=generator, note=note, source=REVIEW)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+    click.echo(f"{'settled' if done.new else 'settled before:'} {label}: {done.uri} ({done.sha256})")
+
+
 def _conflict_record(conflict: Conflict, rules: LabelSettings) -> dict[str, Any]:
     resolved = conflict.resolved(rules.rule, rules.trusted)
     return {

@@ -98,7 +98,7 @@ class Labeller:
             generator: what made a fake one, if known.
             collection: where the image came from, if known.
             note: free text.
-            source: by which way it is said.
+            source: by which way it is said; `review` settles the image, which takes a reviewer.
             at: when it was said; unset: now.
             actor: who acts, if it is not who says so; to speak in somebody else's name takes a reviewer.
 
@@ -121,6 +121,8 @@ class Labeller:
             note=note,
             at=at,
         )
+        if source == labels.REVIEW:
+            require(self._roles, actor, Role.REVIEWER, "settle what is contradicted")
         require(self._roles, actor, Role.LABELLER, "label")
         if actor != by:
             require(self._roles, actor, Role.REVIEWER, f"label in the name of {by}")
@@ -244,7 +246,8 @@ def _audit(session: Session, new: Sequence[NewLabel], added: int, actor: str, fi
     if file is None:
         for one in new:
             details = {"label": one.label, "generator": one.generator, "by": one.by, "source": one.source}
-            audit.record(session, actor=actor, action="label.add", subject=f"label {one.id}", details=details)
+            action = "label.settle" if one.source == labels.REVIEW else "label.add"
+            audit.record(session, actor=actor, action=action, subject=f"label {one.id}", details=details)
         return
     read = {"sha256": file.sha256, "rows": len(new), "added": added, **Counter(one.label for one in new)}
     audit.record(session, actor=actor, action="label.import", subject=f"file {file.name}", details=read)

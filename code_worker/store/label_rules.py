@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Protocol, TypeVar
 
-__all__ = ["RULES", "ResolvedLabel", "Said", "latest_of_each", "resolve_image"]
+__all__ = ["REVIEW", "RULES", "ResolvedLabel", "Said", "latest_of_each", "resolve_image", "review_of"]
+
+REVIEW: Final = "review"
+"""Source of a statement by which a reviewer settles an image, whatever the rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,7 @@ class Said:
     by: str
     at: datetime
     created_at: datetime
+    source: str = ""
     id: str = ""
 
     @property
@@ -61,8 +65,16 @@ class _Spoken(Protocol):
     @property
     def by(self) -> str: ...
 
+    @property
+    def source(self) -> str: ...
+
 
 S = TypeVar("S", bound=_Spoken)
+
+
+def review_of(statements: Sequence[S]) -> S | None:
+    """The last statement by which a reviewer settled the image, or None."""
+    return next((said for said in reversed(statements) if said.source == REVIEW), None)
 
 
 def latest_of_each(statements: Sequence[S]) -> list[S]:
@@ -101,7 +113,7 @@ RULES: Final[Mapping[str, Callable[[Sequence[Said], Sequence[str]], Said | None]
 
 
 def resolve_image(statements: Sequence[Said], rule: str, trusted: Sequence[str] = ()) -> ResolvedLabel | None:
-    """The label of one image, or None where the rule leaves it undecided.
+    """The label of one image, or None where the rule leaves it undecided; a reviewer's last word is above the rule.
 
     Args:
         statements: all that was said of it, in the order said; at least one.
@@ -114,7 +126,7 @@ def resolve_image(statements: Sequence[Said], rule: str, trusted: Sequence[str] 
     if (choose := RULES.get(rule)) is None:
         raise ValueError(f"{rule!r} is no rule for labels; rules are {', '.join(RULES)}")
     last = latest_of_each(statements)
-    if (decides := choose(last, trusted)) is None:
+    if (decides := review_of(statements) or choose(last, trusted)) is None:
         return None
     agreeing = [decides, *(one for one in reversed(last) if one.label == decides.label)]
     return ResolvedLabel(

@@ -21,11 +21,12 @@ from code_worker.errors import StoreError
 from code_worker.queues import MAX_URI_LENGTH, chunks
 from code_worker.store.engine import Store
 from code_worker.store.ids import as_uuid, uuid7
-from code_worker.store.label_rules import ResolvedLabel, Said, latest_of_each, resolve_image
+from code_worker.store.label_rules import REVIEW, ResolvedLabel, Said, latest_of_each, resolve_image, review_of
 from code_worker.store.models import ImportedRow, LabelRow, db_now
 from code_worker.store.sql import IN_LIST, insert_new, is_plain, table_of
 
 __all__ = [
+    "REVIEW",
     "Conflict",
     "LabelFilter",
     "NewLabel",
@@ -200,7 +201,7 @@ def _says_nothing_new(new: NewLabel, before: Sequence[Said]) -> bool:
     own = [said for said in before if said.by == new.by]
     if new.at is not None:
         return any((said.content, said.at) == (new.content, new.at) for said in own)
-    if not own or own[-1].content != new.content:
+    if not own or own[-1].content != new.content or (own[-1].source == REVIEW) != (new.source == REVIEW):
         return False
     later = before[before.index(own[-1]) + 1 :]
     return new.from_file or all(said.label == new.label for said in later)
@@ -228,7 +229,7 @@ def _fingerprint(new: NewLabel, before: Sequence[Said]) -> str:
 
 
 def _as_said(new: NewLabel, now: datetime) -> Said:
-    return Said(new.sha256, *new.content, new.by, new.at or now, now, new.id)
+    return Said(new.sha256, *new.content, new.by, new.at or now, now, new.source, new.id)
 
 
 def imported(session: Session, keys: Iterable[str]) -> dict[str, str]:
@@ -336,7 +337,9 @@ def _by_image(session: Session, statement: Select[Any]) -> Iterator[list[Said]]:
 
 
 def conflicts(session: Session, *, after: str | None = None, limit: int | None = None) -> list[Conflict]:
-    """Images on which labellers differ now, by content hash; who took a statement back contradicts nobody.
+    """Images on which labellers differ now and that no reviewer settled, by content hash.
+
+    Who took a statement back contradicts nobody.
 
     Args:
         session: the unit of work.
@@ -355,7 +358,7 @@ def conflicts(session: Session, *, after: str | None = None, limit: int | None =
     with closing(session.execute(statement.execution_options(yield_per=_PAGE))) as rows:
         for sha256, some in groupby(map(_statement, rows.mappings()), key=attrgetter("sha256")):
             statements = sorted(some, key=attrgetter("at", "id"))
-            if len({said.label for said in latest_of_each(statements)}) > 1:
+            if review_of(statements) is None and len({said.label for said in latest_of_each(statements)}) > 1:
                 found.append(Conflict(sha256, tuple(statements)))
                 if len(found) == limit:
                     break

@@ -194,3 +194,14 @@ def test_conflicts_show_who_says_what_and_what_the_rule_makes_of_it(labelling: C
     assert "(majority)" in shown
     labelling("label", a, "real", "--by", "bob")
     assert labelling("labels", "conflicts", "--json").records == []
+
+
+def test_a_reviewer_settles_what_is_contradicted(labelling: Cli, place: Place) -> None:
+    path = place.image("a.png")
+    for by, label in (("alice", "fake"), ("bob", "real")):
+        labelling("label", path, label, "--by", by)
+    assert "undecided" in labelling("labels", "conflicts", env={"CODE_WORKER_LABELS__RULE": "unanimous"}).stdout
+    assert labelling("labels", "settle", path, "fake", "--note", "seen").stdout.startswith(f"settled fake: {path}")
+    assert labelling("labels", "settle", path, "fake").stdout.startswith(f"settled before: fake: {path}")
+    assert labelling("labels", "conflicts").stdout == "no conflicts\n"
+    assert labelling("labels", "settle", path, "real", "--generator", "sdxl").status == 2

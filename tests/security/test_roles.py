@@ -84,6 +84,18 @@ def test_labelling_takes_a_labeller_and_somebody_elses_name_a_reviewer(place: Pl
     assert place.labeller.label(path, "real", by="lea", actor="rob").new
 
 
+def test_settling_a_contradiction_takes_a_reviewer(place: Place) -> None:
+    path = place.image("a.png")
+    place.labeller.label(path, "fake", by="lea")
+    with pytest.raises(NotAllowedError, match="lea has the role labeller and may not settle"):
+        place.labeller.label(path, "real", by="lea", source="review")
+    assert place.labeller.label(path, "real", by="rob", source="review").new
+    assert [said.source for said in place.statements()] == ["api", "review"]
+    last = place.store.run(audit.last, write=False)
+    assert last is not None
+    assert (last.actor, last.action) == ("rob", "label.settle")
+
+
 def test_importing_files_of_labels_takes_a_reviewer(place: Place) -> None:
     rows = [Row(place="line 1", label="fake", uri=place.image("a.png"))]
     with pytest.raises(NotAllowedError, match="lea has the role labeller and may not import labels"):

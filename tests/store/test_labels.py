@@ -286,3 +286,23 @@ def test_kept_images_are_noted_once(store: Store) -> None:
     store.run(lambda session: kept_images.note_kept(session, [first, replace(first, uri="s3://b/copy.jpg"), other]))
     store.run(lambda session: kept_images.note_kept(session, [replace(first, uri="s3://b/later.jpg")]))
     assert store.run(lambda session: kept_images.kept(session, [A, B, C])) == {A: first, B: other}
+
+
+@pytest.mark.parametrize("rule", ["latest", "majority", "unanimous", "trusted"])
+def test_a_reviewers_word_is_above_every_rule_until_the_next_one(store: Store, rule: str) -> None:
+    add(store, said(A, "fake", "alice"), said(A, "real", "bob"))
+    add(store, said(A, "real", "rob", source="review"))
+    add(store, said(A, "fake", "carol", generator="sdxl"), said(A, "fake", "bob"))
+    found = resolved(store, rule, ["alice"])[A]
+    assert (found.label, found.by, found.contradicted) == ("real", "rob", True)
+    assert store.run(labels.conflicts) == [], "settled is not disputed"
+    add(store, said(A, "fake", "rosa", source="review"))
+    found = resolved(store, rule, ["bob"])[A]
+    assert (found.label, found.by, found.generator) == ("fake", "rosa", "sdxl")
+
+
+def test_a_reviewer_may_settle_for_what_they_said_before(store: Store) -> None:
+    assert add(store, said(A, "fake", "rob")) == 1
+    assert add(store, said(A, "fake", "rob", source="review")) == 1
+    assert add(store, said(A, "fake", "rob", source="review")) == 0
+    assert [statement.source for statement in listed(store)] == ["api", "review"]
