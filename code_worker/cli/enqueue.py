@@ -16,6 +16,7 @@ from code_worker.cli.output import to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.waiting import print_verdicts
 from code_worker.errors import ConfigurationError
+from code_worker.logs import redact
 from code_worker.settings import Settings
 
 __all__ = ["enqueue"]
@@ -97,7 +98,7 @@ def _enqueue(
     with closing(Client(settings)) as client, bar as advance:
         for done in accept_lines(client, lines, common):
             for line, problem in done.refused:
-                click.echo(f"{line}: {problem}", err=True)
+                click.echo(redact(f"{line}: {problem}"), err=True)
             refused += len(done.refused)
             count += len(done.accepted)
             advance(len(done.refused) + len(done.accepted))

@@ -36,6 +36,7 @@ from tests.servers import PostgresServer, S3Server
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
 
 PREFIX = "cw:"
+LEAKY = f"https://u:{CANARIES['in a URI']}@h/a.jpg?X-Amz-Signature={CANARIES['in a URI']}"
 
 
 @pytest.fixture(scope="module")
@@ -249,11 +250,10 @@ def test_no_secret_leaves_the_settings(
         "http://127.0.0.1/a.jpg": RejectReason.SOURCE_NOT_ALLOWED,
     }
     assert {uri: wait_for(producer, producer.enqueue(uri)).reason for uri in uris} == uris
-    leaky = f"https://u:{CANARIES['in a URI']}@h/a.jpg?X-Amz-Signature={CANARIES['in a URI']}"
     with pytest.raises(ValueError, match="carries a password or a signature"):
-        producer.enqueue(leaky)
+        producer.enqueue(LEAKY)
     with closing(Doorbell.for_producer(as_role(deployment, broker, "producer"))) as bell:
-        bell._app.send_task(MODERATE, args=({"v": 1, "items": [{"uri": leaky}]},), queue=NORMAL, serializer="json")
+        bell._app.send_task(MODERATE, args=({"v": 1, "items": [{"uri": LEAKY}]},), queue=NORMAL, serializer="json")
     wait_until(lambda: deployment.events("message_refused"), 30, "the message is set aside")
     said = everything_said(deployment, broker)
     assert {what for what, text in said.items() if not text.strip()} == set()
@@ -287,6 +287,7 @@ def everything_said(deployment: Deployment, broker: GuardedRedis) -> dict[str, s
         "db current of what cannot be": run_cli(deployment, "db", "current", **unreadable),
         "a wrong setting": run_cli(deployment, "db", "current", CODE_WORKER_S3__MAX_ATTEMPTS="many"),
         "enqueue": run_cli(deployment, "enqueue", "s3://canaries/good.jpg", **wrong),
+        "enqueue with a secret": run_cli(deployment, "enqueue", LEAKY),
         "audit": run_cli(deployment, "audit", "list"),
     }
 
