@@ -14,7 +14,8 @@ import structlog
 __all__ = ["configure_logging", "get_logger", "redact"]
 
 _SECRETS = (
-    re.compile(r"(?P<keep>[a-zA-Z][a-zA-Z0-9+.\-]*://[^\s/:@]*:)[^\s/@]+(?=@)"),
+    # What comes before keeps the search linear: a message of somebody's may be megabytes of letters.
+    re.compile(r"(?<![a-zA-Z0-9+.\-])(?P<keep>[a-zA-Z0-9+.\-]+://[^\s/:@]*:)[^\s/@]+(?=@)"),
     re.compile(
         r"(?P<keep>\b(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId)=)[^&\s\"']+",
         re.IGNORECASE,
