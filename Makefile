@@ -14,7 +14,7 @@ REGION := $(VENV)/.region
 CELERY_5_6 := .matrix/celery-5.6
 COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: help demo test lint check test-celery-5.6 test-matrix faults settings lock sbom audit-pins bench clean
+.PHONY: help demo test lint check test-celery-5.6 test-matrix faults faults-celery-5.6 settings lock sbom audit-pins bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -55,15 +55,20 @@ $(CELERY_5_6)/.installed: $(INSTALLED) requirements/celery-5.6.txt
 		--target $(CELERY_5_6) -r requirements/celery-5.6.txt
 	@touch $@
 
-test-celery-5.6: $(CELERY_5_6)/.installed $(REGION) ## Run the worker tests on Celery 5.6
+test-celery-5.6: $(CELERY_5_6)/.installed $(REGION) ## Run the tests of worker and faults on Celery 5.6
 	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python -c 'import celery; assert celery.__version__ == "5.6.3", celery'
-	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python -m pytest tests/worker
+	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python -m pytest tests/worker tests/faults
 
-test-matrix: test-celery-5.6 ## Run the worker tests on both supported lines of Celery
-	$(BIN)/python -m pytest tests/worker
+test-matrix: test-celery-5.6 ## Run the tests of worker and faults on both supported lines of Celery
+	$(BIN)/python -m pytest tests/worker tests/faults
+
+FAULTS = -m pytest tests --rows "$(ROWS)" --fault-report docs/reliability.md $(ARGS)
 
 faults: $(INSTALLED) $(REGION) ## Run the fault matrix, the long rows too, and write docs/reliability.md (ROWS="F3 F5")
-	$(BIN)/python -m pytest tests -m "row or nightly" --rows "$(ROWS)" --fault-report docs/reliability.md $(ARGS)
+	$(BIN)/python $(FAULTS) -m "row or nightly"
+
+faults-celery-5.6: $(CELERY_5_6)/.installed $(REGION) ## Run the short rows that have a broker on Celery 5.6, into the same table
+	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python $(FAULTS) -m "row and not nightly" --broker-rows
 
 settings: $(INSTALLED) ## Write docs/settings.md from the settings
 	$(BIN)/python docs/generate_settings.py

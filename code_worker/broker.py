@@ -10,10 +10,19 @@ from code_worker.errors import ConfigurationError
 from code_worker.queues import MODERATE, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.settings import Settings
 
-__all__ = ["REDIS_TRANSPORT", "celery_config", "check_broker", "is_redis", "tls_options", "transport_options"]
+__all__ = [
+    "REDIS_TRANSPORT",
+    "celery_config",
+    "check_broker",
+    "check_visibility",
+    "is_redis",
+    "tls_options",
+    "transport_options",
+]
 
 REDIS_TRANSPORT = "code_worker.worker.transport:RedisTransport"
 _OTHER_REDIS = frozenset({"redis+socket", "sentinel"})
+_BATCHES_PER_VISIBILITY = 4
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", None, ""})
 
 
@@ -46,6 +55,21 @@ def check_broker(settings: Settings) -> str:
             "can feed workers; use rediss:// or a password, or set CODE_WORKER_BROKER__ALLOW_INSECURE=true"
         )
     return url
+
+
+def check_visibility(visibility_timeout_s: float, settings: Settings) -> None:
+    """Refuses a visibility timeout within which a batch may still be under way.
+
+    Raises:
+        ConfigurationError: it is shorter than four of the longest silences that a batch is allowed.
+    """
+    least_s = _BATCHES_PER_VISIBILITY * settings.worker.batch_timeout_s
+    if visibility_timeout_s < least_s:
+        raise ConfigurationError(
+            f"visibility timeout of {visibility_timeout_s:g} s: messages of batches still under way would be "
+            f"delivered again; set CODE_WORKER_BROKER__VISIBILITY_TIMEOUT_S to {least_s} or more (four times "
+            "CODE_WORKER_WORKER__BATCH_TIMEOUT_S)"
+        )
 
 
 def tls_options(url: str) -> dict[str, Any] | None:
@@ -86,6 +110,8 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "broker_url": url,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        # A Redis that is full answers with errors; without this the first one ends the worker.
+        "broker_channel_error_retry": True,
         # JSON alone: a pickled message would be somebody else's code.
         "accept_content": ["json"],
         "task_serializer": "json",

@@ -68,7 +68,7 @@ class Doorbell:
                 ignore_result=True,
                 serializer="json",
             )
-        except (OperationalError, ConnectionError, TimeoutError) as error:
+        except (OperationalError, RedisError, ConnectionError, TimeoutError) as error:
             raise BrokerUnavailableError(f"broker did not take the message: {error}") from error
         log.debug("jobs_published", jobs=job_ids)
 
@@ -89,7 +89,7 @@ class Doorbell:
                 serializer="json",
                 expires=expires_s,
             )
-        except (OperationalError, ConnectionError, TimeoutError) as error:
+        except (OperationalError, RedisError, ConnectionError, TimeoutError) as error:
             raise BrokerUnavailableError(f"broker did not take the message: {error}") from error
 
     def depth(self, queue: str) -> int:

@@ -16,6 +16,7 @@ import pytest
 from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
 from tests.faults.rows import (  # noqa: F401 - hooks and fixtures of the fault matrix, whose rows lie in all directories
+    bar,
     fault_rng,
     fault_seed,
     pytest_addoption,

@@ -193,6 +193,12 @@ def test_a_broker_set_up_as_a_cache_is_warned_of(find: Find, redis_server: Redis
     assert "appendonly is off" in found[2].message
 
 
+def test_a_visibility_timeout_below_four_batches_is_a_fault(find: Find, redis_server: RedisServer) -> None:
+    found = find("broker", broker_url=redis_server.url, broker={"visibility_timeout_s": 479})
+    assert found[0].status is Status.FAIL
+    assert "CODE_WORKER_BROKER__VISIBILITY_TIMEOUT_S to 480 or more" in found[0].message
+
+
 @pytest.mark.parametrize(("there_s", "status"), [(1004.0, "ok"), (994.0, "warn"), (1061.0, "fail")])
 def test_clocks_that_disagree_are_warned_of_and_then_a_fault(there_s: float, status: str) -> None:
     assert services.clock("broker", there_s, 1000.0).status == status

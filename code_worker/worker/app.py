@@ -16,8 +16,10 @@ from code_worker.queues import MODERATE, NORMAL, QUEUES, REFIT, RETRAIN, SWEEP, 
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.host import Host
 from code_worker.worker.learning import register_learning
+from code_worker.worker.refusals import refuse_to_start
 from code_worker.worker.schedule import beat_entries
 from code_worker.worker.tasks import register_tasks
+from code_worker.worker.transport import report_unreadable_to
 from code_worker.worker.waker import add_waker
 
 if TYPE_CHECKING:
@@ -137,6 +139,8 @@ def _start_background(sender: Any, **_: Any) -> None:
     queues = {queue.name for queue in sender.task_consumer.queues}
     if queues & _JUDGING:
         host.start_sweeping()
+    if queues & frozenset(QUEUES):
+        report_unreadable_to(host.bury)
     if TRAIN_QUEUE in queues:
         host.start_watching()
 
@@ -152,6 +156,12 @@ def _close(sender: Any, **_: Any) -> None:
         host.close()
 
 
+def _check(sender: Any, **_: Any) -> None:
+    if (host := _of_worker(sender)) is not None:
+        refuse_to_start(sender, host.settings)
+
+
+signals.worker_init.connect(_check, weak=False)
 signals.worker_ready.connect(_start_background, weak=False)
 signals.worker_shutting_down.connect(_stop_taking, weak=False)
 signals.worker_shutdown.connect(_close, weak=False)

@@ -8,6 +8,7 @@ import weakref
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from code_worker.errors import CodeWorkerError
 from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
 from code_worker.store import migrate
@@ -94,6 +95,15 @@ class Host:
                 self._repeater = Repeater("sweep", self.settings.worker.sweep_interval_s, self.sweep)
                 self._repeater.start()
                 self._start_retaining()
+
+    def bury(self, message: str, error: str) -> None:
+        """Keeps what came off a queue and is no message."""
+        from code_worker.worker.intake import bury  # noqa: PLC0415 - only where messages are taken
+
+        try:
+            bury(self.node().store, {"unreadable": message}, error)
+        except CodeWorkerError as refused:
+            log.warning("message_not_kept", error=str(refused))
 
     def learning(self) -> Learning:
         """What runs retrains and refits, made at the first call.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid5
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["bury", "handle_message"]
 
 log = get_logger(__name__)
+_LOCKED_FOR_S = (0.05, 0.25)
 _MESSAGES = UUID("5f0a0f7e-6a53-5c3b-9d0e-0c7a5d3f1b21")
 
 
@@ -41,9 +43,20 @@ def handle_message(node: Node, message: object, message_id: str) -> bool:
     if not (rest := [job_id for job_id in job_ids if job_id not in taken]):
         return True
     attempts = node.store.look(lambda session: jobs.attempts_of(session, rest))
-    if decided := len(rest) - len(attempts):
-        log.info("duplicate_skipped", jobs=decided)
-    return all(_unless_stopping(node, group, below, alone) for group, below, alone in _suspects(node, attempts))
+    # A claim passes a locked row over; most often its producer is noting at this very moment that it rang.
+    for pause_s in _LOCKED_FOR_S:
+        if not (fresh := [job_id for job_id, tried in attempts.items() if not tried and job_id not in taken]):
+            break
+        time.sleep(pause_s)
+        taken = taken | node.moderate(fresh, below=1)
+    for group, below, alone in _suspects(node, attempts):
+        if node.stopping:
+            return False
+        taken = taken | node.moderate(group, below=below, alone=alone)
+    if skipped := sum(job_id not in taken for job_id in job_ids):
+        # Decided already, held by another worker, or told to wait: the message was a second one.
+        log.info("duplicate_skipped", jobs=skipped)
+    return True
 
 
 def _suspects(node: Node, attempts: Mapping[str, int]) -> Iterator[tuple[list[str], int, bool]]:
@@ -57,13 +70,6 @@ def _suspects(node: Node, attempts: Mapping[str, int]) -> Iterator[tuple[list[st
         yield group, limit - 1, False
     for job in (job for job, tried in attempts.items() if tried and tried >= limit - 1):
         yield [job], limit, True
-
-
-def _unless_stopping(node: Node, group: Sequence[str], below: int, alone: bool) -> bool:
-    if node.stopping:
-        return False
-    node.moderate(group, below=below, alone=alone)
-    return True
 
 
 def _accept(store: Store, items: Sequence[Mapping[str, Any]], message_id: str) -> list[str]:

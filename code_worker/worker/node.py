@@ -109,8 +109,6 @@ class Node:
                 self.store.run(lambda session: jobs.mark_published(session, job_ids, wait_s=_NO_RELEASE_WAIT_S))
                 return frozenset(job_ids)
             claimed = self.ledger.claim(job_ids, below=below)
-            if passed_over := len(job_ids) - len(claimed):
-                log.info("duplicate_skipped", jobs=passed_over)
             log.debug("jobs_claimed", jobs=[job.id for job in claimed])
             failpoint("after_claim")
             if not claimed:

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_to_end(work: Callable[[Settings], int]) -> int:
     """Runs a supervised process on the settings of its environment; our own errors become its exit status."""
     die_with_parent()
+    # Until Celery has its own way to stop: whatever is being loaded is let go of, and leaves nothing half written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
@@ -96,7 +98,6 @@ def _await_release(node: Node) -> None:
 
     A worker without a release would acknowledge them faster than any other can judge.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     while node.runtimes.release is None:
         time.sleep(0.2)
 

@@ -1,16 +1,95 @@
-"""kombu's Redis transport, made to survive a Redis restart, with queues emptied in our order."""
+"""kombu's Redis transport, made to survive a Redis restart and strange messages, with queues emptied in our order."""
 
 from __future__ import annotations
 
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from kombu.transport import redis as kombu_redis
 from kombu.utils.scheduling import round_robin_cycle
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 
+from code_worker.logs import get_logger
 from code_worker.queues import QUEUES
 
-__all__ = ["QueuesInOrder", "RedisTransport"]
+__all__ = ["QueuesInOrder", "RedisTransport", "call_when_lost", "report_unreadable_to", "take_lost_channels"]
+
+log = get_logger(__name__)
+Undertaker = Callable[[str, str], object]
+_undertakers: list[Undertaker] = []
+_listeners: list[Callable[[], None]] = []
+_lost: deque[Any] = deque(maxlen=1000)
+
+
+def report_unreadable_to(undertaker: Undertaker) -> None:
+    """From now on this process calls `undertaker(raw text, error)` with each message that is none."""
+    _undertakers[:] = [undertaker]
+
+
+def call_when_lost(tell: Callable[[], None]) -> None:
+    """From now on `tell` is called whenever there is something new in `take_lost_channels`."""
+    _listeners[:] = [tell]
+
+
+def take_lost_channels() -> list[Any]:
+    """Channels on which the broker did not take an acknowledgement since the last call.
+
+    Celery logs that and goes on. But a worker whose every slot was full when Redis died asks for no message, so that
+    nothing else tells it of the lost connection, and counts the message as unacknowledged for ever: it would never
+    ask for one again.
+    """
+    return [_lost.popleft() for _ in range(len(_lost))]
+
+
+@contextmanager
+def _noting_loss(channel: Any) -> Iterator[None]:
+    try:
+        yield
+    except (RedisError, OSError):
+        _lost.append(channel)
+        for tell in _listeners:
+            tell()
+        raise
+
+
+class _UnreadableError(Exception):
+    """What came off a queue is no message of Celery's; `doc` is its text."""
+
+    def __init__(self, payload: object, error: object) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.doc = repr(payload)
+
+
+class _Message(kombu_redis.Channel.Message):  # type: ignore[misc]  # kombu ships no types
+    """A message that says at once whether it can be read, before anything remembers it as unacknowledged."""
+
+    def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
+        try:
+            super().__init__(payload, channel=channel, **kwargs)
+        except Exception as error:
+            raise _UnreadableError(payload, error) from error
+        if self.errors:
+            raise _UnreadableError(payload, self.errors[0][1])
+
+    def ack(self, multiple: bool = False) -> None:
+        """Acknowledges; a broker that does not take it is told of, not only logged."""
+        with _noting_loss(self.channel):
+            super().ack(multiple)
+        log.debug("message_acknowledged", message=self.headers.get("id"))
+
+    def reject(self, requeue: bool = False) -> None:
+        """Rejects; see `ack`."""
+        with _noting_loss(self.channel):
+            super().reject(requeue)
+
+    def requeue(self) -> None:
+        """Puts back; see `ack`."""
+        with _noting_loss(self.channel):
+            super().requeue()
 
 
 class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no types
@@ -19,7 +98,7 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no typ
     In kombu 5.7.0 a channel whose connection was collected after an error still answers late acknowledgements and
     `restore_unacked`; `_connparams` then fails with AttributeError ("'NoneType' object has no attribute 'hostname'"),
     which is not among the connection errors, so that the worker exits instead of reconnecting. Drop this class when
-    kombu passes tests/worker/test_transport.py without it.
+    kombu passes tests/faults/test_broker_deaths.py without it.
     """
 
     def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
@@ -27,6 +106,19 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no typ
             raise RedisConnectionError("the channel was detached from its connection")
         params: dict[str, Any] = super()._connparams(asynchronous)
         return params
+
+    Message = _Message
+
+    def _brpop_read(self, **options: Any) -> Any:
+        """As kombu's, but what is no message is put aside; from kombu's own the error would end the worker."""
+        try:
+            return super()._brpop_read(**options)
+        except (_UnreadableError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            text = str(getattr(error, "doc", "") or getattr(error, "object", ""))
+            log.error("message_unreadable", error=str(error)[:500])  # noqa: TRY400 - a traceback would not help
+            for undertaker in _undertakers:
+                undertaker(text, str(error))
+            return True
 
 
 class RedisTransport(kombu_redis.Transport):  # type: ignore[misc]  # kombu ships no types

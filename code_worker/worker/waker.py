@@ -1,4 +1,4 @@
-"""Wakes Celery's event loop when a slot comes free, so that the next message is asked for at once."""
+"""Wakes Celery's event loop when a slot comes free or a connection is lost, so that it asks for the next message."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any
 from celery import Celery, bootsteps
 from celery.worker.request import Request
 
-from code_worker.logs import get_logger
+from code_worker.worker.transport import call_when_lost, take_lost_channels
 
 __all__ = ["WakingRequest", "add_waker"]
-
-log = get_logger(__name__)
 
 
 class _Waker(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
@@ -29,8 +27,7 @@ class _Waker(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no 
     def start(self, consumer: Any) -> None:
         """Lets the loop read the pipe; again after every reconnect."""
         if consumer.hub is not None:
-            read_end, _ = _pipe()
-            consumer.hub.add_reader(read_end, _drain, read_end)
+            consumer.hub.add_reader(_pipe()[0], _drain, consumer)
 
     def stop(self, consumer: Any) -> None:
         """Lets the loop forget the pipe."""
@@ -49,9 +46,13 @@ def _pipe() -> tuple[int, int]:
     return read_end, write_end
 
 
-def _drain(read_end: int) -> None:
+def _drain(consumer: Any) -> None:
     with suppress(BlockingIOError):
-        os.read(read_end, 4096)
+        os.read(_pipe()[0], 4096)
+    # A channel that was given up before is no news.
+    consuming = getattr(consumer.task_consumer, "channel", None)
+    if any(channel is consuming for channel in take_lost_channels()):
+        raise ConnectionResetError("the broker did not take an acknowledgement")
 
 
 def _wake() -> None:
@@ -66,7 +67,6 @@ class WakingRequest(Request):  # type: ignore[misc]  # Celery ships no types
     def acknowledge(self) -> None:
         """Acknowledges the message, then wakes the loop."""
         super().acknowledge()
-        log.debug("message_acknowledged", message=self.id)
         _wake()
 
     def reject(self, requeue: bool = False) -> None:
@@ -77,4 +77,5 @@ class WakingRequest(Request):  # type: ignore[misc]  # Celery ships no types
 
 def add_waker(app: Celery) -> None:
     """Gives the app's workers the pipe; workers without an event loop do without."""
+    call_when_lost(_wake)
     app.steps["consumer"].add(_Waker)

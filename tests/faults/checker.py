@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["broker_violations", "ledger_violations", "log_violations", "overdue"]
 
+_KNOWN_TO_CELERY = (
+    "Couldn't ack",
+    "Couldn't reject",
+    "consumer: Cannot connect",
+    "consumer: Connection to broker lost",
+)
 # A worker looks every few seconds, waits up to two more and loads the release before it swaps.
 _FOLLOWS_WITHIN = timedelta(seconds=20)
 
@@ -107,8 +113,9 @@ def broker_violations(store: Store, broker_url: str, prefix: str) -> Iterator[st
 
 
 def log_violations(log: list[dict[str, Any]], tolerated: Collection[str] = ()) -> Iterator[str]:
-    """Errors that no part knew how to meet: whatever was logged with a traceback."""
+    """Errors that no part knew how to meet: whatever was logged with a traceback, those that Celery names aside."""
+    known = (*_KNOWN_TO_CELERY, *tolerated)
     for event in log:
-        if "exception" in event and event["event"] not in tolerated:
+        if "exception" in event and event.get("level") != "debug" and not event["event"].startswith(known):
             last = str(event["exception"]).strip().splitlines()[-1]
             yield f"unknown error: {event['event']}: {last}"

@@ -50,6 +50,21 @@ def ledger_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def slow_jobs(tmp_path: Path) -> dict[str, str]:
+    """Settings under which a job takes the `seconds` of its metadata longer."""
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "slow.py").write_text(
+        "import time\n"
+        "from code_worker import hookimpl\n"
+        "@hookimpl\n"
+        "def code_worker_select_head(job, heads):\n"
+        "    time.sleep(job.metadata.get('seconds', 0))\n"
+    )
+    return {"CODE_WORKER_PLUGINS_DIR": str(plugins)}
+
+
+@pytest.fixture
 def broker_proxy(redis_server: RedisServer) -> Iterator[TcpProxy]:
     """Between the processes of a deployment and their broker, for `deploy(…, proxy=…)`."""
     with TcpProxy(redis_server.port) as proxy:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +21,16 @@ import pytest
 
 from tests.faults.report import Line, merge_into
 
-__all__ = ["Seen", "fault_rng", "fault_seed", "row", "seen"]
+__all__ = ["Bar", "Seen", "bar", "fault_rng", "fault_seed", "row", "seen"]
 
 row = pytest.mark.row
 _FIGURES = pytest.StashKey[dict[str, Any]]()
 _OUTCOME = pytest.StashKey[str]()
 _ALL_ROWS = pytest.StashKey[set[tuple[str, str]]]()
 _UNITS = {"s": "s", "ms": "ms", "mb": "MB", "per_s": "/s", "percent": "%"}
+
+
+Bar = Callable[[float], float]
 
 
 class Seen(Protocol):
@@ -41,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
     group.addoption("--fault-seed", type=int, help="rerun the schedule of faults that this seed gives")
     group.addoption("--rows", default="", help="only these rows of the fault matrix, such as 'F3 F5'")
+    group.addoption("--broker-rows", action="store_true", help="only rows that have a broker, for another Celery")
     group.addoption("--fault-report", type=Path, help="page whose table the rows that ran are merged into")
     group.addoption("--soak-minutes", type=float, default=30.0, help="length of the soak (row F33)")
 
@@ -48,11 +52,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[_ALL_ROWS] = {(line.id, line.injection) for item in items if (line := _line_of(item))}
     wanted = {name.upper() for name in re.split(r"[\s,]+", config.getoption("--rows")) if name}
-    if not wanted:
-        return
-    kept = [item for item in items if (mark := item.get_closest_marker("row")) and mark.args[0].upper() in wanted]
+    with_broker: bool = config.getoption("--broker-rows")
+    kept = [item for item in items if _is_wanted(item, wanted, with_broker=with_broker)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
+
+
+def _is_wanted(item: pytest.Item, rows: Collection[str], *, with_broker: bool) -> bool:
+    if with_broker and "redis_server" not in getattr(item, "fixturenames", ()):
+        return False
+    mark = item.get_closest_marker("row")
+    return not rows or (mark is not None and mark.args[0].upper() in rows)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -90,6 +100,13 @@ def fault_seed(request: pytest.FixtureRequest) -> int:
     seed = random.SystemRandom().randrange(2**32) if given is None else given
     print(f"again: --fault-seed {seed}")
     return seed
+
+
+@pytest.fixture
+def bar(request: pytest.FixtureRequest) -> Bar:
+    """Seconds to hold a row to: the bar itself when the report is written, else three times that."""
+    strict = request.config.getoption("--fault-report") is not None
+    return lambda seconds: seconds if strict else 3 * seconds
 
 
 @pytest.fixture

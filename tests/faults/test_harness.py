@@ -154,7 +154,7 @@ def test_the_checker_sees_what_the_broker_still_holds_and_idle_transactions(
 def test_the_checker_sees_errors_that_nobody_knew(tmp_path: Path) -> None:
     log = [{"event": "fine"}, {"event": "broke", "exception": "Traceback …\nKeyError: 'x'"}]
     assert list(log_violations(log)) == ["unknown error: broke: KeyError: 'x'"]
-    assert list(log_violations(log, {"broke"})) == []
+    assert list(log_violations(log, {"bro"})) == []
 
 
 def test_operations_are_read_from_the_log() -> None:

@@ -83,7 +83,7 @@ class Deployment:
     def log(self) -> list[dict[str, Any]]:
         """What the workers logged, as far as it is JSON."""
         lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
-        return [json.loads(line) for line in lines if line.startswith("{")]
+        return [json.loads(line) for line in lines if line.startswith('{"')]
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self.log() if event.get("event") == name]

@@ -125,31 +125,6 @@ def test_messages_that_are_not_ours_are_kept_and_the_worker_goes_on(
     assert worker.alive
 
 
-def test_sigterm_ends_in_order_and_leaves_the_rest_for_the_next_worker(
-    deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path
-) -> None:
-    deployment = deploy(postgres_url)
-    for number in range(192):
-        (tmp_path / "files" / f"{number}.jpg").write_bytes(jpeg(number))
-    first = deployment.worker("--concurrency", "1")
-    wait_until(lambda: deployment.events("worker_starting"), 60, "a worker")
-    client = deployment.client()
-    ids = client.enqueue_many(str(tmp_path / "files" / f"{number}.jpg") for number in range(192))
-    store = deployment.store()
-
-    def running() -> int:
-        with store.engine.connect() as connection:
-            return int(connection.execute(text("select count(*) from jobs where state='running'")).scalar_one())
-
-    wait_until(running, 60, "a claimed batch")
-    assert first.terminate() == 0
-    assert running() == 0, "what was claimed was finished"
-    undecided = [job for job in ids if client.verdict(job) is None]
-    assert undecided, "the test wants work left over"
-    deployment.worker()
-    assert len(_decided(deployment, ids)) == 192
-
-
 def test_a_running_worker_takes_over_a_promoted_release_without_losing_a_job(
     deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path, toy_release_dir: Path
 ) -> None:

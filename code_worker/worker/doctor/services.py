@@ -8,8 +8,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-from code_worker.broker import check_broker, is_redis
-from code_worker.errors import ImageRejectedError, TransientError
+from code_worker.broker import check_broker, check_visibility, is_redis
+from code_worker.errors import ConfigurationError, ImageRejectedError, TransientError
 from code_worker.settings import Settings
 from code_worker.types import RejectReason
 from code_worker.worker.doctor.check import Check, Status
@@ -33,6 +33,10 @@ def broker(settings: Settings) -> Iterator[Check]:
     """Reachable, protected, and set up as a queue rather than a cache."""
     url = check_broker(settings)
     if is_redis(url):
+        try:
+            check_visibility(settings.broker.visibility_timeout_s, settings)
+        except ConfigurationError as error:
+            yield Check("broker", Status.FAIL, str(error))
         yield from _redis(url)
     else:
         yield _other_broker(url)

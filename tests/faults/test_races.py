@@ -1,0 +1,133 @@
+"""Many workers, one job: the first claim wins, the others step back, and the ledger holds one verdict."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+from kombu import Connection
+from sqlalchemy import text
+
+from code_worker.broker import REDIS_TRANSPORT, transport_options
+from code_worker.doorbell import Doorbell
+from code_worker.queues import NORMAL
+from code_worker.store import jobs
+from tests.faults.deployment import FaultDeployment
+from tests.faults.rows import Seen, row
+from tests.servers import RedisServer
+from tests.worker.harness import wait_until
+
+Deploy = Callable[..., FaultDeployment]
+_JOBS, _TIMES = 200, 8
+
+
+def _skipped(deployment: FaultDeployment) -> int:
+    return sum(event["jobs"] for event in deployment.events("duplicate_skipped"))
+
+
+def _race(deployment: FaultDeployment, processes: int, concurrency: int) -> dict[str, int]:
+    """Rings for each job as often as there are takers, at once; returns figures."""
+    for _ in range(processes):
+        deployment.worker("--concurrency", str(concurrency))
+    deployment.started(processes)
+    uris = deployment.images(8)
+    new = [jobs.NewJob(uris[number % len(uris)]) for number in range(_JOBS)]
+    ids = deployment.ledger.run(lambda session: jobs.accept(session, new))
+    deployment.accepted += ids
+    deployment.ledger.run(lambda session: jobs.mark_published(session, ids))
+    with closing(Doorbell.for_producer(deployment.settings)) as bell:
+        for job in ids:
+            for _ in range(_TIMES):
+                bell.ring(NORMAL, [job])
+    wait_until(lambda: deployment.decided(ids) == _JOBS, 60, f"{_JOBS} verdicts")
+    wait_until(lambda: _skipped(deployment) >= _JOBS * (_TIMES - 1), 60, "every loser to step back")
+    operations = deployment.operations()
+    assert operations.executed_again == 0
+    assert max(operations.committed.values()) == 1
+    return {"jobs": _JOBS, "verdicts": _JOBS, "duplicate_skipped": _skipped(deployment), "judged_again": 0}
+
+
+@row(
+    "F9",
+    injection="200 jobs, each in 8 messages at once, for 8 takers in 2 worker processes",
+    expected="one verdict each, losers logged as duplicate_skipped, no unknown error",
+)
+def test_eight_takers_of_one_job_give_one_verdict(
+    deploy: Deploy, ledger_url: str, redis_server: RedisServer, seen: Seen
+) -> None:
+    seen(**_race(deploy(ledger_url), processes=2, concurrency=4))
+
+
+@pytest.mark.nightly
+@row(
+    "F9",
+    injection="200 jobs, each in 8 messages at once, for 8 worker processes",
+    expected="one verdict each, losers logged as duplicate_skipped, no unknown error",
+)
+def test_eight_processes_after_one_job_give_one_verdict(
+    deploy: Deploy, ledger_url: str, redis_server: RedisServer, seen: Seen
+) -> None:
+    seen(**_race(deploy(ledger_url), processes=8, concurrency=1))
+
+
+def test_a_row_that_is_locked_while_its_message_is_taken_is_not_left_to_the_sweeper(
+    deploy: Deploy, migrated_postgres_url: str
+) -> None:
+    deployment = deploy(migrated_postgres_url, CODE_WORKER_WORKER__SWEEP_INTERVAL_S="300")
+    deployment.worker()
+    deployment.started()
+    (uri,) = deployment.images(1)
+    with closing(Doorbell.for_producer(deployment.settings)) as bell:
+        bell.depth(NORMAL)
+        ids = deployment.ledger.run(lambda session: jobs.accept(session, [jobs.NewJob(uri)]))
+        deployment.accepted += ids
+        with deployment.ledger.engine.begin() as connection:
+            # As a producer does that notes that it rang.
+            connection.execute(text("update jobs set published_at = now()"))
+            bell.ring(NORMAL, ids)
+            wait_until(lambda: deployment.events("jobs_claimed"), 10, "a claim that passes it over")
+    wait_until(lambda: deployment.decided(ids), 5, "the verdict")
+
+
+@row(
+    "F10",
+    injection="a batch of 10 s, and another app on the broker that gives messages 2 s before it delivers them again",
+    expected="one verdict, judged once; a visibility timeout below 4 batches is refused at start",
+)
+def test_a_batch_longer_than_the_visibility_timeout_is_judged_once(
+    deploy: Deploy, ledger_url: str, slow_jobs: dict[str, str], redis_server: RedisServer, seen: Seen
+) -> None:
+    deployment = deploy(ledger_url, **slow_jobs)
+    deployment.worker("--concurrency", "4")
+    deployment.started()
+    (job,) = deployment.enqueue(deployment.images(1), metadata={"seconds": 10})
+    wait_until(lambda: deployment.counts().get("running"), 30, "the batch to begin")
+    over = threading.Event()
+    impatient = threading.Thread(target=_restore_early, args=(deployment, over))
+    impatient.start()
+    try:
+        wait_until(lambda: deployment.decided([job]), 60, "the verdict")
+    finally:
+        over.set()
+        impatient.join(10)
+    again = _skipped(deployment)
+    assert again, "the message was delivered again while the batch was under way"
+    assert deployment.operations().claimed[job] == 1
+    refused = deployment.worker(CODE_WORKER_BROKER__VISIBILITY_TIMEOUT_S="479")
+    assert refused.process.wait(60) == 2
+    assert "visibility timeout of 479 s" in deployment.events("configuration_error")[0]["error"]
+    seen(delivered_again=again, judged=1, refused_below_s=480)
+
+
+def _restore_early(deployment: FaultDeployment, over: threading.Event) -> None:
+    """What a consumer does whose app has a visibility timeout of 2 s: on one broker the shortest wins."""
+    options = transport_options(deployment.settings) | {"visibility_timeout": 2}
+    url = deployment.settings.resolved_broker_url
+    with Connection(url, transport=REDIS_TRANSPORT, transport_options=options) as connection:
+        channel = connection.channel()
+        while not over.wait(0.5):
+            channel.qos.restore_visible(interval=0)
+            time.sleep(0)

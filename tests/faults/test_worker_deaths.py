@@ -1,0 +1,117 @@
+"""Workers that are killed at random moments: nothing is lost, nothing is judged twice."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
+
+import psutil
+import pytest
+
+from tests.faults.deployment import FaultDeployment
+from tests.faults.rows import Seen, row
+from tests.servers import RedisServer, S3Server
+from tests.worker.harness import WorkerProcess, jpeg, wait_until
+
+_CONCURRENCY = 4
+
+
+def _children_of(supervisors: list[WorkerProcess]) -> list[psutil.Process]:
+    return [child for supervisor in supervisors for child in supervisor.children() if child.status() != "zombie"]
+
+
+def _kill_at_random(
+    deployment: FaultDeployment, supervisors: list[WorkerProcess], rng: random.Random, kills: int, pause_s: float
+) -> float:
+    """Kills one worker process after another, each while it holds claims; returns when the last one died."""
+    for _ in range(kills):
+        wait_until(lambda: deployment.counts().get("running") or not deployment.unfinished(), 60, "a claimed batch")
+        time.sleep(rng.uniform(0.05, pause_s))
+        if alive := wait_until(lambda: _children_of(supervisors), 30, "a worker to kill"):
+            rng.choice(alive).kill()
+    return time.monotonic()
+
+
+def _upload(deployment: FaultDeployment, server: S3Server, count: int) -> list[str]:
+    """Images in a bucket that the deployment may read."""
+    bucket, client = f"faults-{uuid4().hex[:12]}", server.client()
+    client.create_bucket(Bucket=bucket)
+    deployment.environment |= server.environment | {"CODE_WORKER_S3__BUCKETS": f'["{bucket}"]'}
+
+    def put(number: int) -> str:
+        client.put_object(Bucket=bucket, Key=f"{number}.jpg", Body=jpeg(number))
+        return f"s3://{bucket}/{number}.jpg"
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(put, range(count)))
+
+
+def _survive(
+    deployment: FaultDeployment,
+    uris: list[str],
+    rng: random.Random,
+    seen: Seen,
+    *,
+    kills: int,
+    pause_s: float,
+) -> None:
+    supervisors = [deployment.worker("worker", module="code_worker") for _ in range(2)]
+    deployment.started(2)
+    ids = deployment.enqueue(uris)
+    last_kill = _kill_at_random(deployment, supervisors, rng, kills, pause_s)
+    left = deployment.unfinished()
+    limit_s = deployment.settings.worker.lease_s + 30
+    wait_until(lambda: not deployment.unfinished(), limit_s, f"all verdicts: {deployment.counts()}")
+    last_verdict_s = time.monotonic() - last_kill
+    again = deployment.operations().executed_again
+    assert again <= kills * (_CONCURRENCY + 1) * 64
+    assert deployment.decided(ids) == len(uris)
+    seen(
+        jobs=len(uris),
+        kills=kills,
+        left_at_the_last_kill=left,
+        lost=0,
+        last_verdict_s=last_verdict_s,
+        judged_again=again,
+        quarantined=deployment.counts().get("quarantined", 0),
+    )
+
+
+@row(
+    "F1c",
+    injection="8 workers killed while they hold claims, 400 jobs, 2 supervisors",
+    expected="400 verdicts, one each; the last ≤ lease + 30 s after the last kill",
+)
+@pytest.mark.parametrize("database", ["postgresql", pytest.param("sqlite", marks=pytest.mark.nightly)])
+def test_400_jobs_survive_eight_killed_workers(
+    deploy: Callable[..., FaultDeployment],
+    request: pytest.FixtureRequest,
+    database: str,
+    redis_server: RedisServer,
+    s3_server: S3Server,
+    fault_rng: random.Random,
+    seen: Seen,
+) -> None:
+    deployment = deploy(request.getfixturevalue("sqlite_url" if database == "sqlite" else "migrated_postgres_url"))
+    _survive(deployment, _upload(deployment, s3_server, 400), fault_rng, seen, kills=8, pause_s=0.6)
+
+
+@pytest.mark.nightly
+@row(
+    "F1",
+    injection="50 workers killed while they hold claims, 2,000 jobs, 2 supervisors",
+    expected="2,000 verdicts, one each; the last ≤ lease + 30 s after the last kill",
+)
+def test_2000_jobs_survive_fifty_killed_workers(
+    deploy: Callable[..., FaultDeployment],
+    migrated_postgres_url: str,
+    redis_server: RedisServer,
+    s3_server: S3Server,
+    fault_rng: random.Random,
+    seen: Seen,
+) -> None:
+    deployment = deploy(migrated_postgres_url)
+    _survive(deployment, _upload(deployment, s3_server, 2000), fault_rng, seen, kills=50, pause_s=1.6)
