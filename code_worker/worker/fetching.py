@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from code_worker.errors import ImageRejectedError, SourceCredentialsError, SourcePausedError, TransientError
 from code_worker.images.source import source_name
 from code_worker.logs import get_logger
+from code_worker.types import RejectReason
 
 if TYPE_CHECKING:
     from code_worker.images.source import Fetched
@@ -24,6 +25,9 @@ FAILURES: Final = 8
 FIRST_REST_S: Final = 2.0
 LONGEST_REST_S: Final = 15.0
 """Between two tries of a source that fails; its jobs are done soon after it works again."""
+
+_OF_THE_SOURCE: Final = frozenset({RejectReason.FETCH_FAILED, RejectReason.FETCH_TIMEOUT})
+"""A body that is damaged or ends too early may be so of one object alone."""
 
 
 @dataclass(slots=True)
@@ -67,7 +71,8 @@ class GuardedSources:
         except SourceCredentialsError:
             raise
         except TransientError as error:
-            self._failed(name, error)
+            if error.reason in _OF_THE_SOURCE:
+                self._failed(name, error)
             raise
         except ImageRejectedError:
             self._worked(name)

@@ -123,6 +123,14 @@ def test_one_answer_opens_it_and_an_image_that_is_not_there_is_one(
     fail(guarded, FAILURES - 1)
 
 
+def test_a_damaged_body_is_one_objects(guarded: GuardedSources, objects: DictSources) -> None:
+    for reason in (RejectReason.CHECKSUM_MISMATCH, RejectReason.FETCH_TRUNCATED):
+        objects.objects["s3://bad/gone"] = TransientError(reason, "damaged")
+        for _ in range(2 * FAILURES):
+            with pytest.raises(TransientError, match="damaged"):
+                guarded.fetch("s3://bad/gone")
+
+
 def test_wrong_credentials_are_the_ledgers_to_pause(guarded: GuardedSources, objects: DictSources) -> None:
     objects.objects["s3://bad/a"] = SourceCredentialsError("s3://bad", "ExpiredToken")
     for _ in range(2 * FAILURES):

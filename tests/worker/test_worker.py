@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sqlalchemy import text
 from code_worker.broker import celery_config
 from code_worker.queues import MODERATE, NORMAL
 from code_worker.types import Label, Outcome, RejectReason, Verdict
+from tests.faults.rows import Seen, row
 from tests.servers import S3Server
 from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
 
@@ -156,8 +158,13 @@ def test_a_running_worker_takes_over_a_promoted_release_without_losing_a_job(
     assert worker.terminate() == 0
 
 
+@row(
+    "F25",
+    injection="a job in a batch of 64 that ends the process without a word",
+    expected="quarantined after 3 attempts, 63 judged",
+)
 def test_a_job_that_kills_the_worker_is_quarantined_and_its_neighbours_are_judged(
-    deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path
+    deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path, seen: Seen
 ) -> None:
     plugins = tmp_path / "plugins"
     plugins.mkdir()
@@ -179,11 +186,15 @@ def test_a_job_that_kills_the_worker_is_quarantined_and_its_neighbours_are_judge
     client = deployment.client()
     ids = client.enqueue_many(items)
     deployment.worker("worker", module="code_worker")
+    began = time.monotonic()
     verdicts = _decided(deployment, ids, limit_s=150)
+    quarantined_s = time.monotonic() - began
     assert verdicts[31].reason is RejectReason.QUARANTINED
     others = verdicts[:31] + verdicts[32:]
     assert {verdict.outcome for verdict in others} == {Outcome.JUDGED}
-    assert len(deployment.events("worker_starting")) == 4, "three deaths, then peace"
+    lives = len(deployment.events("worker_starting"))
+    seen(executions=lives - 1, quarantined_s=quarantined_s, judged=len(others))
+    assert lives == 4, "three deaths, then peace"
 
 
 @pytest.mark.parametrize("arguments", [["--queues", "live,unheard"]])
