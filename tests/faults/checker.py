@@ -19,7 +19,7 @@ from sqlalchemy import text
 if TYPE_CHECKING:
     from code_worker.store.engine import Store
 
-__all__ = ["broker_violations", "ledger_violations", "log_violations", "overdue"]
+__all__ = ["broker_violations", "idle_violations", "ledger_violations", "log_violations", "overdue"]
 
 _KNOWN_TO_CELERY = (
     "Couldn't ack",
@@ -97,12 +97,16 @@ def overdue(store: Store, lease_s: int) -> Iterator[str]:
         yield f"F: job {row['id']} is claimed by {row['owner']} since long before {row['due_at']}"
 
 
-def broker_violations(store: Store, broker_url: str, prefix: str) -> Iterator[str]:
-    """E, once no worker runs any more."""
+def broker_violations(broker_url: str, prefix: str) -> Iterator[str]:
+    """E, once no worker runs any more: what the broker still holds."""
     with redis.Redis.from_url(broker_url, socket_timeout=5) as server:
         held = (server.hlen(f"{prefix}unacked"), server.zcard(f"{prefix}unacked_index"))
     if any(held):
         yield f"E: the broker holds {held[0]} unacknowledged messages and {held[1]} of their times"
+
+
+def idle_violations(store: Store) -> Iterator[str]:
+    """E: transactions that somebody left open; SQLite has no list of them."""
     if store.dialect == "postgresql":
         query = (
             "select count(*) as idle from pg_stat_activity where state like 'idle in transaction%' "

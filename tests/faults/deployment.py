@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from code_worker.client import Client
 from code_worker.store.engine import Store
-from tests.faults.checker import broker_violations, ledger_violations, log_violations, overdue
+from tests.faults.checker import broker_violations, idle_violations, ledger_violations, log_violations, overdue
 from tests.faults.operations import Operations, operations_of
 from tests.worker.harness import Deployment, jpeg, wait_until
 
@@ -30,8 +30,8 @@ class FaultDeployment(Deployment):
     """Where the broker itself is, when the processes reach it through a proxy."""
     tolerated: set[str] = field(default_factory=set)
     """How events begin that a test provokes and that may carry a traceback."""
-    lost_on_purpose: bool = False
-    """Set by a test whose messages nobody is meant to acknowledge."""
+    workers_killed: bool = False
+    """Set by a test that kills workers: messages that they held come back only after the visibility timeout."""
     _ledger: Store | None = None
     _producer: Client | None = None
 
@@ -101,9 +101,10 @@ class FaultDeployment(Deployment):
             wait_until(lambda: not self.unfinished(), _SETTLED_WITHIN_S, "every accepted job decided")
         found += [f"a worker ended with status {status}" for status in self._end_workers() if status]
         found += ledger_violations(self.ledger, self.accepted)
-        if not self.lost_on_purpose:
-            prefix = self.settings.broker.key_prefix
-            found += broker_violations(self.ledger, self.broker_url or self.settings.resolved_broker_url, prefix)
+        broker_url = self.broker_url or self.settings.resolved_broker_url
+        if not self.workers_killed:
+            found += broker_violations(broker_url, self.settings.broker.key_prefix)
+        found += idle_violations(self.ledger)
         found += log_violations(self.log(), self.tolerated)
         return found
 

@@ -38,10 +38,18 @@ def lines_of(text: str) -> list[Line]:
 
 
 def merge_into(page: Path, ran: Iterable[Line], known: Collection[tuple[str, str]]) -> None:
-    """Replaces the lines that ran, keeps the others, drops those whose row and injection no test has any more."""
+    """Replaces the lines that ran and keeps the others, but for those that no test of their row speaks of any more.
+
+    `known` are the rows, with their injections, of all tests that were collected.
+    """
     text = page.read_text(encoding="utf-8")
     alive = {(row, _cell(injection)) for row, injection in known}
-    kept = {line.key: line for line in lines_of(text) if (line.id, _cell(line.injection)) in alive}
+    seen_here = {row for row, _ in known}
+    kept = {
+        line.key: line
+        for line in lines_of(text)
+        if line.id not in seen_here or (line.id, _cell(line.injection)) in alive
+    }
     kept.update({line.key: line for line in ran})
     table = "".join(
         f"| {' | '.join(_cell(value) for value in astuple(line))} |\n" for line in sorted_lines(kept.values())

@@ -27,6 +27,7 @@ row = pytest.mark.row
 _FIGURES = pytest.StashKey[dict[str, Any]]()
 _OUTCOME = pytest.StashKey[str]()
 _ALL_ROWS = pytest.StashKey[set[tuple[str, str]]]()
+_POSTGRES_FIXTURES = {"postgres_url", "postgres_store", "migrated_postgres_url"}
 _UNITS = {"s": "s", "ms": "ms", "mb": "MB", "per_s": "/s", "percent": "%"}
 
 
@@ -149,7 +150,7 @@ def _where(item: pytest.Item) -> str:
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     values = {str(value) for value in parameters.values() if isinstance(value, str)}
     parts = []
-    if "postgresql" in values or "postgres" in values or {"postgres_url", "postgres_store"} & set(fixtures):
+    if {"postgresql", "postgres"} & values or _POSTGRES_FIXTURES & set(fixtures):
         parts.append("PostgreSQL")
     elif "sqlite" in values or {"sqlite_store", "sqlite_url"} & set(fixtures):
         parts.append("SQLite")

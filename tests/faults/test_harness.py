@@ -20,7 +20,7 @@ from code_worker.moderation.verdicts import rejected_job
 from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Store
 from code_worker.types import Job, RejectReason
-from tests.faults.checker import broker_violations, ledger_violations, log_violations, overdue
+from tests.faults.checker import broker_violations, idle_violations, ledger_violations, log_violations, overdue
 from tests.faults.operations import operations_of
 from tests.faults.proxy import TcpProxy
 from tests.faults.report import Line, lines_of, merge_into
@@ -144,11 +144,12 @@ def test_the_checker_sees_what_the_broker_still_holds_and_idle_transactions(
 ) -> None:
     import redis  # noqa: PLC0415 - for this test alone
 
-    assert list(broker_violations(postgres_store, redis_server.url, "cw:")) == []
+    assert [*broker_violations(redis_server.url, "cw:"), *idle_violations(postgres_store)] == []
     with redis.Redis.from_url(redis_server.url) as server, postgres_store.engine.connect() as connection:
         server.hset("cw:unacked", "tag", "message")
         connection.execute(text("select 1"))
-        assert [line[:4] for line in broker_violations(postgres_store, redis_server.url, "cw:")] == ["E: t", "E: 1"]
+        found = [*broker_violations(redis_server.url, "cw:"), *idle_violations(postgres_store)]
+    assert [line[:4] for line in found] == ["E: t", "E: 1"]
 
 
 def test_the_checker_sees_errors_that_nobody_knew(tmp_path: Path) -> None:

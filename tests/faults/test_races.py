@@ -97,10 +97,17 @@ def test_a_row_that_is_locked_while_its_message_is_taken_is_not_left_to_the_swee
     injection="a batch of 10 s, and another app on the broker that gives messages 2 s before it delivers them again",
     expected="one verdict, judged once; a visibility timeout below 4 batches is refused at start",
 )
+@pytest.mark.parametrize("database", ["postgresql", pytest.param("sqlite", marks=pytest.mark.nightly)])
 def test_a_batch_longer_than_the_visibility_timeout_is_judged_once(
-    deploy: Deploy, ledger_url: str, slow_jobs: dict[str, str], redis_server: RedisServer, seen: Seen
+    deploy: Deploy,
+    request: pytest.FixtureRequest,
+    database: str,
+    slow_jobs: dict[str, str],
+    redis_server: RedisServer,
+    seen: Seen,
 ) -> None:
-    deployment = deploy(ledger_url, **slow_jobs)
+    url = request.getfixturevalue("sqlite_url" if database == "sqlite" else "migrated_postgres_url")
+    deployment = deploy(url, **slow_jobs)
     deployment.worker("--concurrency", "4")
     deployment.started()
     (job,) = deployment.enqueue(deployment.images(1), metadata={"seconds": 10})

@@ -62,7 +62,7 @@ def test_sigterm_finishes_what_runs_and_hands_back_the_rest(
     bar: Bar,
 ) -> None:
     deployment = deploy(migrated_postgres_url, **slow_jobs)
-    ids = deployment.enqueue(deployment.images(640), metadata={"seconds": 0.02})
+    ids = deployment.enqueue(deployment.images(512), metadata={"seconds": 0.02})
     worker = _ready(deployment, 1)
     time.sleep(fault_rng.uniform(0.0, 1.0))
     status, took_s = _stopped(worker, signal.SIGTERM)
@@ -91,7 +91,7 @@ def test_no_signal_loses_a_job(
     deployment = deploy(sqlite_url, **slow_jobs, CODE_WORKER_WORKER__LEASE_S="5")
     # What Celery says when it is to end threads, which cannot be ended.
     deployment.tolerated |= {"Unrecoverable error: NotImplementedError"}
-    ids = deployment.enqueue(deployment.images(640), metadata={"seconds": 0.02})
+    ids = deployment.enqueue(deployment.images(512), metadata={"seconds": 0.02})
     ways = {
         "sigint": (signal.SIGINT,),
         "sigquit": (signal.SIGQUIT,),

@@ -58,6 +58,7 @@ def _survive(
     kills: int,
     pause_s: float,
 ) -> None:
+    deployment.workers_killed = True
     supervisors = [deployment.worker("worker", module="code_worker") for _ in range(2)]
     deployment.started(2)
     ids = deployment.enqueue(uris)
@@ -96,7 +97,7 @@ def test_400_jobs_survive_eight_killed_workers(
     seen: Seen,
 ) -> None:
     deployment = deploy(request.getfixturevalue("sqlite_url" if database == "sqlite" else "migrated_postgres_url"))
-    _survive(deployment, _upload(deployment, s3_server, 400), fault_rng, seen, kills=8, pause_s=0.6)
+    _survive(deployment, _upload(deployment, s3_server, 400), fault_rng, seen, kills=8, pause_s=1.6)
 
 
 @pytest.mark.nightly
