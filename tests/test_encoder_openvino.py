@@ -22,6 +22,25 @@ from code_worker.encoder.vit import VitConfig, expected_shapes
 from code_worker.encoder.weights import EncoderWeights, random_weights
 from code_worker.errors import ConfigurationError
 
+LETTING_GO = """
+import gc, os, signal, sys, threading
+from code_worker.encoder.openvino_engine import OpenVinoEngine
+from code_worker.encoder.weights import random_weights
+
+heard = []
+signal.signal(signal.SIGUSR1, lambda *_: heard.append("heard"))
+engines = [OpenVinoEngine(random_weights(7, depth=1))]
+
+def let_go():
+    engines.clear()
+    gc.collect()
+
+thread = threading.Thread(target=let_go)
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGUSR1)
+print(*heard)
+"""
 SMALL = VitConfig(image_size=48, patch_size=8, width=48, depth=3, heads=3, mlp_width=96)
 
 
@@ -115,3 +134,10 @@ def test_openvino_is_imported_by_those_alone_who_run_it(tmp_path: Path) -> None:
         "open_engine(random_weights(0), device='cpu', engine='torch'); sys.exit('openvino' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_a_signal_still_finds_its_stack_when_another_thread_has_let_an_engine_go() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LETTING_GO], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from typing import TYPE_CHECKING, Any, Final
@@ -56,8 +57,8 @@ class OpenVinoEngine:
             # Two worker processes on one machine would otherwise be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        core, encoder = ov.Core(), CropEncoder(weights.config, weights.state)
-        self._models = {size: core.compile_model(encoder_graph(encoder, size), "CPU", chosen) for size in _SIZES}
+        encoder = CropEncoder(weights.config, weights.state)
+        self._models = {size: _core().compile_model(encoder_graph(encoder, size), "CPU", chosen) for size in _SIZES}
         self._own = threading.local()
         self.kernels = f"OpenVINO {ov.__version__.partition('-')[0]}"
 
@@ -88,6 +89,18 @@ class OpenVinoEngine:
         if not hasattr(self._own, "requests"):
             self._own.requests = {size: model.create_infer_request() for size, model in self._models.items()}
         return self._own.requests[size]
+
+
+@functools.cache
+def _core() -> Any:
+    """One for as long as the process lives.
+
+    Its CPU plugin gives the thread that makes it a stack for signals and takes it away when it is destroyed, from
+    whichever thread that happens. The main thread of a worker that swapped its release died of the next signal.
+    """
+    import openvino as ov  # noqa: PLC0415 - as above
+
+    return ov.Core()
 
 
 def _usable_cores() -> int:
