@@ -28,8 +28,8 @@ __all__ = ["FORMATS", "kind_of", "open_image", "scans_of"]
 _PREFIX_BYTES: Final = 16
 _MOST_STEPS: Final = 100_000
 """A fifth of a second of Pillow's; a file of 50 MB in pieces of the usual 8 KB takes a quarter of it."""
-_MOST_STEPS_OF_DECODING: Final = 1_000_000
-"""Two for each run of a packed BMP, which Pillow unpacks in Python."""
+_MOST_STEPS_OF_DECODING: Final = 150_000
+"""Two for each run of a packed BMP, which Pillow unpacks in Python while every other thread waits."""
 _SLACK_BYTES: Final = 1 << 20
 _PHOTOSHOP: Final = b"Photoshop 3.0\0"
 _PHOTOSHOP_ITEM_BYTES: Final = 12
