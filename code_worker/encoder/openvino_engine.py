@@ -23,6 +23,9 @@ __all__ = ["OpenVinoEngine"]
 _SIZES: Final = (4, 1)
 """Crops per pass. Larger passes are no faster, and every size is a model of its own."""
 
+_CORE_LOCK: Final = threading.Lock()
+"""`cache` alone lets two threads make one each, of which one is destroyed."""
+
 
 class OpenVinoEngine:
     """Embeds crops in float32; any number of threads may call it at once, each with a stream of its own.
@@ -58,7 +61,9 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,
         }
         encoder = CropEncoder(weights.config, weights.state)
-        self._models = {size: _core().compile_model(encoder_graph(encoder, size), "CPU", chosen) for size in _SIZES}
+        self._models = {
+            size: _the_core().compile_model(encoder_graph(encoder, size), "CPU", chosen) for size in _SIZES
+        }
         self._own = threading.local()
         self.kernels = f"OpenVINO {ov.__version__.partition('-')[0]}"
 
@@ -89,6 +94,11 @@ class OpenVinoEngine:
         if not hasattr(self._own, "requests"):
             self._own.requests = {size: model.create_infer_request() for size, model in self._models.items()}
         return self._own.requests[size]
+
+
+def _the_core() -> Any:
+    with _CORE_LOCK:
+        return _core()
 
 
 @functools.cache
