@@ -11,6 +11,7 @@ from uuid import uuid4
 import psutil
 import pytest
 
+from code_worker.failpoints import FAILPOINT_STATUS
 from tests.faults.deployment import FaultDeployment
 from tests.faults.rows import Seen, row
 from tests.servers import RedisServer, S3Server
@@ -116,3 +117,29 @@ def test_2000_jobs_survive_fifty_killed_workers(
 ) -> None:
     deployment = deploy(migrated_postgres_url)
     _survive(deployment, _upload(deployment, s3_server, 2000), fault_rng, seen, kills=50, pause_s=1.6)
+
+
+_POINTS = ("after_claim", "before_verdict_commit", "after_verdict_commit", "before_ack")
+
+
+@pytest.mark.nightly
+@row(
+    "F1",
+    injection="workers end after the claim, before and after the commit of verdicts, before the acknowledgement",
+    expected="one verdict each; what was committed is not judged again",
+)
+def test_a_worker_may_end_between_any_two_steps(
+    deploy: Callable[..., FaultDeployment], ledger_url: str, redis_server: RedisServer, seen: Seen
+) -> None:
+    # No supervisor here that frees the claims of the dead at once.
+    deployment = deploy(ledger_url, CODE_WORKER_WORKER__LEASE_S="5")
+    deployment.workers_killed = True
+    ids = deployment.enqueue(deployment.images(64 * len(_POINTS)))
+    doomed = [deployment.worker("--concurrency", "1", CODE_WORKER_FAILPOINT=point) for point in _POINTS]
+    assert [worker.process.wait(90) for worker in doomed] == [FAILPOINT_STATUS] * len(_POINTS)
+    committed = deployment.decided(ids)
+    deployment.worker()
+    wait_until(lambda: deployment.decided(ids) == len(ids), 60, f"all verdicts: {deployment.counts()}")
+    operations = deployment.operations()
+    assert max(operations.committed.values()) == 1
+    seen(jobs=len(ids), committed_before=committed, judged_again=operations.executed_again, lost=0)
