@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-__all__ = ["Line", "lines_of", "merge_into"]
+__all__ = ["FAILED", "Line", "lines_of", "merge_into"]
 
+FAILED = "**failed**"
 _BEGIN, _END = "<!-- rows -->", "<!-- end of rows -->"
 _HEAD = "| row | injection | expected | on | seen | date |\n| --- | --- | --- | --- | --- | --- |\n"
 
@@ -50,7 +51,12 @@ def merge_into(page: Path, ran: Iterable[Line], known: Collection[tuple[str, str
         for line in lines_of(text)
         if line.id not in seen_here or (line.id, _cell(line.injection)) in alive
     }
-    kept.update({line.key: line for line in ran})
+    now: dict[tuple[str, str, str], Line] = {}
+    for line in ran:
+        # Several tests may show one line; a failure of one is not made good by the next.
+        if line.key not in now or not now[line.key].seen.startswith(FAILED):
+            now[line.key] = line
+    kept.update(now)
     table = "".join(
         f"| {' | '.join(_cell(value) for value in astuple(line))} |\n" for line in sorted_lines(kept.values())
     )

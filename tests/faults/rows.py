@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.faults.report import Line, merge_into
+from tests.faults.report import FAILED, Line, merge_into
 
 __all__ = ["Bar", "Seen", "bar", "fault_rng", "fault_seed", "row", "seen"]
 
@@ -123,7 +123,7 @@ def _line_of(item: pytest.Item) -> Line | None:
     injection, expected = (mark.kwargs[name].format(**parameters) for name in ("injection", "expected"))
     figures = _said(item.stash.get(_FIGURES, {}))
     if (failed := item.stash.get(_OUTCOME, None)) is not None:
-        result = f"**failed**: {failed[:200]}"
+        result = f"{FAILED}: {failed[:200]}"
     elif unmet := mark.kwargs.get("unmet"):
         result = f"**not met**: {unmet}"
     else:

@@ -191,6 +191,16 @@ def test_rows_that_ran_replace_their_lines_and_the_others_stay(tmp_path: Path) -
     assert page.read_text() == text, "nothing ran, nothing changed"
 
 
+def test_a_failure_is_not_made_good_by_the_next_test_of_the_same_line(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- rows -->\n<!-- end of rows -->\n")
+    ran = [_line("F1", "a", seen) for seen in ("as expected", "**failed**: 3 lost", "as expected")]
+    merge_into(page, ran, {("F1", "a")})
+    assert [line.seen for line in lines_of(page.read_text())] == ["**failed**: 3 lost"]
+    merge_into(page, ran[:1], {("F1", "a")})
+    assert [line.seen for line in lines_of(page.read_text())] == ["as expected"]
+
+
 def test_a_failpoint_does_what_it_was_told_and_only_there() -> None:
     armed("")("after_claim")
     with pytest.raises(FailpointError):
