@@ -1,4 +1,4 @@
-"""The database is restarted: nothing that was committed is missing, and work goes on."""
+"""The database is restarted, gone for a minute, or full: nothing that was committed is missing, and work goes on."""
 
 from __future__ import annotations
 
@@ -63,3 +63,95 @@ def test_postgresql_that_is_restarted_in_the_midst_of_writing_loses_nothing(
     assert (blamed, rejected) == (0, 0)
     assert slowest <= 10
     seen(first_job_done_s=slowest, committed=committed, missing=0, blamed=blamed)
+
+
+@row(
+    "F13",
+    injection="PostgreSQL away for 60 s under 2 busy workers",
+    expected="workers live on, acknowledge nothing and claim nothing; all done afterwards; no job blamed",
+)
+@pytest.mark.nightly
+def test_postgresql_that_is_away_for_a_minute_is_waited_for(
+    mortal_postgres: MortalPostgres, deploy: Deploy, seen: Seen
+) -> None:
+    deployment = deploy(mortal_postgres.new_database(), CODE_WORKER_WORKER__STORE_EMBEDDINGS="false")
+    workers = [deployment.worker() for _ in range(2)]
+    deployment.started(2)
+    ids = deployment.enqueue(deployment.images(400))
+    wait_until(lambda: deployment.decided(ids) >= 8, 60, "verdicts are being written")
+    deployment.ledger.close()
+    mortal_postgres.end("fast")
+    # What was in the last transaction's answer is acknowledged a moment after.
+    time.sleep(2)
+    before = deployment.operations()
+    time.sleep(58)
+    meanwhile = deployment.operations()
+    assert all(worker.alive for worker in workers)
+    assert len(before.committed) < len(ids), "the test wants some to be left"
+    assert (meanwhile.claimed, meanwhile.committed) == (before.claimed, before.committed)
+    assert any("database does not answer" in str(event.get("error")) for event in deployment.log()), "it is said"
+    mortal_postgres.again()
+    began = time.monotonic()
+    wait_until(lambda: not deployment.unfinished(), 120, "all of them")
+    # Celery shows a message that is put back with its traceback.
+    deployment.tolerated |= {
+        one["event"] for one in deployment.log() if " reject requeue=True: the database" in one["event"]
+    }
+    left = len(ids) - len(before.committed)
+    seen(away_s=60, left=left, all_done_s=time.monotonic() - began, committed_meanwhile=0)
+
+
+_FILLS_UP = '''
+"""Every connection is told that the file may grow no further, while a flag lies there."""
+import os
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from code_worker import hookimpl
+
+@event.listens_for(Engine, "checkout")
+def limit(connection, record, proxy):
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    full = os.path.exists(os.environ["FULL_FLAG"])
+    connection.execute(f"PRAGMA max_page_count = {pages if full else 1073741823}")
+
+@hookimpl
+def code_worker_select_head(job, heads):
+    return None
+'''
+
+
+@row(
+    "F16",
+    injection="SQLite answers SQLITE_FULL to whatever needs another page, for 15 s",
+    expected="nothing acknowledged or blamed, storage_full is said, goes on by itself; integrity_check ok",
+)
+@pytest.mark.nightly
+def test_a_full_disk_of_the_database_is_waited_out(
+    deploy: Deploy, sqlite_url: str, tmp_path: Path, seen: Seen
+) -> None:
+    (tmp_path / "plugins").mkdir()
+    flag = tmp_path / "full"
+    deployment = deploy(sqlite_url, CODE_WORKER_PLUGINS_DIR=str(tmp_path / "plugins"), FULL_FLAG=str(flag))
+    # Only now: this process has loaded its plugins, and is to keep its own connections as they are.
+    (tmp_path / "plugins" / "full.py").write_text(_FILLS_UP)
+    worker = deployment.worker()
+    deployment.started()
+    paths = deployment.images(60)
+    flag.touch()
+    # Producers have room still; the worker has none.
+    ids = deployment.enqueue([{"uri": path, "metadata": {"filler": "x" * 3000}} for path in paths])
+    wait_until(lambda: _said_full(deployment), 30, "storage_full is said")
+    time.sleep(15)
+    assert worker.alive
+    assert deployment.decided(ids) == 0
+    flag.unlink()
+    began = time.monotonic()
+    wait_until(lambda: not deployment.unfinished(), 90, "all of them")
+    with deployment.ledger.engine.connect() as connection:
+        assert connection.execute(text("PRAGMA integrity_check")).scalar_one() == "ok"
+        assert connection.execute(text("select count(*) from verdicts where outcome = 'rejected'")).scalar_one() == 0
+    seen(full_s=15, all_done_after_s=time.monotonic() - began)
+
+
+def _said_full(deployment: FaultDeployment) -> bool:
+    return any("storage_full" in str(event.get("error")) for event in deployment.log())
