@@ -8,7 +8,6 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
 from sqlalchemy import make_url
 
 from code_worker.store.backup import backup, restore
@@ -52,7 +51,7 @@ def tools(url: str) -> tuple[Callable[[Path], object], Callable[[Path], object]]
 
 @row(
     "Restore",
-    injection="back to a copy taken while jobs waited, were judged and were done; broker empty",
+    injection="back to a copy taken when half of the jobs waited; the broker comes back empty",
     expected="every job of the copy has one verdict, by itself, within 60 s",
 )
 def test_after_a_restore_the_ledger_brings_the_queue_back_by_itself(
@@ -63,17 +62,15 @@ def test_after_a_restore_the_ledger_brings_the_queue_back_by_itself(
     early = deployment.enqueue(deployment.images(LATER))
     deployment.worker()
     wait_until(lambda: deployment.decided(early) >= LATER // 2, 60, "half of the first jobs")
-    paths = deployment.images(LATER, LATER)
-    judging = psutil.Process(deployment.workers[0].pid)
-    judging.suspend()
-    waiting = deployment.enqueue(paths)
+    assert deployment.workers[0].terminate(60) == 0
+    waiting = deployment.enqueue(deployment.images(LATER, LATER))
     copy(tmp_path / "ledger.copy")
-    judging.resume()
+    deployment.worker()
     wait_until(lambda: not deployment.unfinished(), 60, "all of them")
     lost = deployment.enqueue(deployment.images(4, 2 * LATER))
     wait_until(lambda: not deployment.unfinished(), 60, "those that the copy lacks")
 
-    assert deployment.workers[0].terminate(60) == 0
+    assert deployment.workers[1].terminate(60) == 0
     deployment.ledger.close()
     redis_server.kill()
     bring_back(tmp_path / "ledger.copy")
