@@ -25,6 +25,12 @@ def mortal_postgres() -> Iterator[MortalPostgres]:
         server.stop()
 
 
+def _tolerate_what_was_put_back(deployment: FaultDeployment) -> None:
+    """Celery shows a message that is put back with its traceback."""
+    put_back = " reject requeue=True: the database"
+    deployment.tolerated |= {event["event"] for event in deployment.log() if put_back in event["event"]}
+
+
 def _seconds_to_the_next(deployment: FaultDeployment) -> float:
     """Seconds until one job more has a verdict."""
     began, before = time.monotonic(), deployment.decided()
@@ -57,6 +63,7 @@ def test_postgresql_that_is_restarted_in_the_midst_of_writing_loses_nothing(
         committed = len(before)
         wait_until(lambda: not deployment.unfinished(), 60, "all of them")
         assert deployment.decided(list(before)) == len(before), "what was committed is there"
+    _tolerate_what_was_put_back(deployment)
     with deployment.ledger.engine.connect() as connection:
         blamed = connection.execute(text("select count(*) from jobs where faults > 0")).scalar_one()
         rejected = connection.execute(text("select count(*) from verdicts where outcome = 'rejected'")).scalar_one()
@@ -93,10 +100,7 @@ def test_postgresql_that_is_away_for_a_minute_is_waited_for(
     mortal_postgres.again()
     began = time.monotonic()
     wait_until(lambda: not deployment.unfinished(), 120, "all of them")
-    # Celery shows a message that is put back with its traceback.
-    deployment.tolerated |= {
-        one["event"] for one in deployment.log() if " reject requeue=True: the database" in one["event"]
-    }
+    _tolerate_what_was_put_back(deployment)
     left = len(ids) - len(before.committed)
     seen(away_s=60, left=left, all_done_s=time.monotonic() - began, committed_meanwhile=0)
 
