@@ -27,8 +27,14 @@ def mortal_postgres() -> Iterator[MortalPostgres]:
 
 def _tolerate_what_was_put_back(deployment: FaultDeployment) -> None:
     """Celery shows a message that is put back with its traceback."""
-    put_back = " reject requeue=True: the database"
-    deployment.tolerated |= {event["event"] for event in deployment.log() if put_back in event["event"]}
+    marker = " reject requeue=True: "
+
+    def rejected() -> list[str]:
+        return [event["event"] for event in deployment.log() if marker in event["event"]]
+
+    # A message rests for some seconds before it goes back.
+    wait_until(lambda: len(rejected()) >= len(deployment.events("message_put_back")), 30, "messages put back")
+    deployment.tolerated |= set(rejected())
 
 
 def _seconds_to_the_next(deployment: FaultDeployment) -> float:
