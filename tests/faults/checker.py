@@ -120,6 +120,8 @@ def log_violations(log: list[dict[str, Any]], tolerated: Collection[str] = ()) -
     """Errors that no part knew how to meet: whatever was logged with a traceback, those that Celery names aside."""
     known = (*_KNOWN_TO_CELERY, *tolerated)
     for event in log:
-        if "exception" in event and event.get("level") != "debug" and not event["event"].startswith(known):
+        if "exception" not in event or event.get("level") == "debug" or " reject requeue=" in event["event"]:
+            continue  # the last: a worker that stops puts its message back
+        if not event["event"].startswith(known):
             last = str(event["exception"]).strip().splitlines()[-1]
             yield f"unknown error: {event['event']}: {last}"
