@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import select
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,9 @@ __all__ = ["QueuesInOrder", "RedisTransport", "call_when_lost", "report_unreadab
 
 log = get_logger(__name__)
 Undertaker = Callable[[str, str], object]
+_SILENCE_LOOK_S = 5.0
+_SILENCE_S = 10.0
+"""How much later than it promised Redis may answer."""
 _undertakers: list[Undertaker] = []
 _listeners: list[Callable[[], None]] = []
 _lost: deque[Any] = deque(maxlen=1000)
@@ -109,6 +114,13 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no typ
 
     Message = _Message
 
+    asked_at = 0.0
+    """When the queues were asked last, of the monotonic clock."""
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        self.asked_at = time.monotonic()
+        super()._brpop_start(timeout)
+
     def _brpop_read(self, **options: Any) -> Any:
         """As kombu's, but what is no message is put aside; from kombu's own the error would end the worker."""
         try:
@@ -122,9 +134,31 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no typ
 
 
 class RedisTransport(kombu_redis.Transport):  # type: ignore[misc]  # kombu ships no types
-    """Redis transport with the guarded channel."""
+    """Redis transport with the guarded channel, which on kombu 5.6 too gives up connections that fell silent."""
 
     Channel = _Channel
+
+    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """As kombu's; 5.7 looks after silent connections by itself."""
+        super().register_with_event_loop(connection, loop)
+        if not hasattr(self.cycle, "maybe_check_brpop_health"):
+            loop.call_repeatedly(_SILENCE_LOOK_S, self.give_up_silent)
+
+    def give_up_silent(self) -> None:
+        """Raises where Redis owes an answer for too long: no socket timeout applies to kombu's event loop.
+
+        Raises:
+            redis.exceptions.ConnectionError: the connection is half open; Celery then makes a new one.
+        """
+        for channel in list(self.cycle._channels):  # noqa: SLF001 - as kombu 5.7's own check does
+            connection = channel._in_poll  # noqa: SLF001 - as above
+            if not connection or not connection._sock:  # noqa: SLF001 - as above
+                continue
+            waited_s = time.monotonic() - channel.asked_at
+            overdue = waited_s > channel.brpop_timeout + _SILENCE_S
+            if overdue and not select.select([connection._sock], [], [], 0)[0]:  # noqa: SLF001 - as above
+                connection.disconnect()
+                raise RedisConnectionError(f"the broker gave no answer for {waited_s:.0f} s")
 
 
 class QueuesInOrder(round_robin_cycle):  # type: ignore[misc]  # kombu ships no types
