@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from code_worker.doorbell import Doorbell
 from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
 from tests.faults.rows import (  # noqa: F401 - hooks and fixtures of the fault matrix, whose rows lie in all directories
@@ -42,6 +43,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # And `nohup` does the same with a closed terminal.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def nothing_installed() -> Iterator[None]:
+    """Whoever installs us in an app of a test's must not have the doorbells of later tests ring through it."""
+    yield
+    Doorbell._installed = None
 
 
 @pytest.fixture(scope="session")

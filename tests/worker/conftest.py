@@ -10,18 +10,10 @@ from uuid import uuid4
 
 import pytest
 
-from code_worker.doorbell import Doorbell
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
 from tests.servers import RedisServer, S3Server
 from tests.worker.harness import Deployment, environment_in, promote_release
-
-
-@pytest.fixture(autouse=True)
-def nothing_installed() -> Iterator[None]:
-    """Whoever installs us in an app of a test's must not have the doorbells of later tests ring through it."""
-    yield
-    Doorbell._installed = None
 
 
 @pytest.fixture
