@@ -89,7 +89,12 @@ def test_threads_get_the_rows_of_their_own_crops(engine: OpenVinoEngine) -> None
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(engine.embed, batches))
     for one, other in zip(alone, together, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-6, rtol=0)
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_row_has_the_same_bits_whatever_else_is_in_its_batch(engine: OpenVinoEngine) -> None:
+    batch = crops(5)
+    np.testing.assert_array_equal(engine.embed(batch)[3:], engine.embed(batch[3:]))
 
 
 def test_a_batch_that_is_not_of_crops_is_refused(engine: OpenVinoEngine) -> None:
