@@ -57,7 +57,7 @@ class OpenVinoEngine:
             # Two worker processes on one machine would otherwise be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        # One crop a pass: larger passes are no faster, and a row then has the same bits whatever else is in its batch.
+        # One crop a pass: larger passes are no faster, and so a row has the same bits whatever is in its batch.
         graph = encoder_graph(CropEncoder(weights.config, weights.state), 1)
         self._model = _the_core().compile_model(graph, "CPU", chosen)
         self._own = threading.local()
