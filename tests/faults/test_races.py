@@ -136,5 +136,5 @@ def _restore_early(deployment: FaultDeployment, over: threading.Event) -> None:
     with Connection(url, transport=REDIS_TRANSPORT, transport_options=options) as connection:
         channel = connection.channel()
         while not over.wait(0.5):
-            channel.qos.restore_visible(interval=0)
+            channel.qos.restore_visible(interval=1)
             time.sleep(0)
