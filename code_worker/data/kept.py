@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from code_worker.disk import flush, make_private
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
-from code_worker.private import make_private
 from code_worker.releases.artifacts import s3_client, s3_errors
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class LocalKept:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        _flush(target.parent)
+        flush(target.parent)
 
     def _sweep(self) -> None:
         """Once per process: what a writer that died left half written."""
@@ -156,7 +156,7 @@ class LocalKept:
                 target.unlink()
             except FileNotFoundError:
                 return False
-            _flush(target.parent)
+            flush(target.parent)
         return True
 
     def held(self) -> Iterator[str]:
@@ -275,14 +275,6 @@ def _compared(data: bytes, sha256: str, where: str) -> bytes:
 
 def _gone(sha256: str, where: str) -> DatasetError:
     return DatasetError(f"no copy of image {sha256} is kept in {where}")
-
-
-def _flush(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

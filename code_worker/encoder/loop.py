@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import os
 import threading
 import time
 import traceback
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from code_worker.encoder.engine import CROP_SHAPE, CUDA_BATCH
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.logs import get_logger
+from code_worker.machine import usable_cores
 from code_worker.types import EMBEDDING_DIM, RejectReason
 
 __all__ = ["CUDA_STREAMS", "BatchEncoder", "EncoderLoop", "LoopStats"]
@@ -98,7 +98,7 @@ class EncoderLoop:
                 enough for every stream to find two micro-batches.
         """
         on_cpu = engine.device == "cpu"
-        cores = _usable_cores()
+        cores = usable_cores()
         self.streams = streams or (cores if on_cpu else CUDA_STREAMS)
         self.micro_batch = micro_batch or (8 if on_cpu else CUDA_BATCH)
         self.engine = getattr(engine, "name", type(engine).__name__)
@@ -297,10 +297,3 @@ class EncoderLoop:
         running = [item for item in batch if not item.future.done()]
         for item in running + [item for item in waiting if item.future.set_running_or_notify_cancel()]:
             item.future.set_exception(self._unavailable())
-
-
-def _usable_cores() -> int:
-    """Cores this process may run on, which a container or `taskset` may have narrowed."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

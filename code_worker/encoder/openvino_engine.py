@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from code_worker.encoder.engine import check_crops
 from code_worker.encoder.forward import CropEncoder
+from code_worker.machine import usable_cores
 from code_worker.types import EMBEDDING_DIM
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class OpenVinoEngine:
 
         from code_worker.encoder.openvino_graph import encoder_graph  # noqa: PLC0415 - as above
 
-        cores = _usable_cores()
+        cores = usable_cores()
         chosen = {
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "THROUGHPUT",
@@ -106,7 +106,3 @@ def _core() -> Any:
     import openvino as ov  # noqa: PLC0415 - as above
 
     return ov.Core()
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from code_worker.private import make_private
+from code_worker.disk import flush, make_private
 
 __all__ = ["locked", "replace_by", "working_directory"]
 
@@ -53,16 +53,8 @@ def replace_by(target: Path, copy: Path) -> None:
     """Puts a complete copy in the target's place; after a crash there is the whole of it or none."""
     for parent, _, names in os.walk(copy):
         for path in (*(Path(parent) / name for name in names), Path(parent)):
-            _flush(path)
+            flush(path)
     copy.chmod(0o755)
     shutil.rmtree(target, ignore_errors=True)
     copy.rename(target)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(target.parent)

@@ -12,6 +12,7 @@ from typing import Final
 
 from sqlalchemy import make_url
 
+from code_worker.disk import flush
 from code_worker.errors import ConfigurationError, StoreError, StoreUnavailableError
 
 __all__ = ["backup", "restore"]
@@ -43,9 +44,9 @@ def backup(url: str, target: Path) -> int:
         try:
             _copy(source, partial)
             _check(partial)
-            _flush(partial)
+            flush(partial)
             partial.rename(target)
-            _flush(target.parent)
+            flush(target.parent)
         finally:
             partial.unlink(missing_ok=True)
     return target.stat().st_size
@@ -101,14 +102,6 @@ def _check(path: Path) -> None:
             raise StoreError(f"{path} is no database of code_worker: {error}") from error
     if found != "ok" or revision is None:
         raise StoreError(f"{path} does not hold together: {found}")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from code_worker.disk import make_private
 from code_worker.errors import ConfigurationError
 from code_worker.logs import get_logger
-from code_worker.private import make_private
 from code_worker.store.faults import DbFault, classify, translate
 
 __all__ = ["MAX_TRIES", "Session", "Store", "open_store"]

@@ -22,6 +22,7 @@ from code_worker.encoder.vit import VitConfig
 from code_worker.encoder.weights import EncoderWeights, read_weights
 from code_worker.errors import CodeWorkerError, ConfigurationError, DivergedError, TrainingError
 from code_worker.logs import configure_logging, get_logger
+from code_worker.machine import usable_cores
 from code_worker.plugins import load_plugins
 from code_worker.settings import load_settings
 from code_worker.training.job import (
@@ -114,7 +115,7 @@ def _own_device(device: str, world: World) -> str:
 def _share_cores(device: str, world: World) -> None:
     """Processes of one machine share its cores; torchrun alone would give each one thread whatever there is."""
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and world.size == 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         torch.set_num_threads(max(1, cores // world.size))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from code_worker.encoder.weights import EncoderWeights
 from code_worker.logs import get_logger
+from code_worker.machine import usable_cores
 from code_worker.training.batches import BatchMaker, ImageCache, batches
 from code_worker.training.checkpoints import resume_state, write_checkpoint
 from code_worker.training.interpolation import SHARES, choose_share, mixed
@@ -230,7 +230,7 @@ class Trainer:
         if (wanted := self._settings.loader_processes) is not None:
             return wanted
         # Beside a GPU all cores prepare views; on a CPU they are what trains.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         return max(1, cores // self._world.size - 1) if self._device == "cuda" else 0
 
     def _state_to_judge(self) -> dict[str, Tensor]:

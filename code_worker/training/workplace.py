@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from code_worker.disk import make_private
 from code_worker.errors import TrainingError
 from code_worker.logs import get_logger
-from code_worker.private import make_private
 
 __all__ = ["Workplace"]
 

@@ -18,9 +18,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 from redis.retry import Retry
 
+from code_worker.disk import make_private
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.logs import get_logger
-from code_worker.private import make_private
 from code_worker.worker.supervisor import Child
 
 __all__ = ["EmbeddedBroker", "server_binary"]

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Self
 
 from code_worker.broker import check_broker
+from code_worker.disk import make_private
 from code_worker.errors import ConfigurationError
-from code_worker.private import make_private
 from code_worker.releases.registry import CHAMPION
 from code_worker.settings import Settings
 from code_worker.store import migrate, releases

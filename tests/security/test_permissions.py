@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from code_worker.data.kept import open_kept
-from code_worker.private import make_private
+from code_worker.disk import make_private
 from code_worker.releases.artifacts import open_artifacts
 from code_worker.settings import Settings
 from code_worker.store import migrate

@@ -1,10 +1,11 @@
-"""Directories that nobody but their owner may enter."""
+"""What a directory needs beside its files: an owner who is alone in it, and to be on disk."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-__all__ = ["make_private"]
+__all__ = ["flush", "make_private"]
 
 
 def make_private(directory: Path) -> None:
@@ -23,3 +24,16 @@ def make_private(directory: Path) -> None:
         directory = directory.parent
     for each in reversed(missing):
         each.mkdir(mode=0o700, exist_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Returns when a file's bytes, or a directory's entries, would outlive a loss of power.
+
+    Raises:
+        OSError: it is not there, or its disk does not take it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
