@@ -33,7 +33,7 @@ from code_worker.errors import (
     UnsafeArtifactError,
 )
 from code_worker.images.decode import decode
-from code_worker.plugins import InstalledPlugin, Plugins, load_plugins
+from code_worker.plugins import InstalledPlugin, Plugins
 from code_worker.releases.artifacts import LocalArtifacts
 from code_worker.releases.estimator import read_estimator
 from code_worker.releases.hashing import describe_files
@@ -54,7 +54,6 @@ from code_worker.store import snapshots
 from code_worker.store.engine import Store
 from code_worker.training.checkpoints import read_checkpoint, resume_state
 from code_worker.training.job import read_items, read_job
-from tests.toy_release import write_toy_release
 
 
 class _Plant:
@@ -85,21 +84,6 @@ def archived(trace: Path) -> bytes:
     written = io.BytesIO()
     torch.save({"state_dict": _Plant(trace)}, written)
     return written.getvalue()
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return load_plugins(Settings())
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_release(tmp_path_factory.mktemp("release") / "release", depth=1, images=8)
-
-
-@pytest.fixture
-def copy(release: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(release, tmp_path / "copy"))
 
 
 def written(path: Path, data: bytes) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from pydantic import SecretStr
 
 from code_worker.cli.scan_runtime import load as load_to_scan
 from code_worker.errors import ConfigurationError, IntegrityError, NotAllowedError, SignatureError
-from code_worker.plugins import Plugins, load_plugins
+from code_worker.plugins import Plugins
 from code_worker.releases.artifacts import ArtifactStore, LocalArtifacts, S3Artifacts
 from code_worker.releases.importer import build_release
 from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, write_manifest
@@ -24,25 +23,9 @@ from code_worker.store.engine import Store
 from tests.cli.conftest import Cli
 from tests.parity import ParitySet
 from tests.servers import S3Server
-from tests.toy_release import write_toy_release
 
 OURS, FORMER, THEIRS = (SecretStr(name * 32) for name in "oft")
 MANIFEST = b'{"format": 1}\n'
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return load_plugins(Settings())
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_release(tmp_path_factory.mktemp("release") / "release", depth=1, images=8)
-
-
-@pytest.fixture
-def copy(release: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(release, tmp_path / "copy"))
 
 
 @pytest.fixture(params=["directory", "s3"])
