@@ -58,7 +58,7 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,
         }
         # One crop a pass: larger passes are no faster, and so a row has the same bits whatever is in its batch.
-        graph = encoder_graph(CropEncoder(weights.config, weights.state), 1)
+        graph = encoder_graph(CropEncoder(weights.config, weights.state))
         self._model = _the_core().compile_model(graph, "CPU", chosen)
         self._own = threading.local()
         self.kernels = f"OpenVINO {ov.__version__.partition('-')[0]}"

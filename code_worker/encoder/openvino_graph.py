@@ -20,50 +20,49 @@ __all__ = ["encoder_graph"]
 # is deprecated. Forty lines of operations do neither.
 
 
-def encoder_graph(encoder: CropEncoder, batch: int) -> ov.Model:
-    """A model from `(batch, 224, 224, 3) uint8` to `(batch, 192) float32`, with the shortcuts of `CropEncoder`.
+def encoder_graph(encoder: CropEncoder) -> ov.Model:
+    """A model from one crop, `(1, 224, 224, 3) uint8`, to `(1, 192) float32`, with the shortcuts of `CropEncoder`.
 
-    The batch is fixed: OpenVINO's kernels for shapes that may change are slower.
+    Passes of more crops are no faster, and shapes that may change are slower.
     """
-    crops = ops.parameter([batch, IMAGE_SIZE, IMAGE_SIZE, 3], np.uint8, name="crops")
-    tokens = _tokens(encoder, crops, batch)
+    crops = ops.parameter([1, IMAGE_SIZE, IMAGE_SIZE, 3], np.uint8, name="crops")
+    tokens = _tokens(encoder, crops)
     blocks: list[Any] = list(encoder.blocks)
     for block in blocks[:-1]:
-        tokens = ops.add(tokens, _attention(block, _normed(block.norm1, tokens), batch))
+        tokens = ops.add(tokens, _attention(block, _normed(block.norm1, tokens)))
         tokens = ops.add(tokens, _mlp(block.mlp, _normed(block.norm2, tokens)))
-    embeddings = _normed(encoder.norm, _cls_of_last_block(blocks[-1], tokens, batch))
+    embeddings = _normed(encoder.norm, _cls_of_last_block(blocks[-1], tokens))
     width = encoder.first.shape[1]
-    embeddings = _reshaped(embeddings, batch, width)
+    embeddings = _reshaped(embeddings, 1, width)
     if missing := EMBEDDING_DIM - width:
-        embeddings = ops.concat([embeddings, _constant(np.zeros((batch, missing), np.float32))], 1)
+        embeddings = ops.concat([embeddings, _constant(np.zeros((1, missing), np.float32))], 1)
     return ov.Model([embeddings], [crops], "code_worker_encoder")
 
 
-def _tokens(encoder: CropEncoder, crops: ov.Node, batch: int) -> ov.Node:
+def _tokens(encoder: CropEncoder, crops: ov.Node) -> ov.Node:
     """Patches cut out of the bytes, projected, with the CLS token before them and the positions added."""
     side, size = encoder.side, encoder.patch_size
     margin = encoder.margin
     if margin:
         end = IMAGE_SIZE - margin
         crops = ops.slice(crops, _whole([margin, margin]), _whole([end, end]), _whole([1, 1]), _whole([1, 2]))
-    grid = _reshaped(crops, batch, side, size, side, size, 3)
-    patches = _reshaped(ops.transpose(grid, _whole([0, 1, 3, 2, 4, 5])), batch, side * side, size * size * 3)
+    grid = _reshaped(crops, 1, side, size, side, size, 3)
+    patches = _reshaped(ops.transpose(grid, _whole([0, 1, 3, 2, 4, 5])), 1, side * side, size * size * 3)
     projected = ops.add(_product(ops.convert(patches, np.float32), encoder.weight), _constant(encoder.offsets))
-    first = np.repeat(_array(encoder.first)[None], batch, axis=0)
-    return ops.concat([_constant(first), projected], 1)
+    return ops.concat([_constant(_array(encoder.first)[None]), projected], 1)
 
 
-def _attention(block: Any, normed: ov.Node, batch: int) -> ov.Node:
+def _attention(block: Any, normed: ov.Node) -> ov.Node:
     qkv = block.attn.qkv
     joined = _linear(normed, qkv.weight, qkv.bias)
     count = joined.get_output_shape(0)[1]
-    parts = _by_head(joined, block.attn.num_heads, 3, batch, count)
+    parts = _by_head(joined, block.attn.num_heads, 3, count)
     mixed = ops.scaled_dot_product_attention(*parts)
-    return _projected(block, mixed, batch, count)
+    return _projected(block, mixed, count)
 
 
-def _cls_of_last_block(block: Any, tokens: ov.Node, batch: int) -> ov.Node:
-    """The block's output `(batch, 1, width)` for the CLS token alone."""
+def _cls_of_last_block(block: Any, tokens: ov.Node) -> ov.Node:
+    """The block's output `(1, 1, width)` for the CLS token alone."""
     attention = block.attn
     width = tokens.get_output_shape(0)[2]
     count = tokens.get_output_shape(0)[1]
@@ -71,26 +70,26 @@ def _cls_of_last_block(block: Any, tokens: ov.Node, batch: int) -> ov.Node:
     normed = _normed(block.norm1, tokens)
     query = _linear(_first_token(normed), weight[:width], None if bias is None else bias[:width])
     key_value = _linear(normed, weight[width:], None if bias is None else bias[width:])
-    (query,) = _by_head(query, attention.num_heads, 1, batch, 1)
-    key, value = _by_head(key_value, attention.num_heads, 2, batch, count)
+    (query,) = _by_head(query, attention.num_heads, 1, 1)
+    key, value = _by_head(key_value, attention.num_heads, 2, count)
     mixed = ops.scaled_dot_product_attention(query, key, value)
-    cls_token = ops.add(_first_token(tokens), _projected(block, mixed, batch, 1))
+    cls_token = ops.add(_first_token(tokens), _projected(block, mixed, 1))
     return ops.add(cls_token, _mlp(block.mlp, _normed(block.norm2, cls_token)))
 
 
-def _by_head(joined: ov.Node, heads: int, parts: int, batch: int, count: int) -> list[ov.Node]:
-    """`parts` of `(batch, heads, count, width of a head)` from `(batch, count, parts · width)`."""
+def _by_head(joined: ov.Node, heads: int, parts: int, count: int) -> list[ov.Node]:
+    """`parts` of `(1, heads, count, width of a head)` from `(1, count, parts · width)`."""
     head_width = joined.get_output_shape(0)[2] // (parts * heads)
-    split = ops.transpose(_reshaped(joined, batch, count, parts, heads, head_width), _whole([2, 0, 3, 1, 4]))
+    split = ops.transpose(_reshaped(joined, 1, count, parts, heads, head_width), _whole([2, 0, 3, 1, 4]))
     pieces = ops.split(split, ops.constant(np.int64(0)), parts).outputs()
-    return [_reshaped(piece, batch, heads, count, head_width) for piece in pieces]
+    return [_reshaped(piece, 1, heads, count, head_width) for piece in pieces]
 
 
-def _projected(block: Any, mixed: ov.Node, batch: int, count: int) -> ov.Node:
+def _projected(block: Any, mixed: ov.Node, count: int) -> ov.Node:
     projection = block.attn.proj
     width = projection.weight.shape[1]
     return _linear(
-        _reshaped(ops.transpose(mixed, _whole([0, 2, 1, 3])), batch, count, width), projection.weight, projection.bias
+        _reshaped(ops.transpose(mixed, _whole([0, 2, 1, 3])), 1, count, width), projection.weight, projection.bias
     )
 
 
