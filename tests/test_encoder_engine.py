@@ -15,8 +15,9 @@ from PIL import Image
 from code_worker.encoder.checkpoint import EncoderWeights, load_checkpoint, random_weights
 from code_worker.encoder.engine import Engine, resolve_device
 from code_worker.encoder.forward import CropEncoder
-from code_worker.encoder.vit import VitConfig, build_vit
+from code_worker.encoder.vit import VitConfig, expected_shapes
 from code_worker.errors import ConfigurationError
+from code_worker.training.network import build_vit
 from code_worker.types import EMBEDDING_DIM
 from tests.parity import MEAN, STD, ParitySet
 
@@ -51,6 +52,15 @@ def test_a_crop_alone_and_in_a_batch_is_embedded_alike(parity_set: ParitySet, en
     crops = parity_set.stacked_crops()
     alone = np.concatenate([engine.embed(crops[i : i + 1]) for i in range(len(crops))])
     assert distance(alone, engine.embed(crops)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "config",
+    [VitConfig(), VitConfig(image_size=48, patch_size=8, width=96, depth=2, heads=3, mlp_width=160, qkv_bias=False)],
+)
+def test_weights_have_the_names_shapes_and_order_of_timms(config: VitConfig) -> None:
+    model = build_vit(config)
+    assert list(expected_shapes(config).items()) == [(name, tuple(t.shape)) for name, t in model.state_dict().items()]
 
 
 def test_the_shortcuts_equal_the_plain_timm_model() -> None:

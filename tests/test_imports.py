@@ -80,3 +80,8 @@ def test_importing_the_package_alone_loads_neither_celery_nor_sqlalchemy() -> No
 
 def test_a_heavy_import_would_be_noticed() -> None:
     assert "numpy" in modules_after("import numpy")
+
+
+def test_what_judges_loads_no_training_library() -> None:
+    loaded = modules_after("import code_worker.encoder.choice, code_worker.encoder.loop, code_worker.worker.node")
+    assert loaded.isdisjoint({"timm", "torchvision", "transformers", "sklearn", "scipy", "matplotlib", "tensorboard"})

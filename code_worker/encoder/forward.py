@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from code_worker.encoder.vit import VitConfig, build_vit
+from code_worker.encoder.blocks import Block
+from code_worker.encoder.vit import VitConfig
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 
 __all__ = ["CropEncoder"]
@@ -42,21 +43,22 @@ class CropEncoder(nn.Module):
         self, config: VitConfig, state: dict[str, Tensor], *, fold: bool = True, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        vit: Any = build_vit(config)
-        vit.load_state_dict(state)
         self._dtype = dtype
         self.side = config.image_size // config.patch_size
         self.patch_size = config.patch_size
         self.margin = (IMAGE_SIZE - config.image_size) // 2
         self._missing = EMBEDDING_DIM - config.width
         self.fold = fold
-        self.blocks: nn.Sequential = vit.blocks.to(dtype)
-        self.norm: nn.LayerNorm = vit.norm
-        weight, bias = _patch_projection(config, vit.patch_embed.proj, fold=fold)
-        positions = vit.pos_embed.detach()[0]
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        others = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
+        self.load_state_dict({name: tensor for name, tensor in state.items() if name not in others})
+        self.blocks.to(dtype)
+        cls_token, positions, projection, bias = (state[name].detach() for name in others)
+        weight, bias = _patch_projection(config, projection, bias, fold=fold)
         self.register_buffer("weight", weight)
-        self.register_buffer("offsets", positions[1:] + bias)
-        self.register_buffer("first", vit.cls_token.detach()[0] + positions[:1])
+        self.register_buffer("offsets", positions[0, 1:] + bias)
+        self.register_buffer("first", cls_token[0] + positions[0, :1])
         self.register_buffer("mean", torch.tensor(config.mean).repeat(config.patch_size**2))
         self.register_buffer("std", torch.tensor(config.std).repeat(config.patch_size**2))
         self.requires_grad_(requires_grad=False).eval()
@@ -85,7 +87,7 @@ class CropEncoder(nn.Module):
         return torch.cat((self.first.expand(len(crops), 1, -1), tokens), dim=1).to(self._dtype)
 
     def _embeddings(self, tokens: Tensor) -> Tensor:
-        cls_token = _cls_of_last_block(self.blocks[-1], tokens)
+        cls_token = cast("Block", self.blocks[-1]).first(tokens)
         embeddings = cast("Tensor", self.norm(cls_token.float()))
         return F.pad(embeddings, (0, self._missing)) if self._missing else embeddings
 
@@ -99,31 +101,15 @@ class CropEncoder(nn.Module):
         return values if self.fold else (values / 255 - self.mean) / self.std
 
 
-def _patch_projection(config: VitConfig, projection: nn.Conv2d, *, fold: bool) -> tuple[Tensor, Tensor]:
+def _patch_projection(config: VitConfig, projection: Tensor, bias: Tensor, *, fold: bool) -> tuple[Tensor, Tensor]:
     """Weight `(192, patch_size² · 3)` in the order of `_patches`, and bias `(192,)`.
 
     Folded: `W·((x/255 − mean)/std) + b = (W/(255·std))·x + (b − Σ W·mean/std)`, computed in float64.
     """
-    weight = projection.weight.detach().permute(0, 2, 3, 1).flatten(1).double()
-    bias = cast("Tensor", projection.bias).detach().double()
+    weight = projection.permute(0, 2, 3, 1).flatten(1).double()
+    bias = bias.double()
     if fold:
         mean = torch.tensor(config.mean, dtype=torch.float64).repeat(config.patch_size**2)
         std = torch.tensor(config.std, dtype=torch.float64).repeat(config.patch_size**2)
         weight, bias = weight / (255 * std), bias - (weight * (mean / std)).sum(1)
     return weight.float(), bias.float()
-
-
-def _cls_of_last_block(block: Any, tokens: Tensor) -> Tensor:
-    """The block's output for the CLS token alone, `(n, 192)`, from all `(n, tokens, 192)` inputs."""
-    attention = block.attn
-    n, count, width = tokens.shape
-    heads, head_width = attention.num_heads, width // attention.num_heads
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    normed = block.norm1(tokens)
-    query = F.linear(normed[:, :1], weight[:width], None if bias is None else bias[:width])
-    key_value = F.linear(normed, weight[width:], None if bias is None else bias[width:])
-    key, value = key_value.reshape(n, count, 2, heads, head_width).permute(2, 0, 3, 1, 4).unbind(0)
-    query = query.reshape(n, 1, heads, head_width).transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(query, key, value).reshape(n, width)
-    cls_token = tokens[:, 0] + attention.proj(mixed)
-    return cast("Tensor", cls_token + block.mlp(block.norm2(cls_token)))

@@ -1,20 +1,16 @@
-"""The encoder's architecture as a value, and the timm model it describes."""
+"""The encoder's architecture as a value, and the names and shapes of its weights as timm has them."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any, Self
-
-import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from code_worker.errors import ArtifactError
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "TIMM_LAYER_NORM_EPS", "VitConfig", "build_vit", "expected_shapes"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "TIMM_LAYER_NORM_EPS", "VitConfig", "expected_shapes"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -110,26 +106,31 @@ def _check_channels(name: str, values: object, *, least: float) -> None:
         raise ArtifactError(f"encoder config: {name} must be three numbers above {least}, not {values!r}")
 
 
-def build_vit(config: VitConfig) -> VisionTransformer:
-    """The timm model, freshly initialised, without classifier, in evaluation mode."""
-    model = VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        # timm multiplies and truncates; the half keeps the product from falling below the whole number.
-        mlp_ratio=(config.mlp_width + 0.5) / config.width,
-        qkv_bias=config.qkv_bias,
-        num_classes=0,
-        norm_layer=partial(torch.nn.LayerNorm, eps=config.layer_norm_eps),
-        act_layer=torch.nn.GELU,
-    )
-    return model.eval()
-
-
 def expected_shapes(config: VitConfig) -> dict[str, tuple[int, ...]]:
-    """Shape by timm name of every tensor that the configuration needs."""
-    with torch.device("meta"):
-        model = build_vit(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    """Shape by timm name of every tensor that the configuration needs, in timm's order."""
+    width, patch = config.width, config.patch_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, config.patches + 1, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+    }
+    for number in range(config.depth):
+        for name, outputs, inputs, has_bias in _block_layers(config):
+            shapes[f"blocks.{number}.{name}.weight"] = (outputs, inputs) if inputs else (outputs,)
+            if has_bias:
+                shapes[f"blocks.{number}.{name}.bias"] = (outputs,)
+    return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
+
+
+def _block_layers(config: VitConfig) -> list[tuple[str, int, int, bool]]:
+    """Name, outputs, inputs (0: a LayerNorm) and whether there is a bias, for each layer of a block."""
+    width, hidden = config.width, config.mlp_width
+    return [
+        ("norm1", width, 0, True),
+        ("attn.qkv", 3 * width, width, config.qkv_bias),
+        ("attn.proj", width, width, True),
+        ("norm2", width, 0, True),
+        ("mlp.fc1", hidden, width, True),
+        ("mlp.fc2", width, hidden, True),
+    ]

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from code_worker.encoder.vit import VitConfig, build_vit
+from code_worker.encoder.vit import VitConfig
 from code_worker.encoder.weights import EncoderWeights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["TrainableEncoder", "cosine_projection"]
+__all__ = ["TrainableEncoder", "build_vit", "cosine_projection"]
 
 _LUMA = (0.299, 0.587, 0.114)
 _BLUE = (-0.169, -0.331, 0.5)
 _RED = (0.5, -0.419, -0.081)
 # Photographs have amplitudes of about 1/f, noise and traces do not fall: these gains bring both to one size.
 _GAIN, _SLOPE, _MOST = 0.1, 1.8, 8.0
+
+
+def build_vit(config: VitConfig) -> VisionTransformer:
+    """The timm model of a configuration, freshly initialised, without classifier, in evaluation mode."""
+    model = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        # timm multiplies and truncates; the half keeps the product from falling below the whole number.
+        mlp_ratio=(config.mlp_width + 0.5) / config.width,
+        qkv_bias=config.qkv_bias,
+        num_classes=0,
+        norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),
+        act_layer=nn.GELU,
+    )
+    return model.eval()
 
 
 class TrainableEncoder(nn.Module):
