@@ -30,7 +30,7 @@ $(INSTALLED): $(LOCKED) pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Optional for users; tests and measurements are about it. Needs the header jpeglib.h (Debian: libjpeg62-turbo-dev).
+# Optional for users; tests and measurements are about it. Takes a C compiler and Python's headers.
 $(REGION): $(INSTALLED) plugins/jpeg/pyproject.toml $(wildcard plugins/jpeg/code_worker_jpeg/*.*)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation ./plugins/jpeg
 	@touch $@

@@ -1,8 +1,8 @@
 /* Decodes one rectangle of a JPEG with the very libjpeg-turbo that Pillow has loaded.
  *
  * Same library, same pixels: nothing is linked. `bind` looks the functions up in the shared library that Pillow's own
- * extension module depends on; libjpeg itself checks that its structures are as large as those of the header that
- * this file was compiled with. Whatever is not claimed to be exact is declined, and Pillow decodes it.
+ * extension module depends on; libjpeg itself checks that its structures are as large as those of libjpeg_abi.h. Whatever
+ * is not claimed to be exact is declined, and Pillow decodes it.
  */
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
@@ -10,11 +10,10 @@
 
 #include <dlfcn.h>
 #include <setjmp.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <jpeglib.h>
+#include "libjpeg_abi.h"
 
 /* Fancy upsampling looks one sample beyond; a whole MCU row or column beside the rectangle is more than enough. */
 #define MARGIN 32
@@ -139,7 +138,7 @@ static int decode(const unsigned char *data, size_t size, Box box, unsigned char
     if (setjmp(errors.stop) == 0) {
         lib.create(&info, JPEG_LIB_VERSION, sizeof info);
         lib.mem_src(&info, data, (unsigned long)size);
-        lib.read_header(&info, TRUE);
+        lib.read_header(&info, 1);
         if (is_common(&info) && box.left + box.width <= info.image_width && box.top + box.height <= info.image_height) {
             info.out_color_space = info.num_components == 1 ? JCS_GRAYSCALE : JCS_RGB;
             lib.start(&info);
