@@ -30,6 +30,16 @@ for path in sys.argv[1:]:
     except ImportError as error:
         print(error, flush=True)
 """
+OTHER_MEMBERS = "Pillow's libjpeg is another than this was built for: its structures have other members"
+# Pairs of members of one size: exchanged, the structures keep their sizes, which are all that libjpeg compares.
+EXCHANGED = [
+    ("long num_warnings", "const char *const *jpeg_message_table"),
+    ("image_width", "image_height"),
+    ("output_components", "rec_outbuf_height"),
+    ("output_scanline", "input_iMCU_row"),
+    ("comp_info", "marker_list"),
+    ("h_samp_factor", "v_samp_factor"),
+]
 
 
 def compiled(sources: Path, poison: Path) -> Path:
@@ -53,11 +63,31 @@ def copied(target: Path) -> Path:
     return target
 
 
+def exchanged(sources: Path, one: str, other: str) -> Path:
+    header = sources / "libjpeg_abi.h"
+    either = rf"\b(?:{re.escape(one)}|{re.escape(other)})\b"
+    text, count = re.subn(either, lambda match: other if match[0] == one else one, header.read_text(encoding="utf-8"))
+    assert count >= 2, (one, other)
+    header.write_text(text, encoding="utf-8")
+    return sources
+
+
 def test_the_sources_include_no_header_of_another_package() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCES.glob("*.[ch]"))
     included = set(re.findall(r"^\s*#\s*include\s*(\S+)", text, re.MULTILINE))
     own = {f'"{path.name}"' for path in SOURCES.glob("*.h")}
     assert included == HEADERS | own
+
+
+def test_a_libjpeg_with_other_members_is_refused_and_not_crashed_by(tmp_path: Path) -> None:
+    poison = tmp_path / "poison"
+    builds = [compiled(copied(tmp_path / "as_it_is"), poison)]
+    for number, (one, other) in enumerate(EXCHANGED):
+        builds.append(compiled(exchanged(copied(tmp_path / str(number)), one, other), poison))
+    command = [sys.executable, "-c", BIND, *map(str, builds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["bound"] + [OTHER_MEMBERS] * len(EXCHANGED)
 
 
 def test_a_libjpeg_with_structures_of_another_size_is_refused(tmp_path: Path) -> None:

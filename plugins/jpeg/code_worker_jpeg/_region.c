@@ -1,8 +1,8 @@
 /* Decodes one rectangle of a JPEG with the very libjpeg-turbo that Pillow has loaded.
  *
  * Same library, same pixels: nothing is linked. `bind` looks the functions up in the shared library that Pillow's own
- * extension module depends on; libjpeg itself checks that its structures are as large as those of libjpeg_abi.h. Whatever
- * is not claimed to be exact is declined, and Pillow decodes it.
+ * extension module depends on, and refuses it if its structures are not those of libjpeg_abi.h. Whatever is not claimed
+ * to be exact is declined, and Pillow decodes it.
  */
 #define Py_LIMITED_API 0x030b0000
 #define PY_SSIZE_T_CLEAN
@@ -187,19 +187,68 @@ static PyObject *decode_region(PyObject *module, PyObject *args) {
     return made;
 }
 
-/* Whether libjpeg takes our structures for its own; if not, it says why. */
+/* A grey image of 9 × 5 pixels and three components, the first sampled twice across. It is progressive, so that the
+ * members `progressive_mode` and `arith_code` differ; that also spares a table. */
+enum { SAMPLE_WIDTH = 9, SAMPLE_HEIGHT = 5, SAMPLE_GREY = 128 };
+#define EIGHT_ONES 1, 1, 1, 1, 1, 1, 1, 1
+static const unsigned char sample[] = {
+    0xFF, 0xD8,                                                                         /* start of image */
+    0xFF, 0xDB, 0, 67, 0, EIGHT_ONES, EIGHT_ONES, EIGHT_ONES, EIGHT_ONES, EIGHT_ONES,   /* 64 quantizers, */
+    EIGHT_ONES, EIGHT_ONES, EIGHT_ONES,                                                 /* all 1 */
+    0xFF, 0xC2, 0, 17, 8, 0, SAMPLE_HEIGHT, 0, SAMPLE_WIDTH, 3,                         /* progressive frame */
+    1, 0x21, 0, 2, 0x11, 0, 3, 0x11, 0,                                                 /* 4:2:2 */
+    0xFF, 0xC4, 0, 20, 0x00, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,         /* one code: a zero bit */
+    0xFF, 0xDA, 0, 12, 3, 1, 0x00, 2, 0x00, 3, 0x00, 0, 0, 0x00,                        /* scan of DC coefficients */
+    0x0F,                                                                               /* four zeros, then padding */
+    0xFF, 0xD9,                                                                         /* end of image */
+};
+
+/* Whether the sample's header is found in the members that are declared for it. Follows no pointer that may be none. */
+static int has_header_of_sample(const struct jpeg_decompress_struct *info) {
+    if (info->image_width != SAMPLE_WIDTH || info->image_height != SAMPLE_HEIGHT) return 0;
+    if (info->num_components != 3 || info->data_precision != 8) return 0;
+    if (info->jpeg_color_space != JCS_YCbCr || info->out_color_space != JCS_RGB) return 0;
+    if (!info->progressive_mode || info->arith_code) return 0;
+    const jpeg_component_info *part = info->comp_info;
+    if (part == NULL) return 0;
+    for (int number = 0; number < 3; number++) /* the scan has them in the order of the frame */
+        if (info->cur_comp_info[number] != part + number) return 0;
+    return part[0].h_samp_factor == 2 && part[0].v_samp_factor == 1 && part[1].h_samp_factor == 1;
+}
+
+/* Whether the first row of the sample is as it must be, and the members that tell how far decoding has come. */
+static int has_row_of_sample(struct jpeg_decompress_struct *info) {
+    unsigned char row[3 * SAMPLE_WIDTH] = {0};
+    JSAMPROW rows[] = {row};
+    lib.start(info);
+    if (info->output_width != SAMPLE_WIDTH || info->output_height != SAMPLE_HEIGHT) return 0;
+    if (info->output_components != 3 || info->output_scanline != 0) return 0;
+    if (lib.read_scanlines(info, rows, 1) != 1 || info->output_scanline != 1) return 0;
+    for (size_t at = 0; at < sizeof row; at++)
+        if (row[at] != SAMPLE_GREY) return 0;
+    return 1;
+}
+
+/* Whether libjpeg takes our structures for its own, of the same size and with the same members; if not, says why. */
 static int fits(char *message) {
     struct jpeg_decompress_struct info;
     Errors errors;
+    volatile int same = 0; /* changes between setjmp and longjmp */
     memset(&info, 0, sizeof info);
     set_errors(&info, &errors);
-    if (setjmp(errors.stop)) {
+    strcpy(message, "its structures have other members");
+    if (setjmp(errors.stop) == 0) {
+        lib.create(&info, JPEG_LIB_VERSION, sizeof info);
+        lib.mem_src(&info, sample, sizeof sample);
+        errors.manager.num_warnings = 1; /* reading a header resets it */
+        lib.read_header(&info, 1);
+        same = errors.manager.num_warnings == 0 && has_header_of_sample(&info) && has_row_of_sample(&info);
+    } else {
+        same = 0;
         errors.manager.format_message((j_common_ptr)&info, message);
-        return 0;
     }
-    lib.create(&info, JPEG_LIB_VERSION, sizeof info);
     lib.destroy(&info);
-    return 1;
+    return same;
 }
 
 static PyObject *bind(PyObject *module, PyObject *args) {

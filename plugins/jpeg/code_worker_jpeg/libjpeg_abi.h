@@ -1,7 +1,7 @@
 /* The part of libjpeg's binary interface, version 62, that _region.c uses: it builds without libjpeg's own header.
  *
  * Members have libjpeg's names, types and order, so the compiler lays them out as it did for the library. What only the
- * library looks at is an untyped pointer here. The library compares the sizes.
+ * library looks at is an untyped pointer here. `bind` compares all of it with the library that is there.
  */
 #ifndef CODE_WORKER_JPEG_LIBJPEG_ABI_H
 #define CODE_WORKER_JPEG_LIBJPEG_ABI_H
@@ -115,7 +115,7 @@ typedef struct jpeg_decompress_struct {
     boolean CCIR601_sampling;
     void *marker_list;
 
-    /* The library's own. */
+    /* The library's own, but for the components of the scan, by which `bind` checks `comp_info`. */
     int max_h_samp_factor, max_v_samp_factor, min_DCT_scaled_size;
     JDIMENSION total_iMCU_rows;
     void *sample_range_limit;
