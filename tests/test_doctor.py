@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -201,7 +203,11 @@ def test_a_visibility_timeout_below_four_batches_is_a_fault(find: Find, redis_se
 
 @pytest.mark.parametrize(("there_s", "status"), [(1004.0, "ok"), (994.0, "warn"), (1061.0, "fail")])
 def test_clocks_that_disagree_are_warned_of_and_then_a_fault(there_s: float, status: str) -> None:
-    assert services.clock("broker", there_s, 1000.0).status == status
+    assert services.clock("broker", there_s, 1000.0, 1000.1).status == status
+
+
+def test_an_answer_that_took_long_is_no_wrong_clock() -> None:
+    assert services.clock("broker", 1001.0, asked_s=1000.0, answered_s=1120.0).status is Status.OK
 
 
 def test_each_bucket_is_tried(find: Find, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,23 +296,89 @@ def test_waiting_jobs_unreadable_messages_and_pauses_are_told(find: Find, store:
     assert "s3://uploads" in paused.message
 
 
-def test_a_probe_that_raises_or_hangs_is_a_finding() -> None:
-    release = threading.Event()
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """Ends what a test's probes do for ever."""
+    event = threading.Event()
+    yield event
+    event.set()
+    while hung():
+        time.sleep(0.01)
 
-    def hang() -> Iterator[Check]:
-        yield Check("part", Status.OK, "first half")
-        release.wait(60)
 
+def test_a_probe_that_raises_is_a_finding() -> None:
     def fail() -> Iterator[Check]:
         raise StoreError("redis://:s3cret@host refused")
         yield
 
-    first, late = bounded("part", hang, limit_s=0.2)
-    assert hung()
-    release.set()
-    assert (first.message, late.message) == ("first half", "no answer in 0.2 s")
     (failed,) = bounded("part", fail, hint="do this")
     assert failed == Check("part", Status.FAIL, "redis://:***@host refused", "do this")
+
+
+def test_a_probe_that_waits_for_ever_has_no_answer(released: threading.Event) -> None:
+    def wait() -> Iterator[Check]:
+        yield Check("part", Status.OK, "first half")
+        released.wait()
+
+    first, late = bounded("part", wait, hint="do this", wait_s=0.2)
+    assert hung()
+    assert first.message == "first half"
+    assert late == Check("part", Status.FAIL, "no answer in 0.2 s", "do this")
+
+
+def test_a_probe_that_works_is_slow_and_not_broken(released: threading.Event) -> None:
+    def work() -> Iterator[Check]:
+        while not released.is_set():
+            pass
+        yield Check("part", Status.OK, "done")
+
+    (slow,) = bounded("data directory", work, wait_s=0.5, work_s=0.7)
+    assert slow.status is Status.WARN
+    assert slow.message.startswith("slow: not done after ")
+    assert slow.hint == "code-worker doctor 'data directory', when less is running"
+
+
+def test_a_probe_whose_library_works_in_another_thread_is_slow_and_not_broken(released: threading.Event) -> None:
+    def work() -> Iterator[Check]:
+        helper = threading.Thread(target=lambda: all(not released.is_set() for _ in iter(int, 1)))
+        helper.start()
+        helper.join()
+        yield Check("part", Status.OK, "done")
+
+    (slow,) = bounded("part", work, wait_s=0.5, work_s=0.7)
+    assert slow.status is Status.WARN
+
+
+def test_beside_a_probe_that_still_works_one_that_waits_has_no_answer(released: threading.Event) -> None:
+    def work() -> Iterator[Check]:
+        while not released.is_set():
+            pass
+        yield Check("part", Status.OK, "done")
+
+    def wait() -> Iterator[Check]:
+        released.wait()
+        yield Check("part", Status.OK, "done")
+
+    bounded("part", work, work_s=0.1)
+    (late,) = bounded("part", wait, wait_s=0.2)
+    assert late.status is Status.FAIL
+
+
+def test_a_machine_that_stands_still_has_not_waited() -> None:
+    program = (
+        "import sys\nfrom code_worker.worker.doctor.check import Check, Status, bounded\n"
+        "def wait():\n"
+        "    print('begun', flush=True)\n"
+        "    yield Check('part', Status.OK, sys.stdin.readline())\n"
+        "(found,) = bounded('part', wait, wait_s=1.5)\nprint(found.status)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as child:
+        assert child.stdout.readline() == "begun\n"
+        child.send_signal(signal.SIGSTOP)
+        time.sleep(1.6)
+        child.send_signal(signal.SIGCONT)
+        assert child.communicate("answer\n", timeout=120)[0] == "ok\n"
 
 
 def test_without_the_workers_packages_it_says_what_is_missing() -> None:
@@ -318,6 +390,6 @@ def test_without_the_workers_packages_it_says_what_is_missing() -> None:
         "metadata.version = version\n"
         "from code_worker.worker.doctor.machine import python\nprint(*python())"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert "no torch: enough to enqueue, not to judge" in ended.stdout
     assert "pip install 'code-worker[worker]'" in ended.stdout

@@ -38,7 +38,7 @@ PARTS: Final = ("python", *_PROBES)
 
 
 def examine(parts: Collection[str] = PARTS, **overrides: object) -> Iterator[Check]:
-    """Yields findings about the parts as they come; each part has a limit of seconds."""
+    """Yields findings about the parts as they come; each part has a limit, see `check.bounded`."""
     if "python" in parts:
         yield from bounded("python", machine.python)
     try:
