@@ -19,7 +19,8 @@ from code_worker.worker.lifeline import SUPERVISOR_ENV
 __all__ = ["LocalS3"]
 
 _HOST: Final = "127.0.0.1"
-_START_S: Final = 60.0
+_START_S: Final = 120.0
+_ANSWER_S: Final = 120.0
 _STOP_S: Final = 5.0
 
 
@@ -70,7 +71,7 @@ class LocalS3:
         Raises:
             CodeWorkerError: the server refused.
         """
-        connection = http.client.HTTPConnection(_HOST, self.port, timeout=30)
+        connection = http.client.HTTPConnection(_HOST, self.port, timeout=_ANSWER_S)
         try:
             connection.request("PUT", f"/{quote(path)}", body=data)
             answer = connection.getresponse()

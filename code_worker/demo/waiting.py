@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bar", "Progress", "Step", "await_jobs", "await_release", "await_run"]
 
-_STALL_S: Final = 90.0
+_STALL_S: Final = 180.0
 _POLL_S: Final = 0.1
 
 Progress = Callable[[int], None]

@@ -29,7 +29,8 @@ __all__ = ["EmbeddedBroker", "server_binary"]
 # connect to itself, and then holds the port that the server needs for its restart.
 _PORTS: Final = range(20_000, 32_000)
 _HOST: Final = "127.0.0.1"
-_STOP_S: Final = 10.0
+_ANSWER_S: Final = 2.0
+_STOP_S: Final = 60.0
 
 log = get_logger(__name__)
 
@@ -112,8 +113,10 @@ class EmbeddedBroker:
         """Takes the address back."""
         self._published.unlink(missing_ok=True)
 
-    def _client(self) -> Redis:
-        return Redis.from_url(self.url, socket_timeout=2, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0))
+    def _client(self, answer_s: float = _ANSWER_S) -> Redis:
+        # Asked twice: a machine that stood still overslept the limit of the first time.
+        again = Retry(NoBackoff(), 1)
+        return Redis.from_url(self.url, socket_timeout=answer_s, socket_connect_timeout=_ANSWER_S, retry=again)
 
     def _address(self) -> str:
         """The kept address where its port is free or can be freed, else a new one."""
@@ -129,7 +132,8 @@ class EmbeddedBroker:
         try:
             with self._client() as client:
                 pid = client.info("server")["process_id"]
-                log.warning("orphaned_broker_stopped", pid=pid)
+            log.warning("orphaned_broker_stopped", pid=pid)
+            with self._client(_STOP_S) as client:  # it writes to disk first
                 client.shutdown()
         except BusyLoadingError:
             raise BrokerUnavailableError(

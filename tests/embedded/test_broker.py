@@ -5,6 +5,7 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,7 +18,7 @@ from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.settings import load_settings
 from code_worker.worker.embedded import EmbeddedBroker
 from code_worker.worker.supervisor import Backoff, Supervisor
-from tests.embedded.processes import is_gone, until
+from tests.embedded.processes import is_gone, lines, until
 
 Start = Callable[[], tuple[EmbeddedBroker, Supervisor]]
 
@@ -144,6 +145,24 @@ def test_a_server_that_an_earlier_run_left_behind_is_ended_first(start: Start, d
         orphan.wait(10)
 
 
+def test_a_server_left_behind_that_stood_still_for_a_moment_is_ended_too(data_path: Path) -> None:
+    lost = EmbeddedBroker(data_path)
+    orphan = subprocess.Popen(list(lost.prepare().command))
+    thaw = threading.Timer(2.5, lambda: orphan.send_signal(signal.SIGCONT))
+    try:
+        lost.wait_ready()
+        orphan.send_signal(signal.SIGSTOP)
+        thaw.start()
+        again = EmbeddedBroker(data_path)
+        again.prepare()
+        assert orphan.wait(120) == 0
+        assert again.url == lost.url
+    finally:
+        thaw.cancel()
+        orphan.kill()
+        orphan.wait()
+
+
 def test_a_damaged_address_file_is_replaced(start: Start, data_path: Path) -> None:
     (data_path / "broker").mkdir(parents=True)
     (data_path / "broker" / "address").write_text("redis://:x@127.0.0.1:port/0")
@@ -159,8 +178,9 @@ def test_one_that_cannot_start_is_reported_with_the_end_of_its_log(data_path: Pa
     (data_path / "broker" / "appendonlydir").write_text("not a directory")
     supervisor.start()
     try:
+        until(lambda: "appendonlydir" in "".join(lines(broker.log_path)))
         with pytest.raises(BrokerUnavailableError, match=r"its log .*valkey\.log ends: .*appendonlydir"):
-            broker.wait_ready(2)
+            broker.wait_ready(0.1)
     finally:
         supervisor.stop()
 
