@@ -17,6 +17,7 @@ from code_worker.encoder.engine import Engine
 from code_worker.encoder.forward import CropEncoder
 from code_worker.encoder.lanes import Lanes, batch_shapes
 from code_worker.encoder.weights import EncoderWeights, random_weights
+from code_worker.types import EMBEDDING_TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_padded_and_cut_batches_give_each_crop_its_own_row(weights: EncoderWeigh
     lanes.run(crops_of(16, seed=9))  # what the buffers hold beyond the batch must not matter
     found = lanes.run(crops)
     assert found.dtype == np.float32
-    assert np.abs(found - Engine(weights, device="cpu").embed(crops)).max() < 2e-6
+    assert np.abs(found - Engine(weights, device="cpu").embed(crops)).max() < EMBEDDING_TOLERANCE
 
 
 def test_the_encoder_sees_only_the_prepared_shapes(weights: EncoderWeights) -> None:
@@ -87,7 +88,7 @@ def test_more_threads_than_lanes_wait_their_turn(weights: EncoderWeights) -> Non
         found = list(pool.map(lanes.run, batches))
     assert 1 <= most[0] <= 2
     expected = Engine(weights, device="cpu").embed(np.concatenate(batches))
-    assert np.abs(np.concatenate(found) - expected).max() < 2e-6
+    assert np.abs(np.concatenate(found) - expected).max() < EMBEDDING_TOLERANCE
 
 
 def test_a_lane_out_of_memory_is_lent_again(weights: EncoderWeights) -> None:
@@ -111,7 +112,7 @@ def test_compiled_kernels_give_the_same_embeddings(weights: EncoderWeights) -> N
     plain = lanes.run(crops)
     lanes.prepare()
     assert lanes.mode == "compiled"  # recording is CUDA's
-    assert np.abs(lanes.run(crops) - plain).max() < 1e-5
+    assert np.abs(lanes.run(crops) - plain).max() < EMBEDDING_TOLERANCE
 
 
 def test_without_a_compiler_the_kernels_stay_plain_and_a_warning_says_so(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from code_worker.encoder.checkpoint import load_checkpoint
 from code_worker.encoder.engine import Engine
 from code_worker.encoder.loop import EncoderLoop
 from code_worker.errors import ImageRejectedError, TransientError
-from code_worker.types import RejectReason
+from code_worker.types import EMBEDDING_TOLERANCE, RejectReason
 from tests.parity import ParitySet
 
 POISON, BLANK = 255, 254
@@ -75,7 +75,7 @@ def test_the_loop_gives_what_the_published_pipeline_gives(parity_set: ParitySet)
     crops = parity_set.stacked_crops()
     with EncoderLoop(engine, streams=2) as loop, ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda part: loop.embed(crops[part]), parts))
-    assert np.abs(np.concatenate(results) - parity_set.embeddings).max() < 2e-5
+    assert np.abs(np.concatenate(results) - parity_set.embeddings).max() < EMBEDDING_TOLERANCE
     assert loop.stats().crops == len(crops)
     assert loop.stats().busy_s > 0
 

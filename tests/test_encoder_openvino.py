@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from code_worker.encoder import choice
-from code_worker.encoder.choice import MAX_DIFFERENCE, open_engine
+from code_worker.encoder.choice import open_engine
 from code_worker.encoder.engine import Engine
 from code_worker.encoder.openvino_engine import OpenVinoEngine
 from code_worker.encoder.vit import VitConfig, expected_shapes
 from code_worker.encoder.weights import EncoderWeights, random_weights
 from code_worker.errors import ConfigurationError
+from code_worker.types import EMBEDDING_TOLERANCE
 
 LETTING_GO = """
 import gc, os, signal, sys, threading
@@ -71,7 +72,7 @@ def test_openvino_gives_the_numbers_of_torch(engine: OpenVinoEngine, weights: En
     found = engine.embed(batch)
     assert found.shape == (count, 192)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, Engine(weights, device="cpu").embed(batch), atol=MAX_DIFFERENCE, rtol=0)
+    np.testing.assert_allclose(found, Engine(weights, device="cpu").embed(batch), atol=EMBEDDING_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
@@ -79,7 +80,7 @@ def test_a_small_encoder_sees_the_centre_and_fills_up_with_zeros(qkv_bias: bool)
     weights = small_weights(replace(SMALL, qkv_bias=qkv_bias))
     found, batch = OpenVinoEngine(weights, streams=1), crops(5)
     expected = Engine(weights, device="cpu").embed(batch)
-    np.testing.assert_allclose(found.embed(batch), expected, atol=MAX_DIFFERENCE, rtol=0)
+    np.testing.assert_allclose(found.embed(batch), expected, atol=EMBEDDING_TOLERANCE, rtol=0)
     assert not found.embed(batch)[:, SMALL.width :].any()
 
 
@@ -111,7 +112,7 @@ def test_a_cpu_gets_openvino_by_itself_and_torch_where_it_is_named(weights: Enco
 def test_an_engine_that_differs_from_torch_is_not_chosen(
     weights: EncoderWeights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(choice, "MAX_DIFFERENCE", 0.0)
+    monkeypatch.setattr(choice, "EMBEDDING_TOLERANCE", 0.0)
     assert open_engine(weights, device="cpu").name == "torch"
     assert "engine_refused" in caplog.text
     with pytest.raises(ConfigurationError, match=r"differ from torch's by .*; use engine torch"):

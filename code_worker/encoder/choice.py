@@ -11,15 +11,14 @@ from code_worker.encoder.engine import CUDA_BATCH, Engine, resolve_device
 from code_worker.encoder.openvino_engine import OpenVinoEngine
 from code_worker.errors import ConfigurationError
 from code_worker.logs import get_logger
+from code_worker.types import EMBEDDING_TOLERANCE
 
 if TYPE_CHECKING:
     from code_worker.encoder.weights import EncoderWeights
 
-__all__ = ["ENGINES", "MAX_DIFFERENCE", "open_engine"]
+__all__ = ["ENGINES", "open_engine"]
 
 ENGINES: Final = ("auto", "torch", "openvino")
-MAX_DIFFERENCE: Final = 2e-5
-"""Of any number of an embedding between two engines; beyond it labels near a threshold start to differ."""
 _TRIED: Final = 8
 
 log = get_logger(__name__)
@@ -37,8 +36,8 @@ def open_engine(
 ) -> Engine | OpenVinoEngine:
     """The engine of a name. `auto`: OpenVINO on a CPU where it is installed, else torch.
 
-    OpenVINO embeds a few random crops first and is compared with torch: `auto` then says so and takes torch, whoever
-    named it is refused.
+    OpenVINO embeds a few random crops first. If they differ from torch's by more than `EMBEDDING_TOLERANCE`, `auto`
+    says so and takes torch, and whoever named OpenVINO is refused.
 
     Args:
         weights: the encoder.
@@ -61,7 +60,7 @@ def open_engine(
         raise ConfigurationError("engine 'openvino' is not installed: pip install 'code-worker[openvino]'")
     if engine == "openvino" or (engine == "auto" and fits and find_spec("openvino") is not None):
         chosen = OpenVinoEngine(weights, streams=streams)
-        if (difference := _difference(chosen, weights)) <= MAX_DIFFERENCE:
+        if (difference := _difference(chosen, weights)) <= EMBEDDING_TOLERANCE:
             return chosen
         fault = f"OpenVINO's embeddings differ from torch's by {difference:.1e} on this machine"
         if engine == "openvino":

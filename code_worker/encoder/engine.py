@@ -81,8 +81,9 @@ class Engine:
     def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """`(n, 224, 224, 3) uint8` to `(n, 192) float32`: the CLS token after the final LayerNorm, not normalised.
 
-        A row depends on its own crop only, to 2e-6, whatever else is in the batch. A row that is not finite (an
-        overflow in fp16) is handed out as it is: `EncoderLoop` turns it into that crop's error.
+        What else is in the batch moves a row by rounding alone, as sums are taken in another order: in fp32 within
+        `EMBEDDING_TOLERANCE`. A row that is not finite (an overflow in fp16) is handed out as it is: `EncoderLoop`
+        turns it into that crop's error.
 
         Raises:
             ValueError: another shape or type.

@@ -24,7 +24,7 @@ class CropEncoder(nn.Module):
     An encoder for smaller images takes the centre of the crop; one of a smaller width leaves the last numbers 0,
     which changes neither distances nor what a linear head sees.
 
-    Three shortcuts, all exact but for rounding (a few 1e-6 of an embedding):
+    Three shortcuts, all exact but for rounding, and in float32 within `EMBEDDING_TOLERANCE`:
     patches are cut straight out of the bytes and projected by one matrix product, which also keeps TF32
     convolutions out of a CUDA device's fp32; with `fold` the division by 255 and the normalisation are part of that
     matrix (padding is in the bytes already, so no pixel escapes them); the last block computes queries, projection
