@@ -8,10 +8,12 @@ PIP_AUDIT ?= pip-audit
 
 VENV := .venv
 BIN := $(VENV)/bin
-LOCKED := $(VENV)/.locked
+DEMO := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
 REGION := $(VENV)/.region
 CELERY_5_6 := .matrix/celery-5.6
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
+EDITABLE := $(PIP) --no-build-isolation --editable .
 COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
 .PHONY: help demo test lint check test-celery-5.6 test-matrix faults faults-celery-5.6 settings lock sbom audit-pins bench clean
@@ -20,22 +22,27 @@ COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11
 help: ## Say what can be made
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
 
-$(LOCKED): requirements/lock.txt
+$(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements/lock.txt
+	$(PYTHON) -m venv $(VENV)
+
+# What the demonstration needs; the tests need that and more.
+$(DEMO): requirements/demo.txt requirements/install.py pyproject.toml | $(BIN)/python
+	@$(BIN)/python requirements/install.py requirements/demo.txt
+	@$(EDITABLE)
 	@touch $@
 
-$(INSTALLED): $(LOCKED) pyproject.toml
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+$(INSTALLED): requirements/lock.txt requirements/install.py pyproject.toml | $(BIN)/python
+	@$(BIN)/python requirements/install.py requirements/lock.txt
+	@$(EDITABLE)
 	@touch $@
 
 # Optional for users; tests and measurements are about it. Takes a C compiler and Python's headers.
 $(REGION): $(INSTALLED) plugins/jpeg/pyproject.toml $(wildcard plugins/jpeg/code_worker_jpeg/*.*)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation ./plugins/jpeg
+	@$(PIP) --no-build-isolation ./plugins/jpeg
 	@touch $@
 
-demo: $(INSTALLED) ## Run the main job on a toy set, have it learn, print what happened
+demo: $(DEMO) ## Run the main job on a toy set, have it learn, print what happened
 	$(BIN)/code-worker demo
 
 test: $(INSTALLED) $(REGION) ## Run every test
@@ -51,13 +58,12 @@ check: lint test ## What CI runs, but for the older Celery
 
 $(CELERY_5_6)/.installed: $(INSTALLED) requirements/celery-5.6.txt
 	rm -rf $(CELERY_5_6)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes --no-deps \
-		--target $(CELERY_5_6) -r requirements/celery-5.6.txt
+	@$(PIP) --require-hashes --target $(CELERY_5_6) -r requirements/celery-5.6.txt
 	@touch $@
 
 test-celery-5.6: $(CELERY_5_6)/.installed $(REGION) ## Run the tests of worker and faults on Celery 5.6
-	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python -c 'import celery; assert celery.__version__ == "5.6.3", celery'
-	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python -m pytest tests/worker tests/faults
+	PYTHONPATH="$(CURDIR)/$(CELERY_5_6)" $(BIN)/python -c 'import celery; assert celery.__version__ == "5.6.3", celery'
+	PYTHONPATH="$(CURDIR)/$(CELERY_5_6)" $(BIN)/python -m pytest tests/worker tests/faults
 
 test-matrix: test-celery-5.6 ## Run the tests of worker and faults on both supported lines of Celery
 	$(BIN)/python -m pytest tests/worker tests/faults
@@ -68,7 +74,7 @@ faults: $(INSTALLED) $(REGION) ## Run the fault matrix, the long rows too, and w
 	$(BIN)/python $(FAULTS) -m "row or nightly"
 
 faults-celery-5.6: $(CELERY_5_6)/.installed $(REGION) ## Run the short rows that have a broker on Celery 5.6, into the same table
-	PYTHONPATH=$(CURDIR)/$(CELERY_5_6) $(BIN)/python $(FAULTS) -m "row and not nightly" --broker-rows
+	PYTHONPATH="$(CURDIR)/$(CELERY_5_6)" $(BIN)/python $(FAULTS) -m "row and not nightly" --broker-rows
 
 settings: $(INSTALLED) ## Write docs/settings.md from the settings
 	$(BIN)/python docs/generate_settings.py
@@ -76,6 +82,7 @@ settings: $(INSTALLED) ## Write docs/settings.md from the settings
 lock: ## Resolve the dependencies anew (UPGRADE=--upgrade takes the newest); needs uv
 	$(COMPILE) $(UPGRADE) --all-extras --output-file requirements/lock.txt pyproject.toml
 	$(COMPILE) --extra worker --extra training --extra openvino --constraint requirements/lock.txt --output-file requirements/worker.txt pyproject.toml
+	$(COMPILE) --extra demo --constraint requirements/lock.txt --output-file requirements/demo.txt pyproject.toml requirements/build.in
 	$(COMPILE) --constraint requirements/lock.txt --output-file requirements/build.txt requirements/build.in
 	$(COMPILE) --no-deps --output-file requirements/celery-5.6.txt requirements/celery-5.6.in
 

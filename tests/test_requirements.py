@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -56,7 +58,7 @@ def test_every_pin_is_followed_by_a_hash(path: Path) -> None:
     ] == []
 
 
-@pytest.mark.parametrize("path", sorted(REQUIREMENTS.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted([*LOCKS, *REQUIREMENTS.glob("*.in")]), ids=lambda path: path.name)
 def test_no_requirements_file_names_an_index_or_a_host(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"https?:|file:|//|--(?:extra-)?index-url|--find-links|--trusted-host| @ ", text)
@@ -77,6 +79,40 @@ def test_the_production_lock_is_the_worker_alone_at_the_same_versions() -> None:
     assert {canonicalize_name(wanted.name) for wanted in declared("worker")} <= set(worker)
     assert {name: versions for name, versions in worker.items() if not versions <= everything[name]} == {}
     assert not {"pytest", "moto", "mypy", "ruff", "transformers"} & set(worker)
+
+
+def test_the_lock_of_the_demonstration_is_what_it_needs_at_the_same_versions() -> None:
+    demo, everything = pins(REQUIREMENTS / "demo.txt"), pins(REQUIREMENTS / "lock.txt")
+    needed = {canonicalize_name(wanted.name) for wanted in declared("worker", "training", "embedded", "s3-server")}
+    assert needed | {"hatchling"} <= set(demo)
+    assert {name: versions for name, versions in demo.items() if not versions <= everything[name]} == {}
+    assert not {"pytest", "mypy", "ruff", "transformers", "datasets", "openvino", "cfn-lint"} & set(demo)
+
+
+def installer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("install", REQUIREMENTS / "install.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["install"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_installer_sees_every_pin_once_and_leaves_no_package_out() -> None:
+    install = installer()
+    found = list(install.pins(REQUIREMENTS / "lock.txt"))
+    assert "".join(f"{pin.text.strip()}\n" for pin in found) == (REQUIREMENTS / "lock.txt").read_text(
+        encoding="utf-8"
+    )
+    parts = install.chunks(found)
+    assert sorted(pin.text for part in parts for pin in part) == sorted(pin.text for pin in found)
+
+
+def test_the_size_that_the_installer_announces_is_no_less_than_what_it_installs() -> None:
+    install = installer()
+    for lock, announced_gb in install.DISK_GB.items():
+        needed = [pin for pin in install.pins(REQUIREMENTS / f"{lock}.txt") if pin.name != "triton" and pin.installed]
+        assert 0 < sum(map(install.size_gb, needed)) <= announced_gb, lock
 
 
 def test_the_older_celery_is_locked_beside_the_newer_one() -> None:
