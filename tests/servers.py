@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from sqlalchemy import make_url
+
+from tests.patience import LIMIT_S, polls
 
 
 def free_port() -> int:
@@ -24,15 +25,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes], limit_s: float = 30.0) -> None:
+def wait_for_port(port: int, process: subprocess.Popen[bytes], limit_s: float = LIMIT_S) -> None:
     """Returns once the port accepts; raises when the process has ended or the time is up."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
+    for _ in polls(limit_s, 0.02):
         if process.poll() is not None:
             raise RuntimeError(f"{process.args} ended with status {process.returncode}")
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=0.5):
             return
-        time.sleep(0.02)
     raise TimeoutError(f"port {port} not open after {limit_s} s")
 
 
@@ -58,7 +57,7 @@ class ChildServer:
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
-        """SIGTERM, and wait; SIGKILL after five seconds."""
+        """SIGTERM, and wait; SIGKILL after half a minute."""
         self._end(signal.SIGTERM)
 
     def _end(self, number: signal.Signals) -> None:
@@ -66,10 +65,10 @@ class ChildServer:
             return
         self.process.send_signal(number)
         try:
-            self.process.wait(5)
+            self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(5)
+            self.process.wait()
         self.process = None
 
     def __enter__(self) -> Self:

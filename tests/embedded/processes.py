@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from code_worker.worker.supervisor import Child
+from tests.patience import LIMIT_S, polls
 
 CLI = (sys.executable, "-m", "code_worker")
 _PRELUDE = """
@@ -29,13 +29,12 @@ def child(name: str, body: str, **options: object) -> Child:
     return Child(name, (sys.executable, "-c", _PRELUDE + body), **options)  # type: ignore[arg-type]
 
 
-def until(condition: Callable[[], object], limit_s: float = 20.0) -> None:
+def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
     """Returns once the condition holds; fails when it never does."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"still not so after {limit_s} s")
-        time.sleep(0.02)
+    for _ in polls(limit_s, 0.02):
+        if condition():
+            return
+    raise AssertionError(f"still not so after {limit_s} s")
 
 
 def lines(path: Path) -> list[str]:
@@ -66,7 +65,7 @@ class Up:
             )
 
     def wait_ready(self) -> None:
-        until(lambda: "Ctrl-C" in self.text() or self.process.poll() is not None, 60)
+        until(lambda: "Ctrl-C" in self.text() or self.process.poll() is not None)
         assert self.process.poll() is None, self.text()
 
     def text(self) -> str:
@@ -77,4 +76,4 @@ class Up:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(LIMIT_S)

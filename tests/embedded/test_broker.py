@@ -35,11 +35,11 @@ def start(data_path: Path) -> Iterator[Start]:
 
     def run() -> tuple[EmbeddedBroker, Supervisor]:
         broker = EmbeddedBroker(data_path)
-        supervisor = Supervisor(grace_s=10, backoff=Backoff(first_s=0.05))
+        supervisor = Supervisor(grace_s=120, backoff=Backoff(first_s=0.05))
         supervisors.append(supervisor)
         supervisor.add(broker.prepare())
         supervisor.start()
-        broker.wait_ready(20)
+        broker.wait_ready()
         return broker, supervisor
 
     yield run
@@ -103,7 +103,7 @@ def test_killed_it_comes_back_at_the_same_address_with_its_messages(start: Start
     killed = supervisor.pids()["broker"]
     os.kill(killed, signal.SIGKILL)
     until(lambda: supervisor.pids().get("broker", killed) != killed)
-    broker.wait_ready(20)
+    broker.wait_ready()
     with _client(broker) as client:
         assert client.lrange("queue", 0, -1) == [str(number) for number in range(1000)]
 
@@ -132,17 +132,17 @@ def test_a_server_that_an_earlier_run_left_behind_is_ended_first(start: Start, d
     lost = EmbeddedBroker(data_path)
     orphan = subprocess.Popen(list(lost.prepare().command))  # nobody supervises it
     try:
-        lost.wait_ready(20)
+        lost.wait_ready()
         with _client(lost) as client:
             client.rpush("queue", "kept")
         again, _ = start()
-        orphan.wait(10)
+        orphan.wait(120)
         assert again.url == lost.url
         with _client(again) as client:
             assert client.lrange("queue", 0, -1) == ["kept"]
     finally:
         orphan.kill()
-        orphan.wait(10)
+        orphan.wait(120)
 
 
 def test_a_server_left_behind_that_stood_still_for_a_moment_is_ended_too(data_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_damaged_address_file_is_replaced(start: Start, data_path: Path) -> No
 
 def test_one_that_cannot_start_is_reported_with_the_end_of_its_log(data_path: Path) -> None:
     broker = EmbeddedBroker(data_path)
-    supervisor = Supervisor(grace_s=10, backoff=Backoff(first_s=0.05))
+    supervisor = Supervisor(grace_s=120, backoff=Backoff(first_s=0.05))
     supervisor.add(broker.prepare())
     (data_path / "broker" / "appendonlydir").write_text("not a directory")
     supervisor.start()

@@ -36,7 +36,7 @@ def test_up_says_what_it_runs_and_ctrl_c_leaves_no_process_and_no_address(up: Up
     with Redis.from_url(load_settings(data_dir=up.data_dir).resolved_broker_url) as client:
         assert client.ping()
     os.killpg(up.process.pid, signal.SIGINT)  # as a terminal does
-    assert up.process.wait(60) == 0, up.text()
+    assert up.process.wait(120) == 0, up.text()
     assert all(is_gone(pid) for pid in children)
     assert not (up.data_dir / "run" / "broker.url").exists()
 
@@ -44,7 +44,7 @@ def test_up_says_what_it_runs_and_ctrl_c_leaves_no_process_and_no_address(up: Up
 def test_a_second_up_on_the_same_directory_is_refused_and_harms_nothing(up: Up, tmp_path: Path) -> None:
     up.wait_ready()
     second = Up(up.data_dir, tmp_path / "second")
-    assert second.process.wait(60) == 2
+    assert second.process.wait(120) == 2
     assert f"process {up.process.pid}" in second.text()
     with Redis.from_url(load_settings(data_dir=up.data_dir).resolved_broker_url) as client:
         assert client.ping()
@@ -132,7 +132,7 @@ def test_worker_trainer_and_beat_show_a_missing_broker_in_one_line(data_dir: Pat
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=120,
         )
         assert ended.returncode == 2
         assert "no broker: set CODE_WORKER_BROKER_URL" in ended.stderr

@@ -42,7 +42,7 @@ def up(tmp_path: Path, env: dict[str, str]) -> Iterator[Up]:
 
 def _run(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*CLI, *arguments], env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=120
+        [*CLI, *arguments], env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=240
     )
 
 
@@ -61,11 +61,11 @@ def test_up_judges_whatever_was_enqueued_and_whatever_of_it_dies(
         early = client.enqueue_many([str(path) for path in images[:3]])  # nothing can judge yet
         promoted = _run(env, "releases", "import", str(toy_release_dir), "--promote")
         assert promoted.returncode == 0, promoted.stderr
-        until(lambda: all(client.verdict(job) for job in early), 150)
+        until(lambda: all(client.verdict(job) for job in early), 240)
         _kill(up, "valkey-server")
         _kill(up, "code_worker.worker.process")
         late = client.enqueue_many([str(path) for path in images[3:]])  # accepted, whatever the broker does just now
-        until(lambda: all(client.verdict(job) for job in late), 150)
+        until(lambda: all(client.verdict(job) for job in late), 240)
         assert {verdict.outcome for job in early + late if (verdict := client.verdict(job))} == {Outcome.JUDGED}
 
     found = _run(env, "doctor", "--json", "broker", "database", "release", "workers", "jobs")
@@ -74,4 +74,4 @@ def test_up_judges_whatever_was_enqueued_and_whatever_of_it_dies(
         row["name"] for row in map(json.loads, found.stdout.splitlines()) if row["status"] == "ok"
     }
     os.killpg(up.process.pid, signal.SIGINT)
-    assert up.process.wait(60) == 0, up.text()
+    assert up.process.wait(120) == 0, up.text()

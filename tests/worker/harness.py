@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +22,14 @@ from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings, load_settings
 from code_worker.store.engine import Store, open_store
+from tests.patience import LIMIT_S, polls
 
 
 def wait_until(condition: Callable[[], Any], limit_s: float, what: str) -> Any:
-    """The first true value of `condition`; fails with `what` when the time is up."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
+    """The first true value of `condition`; fails with `what` when the time is up, see `polls`."""
+    for _ in polls(limit_s):
         if value := condition():
             return value
-        time.sleep(0.05)
     raise AssertionError(f"not within {limit_s} s: {what}")
 
 
@@ -118,7 +116,7 @@ class WorkerProcess:
         except psutil.NoSuchProcess:
             return []
 
-    def terminate(self, limit_s: float = 30.0) -> int:
+    def terminate(self, limit_s: float = LIMIT_S) -> int:
         """SIGTERM; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(limit_s)
@@ -126,7 +124,7 @@ class WorkerProcess:
     def kill(self) -> None:
         children = self.children()
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(LIMIT_S)
         for child in children:
             if child.is_running():
                 child.kill()
