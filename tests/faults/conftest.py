@@ -59,7 +59,9 @@ def slow_jobs(tmp_path: Path) -> dict[str, str]:
         "from code_worker import hookimpl\n"
         "@hookimpl\n"
         "def code_worker_select_head(job, heads):\n"
-        "    time.sleep(job.metadata.get('seconds', 0))\n"
+        # In short sleeps: a machine that stands still does not shorten what is left of the job.
+        "    for _ in range(round(job.metadata.get('seconds', 0) / 0.02)):\n"
+        "        time.sleep(0.02)\n"
     )
     return {"CODE_WORKER_PLUGINS_DIR": str(plugins)}
 

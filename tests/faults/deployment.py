@@ -18,7 +18,7 @@ from tests.worker.harness import Deployment, jpeg, wait_until
 
 __all__ = ["FaultDeployment"]
 
-_SETTLED_WITHIN_S = 90.0
+_SETTLED_WITHIN_S = 120.0
 
 
 @dataclass
@@ -86,7 +86,7 @@ class FaultDeployment(Deployment):
 
     def started(self, count: int = 1) -> None:
         """Returns once so many worker processes were ready to take messages."""
-        wait_until(lambda: len(self.events("worker_starting")) >= count, 60, f"{count} workers")
+        wait_until(lambda: len(self.events("worker_starting")) >= count, 120, f"{count} workers")
 
     def operations(self) -> Operations:
         """What was published, claimed, committed and acknowledged so far."""
@@ -109,4 +109,4 @@ class FaultDeployment(Deployment):
         return found
 
     def _end_workers(self) -> list[int]:
-        return [worker.terminate(60) for worker in self.workers if worker.alive]
+        return [worker.terminate(120) for worker in self.workers if worker.alive]

@@ -101,7 +101,7 @@ class TcpProxy:
             try:
                 if self._refusing:
                     raise ConnectionRefusedError
-                link = _Link(client, socket.create_connection(self._target, timeout=5))
+                link = _Link(client, socket.create_connection(self._target, timeout=120))
             except OSError:
                 client.close()
                 continue

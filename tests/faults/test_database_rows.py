@@ -13,7 +13,7 @@ from sqlalchemy import text
 from tests.faults.conftest import Deploy
 from tests.faults.deployment import FaultDeployment
 from tests.faults.postgres import WAYS, MortalPostgres
-from tests.faults.rows import Seen, row
+from tests.faults.rows import Bar, Seen, row
 from tests.worker.harness import wait_until
 
 
@@ -33,14 +33,14 @@ def _tolerate_what_was_put_back(deployment: FaultDeployment) -> None:
         return [event["event"] for event in deployment.log() if marker in event["event"]]
 
     # A message rests for some seconds before it goes back.
-    wait_until(lambda: len(rejected()) >= len(deployment.events("message_put_back")), 30, "messages put back")
+    wait_until(lambda: len(rejected()) >= len(deployment.events("message_put_back")), 120, "messages put back")
     deployment.tolerated |= set(rejected())
 
 
 def _seconds_to_the_next(deployment: FaultDeployment) -> float:
     """Seconds until one job more has a verdict."""
     began, before = time.monotonic(), deployment.decided()
-    wait_until(lambda: deployment.decided() > before, 30, "the first verdict after the fault")
+    wait_until(lambda: deployment.decided() > before, 120, "the first verdict after the fault")
     return time.monotonic() - began
 
 
@@ -51,7 +51,7 @@ def _seconds_to_the_next(deployment: FaultDeployment) -> float:
 )
 @pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.nightly)])
 def test_postgresql_that_is_restarted_in_the_midst_of_writing_loses_nothing(
-    mortal_postgres: MortalPostgres, deploy: Deploy, rounds: int, seen: Seen
+    mortal_postgres: MortalPostgres, deploy: Deploy, rounds: int, seen: Seen, bar: Bar
 ) -> None:
     deployment = deploy(mortal_postgres.new_database(), CODE_WORKER_WORKER__STORE_EMBEDDINGS="false")
     paths, slowest, committed = deployment.images(200), 0.0, 0
@@ -59,7 +59,7 @@ def test_postgresql_that_is_restarted_in_the_midst_of_writing_loses_nothing(
     deployment.started()
     for way in [*WAYS] * rounds:
         ids = deployment.enqueue(paths)
-        wait_until(lambda ids=ids: deployment.decided(ids) >= 4, 60, "verdicts are being written")
+        wait_until(lambda ids=ids: deployment.decided(ids) >= 4, 120, "verdicts are being written")
         before = set(deployment.operations().committed)
         deployment.ledger.close()
         mortal_postgres.end(way)
@@ -67,14 +67,14 @@ def test_postgresql_that_is_restarted_in_the_midst_of_writing_loses_nothing(
         mortal_postgres.again()
         slowest = max(slowest, _seconds_to_the_next(deployment))
         committed = len(before)
-        wait_until(lambda: not deployment.unfinished(), 60, "all of them")
+        wait_until(lambda: not deployment.unfinished(), 120, "all of them")
         assert deployment.decided(list(before)) == len(before), "what was committed is there"
     _tolerate_what_was_put_back(deployment)
     with deployment.ledger.engine.connect() as connection:
         blamed = connection.execute(text("select count(*) from jobs where faults > 0")).scalar_one()
         rejected = connection.execute(text("select count(*) from verdicts where outcome = 'rejected'")).scalar_one()
     assert (blamed, rejected) == (0, 0)
-    assert slowest <= 10
+    assert slowest <= bar(10)
     seen(first_job_done_s=slowest, committed=committed, missing=0, blamed=blamed)
 
 
@@ -91,7 +91,7 @@ def test_postgresql_that_is_away_for_a_minute_is_waited_for(
     workers = [deployment.worker() for _ in range(2)]
     deployment.started(2)
     ids = deployment.enqueue(deployment.images(400))
-    wait_until(lambda: deployment.decided(ids) >= 8, 60, "verdicts are being written")
+    wait_until(lambda: deployment.decided(ids) >= 8, 120, "verdicts are being written")
     deployment.ledger.close()
     mortal_postgres.end("fast")
     # What was in the last transaction's answer is acknowledged a moment after.
@@ -150,13 +150,13 @@ def test_a_full_disk_of_the_database_is_waited_out(
     flag.touch()
     # Producers have room still; the worker has none.
     ids = deployment.enqueue([{"uri": path, "metadata": {"filler": "x" * 3000}} for path in paths])
-    wait_until(lambda: _said_full(deployment), 30, "storage_full is said")
+    wait_until(lambda: _said_full(deployment), 120, "storage_full is said")
     time.sleep(15)
     assert worker.alive
     assert deployment.decided(ids) == 0
     flag.unlink()
     began = time.monotonic()
-    wait_until(lambda: not deployment.unfinished(), 90, "all of them")
+    wait_until(lambda: not deployment.unfinished(), 120, "all of them")
     with deployment.ledger.engine.connect() as connection:
         assert connection.execute(text("PRAGMA integrity_check")).scalar_one() == "ok"
         assert connection.execute(text("select count(*) from verdicts where outcome = 'rejected'")).scalar_one() == 0

@@ -52,7 +52,7 @@ def test_a_device_short_of_memory_takes_one_crop_at_a_time(
     deployment = deploy(sqlite_url, **plugin(tmp_path, NO_ROOM))
     worker = deployment.worker()
     ids = deployment.enqueue(deployment.images(JOBS))
-    wait_until(lambda: deployment.decided(ids) == JOBS, 60, "all verdicts")
+    wait_until(lambda: deployment.decided(ids) == JOBS, 120, "all verdicts")
     with closing(deployment.client()) as client:
         rejected = sum(1 for job in ids if (verdict := client.verdict(job)) and verdict.reason)
     seen(judged=JOBS - rejected, rejected=rejected, exits=0)
@@ -68,7 +68,7 @@ def test_a_lost_device_ends_the_process_and_the_next_one_judges(
     deployment.worker("worker", module="code_worker")
     ids = deployment.enqueue(deployment.images(JOBS))
     began = time.monotonic()
-    wait_until(lambda: deployment.decided(ids) == JOBS, 90, "all verdicts")
+    wait_until(lambda: deployment.decided(ids) == JOBS, 120, "all verdicts")
     took_s = time.monotonic() - began
     with closing(deployment.client()) as client:
         rejected = sum(1 for job in ids if (verdict := client.verdict(job)) and verdict.reason)

@@ -78,7 +78,7 @@ def _fill_disk(server: DurableRedis) -> None:
                 return True
             return False
 
-        wait_until(full, 20, "the server to refuse writes")
+        wait_until(full, 120, "the server to refuse writes")
 
 
 def _free_disk(server: DurableRedis) -> None:
@@ -103,7 +103,7 @@ def test_a_full_broker_is_outlived(
     deployment.started()
     uris = deployment.images(32)
     first = deployment.enqueue(uris[:1])
-    wait_until(lambda: deployment.decided(first), 30, "a first verdict")
+    wait_until(lambda: deployment.decided(first), 120, "a first verdict")
     fill(redis_server)
     began = time.monotonic()
     ids = deployment.enqueue(uris)
@@ -114,6 +114,6 @@ def test_a_full_broker_is_outlived(
     began = time.monotonic()
     wait_until(lambda: deployment.decided(ids), bar(10), "a verdict after there is room")
     healed_s = time.monotonic() - began
-    wait_until(lambda: deployment.decided(ids) == len(ids), 60, "all verdicts")
+    wait_until(lambda: deployment.decided(ids) == len(ids), 120, "all verdicts")
     assert worker.alive
     seen(enqueue_returned_after_s=accepted_s, exits=0, healed_s=healed_s, lost=0)

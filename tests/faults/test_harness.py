@@ -53,7 +53,7 @@ def echo_port() -> Iterator[int]:
 
 
 def _through(proxy: TcpProxy) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", proxy.port), timeout=5)
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout=120)
 
 
 def test_a_proxy_passes_on_until_old_connections_fall_silent(echo_port: int) -> None:

@@ -42,8 +42,8 @@ def _race(deployment: FaultDeployment, processes: int, concurrency: int) -> dict
         for job in ids:
             for _ in range(_TIMES):
                 bell.ring(NORMAL, [job])
-    wait_until(lambda: deployment.decided(ids) == _JOBS, 60, f"{_JOBS} verdicts")
-    wait_until(lambda: _skipped(deployment) >= _JOBS * (_TIMES - 1), 60, "every loser to step back")
+    wait_until(lambda: deployment.decided(ids) == _JOBS, 120, f"{_JOBS} verdicts")
+    wait_until(lambda: _skipped(deployment) >= _JOBS * (_TIMES - 1), 120, "every loser to step back")
     operations = deployment.operations()
     assert operations.executed_again == 0
     assert max(operations.committed.values()) == 1
@@ -79,17 +79,29 @@ def test_a_row_that_is_locked_while_its_message_is_taken_is_not_left_to_the_swee
     deployment = deploy(migrated_postgres_url, CODE_WORKER_WORKER__SWEEP_INTERVAL_S="300")
     deployment.worker()
     deployment.started()
-    (uri,) = deployment.images(1)
     with closing(Doorbell.for_producer(deployment.settings)) as bell:
         bell.depth(NORMAL)
-        ids = deployment.ledger.run(lambda session: jobs.accept(session, [jobs.NewJob(uri)]))
-        deployment.accepted += ids
-        with deployment.ledger.engine.begin() as connection:
-            # As a producer does that notes that it rang.
-            connection.execute(text("update jobs set published_at = now()"))
-            bell.ring(NORMAL, ids)
-            wait_until(lambda: deployment.events("jobs_claimed"), 10, "a claim that passes it over")
-    wait_until(lambda: deployment.decided(ids), 5, "the verdict")
+        # The worker tries for a third of a second; on a busy machine the lock may be held for longer than that.
+        assert any(_judged_though_locked(deployment, bell) for _ in range(10))
+
+
+def _judged_though_locked(deployment: FaultDeployment, bell: Doorbell) -> bool:
+    """Whether a job was judged whose row was locked as its message was taken; one that was left is rung for again."""
+    claims, skipped = len(deployment.events("jobs_claimed")), _skipped(deployment)
+    (uri,) = deployment.images(1)
+    ids = deployment.ledger.run(lambda session: jobs.accept(session, [jobs.NewJob(uri)]))
+    deployment.accepted += ids
+    with deployment.ledger.engine.begin() as connection:
+        # As a producer does that notes that it rang.
+        connection.execute(text("update jobs set published_at = now() where due_at is not null"))
+        bell.ring(NORMAL, ids)
+        wait_until(lambda: len(deployment.events("jobs_claimed")) > claims, 120, "a claim that passes it over")
+    wait_until(lambda: deployment.decided(ids) or _skipped(deployment) > skipped, 120, "the worker's answer")
+    if deployment.decided(ids):
+        return True
+    bell.ring(NORMAL, ids)
+    wait_until(lambda: deployment.decided(ids), 120, "the verdict")
+    return False
 
 
 @row(
@@ -111,20 +123,20 @@ def test_a_batch_longer_than_the_visibility_timeout_is_judged_once(
     deployment.worker("--concurrency", "4")
     deployment.started()
     (job,) = deployment.enqueue(deployment.images(1), metadata={"seconds": 10})
-    wait_until(lambda: deployment.counts().get("running"), 30, "the batch to begin")
+    wait_until(lambda: deployment.counts().get("running"), 120, "the batch to begin")
     over = threading.Event()
     impatient = threading.Thread(target=_restore_early, args=(deployment, over))
     impatient.start()
     try:
-        wait_until(lambda: deployment.decided([job]), 60, "the verdict")
+        wait_until(lambda: deployment.decided([job]), 120, "the verdict")
     finally:
         over.set()
-        impatient.join(10)
+        impatient.join(120)
     again = _skipped(deployment)
     assert again, "the message was delivered again while the batch was under way"
     assert deployment.operations().claimed[job] == 1
     refused = deployment.worker(CODE_WORKER_BROKER__VISIBILITY_TIMEOUT_S="479")
-    assert refused.process.wait(60) == 2
+    assert refused.process.wait(120) == 2
     assert "visibility timeout of 479 s" in deployment.events("configuration_error")[0]["error"]
     seen(delivered_again=again, judged=1, refused_below_s=480)
 

@@ -20,7 +20,7 @@ from code_worker.settings import Settings
 from code_worker.store import jobs, releases
 from tests.faults.conftest import Deploy
 from tests.faults.deployment import FaultDeployment
-from tests.faults.rows import Seen, row
+from tests.faults.rows import Bar, Seen, row
 from tests.worker.harness import wait_until
 
 QUICK = {"CODE_WORKER_WORKER__RELEASE_POLL_S": "0.5"}
@@ -75,7 +75,7 @@ def misshapen(directory: Path) -> None:
     expected="the worker says so and goes on with the release it has; it follows the next whole one within 10 s",
 )
 def test_a_release_that_is_broken_when_it_is_loaded_leaves_the_old_one_at_work(
-    deploy: Deploy, sqlite_url: str, variants: list[Path], seen: Seen
+    deploy: Deploy, sqlite_url: str, variants: list[Path], seen: Seen, bar: Bar
 ) -> None:
     deployment = deploy(sqlite_url, **QUICK)
     registry = registry_of(deployment)
@@ -88,17 +88,17 @@ def test_a_release_that_is_broken_when_it_is_loaded_leaves_the_old_one_at_work(
     for damage, release in zip(damages, added, strict=False):
         damage(Path(deployment.settings.resolved_artifacts) / release)
         point_to(deployment, release)
-        wait_until(lambda release=release: _refused(deployment, release), 30, f"{damage.__name__} is said")
+        wait_until(lambda release=release: _refused(deployment, release), 120, f"{damage.__name__} is said")
         ids = deployment.enqueue(paths)
-        wait_until(lambda ids=ids: deployment.decided(ids) == len(ids), 60, "judged all the same")
+        wait_until(lambda ids=ids: deployment.decided(ids) == len(ids), 120, "judged all the same")
         assert _judged_by(deployment, ids) == {first}, damage.__name__
         point_to(deployment, first)
         time.sleep(1)
     began = time.monotonic()
     registry.promote(added[3], by="test")
-    wait_until(lambda: _in_use(deployment) == added[3], 10, "the worker follows the whole one")
+    wait_until(lambda: _in_use(deployment) == added[3], bar(10), "the worker follows the whole one")
     ids = deployment.enqueue(paths)
-    wait_until(lambda: deployment.decided(ids) == len(ids), 60, "judged")
+    wait_until(lambda: deployment.decided(ids) == len(ids), 120, "judged")
     assert _judged_by(deployment, ids) == {added[3]}
     seen(broken=len(damages), judged_by_another=0, followed_s=time.monotonic() - began)
 
@@ -137,6 +137,7 @@ def test_a_champion_that_flips_all_the_time_mixes_nothing(
     database: str,
     seconds: int,
     seen: Seen,
+    bar: Bar,
 ) -> None:
     fixture = "sqlite_url" if database == "sqlite" else "migrated_postgres_url"
     deployment = deploy(request.getfixturevalue(fixture), **QUICK)
@@ -157,7 +158,7 @@ def test_a_champion_that_flips_all_the_time_mixes_nothing(
     shaken = _latencies_ms(deployment, ids)
     champion = registry.champion()
     began = time.monotonic()
-    wait_until(lambda: _followed(deployment, len(workers), str(champion)), 30, "both workers follow")
+    wait_until(lambda: _followed(deployment, len(workers), str(champion)), bar(30), "both workers follow")
     client = deployment.client()
     found = [client.verdict(job) for job in ids]
     assert all(verdict is not None and verdict.label is not None for verdict in found)
@@ -184,6 +185,6 @@ def _followed(deployment: FaultDeployment, workers: int, champion: str) -> bool:
 
 def _latencies_ms(deployment: FaultDeployment, ids: list[str]) -> list[float]:
     """From acceptance to verdict, once all are there."""
-    wait_until(lambda: deployment.decided(ids) == len(ids), 90, "all of them")
+    wait_until(lambda: deployment.decided(ids) == len(ids), 120, "all of them")
     found = deployment.ledger.run(lambda session: [jobs.get(session, job) for job in ids], write=False)
     return [1000 * (job.finished_at - job.created_at).total_seconds() for job in found if job and job.finished_at]

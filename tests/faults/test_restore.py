@@ -12,7 +12,7 @@ from sqlalchemy import make_url
 
 from code_worker.store.backup import backup, restore
 from tests.faults.conftest import Deploy
-from tests.faults.rows import Seen, row
+from tests.faults.rows import Bar, Seen, row
 from tests.servers import RedisServer
 from tests.worker.harness import wait_until
 
@@ -55,22 +55,22 @@ def tools(url: str) -> tuple[Callable[[Path], object], Callable[[Path], object]]
     expected="every job of the copy has one verdict, by itself, within 60 s",
 )
 def test_after_a_restore_the_ledger_brings_the_queue_back_by_itself(
-    deploy: Deploy, ledger_url: str, redis_server: RedisServer, tmp_path: Path, seen: Seen
+    deploy: Deploy, ledger_url: str, redis_server: RedisServer, tmp_path: Path, seen: Seen, bar: Bar
 ) -> None:
     copy, bring_back = tools(ledger_url)
     deployment = deploy(ledger_url)
     early = deployment.enqueue(deployment.images(LATER))
     deployment.worker()
-    wait_until(lambda: deployment.decided(early) >= LATER // 2, 60, "half of the first jobs")
-    assert deployment.workers[0].terminate(60) == 0
+    wait_until(lambda: deployment.decided(early) >= LATER // 2, 120, "half of the first jobs")
+    assert deployment.workers[0].terminate() == 0
     waiting = deployment.enqueue(deployment.images(LATER, LATER))
     copy(tmp_path / "ledger.copy")
     deployment.worker()
-    wait_until(lambda: not deployment.unfinished(), 60, "all of them")
+    wait_until(lambda: not deployment.unfinished(), 120, "all of them")
     lost = deployment.enqueue(deployment.images(4, 2 * LATER))
-    wait_until(lambda: not deployment.unfinished(), 60, "those that the copy lacks")
+    wait_until(lambda: not deployment.unfinished(), 120, "those that the copy lacks")
 
-    assert deployment.workers[1].terminate(60) == 0
+    assert deployment.workers[1].terminate() == 0
     deployment.ledger.close()
     redis_server.kill()
     bring_back(tmp_path / "ledger.copy")
@@ -81,6 +81,6 @@ def test_after_a_restore_the_ledger_brings_the_queue_back_by_itself(
 
     deployment.worker()
     began = time.monotonic()
-    wait_until(lambda: not deployment.unfinished(), 60, "the queue is back and done")
+    wait_until(lambda: not deployment.unfinished(), bar(60), "the queue is back and done")
     assert deployment.decided() == len(deployment.accepted) == 2 * LATER
     seen(judged_after_the_restore_s=time.monotonic() - began, jobs=2 * LATER)

@@ -25,7 +25,7 @@ _BATCH_S = 64 * 0.02
 
 def _in_the_broker(server: RedisServer) -> tuple[int, int]:
     """Messages in the queues, and messages that a worker holds."""
-    with redis.Redis.from_url(server.url, socket_timeout=5) as client:
+    with redis.Redis.from_url(server.url, socket_timeout=60) as client:
         waiting = sum(int(client.llen(f"cw:{queue}")) for queue in QUEUES)  # type: ignore[arg-type]  # async stubs
         return waiting, int(client.hlen("cw:unacked"))  # type: ignore[arg-type]  # async stubs
 
@@ -34,7 +34,7 @@ def _ready(deployment: FaultDeployment, lives: int) -> WorkerProcess:
     """A worker that holds a batch and has others waiting."""
     worker = deployment.worker("--concurrency", "2")
     deployment.started(lives)
-    wait_until(lambda: deployment.counts().get("running"), 30, "a claimed batch")
+    wait_until(lambda: deployment.counts().get("running"), 120, "a claimed batch")
     return worker
 
 
@@ -44,7 +44,7 @@ def _stopped(worker: WorkerProcess, *signals: signal.Signals) -> tuple[int, floa
     for number in signals:
         worker.process.send_signal(number)
         time.sleep(0.2)
-    return worker.process.wait(60), time.monotonic() - began
+    return worker.process.wait(120), time.monotonic() - began
 
 
 @row(
@@ -73,7 +73,7 @@ def test_sigterm_finishes_what_runs_and_hands_back_the_rest(
     assert waiting * 64 >= counts["accepted"] > 0, "what was not, waits for the next worker"
     assert took_s < bar(_BATCH_S + 5)
     deployment.worker()
-    wait_until(lambda: deployment.decided(ids) == len(ids), 60, "all verdicts")
+    wait_until(lambda: deployment.decided(ids) == len(ids), 120, "all verdicts")
     again = deployment.operations().executed_again
     assert again == 0
     seen(exit=status, exit_s=took_s, back_in_the_queue=waiting, lost=0, judged_again=again)
@@ -102,7 +102,7 @@ def test_no_signal_loses_a_job(
         statuses[f"{name}_status"], _ = _stopped(_ready(deployment, lives), *signals)
     assert deployment.unfinished(), "the test wants work left over"
     deployment.worker()
-    wait_until(lambda: deployment.decided(ids) == len(ids), 90, f"all verdicts: {deployment.counts()}")
+    wait_until(lambda: deployment.decided(ids) == len(ids), 120, f"all verdicts: {deployment.counts()}")
     seen(**statuses, lost=0)
 
 
@@ -118,7 +118,7 @@ def test_a_remapped_sigterm_with_the_solo_pool_is_refused(
     command = [sys.executable, "-m", "celery", "-A", "tests.worker.foreign_app", "worker", "--pool", "solo"]
     environment = {**os.environ, **deployment.environment, "REMAP_SIGTERM": "SIGQUIT"}
     refused = WorkerProcess(command, environment, deployment.log_path)
-    status = refused.process.wait(60)
+    status = refused.process.wait(120)
     refused.kill()
     assert status == 2
     assert "REMAP_SIGTERM=SIGQUIT with the pool solo" in deployment.log_path.read_text()
@@ -149,7 +149,7 @@ def test_sigterm_during_a_download_leaves_nothing_half_there(
         data = Path(deployment.environment["CODE_WORKER_DATA_DIR"])
         worker = deployment.worker(CODE_WORKER_S3__ENDPOINT_URL=endpoint, CODE_WORKER_DATA_DIR=str(data / "fresh"))
         cache = data / "fresh" / "cache" / "releases"
-        wait_until(lambda: any(cache.glob(".incomplete-*/**/*.safetensors*")), 60, "a download")
+        wait_until(lambda: any(cache.glob(".incomplete-*/**/*.safetensors*")), 120, "a download")
         status, took_s = _stopped(worker, signal.SIGTERM)
     left = sorted(path.name for path in cache.iterdir() if not path.name.endswith(".lock"))
     assert (status, left) == (0, [])

@@ -13,7 +13,7 @@ import pytest
 
 from code_worker.failpoints import FAILPOINT_STATUS
 from tests.faults.deployment import FaultDeployment
-from tests.faults.rows import Seen, row
+from tests.faults.rows import Bar, Seen, row
 from tests.servers import RedisServer, S3Server
 from tests.worker.harness import WorkerProcess, jpeg, wait_until
 
@@ -29,9 +29,9 @@ def _kill_at_random(
 ) -> float:
     """Kills one worker process after another, each while it holds claims; returns when the last one died."""
     for _ in range(kills):
-        wait_until(lambda: deployment.counts().get("running") or not deployment.unfinished(), 60, "a claimed batch")
+        wait_until(lambda: deployment.counts().get("running") or not deployment.unfinished(), 120, "a claimed batch")
         time.sleep(rng.uniform(0.05, pause_s))
-        if alive := wait_until(lambda: _children_of(supervisors), 30, "a worker to kill"):
+        if alive := wait_until(lambda: _children_of(supervisors), 120, "a worker to kill"):
             rng.choice(alive).kill()
     return time.monotonic()
 
@@ -55,6 +55,7 @@ def _survive(
     uris: list[str],
     rng: random.Random,
     seen: Seen,
+    bar: Bar,
     *,
     kills: int,
     pause_s: float,
@@ -66,7 +67,7 @@ def _survive(
     last_kill = _kill_at_random(deployment, supervisors, rng, kills, pause_s)
     left = deployment.unfinished()
     limit_s = deployment.settings.worker.lease_s + 30
-    wait_until(lambda: not deployment.unfinished(), limit_s, f"all verdicts: {deployment.counts()}")
+    wait_until(lambda: not deployment.unfinished(), bar(limit_s), f"all verdicts: {deployment.counts()}")
     last_verdict_s = time.monotonic() - last_kill
     again = deployment.operations().executed_again
     assert again <= kills * (_CONCURRENCY + 1) * 64
@@ -96,9 +97,10 @@ def test_400_jobs_survive_eight_killed_workers(
     s3_server: S3Server,
     fault_rng: random.Random,
     seen: Seen,
+    bar: Bar,
 ) -> None:
     deployment = deploy(request.getfixturevalue("sqlite_url" if database == "sqlite" else "migrated_postgres_url"))
-    _survive(deployment, _upload(deployment, s3_server, 400), fault_rng, seen, kills=8, pause_s=1.6)
+    _survive(deployment, _upload(deployment, s3_server, 400), fault_rng, seen, bar, kills=8, pause_s=1.6)
 
 
 @pytest.mark.nightly
@@ -114,9 +116,10 @@ def test_2000_jobs_survive_fifty_killed_workers(
     s3_server: S3Server,
     fault_rng: random.Random,
     seen: Seen,
+    bar: Bar,
 ) -> None:
     deployment = deploy(migrated_postgres_url)
-    _survive(deployment, _upload(deployment, s3_server, 2000), fault_rng, seen, kills=50, pause_s=1.6)
+    _survive(deployment, _upload(deployment, s3_server, 2000), fault_rng, seen, bar, kills=50, pause_s=1.6)
 
 
 _POINTS = ("after_claim", "before_verdict_commit", "after_verdict_commit", "before_ack")
@@ -136,10 +139,10 @@ def test_a_worker_may_end_between_any_two_steps(
     deployment.workers_killed = True
     ids = deployment.enqueue(deployment.images(64 * len(_POINTS)))
     doomed = [deployment.worker("--concurrency", "1", CODE_WORKER_FAILPOINT=point) for point in _POINTS]
-    assert [worker.process.wait(90) for worker in doomed] == [FAILPOINT_STATUS] * len(_POINTS)
+    assert [worker.process.wait(240) for worker in doomed] == [FAILPOINT_STATUS] * len(_POINTS)
     committed = deployment.decided(ids)
     deployment.worker()
-    wait_until(lambda: deployment.decided(ids) == len(ids), 60, f"all verdicts: {deployment.counts()}")
+    wait_until(lambda: deployment.decided(ids) == len(ids), 120, f"all verdicts: {deployment.counts()}")
     operations = deployment.operations()
     assert max(operations.committed.values()) == 1
     seen(jobs=len(ids), committed_before=committed, judged_again=operations.executed_again, lost=0)
