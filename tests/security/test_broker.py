@@ -68,7 +68,7 @@ def test_every_process_ends_with_status_2_and_says_why(tmp_path: Path) -> None:
         for part in PARTS
     ]
     for part, process in zip(PARTS, started, strict=True):
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=120)
         assert (process.returncode, "neither password nor TLS" in said) == (2, True), f"{part}: {said}"
 
 

@@ -67,7 +67,7 @@ def deployment(
 @pytest.fixture(scope="module")
 def worker(deployment: Deployment) -> WorkerProcess:
     started = deployment.worker()
-    wait_until(lambda: deployment.events("worker_starting"), 60, "the worker starts")
+    wait_until(lambda: deployment.events("worker_starting"), 120, "the worker starts")
     (in_use,) = deployment.events("plugins_in_use")
     assert any("'code_worker_heads' of code-worker" in plugin for plugin in in_use["plugins"])
     return started
@@ -86,7 +86,7 @@ def producer(deployment: Deployment, broker: GuardedRedis) -> Iterator[Client]:
 
 
 def wait_for(client: Client, job_id: str) -> Any:
-    return wait_until(lambda: client.verdict(job_id), 60, "a verdict")
+    return wait_until(lambda: client.verdict(job_id), 120, "a verdict")
 
 
 def test_every_setting_that_is_a_secret_has_a_canary(deployment: Deployment) -> None:
@@ -108,7 +108,7 @@ def test_producer_worker_and_scheduler_do_with_their_rights(
         CODE_WORKER_SCHEDULE__REFIT="* * * * *",
     )
     with closing(broker.admin()) as admin:
-        wait_until(lambda: admin.exists(f"{PREFIX}redbeat:{REFIT}"), 30, "the schedule is written")
+        wait_until(lambda: admin.exists(f"{PREFIX}redbeat:{REFIT}"), 120, "the schedule is written")
     with closing(Doorbell.for_producer(as_role(deployment, broker, "beat"))) as bell:
         bell.call(SWEEP, SWEEP_QUEUE)
     assert beat.alive
@@ -254,7 +254,7 @@ def test_no_secret_leaves_the_settings(
         producer.enqueue(LEAKY)
     with closing(Doorbell.for_producer(as_role(deployment, broker, "producer"))) as bell:
         bell._app.send_task(MODERATE, args=({"v": 1, "items": [{"uri": LEAKY}]},), queue=NORMAL, serializer="json")
-    wait_until(lambda: deployment.events("message_refused"), 30, "the message is set aside")
+    wait_until(lambda: deployment.events("message_refused"), 120, "the message is set aside")
     said = everything_said(deployment, broker)
     assert {what for what, text in said.items() if not text.strip()} == set()
     kept = {"the log": deployment.log_path.read_text(), "the database": everything_in(deployment.store()), **said}

@@ -269,7 +269,7 @@ def test_what_a_data_set_lists_leads_to_no_address_of_ours(watch: Watch, recorde
 
 def test_the_watch_and_the_recorder_would_notice(watch: Watch, recorder: Recorder, settings: Settings) -> None:
     with watch:
-        socket.create_connection(("127.0.0.1", recorder.port), timeout=5).close()
+        socket.create_connection(("127.0.0.1", recorder.port), timeout=120).close()
         Path(__file__).read_bytes()
     assert any(str(recorder.port) in event for event in watch.network)
     assert __file__ in watch.opened

@@ -91,7 +91,7 @@ def test_while_one_image_tries_the_others_wait(clock: Clock) -> None:
             if asked.is_set():
                 return super().fetch(uri)
             asked.set()
-            assert answer.wait(20)
+            assert answer.wait(120)
             return super().fetch(uri)
 
     objects = Slow({"s3://bad/a": LATE})
@@ -104,7 +104,7 @@ def test_while_one_image_tries_the_others_wait(clock: Clock) -> None:
     found: list[bytes] = []
     probe = threading.Thread(target=lambda: found.append(guarded.fetch("s3://bad/a").data))
     probe.start()
-    assert asked.wait(20)
+    assert asked.wait(120)
     assert paused(guarded) == FIRST_REST_S
     answer.set()
     probe.join()

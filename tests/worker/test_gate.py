@@ -24,8 +24,8 @@ def test_batches_run_together_and_a_suspect_alone() -> None:
     def batch() -> None:
         with gate.together():
             inside.append("batch")
-            together.wait(10)
-            leave.wait(10)
+            together.wait(120)
+            leave.wait(120)
             inside.remove("batch")
 
     def suspect() -> None:
@@ -33,12 +33,12 @@ def test_batches_run_together_and_a_suspect_alone() -> None:
             seen_by_suspect.append(list(inside))
 
     batches = [_thread(batch), _thread(batch)]
-    together.wait(10)
+    together.wait(120)
     waiting = _thread(suspect)
     assert not seen_by_suspect
     leave.set()
     for thread in [*batches, waiting]:
-        thread.join(10)
+        thread.join(120)
     assert seen_by_suspect == [[]]
 
 
@@ -50,7 +50,7 @@ def test_a_waiting_suspect_lets_no_new_batch_in() -> None:
     def first() -> None:
         with gate.together():
             first_in.set()
-            leave.wait(10)
+            leave.wait(120)
 
     def suspect() -> None:
         with gate.alone():
@@ -61,14 +61,14 @@ def test_a_waiting_suspect_lets_no_new_batch_in() -> None:
             order.append("batch")
 
     threads = [_thread(first)]
-    first_in.wait(10)
+    first_in.wait(120)
     threads.append(_thread(suspect))
     while not gate._waiting:
         threading.Event().wait(0.005)
     threads.append(_thread(second))
     leave.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     assert order == ["suspect", "batch"]
 
 

@@ -47,8 +47,8 @@ def test_their_worker_runs_their_tasks_and_ours(deploy: Callable[..., Deployment
     job = client.enqueue(str(tmp_path / "files" / "a.jpg"))
     sender = Celery("sender", broker=deployment.environment["CODE_WORKER_BROKER_URL"], set_as_current=False)
     sender.send_task("theirs.resize", args=("asked",), queue="theirs.images")
-    wait_until((theirs / "asked").exists, 60, "their task")
-    verdict = wait_until(lambda: client.verdict(job), 60, "our verdict")
+    wait_until((theirs / "asked").exists, 120, "their task")
+    verdict = wait_until(lambda: client.verdict(job), 120, "our verdict")
     assert verdict.outcome is Outcome.JUDGED
     assert worker.terminate() == 0
     sender.close()
@@ -123,7 +123,7 @@ def test_a_rediss_broker_is_spoken_to_in_tls(through: Callable[..., Celery], tmp
             Doorbell(app).depth("code_worker.normal")
         app.close()
         listener.shutdown(socket.SHUT_RDWR)
-        server.join(10)
+        server.join(120)
     assert set(first) == {b"\x16"}, "a TLS handshake, and no password before it"
 
 

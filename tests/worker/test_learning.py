@@ -40,7 +40,7 @@ def modules_of(process: psutil.Process) -> str:
 def test_a_task_becomes_a_run_and_an_idle_trainer_has_loaded_no_model_code(deployment: LearningDeployment) -> None:
     label_world(deployment.settings, deployment.store)
     trainer = deployment.trainer()
-    wait_until(lambda: "trainer_starting" in deployment.log(), 60, "the trainer")
+    wait_until(lambda: "trainer_starting" in deployment.log(), 120, "the trainer")
     (child,) = trainer.children()
     assert "libtorch" not in modules_of(child)
     deployment.send(REFIT, by="alice")
@@ -77,13 +77,13 @@ def test_a_trainer_that_is_told_to_stop_leaves_its_run_to_the_next(deployment: L
     deployment.environment["CODE_WORKER_TRAINING__STEPS_PER_EPOCH"] = "200"
     first = deployment.trainer()
     deployment.send(RETRAIN)
-    wait_until(lambda: list(deployment.directory.glob("data/runs/*/job/progress.json")), 90, "training")
+    wait_until(lambda: list(deployment.directory.glob("data/runs/*/job/progress.json")), 120, "training")
     wait_until(
         lambda: '"training"' in next(deployment.directory.glob("data/runs/*/job/progress.json")).read_text(),
-        90,
+        120,
         "a step",
     )
-    assert first.terminate(100) == 0
+    assert first.terminate(240) == 0
     (run,) = deployment.runs()
     assert (run.state, run.stage, run.attempts) == ("running", "train", 0)
     assert list(deployment.directory.glob("data/runs/*/job/checkpoints/*")), "a checkpoint was written"
@@ -107,7 +107,7 @@ def test_a_killed_trainer_is_followed_by_one_that_finishes_its_run(
     label_world(deployment.settings, deployment.store)
     trainer = deployment.trainer()
     deployment.send({"refit": REFIT, "retrain": RETRAIN}[kind], force=True)
-    wait_until(deployment.runs, 60, "a run")
+    wait_until(deployment.runs, 120, "a run")
     # At any moment; bench/crash.py tries twenty of them.
     time.sleep(random.Random(seed).uniform(0, 3 if kind == "refit" else 12))
     kill_all(trainer)
@@ -126,8 +126,8 @@ def kill_all(process: WorkerProcess) -> None:
         each.suspend()
     for each in everybody:
         each.send_signal(signal.SIGKILL)
-    process.process.wait(10)
-    psutil.wait_procs(everybody[1:], timeout=10)
+    process.process.wait(120)
+    psutil.wait_procs(everybody[1:], timeout=120)
 
 
 def test_a_killed_training_process_goes_on_without_a_new_attempt(deployment: LearningDeployment) -> None:
@@ -138,7 +138,7 @@ def test_a_killed_training_process_goes_on_without_a_new_attempt(deployment: Lea
     def training() -> psutil.Process | None:
         return next((each for each in trainer.children() if "code_worker.training.process" in each.cmdline()), None)
 
-    child: psutil.Process = wait_until(training, 90, "the training process")
+    child: psutil.Process = wait_until(training, 120, "the training process")
     child.kill()
     (run,) = deployment.ended()
     assert run.state in {"promoted", "rejected"}, run.reasons

@@ -64,7 +64,7 @@ def registry_of(deployment: Deployment) -> Registry:
 
 def judge_all(deployment: Deployment, ids: list[str]) -> list[Verdict]:
     client = deployment.client()
-    wait_until(lambda: all(client.verdict(job) for job in ids), 60, f"verdicts of {len(ids)} jobs")
+    wait_until(lambda: all(client.verdict(job) for job in ids), 120, f"verdicts of {len(ids)} jobs")
     return [verdict for job in ids if (verdict := client.verdict(job)) is not None]
 
 
@@ -98,13 +98,13 @@ def test_challengers_score_live_traffic_and_change_no_verdict(
         registry.challenge(release, by="test")
         wait_until(
             lambda: any(event["release"] == release for event in deployment.events("release_in_use")),
-            30,
+            120,
             "the challenger in the worker",
         )
         # The same files again: their embeddings are known, so nothing is decoded on the champion's way.
         found = judge_all(deployment, enqueue(deployment, files))
         rows = wait_until(
-            lambda: len(seen := shadow_rows(deployment, release)) >= IMAGES and seen, 60, "the shadow scores"
+            lambda: len(seen := shadow_rows(deployment, release)) >= IMAGES and seen, 120, "the shadow scores"
         )
         return release, found, rows
 
@@ -120,10 +120,10 @@ def test_challengers_score_live_traffic_and_change_no_verdict(
         apart = [abs(score - was) for score, _, was in rows.values()]
         assert (max(apart) < 1e-6) == (directory == releases[1]), "the same encoder and head give the same score"
     fresh = judge_all(deployment, enqueue(deployment, files, first=100))
-    wait_until(lambda: len(shadow_rows(deployment, release)) == 2 * IMAGES, 60, "scores of images seen first now")
+    wait_until(lambda: len(shadow_rows(deployment, release)) == 2 * IMAGES, 120, "scores of images seen first now")
     assert {one.release for one in fresh} == {champion}
     registry.withdraw(by="test")
-    wait_until(lambda: deployment.events("release_out_of_use"), 30, "the challenger to be let go")
+    wait_until(lambda: deployment.events("release_out_of_use"), 120, "the challenger to be let go")
     assert worker.terminate() == 0
 
 
@@ -145,9 +145,9 @@ def test_a_challenger_whose_head_raises_harms_nothing(
     build_from_parts(tmp_path / "moody", random_weights(0, depth=1), heads, plugins, facts)
     registry.challenge(registry.add(tmp_path / "moody"), by="test")
     worker = deployment.worker()
-    wait_until(lambda: len(deployment.events("release_in_use")) == 2, 60, "both releases in the worker")
+    wait_until(lambda: len(deployment.events("release_in_use")) == 2, 120, "both releases in the worker")
     found = judge_all(deployment, enqueue(deployment, tmp_path / "files"))
-    wait_until(lambda: deployment.events("shadow_head_failed"), 60, "the head to be named")
+    wait_until(lambda: deployment.events("shadow_head_failed"), 120, "the head to be named")
     again = judge_all(deployment, enqueue(deployment, tmp_path / "files", first=100))
     assert {one.release for one in [*found, *again]} == {champion}
     assert [one.outcome for one in found] == [Outcome.JUDGED] * IMAGES + [Outcome.REJECTED]

@@ -93,7 +93,7 @@ def scored(store: Store) -> dict[int, float]:
 
 def scored_soon(store: Store, count: int) -> dict[int, float]:
     found: dict[int, float] = wait_until(
-        lambda: len(scored(store)) >= count and scored(store), 30, f"{count} shadow scores"
+        lambda: len(scored(store)) >= count and scored(store), 120, f"{count} shadow scores"
     )
     return found
 
@@ -131,7 +131,7 @@ def test_it_waits_until_the_champion_has_no_work(
     monkeypatch.setattr(challenger.shadow, "_busy", lambda: looked.set() or challenger.busy)
     challenger.shadow.start()
     judge(challenger.shadow, 51)
-    assert looked.wait(30)
+    assert looked.wait(120)
     assert embedder.crops == 0
     challenger.busy = False
     scored_soon(sqlite_store, 1)
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_dropped_and_nobody_waits(
     judge(challenger.shadow, 3, 4)
     challenger.shadow.start()
     assert set(scored_soon(sqlite_store, 3)) == {1, 2, 3}
-    wait_until(lambda: challenger.shadow._budget.take(3 * 224 * 224 * 3), 30, "the room to be free again")
+    wait_until(lambda: challenger.shadow._budget.take(3 * 224 * 224 * 3), 120, "the room to be free again")
 
 
 def test_a_batch_that_came_to_nothing_gives_its_room_back(
@@ -183,7 +183,7 @@ def test_a_challenger_without_memory_is_let_go_until_the_alias_moves(
     challenger = challenge(embedder=full)
     judge(challenger.shadow, 1)
     runtimes = challenger.shadow.runtimes
-    wait_until(lambda: runtimes.release is None and full.closed, 30, "the challenger to be let go")
+    wait_until(lambda: runtimes.release is None and full.closed, 120, "the challenger to be let go")
     runtimes.follow()
     assert (runtimes.release, challenger.loads) == (None, 1)
     with challenger.shadow.watch(CHAMPION) as sight:
