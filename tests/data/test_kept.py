@@ -33,7 +33,8 @@ def s3_settings(url: str) -> S3Settings:
         secret_access_key="test",
         path_style=True,
         max_attempts=1,
-        connect_timeout_s=1.0,
+        connect_timeout_s=60.0,
+        read_timeout_s=60.0,
     )
 
 

@@ -76,12 +76,12 @@ def server() -> Iterator[str]:
         thread.join()
 
 
-def source(timeout_s: float = 5.0) -> UrlSource:
+def source(timeout_s: float = 120.0) -> UrlSource:
     """May read from this one address of this machine and no other."""
     return UrlSource(max_bytes=MAX_BYTES, timeout_s=timeout_s, is_allowed=lambda address: address == "127.0.0.1")
 
 
-def refused(url: str, timeout_s: float = 5.0) -> RejectReason:
+def refused(url: str, timeout_s: float = 120.0) -> RejectReason:
     with pytest.raises((ImageRejectedError, TransientError)) as caught:
         source(timeout_s).fetch(url)
     return caught.value.reason

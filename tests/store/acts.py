@@ -17,7 +17,7 @@ def accept(store: Store, *new: jobs.NewJob | str) -> list[str]:
 
 
 def claim(
-    store: Store, ids: Sequence[str], *, owner: str = "worker", lease_s: float = 30.0, max_attempts: int = 3
+    store: Store, ids: Sequence[str], *, owner: str = "worker", lease_s: float = 600.0, max_attempts: int = 3
 ) -> list[Job]:
     return store.run(
         lambda session: jobs.claim(session, ids, owner=owner, lease_s=lease_s, max_attempts=max_attempts)

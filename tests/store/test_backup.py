@@ -40,7 +40,7 @@ def writing(sqlite_store: Store) -> Callable[[], int]:
 
     def end() -> int:
         stop.set()
-        thread.join(30)
+        thread.join(120)
         return count[0]
 
     return end

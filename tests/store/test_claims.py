@@ -40,7 +40,7 @@ def test_racing_workers_get_each_job_once(store: Store) -> None:
 
 def test_a_claimed_job_is_not_claimed_again_until_its_lease_lapses(store: Store) -> None:
     ids = accept(store, "s3://b/a")
-    claim(store, ids, owner="first", lease_s=30)
+    claim(store, ids, owner="first", lease_s=600)
     assert claim(store, ids, owner="second") == []
     store.run(lambda session: jobs.renew(session, owner="first", lease_s=-1))
     (again,) = claim(store, ids, owner="second")
@@ -73,7 +73,7 @@ def test_used_up_attempts_end_in_quarantine_and_not_in_a_claim(store: Store) -> 
 
 def test_a_job_under_its_last_lease_is_not_exhausted(store: Store) -> None:
     ids = accept(store, "s3://b/a")
-    claim(store, ids, max_attempts=1, lease_s=30)
+    claim(store, ids, max_attempts=1, lease_s=600)
     assert store.run(lambda session: jobs.exhausted(session, max_attempts=1, limit=10)) == []
 
 
@@ -89,9 +89,9 @@ def test_renewing_extends_only_the_owners_leases(store: Store) -> None:
     ids = accept(store, "s3://b/a", "s3://b/b", "s3://b/c")
     claim(store, ids[:2], owner="me", lease_s=-1)
     claim(store, ids[2:], owner="other", lease_s=-1)
-    assert store.run(lambda session: jobs.renew(session, owner="me", lease_s=30, ids=ids[1:])) == 1
+    assert store.run(lambda session: jobs.renew(session, owner="me", lease_s=600, ids=ids[1:])) == 1
     assert [job.id for job in claim(store, ids, owner="third")] == [ids[0], ids[2]]
-    assert store.run(lambda session: jobs.renew(session, owner="me", lease_s=30)) == 1
+    assert store.run(lambda session: jobs.renew(session, owner="me", lease_s=600)) == 1
 
 
 def test_a_fault_puts_the_job_back_and_gives_the_attempt_back(store: Store) -> None:

@@ -181,7 +181,7 @@ def test_a_deadlock_ends_with_both_transactions_committed(postgres_store: Store,
                 update = text("UPDATE jobs SET faults = faults + 1 WHERE id = :job")
                 session.execute(update, {"job": job})
                 if number == 0 and tries[place] == 1:
-                    both.wait(30)
+                    both.wait(120)
 
         postgres_store.run(work)
 

@@ -17,16 +17,25 @@ from code_worker.store.shadow import ShadowScore
 from tests.store.acts import HASH, accept, claim, judged, write
 
 NOW_OLD = 0.05 / 86_400
-"""Days after which the tests' own rows are old, having waited for `age`."""
+"""Days after which the tests' own rows are old, having waited for `age`; whatever comes after it may be too."""
 OTHER = "b" * 64
 
 
-def age() -> None:
+def age() -> float:
+    """Lets what is there grow old; a moment after all of it and before what comes next (Unix seconds)."""
     time.sleep(0.12)
+    return time.time() - 0.06
 
 
-def prune(store: Store, kind: str, days: float = NOW_OLD, limit: int = 100) -> int:
-    return store.run(lambda session: retention.PRUNERS[kind](session, days, limit))
+def days_since(moment: float) -> float:
+    """To be asked in the transaction that needs it, so that a slow test makes nothing older."""
+    return (time.time() - moment) / 86_400
+
+
+def prune(store: Store, kind: str, days: float = NOW_OLD, limit: int = 100, since: float | None = None) -> int:
+    """Deletes what is older than `days`, or than the moment `since`."""
+    prune_one = retention.PRUNERS[kind]
+    return store.run(lambda session: prune_one(session, days if since is None else days_since(since), limit))
 
 
 def done(store: Store, uri: str = "s3://b/a.jpg") -> str:
@@ -72,9 +81,9 @@ def test_finished_jobs_go_with_verdicts_and_shadow_scores_and_unfinished_ones_ne
         content_type=None,
     )
     store.run(lambda session: shadow.add(session, [score]))
-    age()
+    moment = age()
     fresh = done(store)
-    assert [prune(store, "jobs", limit=2), prune(store, "jobs", limit=2), prune(store, "jobs", limit=2)] == [2, 1, 0]
+    assert [prune(store, "jobs", limit=2, since=moment) for _ in range(3)] == [2, 1, 0]
     assert [known(store, job_id) for job_id in (*old, waiting, fresh)] == [False] * 3 + [True] * 2
     assert live(store, old[0]) is None
     assert live(store, fresh) is not None
@@ -86,12 +95,12 @@ def test_finished_jobs_go_with_verdicts_and_shadow_scores_and_unfinished_ones_ne
 
 def test_a_job_that_was_judged_again_lately_stays_whole(store: Store) -> None:
     job_id = done(store)
-    age()
+    moment = age()
     store.run(lambda session: jobs.retry(session, [job_id]))
     claim(store, [job_id])
     write(store, judged(job_id, revision=1))
-    assert prune(store, "jobs") == 0
-    assert prune(store, "superseded") == 1, "its first verdict was replaced"
+    assert prune(store, "jobs", since=moment) == 0
+    assert prune(store, "superseded", since=moment) == 1, "its first verdict was replaced"
     found = store.run(lambda session: verdict_store.live(session, job_id), write=False)
     assert found is not None
     assert found.revision == 1
@@ -123,11 +132,11 @@ def test_images_go_with_all_that_was_said_of_them_unless_somebody_spoke_since(st
         return labels.add(session, said)
 
     store.run(label)
-    age()
+    moment = age()
     store.run(lambda session: labels.add(session, [NewLabel(OTHER, "fake", "bob", "api")]))
-    old = store.run(lambda session: retention.old_images(session, NOW_OLD, 10), write=False)
+    old = store.run(lambda session: retention.old_images(session, days_since(moment), 10), write=False)
     assert old == [HASH]
-    assert store.run(lambda session: retention.forget_labels(session, [HASH, OTHER], NOW_OLD)) == 1
+    assert store.run(lambda session: retention.forget_labels(session, [HASH, OTHER], days_since(moment))) == 1
     assert {one.sha256 for one in store.run(lambda session: labels.list_labels(session, limit=9))} == {OTHER}
     assert set(store.run(lambda session: kept_images.kept(session, [HASH, OTHER]))) == {OTHER}
     assert store.run(lambda session: labels.imported(session, ["1" * 64, "2" * 64])) == {"2" * 64: OTHER}

@@ -20,7 +20,7 @@ def test_opening_a_database_twice_keeps_the_locks_of_the_first(tmp_path: Path) -
     with closing(open_store(f"sqlite:///{path}")) as first:
         first.run(lambda session: session.execute(text("CREATE TABLE kept (id INTEGER)")) and None)
         with closing(open_store(f"sqlite:///{path}")):
-            subprocess.run([sys.executable, "-c", READ_AND_CLOSE, str(path)], check=True, timeout=60)
+            subprocess.run([sys.executable, "-c", READ_AND_CLOSE, str(path)], check=True, timeout=120)
         assert (tmp_path / "twice.db-wal").exists()
         first.run(lambda session: session.execute(text("INSERT INTO kept VALUES (1)")) and None)
     with closing(open_store(f"sqlite:///{path}")) as again:
