@@ -72,6 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         request = {name.lower(): value for name, value in self.headers.items()} | {"path": self.path}
         self.server_of_faults.next_behaviour(request)(self)
+        # Else a patient client would wait for the rest of half an answer when the test is over.
+        self.close_connection |= self.server_of_faults.stopping.is_set()
 
     def log_message(self, *ignored: object) -> None:
         pass
@@ -129,14 +131,14 @@ def endless(handler: _Handler) -> None:
 
 
 def hang(handler: _Handler) -> None:
-    handler.wait(30)
+    handler.wait(120)
 
 
 def hang_in_body(handler: _Handler) -> None:
     handler.head(200, {"Content-Length": str(len(BODY)), "ETag": ETAG})
     handler.wfile.write(BODY[:1000])
     handler.wfile.flush()
-    handler.wait(30)
+    handler.wait(120)
 
 
 def drip_body(handler: _Handler) -> None:

@@ -37,7 +37,8 @@ def s3_settings(server: S3Server) -> S3Settings:
         secret_access_key=server.secret_access_key,
         path_style=True,
         max_attempts=1,
-        connect_timeout_s=1.0,
+        connect_timeout_s=60.0,
+        read_timeout_s=60.0,
     )
 
 
@@ -223,7 +224,7 @@ PUT += "print(L(Path(sys.argv[1])).put(Path(sys.argv[2])))"
 def test_processes_that_store_the_same_release_at_once_agree(release: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PUT, str(tmp_path / "kept"), str(release)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
-    answers = {process.communicate(timeout=60)[0] for process in running}
+    answers = {process.communicate(timeout=120)[0] for process in running}
     assert [process.returncode for process in running] == [0] * 4
     assert len(answers) == 1
     assert content_of(Path(answers.pop().decode().strip())) == content_of(release)
@@ -256,7 +257,7 @@ def test_a_disk_that_fills_up_leaves_the_releases_before(release: Path, tmp_path
     write_plain_release(other, notes="another")
     before = content_of(root)
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(root), str(other)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", FULL, str(root), str(other)], capture_output=True, text=True, check=True, timeout=120
     )
     assert "cannot write release" in done.stdout
     assert "too large" in done.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -20,6 +19,7 @@ from code_worker.encoder.loop import EncoderLoop
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.types import EMBEDDING_TOLERANCE, RejectReason
 from tests.parity import ParitySet
+from tests.patience import polls
 
 POISON, BLANK = 255, 254
 
@@ -44,7 +44,7 @@ class Recorder:
         values = [int(value) for value in crops[:, 0, 0, 0]]
         self.batches.append(values)
         self.entered.set()
-        assert self.go_on.wait(30)
+        assert self.go_on.wait(120)
         if POISON in values:
             raise ValueError("poison")
         if problem := self._fails(values):
@@ -58,15 +58,12 @@ def held(engine: Recorder, loop: EncoderLoop, value: int = 0) -> Future[NDArray[
     """Submits a crop and returns once the engine holds it."""
     engine.go_on.clear()
     future = loop.submit(crop(value))
-    assert engine.entered.wait(30)
+    assert engine.entered.wait(120)
     return future
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    assert any(condition() for _ in polls(every_s=0.002))
 
 
 def test_the_loop_gives_what_the_published_pipeline_gives(parity_set: ParitySet) -> None:
@@ -86,7 +83,7 @@ def test_urgent_crops_go_first_and_equals_in_order_of_arrival() -> None:
         first = held(engine, loop)
         later = [loop.submit(crop(10 * priority + n), priority) for n in (1, 2) for priority in (0, 4, 9)]
         engine.go_on.set()
-        assert [int(future.result(30)[0]) for future in [first, *later]] == [0, 1, 41, 91, 2, 42, 92]
+        assert [int(future.result(120)[0]) for future in [first, *later]] == [0, 1, 41, 91, 2, 42, 92]
     assert engine.batches == [[0], [91, 92], [41, 42], [1, 2]]
 
 
@@ -98,7 +95,7 @@ def test_within_a_priority_the_older_batch_goes_first() -> None:
         later.append(loop.submit(crop(99), 9, 7))
         engine.go_on.set()
         for future in later:
-            future.result(30)
+            future.result(120)
     assert engine.batches == [[0], [99, 11], [12, 21], [22]]
 
 
@@ -115,13 +112,13 @@ def test_every_crop_gets_its_own_answer_whatever_its_neighbours_are(
         futures = [loop.submit(crop(value), priority=value % 10) for value in values]
         for value, future in zip(values, futures, strict=True):
             if value == POISON:
-                assert isinstance(future.exception(30), ValueError)
+                assert isinstance(future.exception(120), ValueError)
             elif value == BLANK:
-                error = future.exception(30)
+                error = future.exception(120)
                 assert isinstance(error, ImageRejectedError)
                 assert error.reason is RejectReason.INTERNAL
             else:
-                assert future.result(30).tolist() == [value] * 192
+                assert future.result(120).tolist() == [value] * 192
     bad = sum(value in (POISON, BLANK) for value in values)
     assert (loop.stats().crops, loop.stats().failed) == (len(values) - bad, bad)
 
@@ -129,7 +126,7 @@ def test_every_crop_gets_its_own_answer_whatever_its_neighbours_are(
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no room")])
 def test_a_batch_too_large_for_the_device_is_halved(error: Exception) -> None:
     engine = Recorder(lambda values: error if len(values) > 2 else None)
-    with EncoderLoop(engine, streams=1, micro_batch=8, linger_ms=1000) as loop:
+    with EncoderLoop(engine, streams=1, micro_batch=8, linger_ms=120_000) as loop:
         assert loop.embed([crop(value) for value in range(8)])[:, 0].tolist() == list(range(8))
     assert [len(batch) for batch in engine.batches] == [8, 4, 2, 2, 4, 2, 2]
 
@@ -143,9 +140,9 @@ def test_a_single_crop_that_finds_no_memory_is_to_be_tried_again() -> None:
 
 def test_crops_of_several_callers_join_into_one_batch() -> None:
     engine = Recorder()
-    with EncoderLoop(engine, streams=1, micro_batch=6, linger_ms=20_000) as loop:
+    with EncoderLoop(engine, streams=1, micro_batch=6, linger_ms=120_000) as loop:
         with ThreadPoolExecutor(6) as pool:
-            list(pool.map(lambda value: loop.submit(crop(value)).result(30), range(6)))
+            list(pool.map(lambda value: loop.submit(crop(value)).result(120), range(6)))
         assert [sorted(batch) for batch in engine.batches] == [[0, 1, 2, 3, 4, 5]]
 
 
@@ -160,9 +157,9 @@ def test_a_full_queue_blocks_its_callers_but_not_more_urgent_ones() -> None:
         assert loop.stats().waiting == 3
         assert len(submitted) == 2
         engine.go_on.set()
-        assert urgent.result(30)[0] == 100
-        flood.join(30)
-        assert [int(future.result(30)[0]) for future in submitted] == list(range(1, 9))
+        assert urgent.result(120)[0] == 100
+        flood.join(120)
+        assert [int(future.result(120)[0]) for future in submitted] == list(range(1, 9))
     assert engine.batches[1] == [100]
 
 
@@ -175,8 +172,8 @@ def test_a_loop_is_busy_while_crops_wait_or_are_embedded() -> None:
         loop.submit(crop(1)).cancel()
         bad = loop.submit(crop(7))
         engine.go_on.set()
-        assert first.result(30)[0] == 0
-        assert isinstance(bad.exception(30), ValueError)
+        assert first.result(120)[0] == 0
+        assert isinstance(bad.exception(120), ValueError)
         wait_until(lambda: not loop.busy)
 
 
@@ -199,9 +196,9 @@ def test_closing_frees_a_caller_that_waits_for_room() -> None:
     with ThreadPoolExecutor(2) as pool:
         blocked = pool.submit(loop.submit, crop(2))
         closing = pool.submit(loop.close)
-        assert isinstance(blocked.exception(30), TransientError)
+        assert isinstance(blocked.exception(120), TransientError)
         engine.go_on.set()
-        closing.result(30)
+        closing.result(120)
     assert engine.batches == [[0], [1]]
 
 
@@ -212,7 +209,7 @@ def test_a_cancelled_crop_is_never_embedded() -> None:
         cancelled, last = loop.submit(crop(1)), loop.submit(crop(2))
         assert cancelled.cancel()
         engine.go_on.set()
-        assert (first.result(30)[0], last.result(30)[0]) == (0, 2)
+        assert (first.result(120)[0], last.result(120)[0]) == (0, 2)
     assert engine.batches == [[0], [2]]
 
 
@@ -230,7 +227,7 @@ def test_a_lost_device_ends_the_loop_and_leaves_nobody_waiting() -> None:
         waiting = [loop.submit(crop(n)) for n in range(3)]
         engine.go_on.set()
         for future in [first, *waiting]:
-            assert isinstance(future.exception(30), TransientError)
+            assert isinstance(future.exception(120), TransientError)
         with pytest.raises(TransientError, match="illegal memory access"):
             loop.submit(crop(1))
         assert isinstance(loop.failure, torch.AcceleratorError)
@@ -248,8 +245,8 @@ def test_a_stream_that_breaks_says_so_to_everyone() -> None:
         first = held(engine, loop)
         second = loop.submit(crop(1))
         engine.go_on.set()
-        assert isinstance(first.exception(30), TransientError)
-        assert isinstance(second.exception(30), TransientError)
+        assert isinstance(first.exception(120), TransientError)
+        assert isinstance(second.exception(120), TransientError)
         assert isinstance(loop.failure, ValueError)
 
 

@@ -33,7 +33,7 @@ def modules_after(statement: str) -> set[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.rpartition("modules: ")[2].split())

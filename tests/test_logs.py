@@ -25,6 +25,6 @@ def test_passwords_and_signatures_are_blanked(said: str, logged: str) -> None:
 
 @pytest.mark.parametrize("part", ["x", "x://", "x://y:", "x://y:z/", "Signature="])
 def test_megabytes_from_somebody_else_do_not_hold_the_log_up(part: str) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     redact(part * (4_000_000 // len(part)))
-    assert time.monotonic() - began < 20
+    assert time.thread_time() - began < 20

@@ -255,7 +255,7 @@ def test_promotions_at_the_same_moment_leave_one_champion_and_an_unbroken_histor
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     moves = history(store)
     assert registry.champion() == moves[0][0]
     assert {move[0] for move in moves} == set(ids)

@@ -200,7 +200,7 @@ def test_threads_share_one_client(s3_server: S3Server, bucket: str, make_sources
 
     def fetch(n: int) -> bytes:
         if n < 8:
-            barrier.wait(20)  # all eight ask for the client at once
+            barrier.wait(120)  # all eight ask for the client at once
         return sources.fetch(f"s3://{bucket}/{n:02}").data
 
     with ThreadPoolExecutor(8) as pool:

@@ -123,7 +123,7 @@ def test_a_full_disk_is_said_in_words_and_leaves_nothing(shard: Path, tmp_path: 
     program = (
         f"ulimit -f 8 && exec {sys.executable} -m code_worker data pack {shard} --out {tmp_path / 'packs' / 'out'}"
     )
-    ran = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    ran = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr.splitlines()[-1].endswith("File too large; nothing of it was left")
     assert list((tmp_path / "packs").iterdir()) == []

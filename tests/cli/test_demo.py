@@ -17,7 +17,7 @@ from code_worker.demo.run import Result
 from tests.cli.conftest import Cli
 from tests.demo.lessons import OLD, lesson
 
-LIMIT_S = 240
+LIMIT_S = 600
 
 
 def demo(directory: Path, *arguments: str, **env: str) -> subprocess.Popen[str]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +15,7 @@ from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Store
 from code_worker.types import Label, Outcome, RejectReason, Verdict
 from tests.cli.conftest import Cli
+from tests.patience import polls
 from tests.servers import RedisServer, S3Server
 
 if TYPE_CHECKING:
@@ -131,9 +131,9 @@ def decide(store: Store, reasons: dict[str, RejectReason | None]) -> None:
             verdicts.write(session, [Verdict(job.id, job.uri, **answer)])
         return len(ids)
 
-    deadline = time.monotonic() + 20
-    while store.run(work) < len(reasons) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    for _ in polls(every_s=0.02):
+        if store.run(work) == len(reasons):
+            return
 
 
 @pytest.mark.parametrize(("reason", "status"), [(None, 0), (RejectReason.EMPTY, 1)])
@@ -142,7 +142,7 @@ def test_wait_prints_the_verdicts_in_order(
 ) -> None:
     worker = threading.Thread(target=decide, args=(sqlite_store, {"s3://b/a.jpg": None, "s3://b/b.jpg": reason}))
     worker.start()
-    ran = producer("enqueue", "s3://b/a.jpg", "s3://b/b.jpg", "--wait", "--timeout", "20", "--json")
+    ran = producer("enqueue", "s3://b/a.jpg", "s3://b/b.jpg", "--wait", "--timeout", "120", "--json")
     worker.join()
     assert ran.status == status
     assert [(record["uri"], record["reason"]) for record in ran.records] == [

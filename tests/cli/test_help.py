@@ -50,7 +50,7 @@ def test_help_imports_nothing_heavy(arguments: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Usage: code-worker {arguments}".rstrip())

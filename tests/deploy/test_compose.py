@@ -125,7 +125,7 @@ def test_the_broker_keeps_messages_over_a_kill_and_never_evicts(tmp_path: Path) 
         assert memory["maxmemory_policy"] == "noeviction"
         assert memory["maxmemory"] > 0
         client.set("cw:kept", "1")
-        client.execute_command("WAITAOF", 1, 0, 5000)
+        client.execute_command("WAITAOF", 1, 0, 120_000)
         server.kill()
         server.start()
         assert client.get("cw:kept") == b"1"
@@ -138,7 +138,7 @@ def test_the_broker_user_can_do_what_a_producer_and_a_worker_need(tmp_path: Path
         app.config_from_object(celery_config(Settings(broker_url=server.url, data_dir=tmp_path)))
         app.send_task(MODERATE, args=[jobs_message(["job-1"])], queue=LIVE)
         with app.connection_for_read() as connection, connection.SimpleQueue(LIVE) as queue:
-            message = queue.get(timeout=10)
+            message = queue.get(timeout=120)
             assert message.headers["task"] == MODERATE
             message.ack()
         app.close()

@@ -121,7 +121,7 @@ def test_the_health_check_looks_at_what_can_fail_later_and_loads_no_model_code(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout
     assert {json.loads(line)["name"] for line in done.stdout.splitlines()} == {

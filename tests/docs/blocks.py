@@ -22,8 +22,8 @@ from typing import Self
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {"sh", "sh background", "python", "toml", "text"}
-RUN_LIMIT_S = 120
-START_LIMIT_S = 60
+RUN_LIMIT_S = 600
+START_LIMIT_S = 240
 _FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"\A# file: (?P<name>\S+)\n")
 _MAKE = """#!/bin/sh
@@ -153,7 +153,7 @@ class Reader:
     @staticmethod
     def _ended(process: subprocess.Popen[bytes]) -> int:
         try:
-            return process.wait(60)
+            return process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
             return process.wait()

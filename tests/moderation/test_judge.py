@@ -149,7 +149,7 @@ def test_an_image_that_has_arrived_does_not_wait_for_one_that_hangs(pool: Priori
 
     class Hanging(DictSources):
         def fetch(self, uri: str) -> Fetched:
-            if uri == "late" and not looked_up.wait(20):
+            if uri == "late" and not looked_up.wait(120):
                 raise TransientError(RejectReason.FETCH_TIMEOUT, "nobody looked the other image up")
             return super().fetch(uri)
 
@@ -237,7 +237,7 @@ def test_waiting_for_ones_turn_counts_as_a_sign_of_life(
     monkeypatch.setattr(collect, "_LOOK_S", 0.02)
     release, signs = threading.Event(), []
     for _ in range(pool.size):
-        pool.submit((-9,), partial(release.wait, 30))
+        pool.submit((-9,), partial(release.wait, 120))
     judge = Judge(sources=DictSources({"a": png(1)}), pool=pool, limits=LimitSettings())
     waiting = threading.Thread(
         target=judge.judge, args=([Job("a", "a")], runtime(), PolicyBook(), lambda: signs.append(1))
@@ -246,7 +246,7 @@ def test_waiting_for_ones_turn_counts_as_a_sign_of_life(
     while len(signs) < 3:
         time.sleep(0.01)
     release.set()
-    waiting.join(30)
+    waiting.join(120)
     assert not waiting.is_alive()
 
 
@@ -257,7 +257,7 @@ def test_an_image_that_hangs_gives_no_sign_of_life(pool: PriorityPool, monkeypat
     class Hanging(DictSources):
         def fetch(self, uri: str) -> Any:
             began.set()
-            release.wait(30)
+            release.wait(120)
             return super().fetch(uri)
 
     judge = Judge(sources=Hanging({"a": png(1)}), pool=pool, limits=LimitSettings())
@@ -265,12 +265,12 @@ def test_an_image_that_hangs_gives_no_sign_of_life(pool: PriorityPool, monkeypat
         target=judge.judge, args=([Job("a", "a")], runtime(), PolicyBook(), lambda: signs.append(1))
     )
     hanging.start()
-    assert began.wait(30)
+    assert began.wait(120)
     before = len(signs)
     time.sleep(0.2)
     assert len(signs) == before
     release.set()
-    hanging.join(30)
+    hanging.join(120)
 
 
 def test_an_embedding_that_is_not_finite_is_refused(judge_objects: Callable[..., Judged]) -> None:
