@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import shlex
 import shutil
 import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,26 +18,40 @@ from typing import TYPE_CHECKING
 import pytest
 
 from code_worker.doorbell import Doorbell
+from code_worker.machine import usable_cores
 from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
+from tests.durations import Durations
 from tests.faults.rows import (  # noqa: F401 - hooks and fixtures of the fault matrix, whose rows lie in all directories
     bar,
+    choose_rows,
     fault_rng,
     fault_seed,
     pytest_addoption,
-    pytest_collection_modifyitems,
     pytest_runtest_makereport,
     pytest_sessionfinish,
     seen,
 )
+from tests.fork_server import ForkServer
 from tests.servers import PostgresServer, RedisServer, S3Server
 
 if TYPE_CHECKING:
     from tests.parity import ParitySet
 
-# Tests must not read the settings, caches or hub of the person who runs them.
-for name in [name for name in os.environ if name.startswith(("CODE_WORKER_", "AWS_"))]:
-    del os.environ[name]
+FIRST = (
+    "tests/docs/",
+    "tests/cli/test_demo.py",
+    "tests/training/",
+    "tests/faults/",
+    "tests/worker/",
+    "tests/embedded/",
+    "tests/cli/",
+)
+
+# Tests must not read the settings, caches or hub of the person who runs them, nor look for their servers by a proxy.
+for name in list(os.environ):
+    if name.startswith(("CODE_WORKER_", "AWS_")) or name.lower().endswith("_proxy"):
+        del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.environ["AWS_CONFIG_FILE"] = os.devnull
@@ -44,6 +61,41 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # And `nohup` does the same with a closed terminal.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Once for a run, however many processes share it: the report on durations, and the fork server.
+
+    Without a fork server every program starts from nothing: on systems on which forking is not safe, and in
+    `make faults`.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    config.pluginmanager.register(Durations(), "durations")
+    if sys.platform == "linux" and config.getoption("--fault-report") is None:
+        server = ForkServer()
+        config.add_cleanup(server.close)
+        if getattr(config.option, "tx", None):
+            config.option.tx = [f"popen//python={shlex.quote(str(server.python))}" for _ in config.option.tx]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow directories first: each file is one process's, and none should be left with one at the end."""
+    choose_rows(config, items)
+    items.sort(key=lambda item: next((n for n, name in enumerate(FIRST) if item.nodeid.startswith(name)), len(FIRST)))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: tests wait more than they compute, and each process takes a gigabyte and a half."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(2 * usable_cores(), int(memory // 3e9)))
+
+
+@pytest.fixture(autouse=True)
+def excused(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """Tells the report on durations of tests that may take long."""
+    if request.node.get_closest_marker("slow") or request.node.get_closest_marker("nightly"):
+        record_property("slow", value=True)
 
 
 @pytest.fixture(autouse=True)
@@ -146,14 +198,29 @@ def redis_server() -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="session")
 def parity_set(tmp_path_factory: pytest.TempPathFactory) -> ParitySet:
-    from tests.parity import build_parity_set  # noqa: PLC0415 - imports torch, transformers and scikit-learn
+    from tests.parity import build_parity_set, read_parity_set  # noqa: PLC0415 - imports torch and scikit-learn
 
-    return build_parity_set(tmp_path_factory.mktemp("parity"))
+    return read_parity_set(built_once(tmp_path_factory, "parity", build_parity_set))
 
 
 @pytest.fixture(scope="session")
 def toy_release_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release to import, not to change: full-size untrained encoder; linear, knn and svm tell two noises apart."""
+    """A release to import, not to change: an untrained encoder; linear, knn and svm tell two noises apart."""
     from tests.toy_release import write_toy_release  # noqa: PLC0415 - imports torch
 
-    return write_toy_release(tmp_path_factory.mktemp("toy") / "release")
+    return built_once(tmp_path_factory, "toy", lambda root: write_toy_release(root / "release")) / "release"
+
+
+def built_once(tmp_path_factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
+    """A directory for the whole run, not to be changed: the first of pytest's processes to ask for it builds it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each process has its own below it
+    finished = root / f"shared-{name}"
+    with (root / f"shared-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.is_dir():
+            begun = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
+            build(begun)
+            begun.rename(finished)
+    return finished

@@ -35,6 +35,7 @@ torch.set_num_threads(1)
 LINEAR_FILE = "linear_tot_classifier_epoch-32.sav"
 KNN_FILE = "knn_tot_classifier_epoch-32.sav"
 SVM_FILE = "ocsvm_kernel_poly_gamma_auto_nu_0_1_crop.joblib"
+ARRAYS_FILE = "arrays.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -67,7 +68,7 @@ class ParitySet:
         return np.stack([self.crops[name] for name in self.names])
 
 
-def build_parity_set(root: Path, seed: int = 7) -> ParitySet:
+def build_parity_set(root: Path, seed: int = 7) -> None:
     """Writes a set below the empty directory `root`; the same seed gives the same set on one machine."""
     directory, pictures = root / "published", root / "images"
     (directory / "sklearn").mkdir(parents=True)
@@ -78,17 +79,29 @@ def build_parity_set(root: Path, seed: int = 7) -> ParitySet:
     crops = {name: reference_crop(path) for name, path in images.items()}
     embeddings = reference_embeddings(model, np.stack(list(crops.values())))
     linear, knn, svm = _write_heads(directory / "sklearn", embeddings, seed)
-    return ParitySet(
-        directory=directory,
-        images=images,
-        crops=crops,
-        names=list(images),
+    np.savez(
+        root / ARRAYS_FILE,
+        crops=np.stack(list(crops.values())),
         embeddings=embeddings,
         linear=linear.predict(embeddings),
         linear_p=linear.predict_proba(embeddings)[:, 1],
         knn=knn.predict(embeddings),
         svm_raw=svm.predict(embeddings),
         svm_decision=svm.decision_function(embeddings),
+    )
+
+
+def read_parity_set(root: Path) -> ParitySet:
+    """What `build_parity_set` wrote there."""
+    images = {path.name: path for path in sorted((root / "images").iterdir())}
+    with np.load(root / ARRAYS_FILE) as arrays:
+        values = dict(arrays)
+    return ParitySet(
+        directory=root / "published",
+        images=images,
+        crops=dict(zip(images, values.pop("crops"), strict=True)),
+        names=list(images),
+        **values,
     )
 
 

@@ -66,10 +66,13 @@ def own_place(root: Path) -> Iterator[Place]:
 
 @contextmanager
 def own_environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Within it this process and its children know these settings alone: no database or bucket of anybody's."""
+    """Within it this process and its children know these settings alone: no database or bucket of anybody's.
+
+    Nor a proxy: all servers of a demonstration are on this machine, and a proxy would look for them on its own.
+    """
     before = dict(os.environ)
     for name in before:
-        if name.startswith(_FOREIGN):
+        if name.startswith(_FOREIGN) or name.lower().endswith("_proxy"):
             del os.environ[name]
     os.environ.update(wanted)
     try:

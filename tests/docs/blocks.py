@@ -20,12 +20,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.fork_server import ADDRESS_ENV
+
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {"sh", "sh background", "python", "toml", "text"}
 RUN_LIMIT_S = 600
 START_LIMIT_S = 240
 _FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"\A# file: (?P<name>\S+)\n")
+_CODE_WORKER = """#!{python} -IS
+import sys
+sys.path.insert(0, {root!r})
+from tests.fork_server import run_as
+sys.exit(run_as("code_worker"))
+"""
 _MAKE = """#!/bin/sh
 # Says whether the target exists; making it here would run the tests in the tests.
 exec {make} --dry-run --directory {root} "$@"
@@ -79,9 +87,12 @@ class Reader:
         self._background: list[subprocess.Popen[bytes]] = []
         programs = directory.parent / f"{directory.name}-bin"
         programs.mkdir()
-        make = programs / "make"
-        make.write_text(_MAKE.format(make=shutil.which("make"), root=ROOT), encoding="utf-8")
-        make.chmod(0o755)
+        scripts = {"make": _MAKE.format(make=shutil.which("make"), root=ROOT)}
+        if ADDRESS_ENV in os.environ:
+            scripts["code-worker"] = _CODE_WORKER.format(python=sys.executable, root=str(ROOT))
+        for name, text in scripts.items():
+            (programs / name).write_text(text, encoding="utf-8")
+            (programs / name).chmod(0o755)
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
         self._environment = {**os.environ, **environment, "PATH": path, "PYTHONUNBUFFERED": "1"}
 

@@ -13,6 +13,7 @@ import pytest
 from code_worker.doorbell import Doorbell
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
+from tests.conftest import built_once
 from tests.faults.deployment import FaultDeployment
 from tests.faults.proxy import TcpProxy
 from tests.servers import PostgresServer, RedisServer
@@ -26,7 +27,9 @@ def small_release_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release like any other, but for an encoder of one block instead of twelve."""
     from tests.toy_release import write_toy_release  # noqa: PLC0415 - imports torch
 
-    return write_toy_release(tmp_path_factory.mktemp("small") / "release", depth=1)
+    return (
+        built_once(tmp_path_factory, "small", lambda root: write_toy_release(root / "release", depth=1)) / "release"
+    )
 
 
 @pytest.fixture

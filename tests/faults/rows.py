@@ -50,7 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--soak-minutes", type=float, default=30.0, help="length of the soak (row F33)")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def choose_rows(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the rows that were asked for, in place."""
     config.stash[_ALL_ROWS] = {(line.id, line.injection) for item in items if (line := _line_of(item))}
     wanted = {name.upper() for name in re.split(r"[\s,]+", config.getoption("--rows")) if name}
     with_broker: bool = config.getoption("--broker-rows")

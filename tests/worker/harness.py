@@ -8,10 +8,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import psutil
@@ -22,6 +22,7 @@ from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings, load_settings
 from code_worker.store.engine import Store, open_store
+from tests.fork_server import ADDRESS_ENV, ForkedProcess
 from tests.patience import LIMIT_S, polls
 
 
@@ -98,9 +99,7 @@ class WorkerProcess:
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log_path: Path) -> None:
         self._log = log_path.open("ab")
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
-        )
+        self.process = start(command, environment, self._log)
 
     @property
     def pid(self) -> int:
@@ -129,6 +128,17 @@ class WorkerProcess:
             if child.is_running():
                 child.kill()
         self._log.close()
+
+
+def start(
+    command: Sequence[str], environment: Mapping[str, str], output: BinaryIO
+) -> subprocess.Popen[bytes] | ForkedProcess:
+    """A process that writes to the file; `python -m …` is forked off a process that has imported the modules."""
+    if ADDRESS_ENV in os.environ and list(command[:2]) == [sys.executable, "-m"]:
+        with Path(os.devnull).open("rb") as nothing:
+            streams = (nothing.fileno(), output.fileno(), output.fileno())
+            return ForkedProcess(command[2], command[3:], env=environment, streams=streams)
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
 
 def environment_in(directory: Path, database_url: str, broker_url: str) -> dict[str, str]:

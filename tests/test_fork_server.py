@@ -1,0 +1,110 @@
+"""Programs that are forked off a process which has imported everything: to a test they are like any other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fork_server import ADDRESS_ENV, ForkedProcess, ForkServer
+from tests.patience import polls
+
+REPORT = """
+import os, sys, threading
+print(os.environ["GREETING"], sys.argv[1:], os.getcwd(), "torch" in sys.modules, len(os.environ), flush=True)
+print("to stderr", file=sys.stderr, flush=True)
+threading.Thread(target=lambda: print("a thread's last word")).start()
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[None]:
+    """One of the test's own, since the run may have none; it imports nothing before it is asked."""
+    before = os.environ.get(ADDRESS_ENV)
+    made = ForkServer(preloaded=("json",))
+    yield
+    made.close()
+    if before is None:
+        del os.environ[ADDRESS_ENV]
+    else:
+        os.environ[ADDRESS_ENV] = before
+
+
+def run(directory: Path, code: str, *arguments: str) -> tuple[ForkedProcess, Path]:
+    (directory / "program.py").write_text(code, encoding="utf-8")
+    output = directory / "output"
+    environment = {"PYTHONPATH": str(directory), "GREETING": "hello"}
+    with Path(os.devnull).open("rb") as nothing, output.open("ab") as out:
+        streams = (nothing.fileno(), out.fileno(), out.fileno())
+        return ForkedProcess("program", arguments, env=environment, streams=streams), output
+
+
+@pytest.mark.usefixtures("server")
+def test_it_has_its_own_arguments_environment_directory_streams_and_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, output = run(tmp_path, REPORT, "3", "more")
+    assert program.wait(120) == program.poll() == 3
+    assert output.read_text().splitlines() == [
+        f"hello ['3', 'more'] {tmp_path} False 2",
+        "to stderr",
+        "a thread's last word",
+    ]
+
+
+@pytest.mark.usefixtures("server")
+def test_a_signal_reaches_it_and_its_status_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, output = run(tmp_path, "import time\nprint('up', flush=True)\ntime.sleep(600)\n")
+    for _ in polls():
+        if "up" in output.read_text():
+            break
+    with pytest.raises(subprocess.TimeoutExpired):
+        program.wait(0.01)
+    assert program.poll() is None
+    program.terminate()
+    assert program.wait(120) == -signal.SIGTERM
+    program.kill()  # it has ended: nobody else is hit
+
+
+@pytest.mark.usefixtures("server")
+def test_an_uncaught_error_is_printed_and_ends_with_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, output = run(tmp_path, "raise LookupError('nothing there')\n")
+    assert program.wait(120) == 1
+    assert output.read_text().endswith("LookupError: nothing there\n")
+
+
+@pytest.mark.usefixtures("server")
+def test_a_script_may_stand_in_for_a_program_and_passes_signals_on(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(7))\n"
+        "print(sys.stdin.read(), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    root = str(Path(__file__).resolve().parent.parent)
+    code = (
+        f"import sys; sys.path.insert(0, {root!r}); from tests.fork_server import run_as; sys.exit(run_as('program'))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    ) as script:
+        assert script.stdin is not None
+        assert script.stdout is not None
+        script.stdin.write(b"what was typed")
+        script.stdin.close()
+        assert script.stdout.readline() == b"what was typed\n"
+        script.send_signal(signal.SIGINT)
+        assert script.wait(120) == 7
