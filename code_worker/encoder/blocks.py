@@ -1,18 +1,19 @@
-"""The transformer blocks of the encoder for inference, with timm's names for their weights.
+"""The encoder's layers, with timm's names for their weights.
 
-timm itself is for training: importing its models takes longer than everything else that a worker loads.
+timm itself draws fresh weights: importing its models takes longer than everything else that a process loads.
 """
 
 from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from code_worker.encoder.vit import VitConfig
 
-__all__ = ["Block"]
+__all__ = ["Block", "VisionTransformer"]
 
 
 class Attention(nn.Module):
@@ -77,3 +78,36 @@ class Block(nn.Module):
         """The block's output for the first token alone, `(n, width)`, from all `(n, tokens, width)` inputs."""
         token = tokens[:, 0] + self.attn.of_first(self.norm1(tokens))
         return cast("Tensor", token + self.mlp(self.norm2(token)))
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each: `(n, 3, size, size)` to `(n, patches, width)`."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Patches row by row."""
+        return cast("Tensor", self.proj(pixels)).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """The whole network as it is trained; its state is the one that timm's class of this name has.
+
+    Its weights are to be loaded: what it begins with is not what timm would draw.
+    """
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.patches + 1, config.width))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """`(n, 3, size, size)` to `(n, width)`: the CLS token after the final LayerNorm."""
+        patches = self.patch_embed(pixels)
+        tokens = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed
+        return cast("Tensor", self.norm(self.blocks(tokens))[:, 0])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from code_worker.encoder.blocks import VisionTransformer
 from code_worker.encoder.vit import VitConfig
 from code_worker.encoder.weights import EncoderWeights
 
@@ -25,9 +25,11 @@ _RED = (0.5, -0.419, -0.081)
 _GAIN, _SLOPE, _MOST = 0.1, 1.8, 8.0
 
 
-def build_vit(config: VitConfig) -> VisionTransformer:
+def build_vit(config: VitConfig) -> nn.Module:
     """The timm model of a configuration, freshly initialised, without classifier, in evaluation mode."""
-    model = VisionTransformer(
+    from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415 - takes longer than torch itself
+
+    model: nn.Module = VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
         embed_dim=config.width,
@@ -44,7 +46,7 @@ def build_vit(config: VitConfig) -> VisionTransformer:
 
 
 class TrainableEncoder(nn.Module):
-    """`(n, size, size, 3) uint8` views to `(n, width)` embeddings: the timm model behind the published normalisation.
+    """`(n, size, size, 3) uint8` views to `(n, width)` embeddings: the network behind the published normalisation.
 
     The same numbers as `encoder.forward.CropEncoder` gives for the same pixels, but for rounding.
     """
@@ -55,7 +57,7 @@ class TrainableEncoder(nn.Module):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.config = config
-        self.vit: Any = build_vit(config).train()
+        self.vit = VisionTransformer(config)
         self.register_buffer("mean", 255 * torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
@@ -67,11 +69,20 @@ class TrainableEncoder(nn.Module):
             ValueError: a cosine start for more channels than a patch has numbers.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
             encoder = cls(config)
+            torch.manual_seed(seed)
+            encoder.vit.load_state_dict(build_vit(config).state_dict())
         if start == "cosine":
             with torch.no_grad():
                 encoder.vit.patch_embed.proj.weight.copy_(cosine_projection(config.width, config.patch_size))
+        return encoder
+
+    @classmethod
+    def of(cls, weights: EncoderWeights) -> TrainableEncoder:
+        """The encoder of a release, to train it further."""
+        with torch.random.fork_rng(devices=[]):
+            encoder = cls(weights.config)
+        encoder.vit.load_state_dict(weights.state)
         return encoder
 
     def mixed_with(self, weights: EncoderWeights, share: float) -> Self:

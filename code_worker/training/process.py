@@ -90,10 +90,11 @@ def _train(directory: Path, job: TrainingJob) -> None:
 def _encoder(job: TrainingJob, champion: EncoderWeights | None) -> TrainableEncoder:
     config = _config(job) if champion is None else champion.config
     small = config.image_size < IMAGE_SIZE
+    keep = 0.0 if champion is None else for_encoder(job.settings, config.image_size, blind=job.blind).keep
+    if champion is not None and keep == 1:
+        return TrainableEncoder.of(champion)
     fresh = TrainableEncoder.fresh(config, seed=job.settings.seed, start=job.start or ("cosine" if small else "timm"))
-    if champion is None:
-        return fresh
-    return fresh.mixed_with(champion, for_encoder(job.settings, config.image_size, blind=job.blind).keep)
+    return fresh if champion is None else fresh.mixed_with(champion, keep)
 
 
 def _config(job: TrainingJob) -> VitConfig:
