@@ -14,7 +14,7 @@ from code_worker.logs import get_logger
 from code_worker.types import EMBEDDING_DIM
 from code_worker_heads.device import DeviceSearch
 
-__all__ = ["CosineIndex", "NeighbourIndex", "unit_rows"]
+__all__ = ["MARGIN", "CosineIndex", "NeighbourIndex", "unit_rows"]
 
 log = get_logger(__name__)
 
@@ -34,7 +34,8 @@ _ERROR: Final = (EMBEDDING_DIM + 8) * _UNIT_ROUNDOFF
 
 The 8 covers rounding the two vectors to float32 and the comparison itself.
 """
-_MARGIN: Final = np.float32(2 * _ERROR)
+MARGIN: Final = np.float32(2 * _ERROR)
+"""Cosine distances that differ by less are the same in float32."""
 
 
 def unit_rows(rows: NDArray[Any]) -> NDArray[np.float64]:
@@ -104,7 +105,7 @@ class CosineIndex:
             if self._device != device:
                 self._device, self._search = device, self._moved_to(device)
             search = self._search
-        return self._candidates(queries, k) if search is None else search.candidates(queries, k, float(_MARGIN))
+        return self._candidates(queries, k) if search is None else search.candidates(queries, k, float(MARGIN))
 
     def _moved_to(self, device: str) -> DeviceSearch | None:
         try:
@@ -124,13 +125,13 @@ class CosineIndex:
         for start, cells in self._products(queries):
             peaks = cells.max(axis=1)
             best = np.partition(np.concatenate((best, peaks.T), axis=1), -k, axis=1)[:, -k:]
-            least = best.min(axis=1) - _MARGIN
+            least = best.min(axis=1) - MARGIN
             cell, query = np.nonzero(peaks >= least)
             near = cells[cell, :, query]
             hit, offset = np.nonzero(near >= least[query, None])
             found.append((query[hit], start + cell[hit] * _CELL + offset, near[hit, offset]))
         rows, positions, similarities = (np.concatenate(part) for part in zip(*found, strict=True))
-        kept = (similarities >= best.min(axis=1)[rows] - _MARGIN) & (positions < len(self))
+        kept = (similarities >= best.min(axis=1)[rows] - MARGIN) & (positions < len(self))
         order = np.argsort(rows[kept], kind="stable")
         counts = np.bincount(rows[kept], minlength=len(queries))
         return np.split(positions[kept][order], np.cumsum(counts)[:-1])

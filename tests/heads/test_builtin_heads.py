@@ -24,12 +24,15 @@ from code_worker_heads.linear import LinearHead
 from code_worker_heads.saved import sided
 from code_worker_heads.svm import OneClassSvmHead
 from tests.heads.samples import clouds, fitted_estimators
+from tests.rounding import DOUBLE, SINGLE, decision_error, score_error
 
 if TYPE_CHECKING:
     from tests.parity import ParitySet
 
 HEADS: dict[str, type[Head]] = {"linear": LinearHead, "knn": NearestNeighbourHead, "svm": OneClassSvmHead}
 QUERIES, _ = clouds(600, 5, 0.2)
+EXACT = QUERIES.astype(np.float64)
+"""The same numbers: scikit-learn computes in the precision of its input, and float32's rounding would decide ties."""
 
 
 def imported(head_class: type[Head], estimator: object, directory: Path) -> Any:
@@ -47,7 +50,7 @@ def predicted_fake(estimator: Any, embeddings: Any) -> Any:
 def test_an_imported_head_decides_as_scikit_learn(name: str, seed: int, tmp_path: Path) -> None:
     estimator = fitted_estimators(seed)[name]
     head = imported(HEADS[name], estimator, tmp_path)
-    fake = predicted_fake(estimator, QUERIES)
+    fake = predicted_fake(estimator, EXACT)
     assert 20 < fake.sum() < 580
     np.testing.assert_array_equal(head.score(QUERIES) >= 0.5, fake)
 
@@ -58,7 +61,7 @@ def test_a_head_fitted_here_decides_as_the_published_estimator_fitted_on_the_sam
     head = HEADS[name]()
     if head.one_class:
         embeddings, labels = embeddings[labels == 0], labels[labels == 0]
-    agree = predicted_fake(fitted_estimators()[name], QUERIES) == (head.fit(embeddings, labels).score(QUERIES) >= 0.5)
+    agree = predicted_fake(fitted_estimators()[name], EXACT) == (head.fit(embeddings, labels).score(QUERIES) >= 0.5)
     assert agree.mean() > 0.995
 
 
@@ -74,18 +77,22 @@ def test_parity_with_the_published_pipeline(parity_set: ParitySet) -> None:
     assert svm is not None
     scores = linear.score(parity_set.embeddings)
     np.testing.assert_array_equal(scores >= 0.5, parity_set.linear == 1)
-    np.testing.assert_allclose(scores, parity_set.linear_p, atol=1e-4, rtol=0)
+    assert (np.abs(scores - parity_set.linear_p) <= score_error(linear, parity_set.embeddings, SINGLE)).all()
     np.testing.assert_array_equal(knn.score(parity_set.embeddings) >= 0.5, parity_set.knn == 1)
     np.testing.assert_array_equal(svm.score(parity_set.embeddings) >= 0.5, parity_set.svm_raw == -1)
-    np.testing.assert_allclose(svm.decision(parity_set.embeddings), parity_set.svm_decision, atol=1e-4, rtol=0)
+    apart = np.abs(svm.decision(parity_set.embeddings) - parity_set.svm_decision)
+    assert (apart <= 2 * decision_error(svm, parity_set.embeddings, DOUBLE)).all()
 
 
 def test_linear_score_is_the_probability_and_svm_decision_is_the_estimators(tmp_path: Path) -> None:
     estimators: dict[str, Any] = fitted_estimators()
     linear = imported(LinearHead, estimators["linear"], tmp_path)
-    np.testing.assert_allclose(linear.score(QUERIES), estimators["linear"].predict_proba(QUERIES)[:, 1], atol=1e-5)
+    # In float64 both, of which the score is rounded to float32.
+    probabilities = estimators["linear"].predict_proba(EXACT)[:, 1]
+    np.testing.assert_allclose(linear.score(QUERIES), probabilities, atol=2 * SINGLE, rtol=0)
     svm = imported(OneClassSvmHead, estimators["svm"], tmp_path)
-    np.testing.assert_allclose(svm.decision(QUERIES), estimators["svm"].decision_function(QUERIES), atol=1e-9)
+    apart = np.abs(svm.decision(QUERIES) - estimators["svm"].decision_function(QUERIES))
+    assert (apart <= 2 * decision_error(svm, QUERIES, DOUBLE)).all()
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 4, 5, 7])
@@ -93,7 +100,8 @@ def test_every_degree_of_the_polynomial_is_exact(degree: int, tmp_path: Path) ->
     real, _ = clouds(150, 2)
     estimator = OneClassSVM(kernel="poly", degree=degree, gamma="scale", coef0=0.7, nu=0.2).fit(real)
     head = imported(OneClassSvmHead, estimator, tmp_path)
-    np.testing.assert_allclose(head.decision(QUERIES), estimator.decision_function(QUERIES), rtol=1e-9, atol=1e-9)
+    apart = np.abs(head.decision(QUERIES) - estimator.decision_function(QUERIES))
+    assert (apart <= 2 * decision_error(head, QUERIES, DOUBLE)).all()
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -102,8 +110,10 @@ def test_a_row_scores_the_same_alone_and_in_any_batch(name: str, tmp_path: Path)
     together = head.score(QUERIES)
     alone = np.concatenate([head.score(row[None]) for row in QUERIES])
     np.testing.assert_array_equal(together >= 0.5, alone >= 0.5)
-    np.testing.assert_allclose(together, alone, atol=1e-6, rtol=0)
-    if name != "svm":
+    if name == "svm":  # computes matrix products; its score falls by 1/2 at most where the decision rises by ρ
+        apart = decision_error(head, QUERIES, DOUBLE) / abs(head.state()["kernel"][3])
+        assert (np.abs(together - alone) <= apart + 2 * SINGLE).all()
+    else:
         np.testing.assert_array_equal(together, alone)
 
 

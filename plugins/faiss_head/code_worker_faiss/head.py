@@ -14,13 +14,11 @@ from code_worker.logs import get_logger
 from code_worker_faiss.graph import GraphIndex
 from code_worker_heads.knn import NearestNeighbourHead
 from code_worker_heads.saved import Arrays, checked_embeddings, checked_labels, two_classes
-from code_worker_heads.search import CosineIndex, unit_rows
+from code_worker_heads.search import MARGIN, CosineIndex, unit_rows
 
 __all__ = ["HnswHead"]
 
 _QUERIES: Final = 1000
-_AS_NEAR: Final = 1e-6
-"""Distances that differ by less are the same to a graph that holds float32: of equal references any will do."""
 
 log = get_logger(__name__)
 
@@ -93,7 +91,8 @@ class HnswHead(NearestNeighbourHead):
     def _measured_recall(self, graph: GraphIndex, exact: CosineIndex, queries: NDArray[np.float64]) -> float:
         k = min(self.options.n_neighbors, len(exact))
         found, true = graph.nearest(queries, k)[0], exact.nearest(queries, k)[0]
-        return float((found <= true[:, -1:] + _AS_NEAR).mean())
+        # To a graph that holds float32 such references are equally near: any of them will do.
+        return float((found <= true[:, -1:] + MARGIN).mean())
 
     def _take(self, graphs: list[tuple[NDArray[np.intp], GraphIndex]], recall: float) -> None:
         for _, graph in graphs:
