@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-dep
 EDITABLE := $(PIP) --no-build-isolation --editable .
 COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: help demo test lint check test-celery-5.6 test-matrix faults faults-celery-5.6 settings lock sbom audit-pins bench clean
+.PHONY: help demo test lint check test-kernels test-celery-5.6 test-matrix faults faults-celery-5.6 settings lock sbom audit-pins bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -58,6 +58,9 @@ lint: $(INSTALLED) ## Lint, format, types, import contracts
 	$(BIN)/lint-imports
 
 check: lint test ## What CI runs, but for the older Celery
+
+test-kernels: $(INSTALLED) ## Run the numeric tests on every set of kernels that this processor has
+	$(BIN)/python -m tests.kernels
 
 $(CELERY_5_6)/.installed: $(INSTALLED) requirements/celery-5.6.txt
 	rm -rf $(CELERY_5_6)

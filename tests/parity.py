@@ -21,6 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import OneClassSVM
 from torchvision.transforms import v2
 
+from tests import kernels
 from tests.parity_images import write_images
 
 with warnings.catch_warnings():
@@ -29,8 +30,7 @@ with warnings.catch_warnings():
     from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
-# Two threads of torch that wait for each other crawl as soon as servers or other tests want a core as well.
-torch.set_num_threads(1)
+torch.set_num_threads(kernels.threads())
 
 LINEAR_FILE = "linear_tot_classifier_epoch-32.sav"
 KNN_FILE = "knn_tot_classifier_epoch-32.sav"

@@ -86,6 +86,7 @@ def test_the_pooler_may_be_missing(published: Path) -> None:
     assert len(load_checkpoint(published).state) == 18
 
 
+@pytest.mark.numeric
 def test_a_checkpoint_without_qkv_bias_is_represented(tmp_path: Path, parity_set: ParitySet) -> None:
     model = random_vit(5, num_hidden_layers=2, qkv_bias=False)
     save_published(model, tmp_path)

@@ -39,6 +39,7 @@ def test_shapes_double_until_the_largest_batch_fits() -> None:
     assert batch_shapes(256) == (8, 16, 32, 64, 128, 256)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("count", [1, 8, 9, 16, 37])
 def test_padded_and_cut_batches_give_each_crop_its_own_row(weights: EncoderWeights, count: int) -> None:
     crops = crops_of(count)
@@ -67,6 +68,7 @@ def test_answers_are_not_overwritten_by_the_next_batch(weights: EncoderWeights) 
     assert np.array_equal(first, kept)
 
 
+@pytest.mark.numeric
 def test_more_threads_than_lanes_wait_their_turn(weights: EncoderWeights) -> None:
     encoder = CropEncoder(weights.config, weights.state)
     inside, most, lock = [0], [0], threading.Lock()

@@ -66,6 +66,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     assert any(condition() for _ in polls(every_s=0.002))
 
 
+@pytest.mark.numeric
 def test_the_loop_gives_what_the_published_pipeline_gives(parity_set: ParitySet) -> None:
     engine = Engine(load_checkpoint(parity_set.directory), device="cpu")
     parts = np.array_split(np.arange(len(parity_set.names)), 4)

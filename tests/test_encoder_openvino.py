@@ -66,6 +66,7 @@ def small_weights(config: VitConfig) -> EncoderWeights:
     )
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 9])
 def test_openvino_gives_the_numbers_of_torch(engine: OpenVinoEngine, weights: EncoderWeights, count: int) -> None:
     batch = crops(count)
@@ -75,6 +76,7 @@ def test_openvino_gives_the_numbers_of_torch(engine: OpenVinoEngine, weights: En
     np.testing.assert_allclose(found, Engine(weights, device="cpu").embed(batch), atol=EMBEDDING_TOLERANCE, rtol=0)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_a_small_encoder_sees_the_centre_and_fills_up_with_zeros(qkv_bias: bool) -> None:
     weights = small_weights(replace(SMALL, qkv_bias=qkv_bias))
@@ -84,6 +86,7 @@ def test_a_small_encoder_sees_the_centre_and_fills_up_with_zeros(qkv_bias: bool)
     assert not found.embed(batch)[:, SMALL.width :].any()
 
 
+@pytest.mark.numeric
 def test_threads_get_the_rows_of_their_own_crops(engine: OpenVinoEngine) -> None:
     batches = [crops(6, seed) for seed in range(8)]
     alone = [engine.embed(batch) for batch in batches]
@@ -93,6 +96,7 @@ def test_threads_get_the_rows_of_their_own_crops(engine: OpenVinoEngine) -> None
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.numeric
 def test_a_row_has_the_same_bits_whatever_else_is_in_its_batch(engine: OpenVinoEngine) -> None:
     batch = crops(5)
     np.testing.assert_array_equal(engine.embed(batch)[3:], engine.embed(batch[3:]))
@@ -103,6 +107,7 @@ def test_a_batch_that_is_not_of_crops_is_refused(engine: OpenVinoEngine) -> None
         engine.embed(np.zeros((1, 225, 224, 3), np.uint8))
 
 
+@pytest.mark.numeric
 def test_a_cpu_gets_openvino_by_itself_and_torch_where_it_is_named(weights: EncoderWeights) -> None:
     assert open_engine(weights, device="cpu").name == "openvino"
     assert open_engine(weights, device="cpu", engine="torch").name == "torch"

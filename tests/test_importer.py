@@ -59,6 +59,7 @@ def published(parity_set: ParitySet, tmp_path: Path) -> Path:
     return Path(shutil.copytree(parity_set.directory, tmp_path / "published"))
 
 
+@pytest.mark.numeric
 def test_a_published_directory_judges_as_its_own_pipeline_does(loaded: LoadedRelease, parity_set: ParitySet) -> None:
     embeddings = Engine(loaded.weights, device="cpu").embed(parity_set.stacked_crops())
     assert np.abs(embeddings - parity_set.embeddings).max() <= EMBEDDING_TOLERANCE
@@ -73,6 +74,7 @@ def test_a_published_directory_judges_as_its_own_pipeline_does(loaded: LoadedRel
     assert (apart <= promised_decision(svm, embeddings) + 2 * decision_error(svm, embeddings, DOUBLE)).all()
 
 
+@pytest.mark.numeric
 def test_no_image_of_the_set_lies_so_near_a_border_that_rounding_decides(
     loaded: LoadedRelease, parity_set: ParitySet
 ) -> None:

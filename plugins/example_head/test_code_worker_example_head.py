@@ -17,10 +17,12 @@ REAL = EMBEDDINGS[LABELS == 0]
 NOUGHTS = np.zeros(len(REAL), dtype=np.int8)
 
 
+@pytest.mark.numeric
 def test_the_head_conforms() -> None:
     assert_head_conforms(MahalanobisHead)
 
 
+@pytest.mark.numeric
 def test_the_distance_is_that_of_mahalanobis() -> None:
     head = MahalanobisHead({"shrinkage": 0.3}).fit(REAL, NOUGHTS)
     learnt = np.delete(REAL.astype(np.float64), np.s_[4::5], axis=0)

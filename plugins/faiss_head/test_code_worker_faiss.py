@@ -31,7 +31,7 @@ def test_the_head_conforms() -> None:
     assert_head_conforms(spec, {"n_neighbors": 5, "links": 8})
 
 
-@pytest.mark.parametrize("k", [1, 4, 5])
+@pytest.mark.parametrize("k", [1, 4, pytest.param(5, marks=pytest.mark.numeric)])
 def test_where_every_reference_is_in_view_it_scores_as_the_exact_head(k: int) -> None:
     options = {"n_neighbors": k}
     head = HnswHead({**options, "ef_construction": 200, "ef_search": 3000}).fit(REFERENCES, LABELS)

@@ -45,6 +45,7 @@ def predicted_fake(estimator: Any, embeddings: Any) -> Any:
     return predicted == (-1 if isinstance(estimator, OneClassSVM) else 1)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", HEADS)
 def test_an_imported_head_decides_as_scikit_learn(name: str, seed: int, tmp_path: Path) -> None:
@@ -55,6 +56,7 @@ def test_an_imported_head_decides_as_scikit_learn(name: str, seed: int, tmp_path
     np.testing.assert_array_equal(head.score(QUERIES) >= 0.5, fake)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_fitted_here_decides_as_the_published_estimator_fitted_on_the_same(name: str) -> None:
     embeddings, labels = clouds(400, 0, 0.2)
@@ -65,6 +67,7 @@ def test_a_head_fitted_here_decides_as_the_published_estimator_fitted_on_the_sam
     assert agree.mean() > 0.995
 
 
+@pytest.mark.numeric
 def test_parity_with_the_published_pipeline(parity_set: ParitySet) -> None:
     from tests.parity import KNN_FILE, LINEAR_FILE, SVM_FILE  # noqa: PLC0415 - imports torch and transformers
 
@@ -84,6 +87,7 @@ def test_parity_with_the_published_pipeline(parity_set: ParitySet) -> None:
     assert (apart <= 2 * decision_error(svm, parity_set.embeddings, DOUBLE)).all()
 
 
+@pytest.mark.numeric
 def test_linear_score_is_the_probability_and_svm_decision_is_the_estimators(tmp_path: Path) -> None:
     estimators: dict[str, Any] = fitted_estimators()
     linear = imported(LinearHead, estimators["linear"], tmp_path)
@@ -95,6 +99,7 @@ def test_linear_score_is_the_probability_and_svm_decision_is_the_estimators(tmp_
     assert (apart <= 2 * decision_error(svm, QUERIES, DOUBLE)).all()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("degree", [1, 2, 3, 4, 5, 7])
 def test_every_degree_of_the_polynomial_is_exact(degree: int, tmp_path: Path) -> None:
     real, _ = clouds(150, 2)
@@ -104,6 +109,7 @@ def test_every_degree_of_the_polynomial_is_exact(degree: int, tmp_path: Path) ->
     assert (apart <= 2 * decision_error(head, QUERIES, DOUBLE)).all()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", HEADS)
 def test_a_row_scores_the_same_alone_and_in_any_batch(name: str, tmp_path: Path) -> None:
     head = imported(HEADS[name], fitted_estimators()[name], tmp_path)
@@ -117,6 +123,7 @@ def test_a_row_scores_the_same_alone_and_in_any_batch(name: str, tmp_path: Path)
         np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.numeric
 def test_rows_on_the_border_of_the_svm_fall_on_one_side_in_every_batch(tmp_path: Path) -> None:
     head: OneClassSvmHead = imported(OneClassSvmHead, fitted_estimators()["svm"], tmp_path)
     inside, outside = QUERIES[head.decision(QUERIES) > 0][0], QUERIES[head.decision(QUERIES) <= 0][0]
@@ -137,6 +144,7 @@ def test_rounding_to_float32_never_changes_sides() -> None:
     np.testing.assert_array_equal(sided(nearly, generated) >= 0.5, generated)
 
 
+@pytest.mark.numeric
 def test_log_odds_of_exactly_zero_are_real_as_scikit_learn_says(tmp_path: Path) -> None:
     estimator = LogisticRegression().fit(*clouds(50, 0))
     estimator.coef_, estimator.intercept_ = np.zeros((1, 192)), np.zeros(1)

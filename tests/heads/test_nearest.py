@@ -18,6 +18,8 @@ from code_worker_heads.search import CosineIndex, unit_rows
 from tests.heads.samples import clouds
 from tests.rounding import DOUBLE, cosine_error
 
+pytestmark = pytest.mark.numeric
+
 
 def knn(references: Any, labels: Any, k: int = 1) -> NearestNeighbourHead:
     return NearestNeighbourHead({"n_neighbors": k}).fit(

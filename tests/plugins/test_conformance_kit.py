@@ -213,12 +213,14 @@ BROKEN: dict[type[Head], str] = {
 }
 
 
+@pytest.mark.numeric
 def test_a_head_that_is_right_passes_every_check() -> None:
     results = check_head(Centroids)
     assert [str(result) for result in results] == [f"{result.name}: passed" for result in results]
     assert len(results) == 1 + len(SCORE_CHECKS) + len(FILE_CHECKS)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["linear", "knn", "svm"])
 def test_the_built_in_heads_conform(name: str) -> None:
     assert_head_conforms(load_plugins(Settings()).heads()[name])

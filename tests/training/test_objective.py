@@ -84,6 +84,7 @@ def loss_of(embeddings: Tensor, temperature: float = 0.1, *, seed: int = 0) -> C
     )
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("batch", "width", "temperature"), GRID)
 def test_the_loss_is_that_of_a_naive_derivation(batch: int, width: int, temperature: float) -> None:
     embeddings = records(batch, width, seed=batch + width)
@@ -96,6 +97,7 @@ def test_the_loss_is_that_of_a_naive_derivation(batch: int, width: int, temperat
     assert float(loss.total) == pytest.approx(real + fake, rel=1e-10)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("batch", "width", "temperature"), [case for case in GRID if case[2] >= 0.1])
 def test_single_precision_costs_no_more_than_its_rounding(batch: int, width: int, temperature: float) -> None:
     embeddings = records(batch, width, seed=batch + width, dtype=torch.float32)
@@ -105,6 +107,7 @@ def test_single_precision_costs_no_more_than_its_rounding(batch: int, width: int
     assert float(loss) == pytest.approx(exact, rel=0, abs=loss_error(batch, width, temperature, exact, SINGLE))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("negatives", [1, 2, 40])
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
 def test_every_query_has_its_own_loss_against_all_negatives(negatives: int, temperature: float) -> None:
@@ -122,6 +125,7 @@ def test_the_temperature_of_the_paper_is_the_default() -> None:
     assert torch.equal(nce(queries, positives, negatives), nce(queries, positives, negatives, 0.1))
 
 
+@pytest.mark.numeric
 def test_the_gradient_is_the_slope() -> None:
     embeddings = records(3, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda values: loss_of(values).total, (embeddings,))
@@ -136,6 +140,7 @@ def test_an_extreme_temperature_overflows_nothing() -> None:
     assert bool(embeddings.grad.isfinite().all())
 
 
+@pytest.mark.numeric
 def test_a_tiny_loss_keeps_its_digits() -> None:
     query = torch.tensor([[1.0, 0.0]])
     loss = nce(query, query, -query, 0.05)
@@ -143,6 +148,7 @@ def test_a_tiny_loss_keeps_its_digits() -> None:
     assert float(loss) == pytest.approx(math.log1p(math.exp(-40)), rel=(3 * 40 + 4) * SINGLE)
 
 
+@pytest.mark.numeric
 def test_the_length_of_embeddings_does_not_matter() -> None:
     embeddings = records(5, 7)
     scales = 0.1 + 10 * torch.rand(5, 8, 1, generator=seeded(1), dtype=torch.float64)
@@ -157,6 +163,7 @@ def test_classes_apart_cost_less_than_classes_mixed() -> None:
     assert float(loss_of(embeddings).total) > 4
 
 
+@pytest.mark.numeric
 def test_half_precision_is_computed_in_single_under_autocast() -> None:
     embeddings = records(6, 16, dtype=torch.float32).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):

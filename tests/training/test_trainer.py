@@ -37,6 +37,7 @@ from code_worker.training.sampling import RecordSampler, generator_of_step
 from code_worker.training.step import DivergenceWatch, Stepper, chance_loss
 from code_worker.training.trainer import Trainer
 from code_worker.types import EMBEDDING_TOLERANCE
+from tests import kernels
 from tests.faults.rows import Seen, row
 from tests.training.jobs import MINIATURE, items, picture, small_job, write_items, write_small_job
 
@@ -44,9 +45,9 @@ VIEWS = 8
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def number_of_threads() -> None:
     """Bits are compared: the number of threads must not change between two runs of a test."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(kernels.threads())
 
 
 def trainer_for(directory: Path) -> Trainer:
@@ -175,6 +176,7 @@ def gradients(accumulate: int, batch: torch.Tensor) -> tuple[float, list[torch.T
     return loss, [p.grad for p in encoder.parameters() if p.grad is not None]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_records_in_parts_give_the_gradient_of_all_at_once(parts: int) -> None:
     batch = batch_of(6)
@@ -367,6 +369,7 @@ def test_a_retrain_begins_with_as_much_of_the_champion_as_asked_for(keep: float 
     assert all(torch.equal(begun[name], champion.state[name]) for name in begun) is same
 
 
+@pytest.mark.numeric
 def test_the_network_gives_the_embeddings_that_workers_compute() -> None:
     encoder = TrainableEncoder.fresh(VitConfig(**MINIATURE), seed=3, start="cosine").eval()
     crops = np.random.default_rng(3).integers(0, 256, (4, 224, 224, 3), dtype=np.uint8)
