@@ -28,6 +28,7 @@ from tests.faults.deployment import FaultDeployment
 from tests.faults.rows import Bar, Seen, row
 from tests.moderation.doubles import DictSources, runtime
 from tests.rounding import promised_score
+from tests.toy_release import write_toy_release
 from tests.worker.harness import jpeg, wait_until
 
 BATCH = 64
@@ -123,9 +124,9 @@ def test_the_encoder_gives_the_neighbours_the_same_scores(
     expected="at most 20 % more",
 )
 def test_a_bad_file_costs_its_batch_no_time(
-    sqlite_store: Store, toy_release_dir: Path, tmp_path: Path, pool: PriorityPool, seen: Seen
+    sqlite_store: Store, tmp_path: Path, pool: PriorityPool, seen: Seen
 ) -> None:
-    judging = loaded(sqlite_store, toy_release_dir, tmp_path)
+    judging = loaded(sqlite_store, write_toy_release(tmp_path / "full", depth=12), tmp_path)
     with closing(judging.embedder):
         batches = Batches(judging, pool)
         batches.judge()
@@ -143,9 +144,9 @@ def test_a_bad_file_costs_its_batch_no_time(
     unmet="Pillow inflates 200 MB before it can know, and holds the interpreter meanwhile; half a second at most",
 )
 def test_the_largest_broken_file_costs_its_batch_half_a_second(
-    sqlite_store: Store, toy_release_dir: Path, tmp_path: Path, pool: PriorityPool, seen: Seen
+    sqlite_store: Store, tmp_path: Path, pool: PriorityPool, seen: Seen
 ) -> None:
-    judging = loaded(sqlite_store, toy_release_dir, tmp_path)
+    judging = loaded(sqlite_store, write_toy_release(tmp_path / "full", depth=12), tmp_path)
     with closing(judging.embedder):
         batches = Batches(judging, pool)
         batches.judge()

@@ -83,16 +83,28 @@ def _survive(
     )
 
 
+_FULL = pytest.mark.nightly
+
+
 @row(
     "F1c",
-    injection="8 workers killed while they hold claims, 400 jobs, 2 supervisors",
-    expected="400 verdicts, one each; the last ≤ lease + 30 s after the last kill",
+    injection="{kills} workers killed while they hold claims, {jobs} jobs, 2 supervisors",
+    expected="{jobs} verdicts, one each; the last ≤ lease + 30 s after the last kill",
 )
-@pytest.mark.parametrize("database", ["postgresql", pytest.param("sqlite", marks=pytest.mark.nightly)])
-def test_400_jobs_survive_eight_killed_workers(
+@pytest.mark.parametrize(
+    ("database", "jobs", "kills"),
+    [
+        ("postgresql", 120, 3),
+        pytest.param("postgresql", 400, 8, marks=_FULL),
+        pytest.param("sqlite", 400, 8, marks=_FULL),
+    ],
+)
+def test_jobs_survive_killed_workers(
     deploy: Callable[..., FaultDeployment],
     request: pytest.FixtureRequest,
     database: str,
+    jobs: int,
+    kills: int,
     redis_server: RedisServer,
     s3_server: S3Server,
     fault_rng: random.Random,
@@ -100,7 +112,7 @@ def test_400_jobs_survive_eight_killed_workers(
     bar: Bar,
 ) -> None:
     deployment = deploy(request.getfixturevalue("sqlite_url" if database == "sqlite" else "migrated_postgres_url"))
-    _survive(deployment, _upload(deployment, s3_server, 400), fault_rng, seen, bar, kills=8, pause_s=1.6)
+    _survive(deployment, _upload(deployment, s3_server, jobs), fault_rng, seen, bar, kills=kills, pause_s=1.6)
 
 
 @pytest.mark.nightly
