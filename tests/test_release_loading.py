@@ -135,7 +135,7 @@ def _narrow_encoder(release: Path) -> None:
 
 def _other_config(release: Path) -> None:
     path = release / "encoder/config.json"
-    path.write_text(path.read_text().replace('"depth": 12', '"depth": 11'))
+    path.write_text(path.read_text().replace('"depth": 2', '"depth": 1'))
 
 
 def _narrow_head(release: Path) -> None:

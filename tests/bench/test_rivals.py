@@ -65,6 +65,7 @@ def test_litserve_answers_with_the_published_labels(parity_set: ParitySet, some:
     assert [moderation.encode_response(label) for label in labels] == [{"label": label} for label in some.values()]
 
 
+@pytest.mark.slow(reason="starts the published pipeline with its loader processes")
 @pytest.mark.parametrize("name", ["ours", "published-0"])
 def test_a_contestant_judges_files_with_the_published_labels(
     name: str, parity_set: ParitySet, some: dict[str, int]

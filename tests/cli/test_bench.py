@@ -48,6 +48,7 @@ def test_ones_own_images_are_measured_and_broken_ones_left_out(
     assert facts["workers"] > 1
 
 
+@pytest.mark.slow(reason="measures a machine with the full encoder")
 def test_without_images_and_release_it_makes_its_own(bare_cli: Cli) -> None:
     ran = bare_cli("bench", "--seconds", "0.1", "--size", "320x240")
     assert ran.status == 0, ran.stderr

@@ -57,6 +57,7 @@ def note(seen: Seen, found: dict[str, Any]) -> None:
     seen(files=found["files"], slowest_s=found["slowest_s"], exits=0, untyped_errors=0)
 
 
+@pytest.mark.slow(reason="has 18 seconds by its own measure")
 def test_changed_files_give_pixels_or_a_reason() -> None:
     found = fuzz("whole", seed=20_407, seconds=18)
     assert {"judged", "corrupt", "truncated", "unsupported_format", "too_many_pixels"} <= set(found["ends"])

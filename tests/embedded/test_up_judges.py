@@ -53,6 +53,7 @@ def _kill(up: Up, part: str) -> None:
                 process.kill()
 
 
+@pytest.mark.slow(reason="starts the whole stack, and a worker twice")
 def test_up_judges_whatever_was_enqueued_and_whatever_of_it_dies(
     up: Up, env: dict[str, str], images: list[Path], toy_release_dir: Path
 ) -> None:

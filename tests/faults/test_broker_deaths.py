@@ -94,6 +94,7 @@ def _loaded(deployment: FaultDeployment, uri: str) -> list[str]:
     return busy
 
 
+@pytest.mark.slow(reason="three workers wait for a broker that is away for seconds, more than once")
 @row(
     "F3",
     injection="Redis killed or stopped {restarts} times for 0.2–6 s under three workers: idle, full, partly busy",

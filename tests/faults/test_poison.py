@@ -78,6 +78,7 @@ def loaded(store: Store, directory: Path, tmp_path: Path) -> Runtime:
     return start_runtime(registry.load(registry.import_(str(directory))), settings)
 
 
+@pytest.mark.slow(reason="a batch for each of two hundred bad files")
 @row(
     "F24",
     injection="each bad file of the corpus in a batch of 64, in turn at 0, 31 and 63",

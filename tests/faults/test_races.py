@@ -50,6 +50,7 @@ def _race(deployment: FaultDeployment, processes: int, concurrency: int) -> dict
     return {"jobs": _JOBS, "verdicts": _JOBS, "duplicate_skipped": _skipped(deployment), "judged_again": 0}
 
 
+@pytest.mark.slow(reason="eight takers, each with a worker")
 @row(
     "F9",
     injection="200 jobs, each in 8 messages at once, for 8 takers in 2 worker processes",

@@ -64,6 +64,7 @@ def faults_of(deployment: FaultDeployment) -> int:
         return int(connection.execute(text("select max(faults) from jobs")).scalar_one())
 
 
+@pytest.mark.slow(reason="lasts as long as the bucket is down")
 @row(
     "F18",
     injection="one bucket answers 503 for 12 s, another works",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import redis
 
 from code_worker.queues import QUEUES
@@ -79,6 +80,7 @@ def test_sigterm_finishes_what_runs_and_hands_back_the_rest(
     seen(exit=status, exit_s=took_s, back_in_the_queue=waiting, lost=0, judged_again=again)
 
 
+@pytest.mark.slow(reason="a worker for each way to stop one")
 @row(
     "F8",
     injection="SIGINT, SIGQUIT, SIGTERM twice, each to a worker with batches running and queued",

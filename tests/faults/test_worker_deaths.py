@@ -86,6 +86,7 @@ def _survive(
 _FULL = pytest.mark.nightly
 
 
+@pytest.mark.slow(reason="killed workers are started again, from nothing by their supervisors")
 @row(
     "F1c",
     injection="{kills} workers killed while they hold claims, {jobs} jobs, 2 supervisors",

@@ -239,6 +239,7 @@ def test_remote_control_and_events_are_off(
     assert worker.alive
 
 
+@pytest.mark.slow(reason="runs every command that may print a setting")
 def test_no_secret_leaves_the_settings(
     deployment: Deployment, broker: GuardedRedis, producer: Client, worker: WorkerProcess, s3_server: S3Server
 ) -> None:

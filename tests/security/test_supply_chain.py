@@ -69,9 +69,12 @@ def test_every_installation_demands_hashes_or_goes_without_an_index() -> None:
     """Of the project itself and its own plugins pip gets the source, without dependencies."""
     for path in (ROOT / "Makefile", ROOT / "deploy" / "Dockerfile"):
         text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
+        for name, value in re.findall(r"^(\w+) :?= (.*)$", text, re.MULTILINE):
+            text = text.replace(f"$({name})", value)
         installs = [line for line in text.splitlines() if re.search(r"\bpip\b.*\b(install|wheel)\b", line)]
         assert len(installs) >= 3
         assert [line for line in installs if "--require-hashes" not in line and "--no-deps" not in line] == []
+    assert '"--require-hashes", "-r"' in (ROOT / "requirements" / "install.py").read_text(encoding="utf-8")
 
 
 def test_nothing_shipped_is_given_a_shell() -> None:

@@ -37,6 +37,7 @@ def ended(process: subprocess.Popen[bytes], directory: Path) -> int:
         pytest.fail((directory / "log.txt").read_text())
 
 
+@pytest.mark.slow(reason="six processes load torch, one after the other where cores are few")
 def test_two_processes_write_one_result_and_end_together_after_being_stopped(tmp_path: Path) -> None:
     directory = write_small_job(tmp_path / "job", small_job(epochs=15, steps_per_epoch=4, patience=1000, records=4))
     process = start(directory)

@@ -60,6 +60,7 @@ def roll_back(deployment: Deployment) -> str:
     return done.stdout
 
 
+@pytest.mark.slow(reason="watches a worker through a promotion and a rollback")
 def test_a_rollback_is_followed_within_ten_seconds_and_no_verdict_mixes_two_releases(
     deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path, two: list[Path]
 ) -> None:

@@ -71,6 +71,7 @@ def test_two_schedulers_fire_one_time_once(deployment: LearningDeployment, seen:
     seen(sent=2, runs=1, slots=1)
 
 
+@pytest.mark.slow(reason="two trainers, and training processes from nothing")
 def test_a_trainer_that_is_told_to_stop_leaves_its_run_to_the_next(deployment: LearningDeployment) -> None:
     label_world(deployment.settings, deployment.store)
     deployment.environment["CODE_WORKER_TRAINING__EPOCHS"] = "50"
@@ -100,6 +101,7 @@ def test_a_trainer_that_is_told_to_stop_leaves_its_run_to_the_next(deployment: L
     assert run.attempts == 1
 
 
+@pytest.mark.slow(reason="two trainers, and training processes from nothing")
 @pytest.mark.parametrize(("kind", "seed"), [("refit", 1), ("retrain", 3)])
 def test_a_killed_trainer_is_followed_by_one_that_finishes_its_run(
     deployment: LearningDeployment, kind: str, seed: int

@@ -158,6 +158,7 @@ def test_a_running_worker_takes_over_a_promoted_release_without_losing_a_job(
     assert worker.terminate() == 0
 
 
+@pytest.mark.slow(reason="a worker is started four times, from nothing by its supervisor")
 @row(
     "F25",
     injection="a job in a batch of 64 that ends the process without a word",
