@@ -71,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if hasattr(config, "workerinput"):
         return
-    config.pluginmanager.register(Durations(), "durations")
+    config.pluginmanager.register(Durations(shared=bool(getattr(config.option, "tx", None))), "durations")
     if sys.platform == "linux" and config.getoption("--fault-report") is None:
         server = ForkServer()
         config.add_cleanup(server.close)

@@ -1,7 +1,8 @@
 """How long each test took: the slowest are listed, and a test over the limit fails the run unless it says why.
 
 A second counts as much as this machine gave: while other work lets everything take twice as long, it is half a
-second, and while the machine stands still it is none.
+second, and while the machine stands still it is none. What tests share is set up by whichever comes first, so the
+limit is on the call alone, and only where files are shared among processes: a single one imports all in its first.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ class Durations:
     """A pytest plugin of the process that reports; with xdist the tests run in others.
 
     Attributes:
+        shared: whether files are shared among processes; only then the limit holds.
         slowdowns: when, and how many times its processor time some work took then.
         stalls: when the machine went on after standing still, and for how many seconds it had.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool) -> None:
+        self._shared = shared
         self._seconds: dict[str, float] = defaultdict(float)
+        self._calls: dict[str, float] = {}
         self._excused: set[str] = set()
         self.slowdowns: list[tuple[float, float]] = []
         self.stalls: list[tuple[float, float]] = []
@@ -41,11 +45,14 @@ class Durations:
         self._thread.start()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Adds up set-up, call and tear-down."""
+        """Adds up what the parts took, and the call by itself."""
         factors = [slow for at, slow in self.slowdowns if report.start <= at <= report.stop]
         lost_s = sum(lost for at, lost in self.stalls if report.start <= at <= report.stop + lost)
         seconds = max(0.0, report.duration - lost_s)
-        self._seconds[report.nodeid] += seconds / (sum(factors) / len(factors) if factors else 1.0)
+        seconds /= sum(factors) / len(factors) if factors else 1.0
+        self._seconds[report.nodeid] += seconds
+        if report.when == "call":
+            self._calls[report.nodeid] = seconds
         if dict(report.user_properties).get("slow"):
             self._excused.add(report.nodeid)
 
@@ -64,14 +71,16 @@ class Durations:
                 terminalreporter.line(f"{seconds:6.1f} s  {name}")
         for name in self.over():
             terminalreporter.line(
-                f"FAILED: {name} took {self._seconds[name]:.0f} s, more than {LIMIT_S:.0f}: "
+                f"FAILED: {name} took {self._calls[name]:.0f} s, more than {LIMIT_S:.0f}: "
                 "make it quicker, or mark it slow and say why",
                 red=True,
             )
 
     def over(self) -> list[str]:
         """Tests that took more than the limit and give no reason."""
-        return [name for name, seconds in self._seconds.items() if seconds > LIMIT_S and name not in self._excused]
+        if not self._shared:
+            return []
+        return [name for name, seconds in self._calls.items() if seconds > LIMIT_S and name not in self._excused]
 
     def _probe(self) -> None:
         """Notes twice a second how much longer than its processor time some work takes, and pauses of the machine."""

@@ -25,22 +25,30 @@ def report(name: str, seconds: float, **properties: object) -> pytest.TestReport
 
 
 def test_only_what_is_over_the_limit_and_gives_no_reason_is_named() -> None:
-    durations = Durations()
+    durations = Durations(shared=True)
     durations.pytest_runtest_logreport(report("quick", LIMIT_S - 1))
     durations.pytest_runtest_logreport(report("long", LIMIT_S + 1))
     durations.pytest_runtest_logreport(report("excused", LIMIT_S + 1, slow=True))
     assert durations.over() == ["long"]
 
 
-def test_set_up_and_tear_down_count() -> None:
-    durations = Durations()
-    for _ in range(3):
-        durations.pytest_runtest_logreport(report("in three parts", LIMIT_S / 2))
-    assert durations.over() == ["in three parts"]
+def test_a_single_process_has_no_limit() -> None:
+    durations = Durations(shared=False)
+    durations.pytest_runtest_logreport(report("long", LIMIT_S + 1))
+    assert durations.over() == []
+
+
+def test_what_others_share_does_not_count() -> None:
+    durations = Durations(shared=True)
+    set_up = report("first", LIMIT_S + 1)
+    set_up.when = "setup"
+    durations.pytest_runtest_logreport(set_up)
+    durations.pytest_runtest_logreport(report("first", LIMIT_S - 1))
+    assert durations.over() == []
 
 
 def test_what_other_work_takes_away_does_not_count() -> None:
-    durations = Durations()
+    durations = Durations(shared=True)
     durations.slowdowns += [(BEGAN + 1, 2.0), (BEGAN + 2, 4.0), (BEGAN + 100, 1.0)]
     durations.pytest_runtest_logreport(report("beside others", 3 * LIMIT_S - 1))
     assert durations.over() == []
@@ -49,7 +57,7 @@ def test_what_other_work_takes_away_does_not_count() -> None:
 
 
 def test_a_machine_that_stands_still_does_not_count() -> None:
-    durations = Durations()
+    durations = Durations(shared=True)
     durations.stalls.append((BEGAN + 30, 25.0))
     durations.pytest_runtest_logreport(report("paused", LIMIT_S + 24))
     assert durations.over() == []
