@@ -7,6 +7,7 @@ limit is on the call alone, and only where files are shared among processes: a s
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import defaultdict
@@ -59,7 +60,8 @@ class Durations:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self._stopped.set()
-        if self.over() and session.exitstatus == pytest.ExitCode.OK:
+        # CI has nobody to look whether a test or its machine was slow: there it is only said.
+        if self.over() and session.exitstatus == pytest.ExitCode.OK and "CI" not in os.environ:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
