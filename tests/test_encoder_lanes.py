@@ -108,6 +108,7 @@ def test_a_lane_out_of_memory_is_lent_again(weights: EncoderWeights) -> None:
     assert lanes.run(crops_of(8)).shape == (8, 192)
 
 
+@pytest.mark.slow(reason="torch compiles kernels")
 def test_compiled_kernels_give_the_same_embeddings(weights: EncoderWeights) -> None:
     crops = crops_of(5)
     lanes = lanes_of(weights, largest_batch=8)
@@ -117,6 +118,7 @@ def test_compiled_kernels_give_the_same_embeddings(weights: EncoderWeights) -> N
     assert np.abs(lanes.run(crops) - plain).max() < EMBEDDING_TOLERANCE
 
 
+@pytest.mark.slow(reason="torch tries to compile kernels")
 def test_without_a_compiler_the_kernels_stay_plain_and_a_warning_says_so(tmp_path: Path) -> None:
     code = (
         "import numpy as np\n"

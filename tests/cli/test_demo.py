@@ -135,6 +135,7 @@ def suggested(printed: str, cli: Cli) -> int:
     return len(lines)
 
 
+@pytest.mark.slow(reason="starts the whole stack")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_demo_that_is_interrupted_stops_what_it_started(tmp_path: Path, name: str) -> None:
     directory = tmp_path / "demo"

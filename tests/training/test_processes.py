@@ -22,7 +22,7 @@ def start(directory: Path) -> subprocess.Popen[bytes]:
     with (directory / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [*TORCHRUN, "-m", "code_worker.training.process", str(directory)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -31,17 +31,18 @@ def start(directory: Path) -> subprocess.Popen[bytes]:
 
 def ended(process: subprocess.Popen[bytes], directory: Path) -> int:
     try:
-        return process.wait(120)
+        return process.wait(600)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.wait()
         pytest.fail((directory / "log.txt").read_text())
 
 
 @pytest.mark.slow(reason="six processes load torch, one after the other where cores are few")
 def test_two_processes_write_one_result_and_end_together_after_being_stopped(tmp_path: Path) -> None:
-    directory = write_small_job(tmp_path / "job", small_job(epochs=15, steps_per_epoch=4, patience=1000, records=4))
+    directory = write_small_job(tmp_path / "job", small_job(epochs=8, steps_per_epoch=4, patience=1000, records=4))
     process = start(directory)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (directory / "metrics.jsonl").exists():
         assert process.poll() is None, (directory / "log.txt").read_text()
         assert time.monotonic() < deadline
@@ -50,9 +51,9 @@ def test_two_processes_write_one_result_and_end_together_after_being_stopped(tmp
     ended(process, directory)
     stopped = json.loads((directory / "progress.json").read_text())
     assert not (directory / "result").exists()
-    assert stopped["step"] < 60
+    assert stopped["step"] < 32
     assert ended(start(directory), directory) == 0, (directory / "log.txt").read_text()
     read_weights(directory / "result")
     epochs = [json.loads(line)["epoch"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert epochs == list(range(1, 16))
+    assert epochs == list(range(1, 9))
     assert '"event": "training_resumed"' in (directory / "log.txt").read_text()
