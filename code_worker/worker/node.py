@@ -145,7 +145,11 @@ class Node:
             Policy(row.id, row.low, row.high, row.head, row.tenant, row.content_type) for row in rows
         )
         self._guarded.paused = {name: pause.left_s for name, pause in paused.items()}
+        before = self.runtimes.release
         self.runtimes.follow()
+        if self.runtimes.release != before:
+            # Those who wait for the new release need not wait for the next beat as well.
+            self.heartbeat()
 
     def heartbeat(self) -> None:
         """Says that this process lives, and renews the leases of what it works on."""

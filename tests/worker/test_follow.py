@@ -17,6 +17,7 @@ from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.loading import load_release
 from code_worker.releases.manifest import Source, read_manifest, release_id
 from code_worker.settings import Settings
+from code_worker.store import workers
 from code_worker.types import Outcome
 from tests.toy_release import write_toy_release
 from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
@@ -64,14 +65,21 @@ def roll_back(deployment: Deployment) -> str:
 def test_a_rollback_is_followed_within_ten_seconds_and_no_verdict_mixes_two_releases(
     deploy: Callable[..., Deployment], postgres_url: str, tmp_path: Path, two: list[Path]
 ) -> None:
-    deployment = deploy(postgres_url, promote=False)
+    # The next beat is 20 minutes away: what the worker's row says of its release came with the release.
+    deployment = deploy(postgres_url, promote=False, CODE_WORKER_WORKER__LEASE_S="3600")
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(7))
     first = promote_release(deployment, two[0])
     second = promote_release(deployment, two[1])
     worker = deployment.worker()
     in_use = "release_in_use"
     wait_until(lambda: deployment.events(in_use), 120, "a worker with the champion")
-    client, ids = deployment.client(), []
+    client, store, ids = deployment.client(), deployment.store(), []
+
+    def says(release: str) -> bool:
+        alive = store.run(lambda session: workers.alive(session, within_s=3600), write=False)
+        return [worker.release for worker in alive] == [release]
+
+    wait_until(lambda: says(second), 120, "the worker's row to name the champion")
 
     def uses(release: str) -> bool:
         ids.extend(client.enqueue_many([str(tmp_path / "files" / "a.jpg")] * 4, priority=9))
@@ -82,6 +90,7 @@ def test_a_rollback_is_followed_within_ten_seconds_and_no_verdict_mixes_two_rele
 
     assert f"{first} is the champion again (was {second})" in roll_back(deployment)
     wait_until(lambda: uses(first), FOLLOWED_WITHIN_S, "the worker to judge with the old champion again")
+    wait_until(lambda: says(first), FOLLOWED_WITHIN_S, "the worker's row to name the old champion again")
     ids.append(client.enqueue(str(tmp_path / "files" / "a.jpg"), priority=9))
     wait_until(lambda: all(client.verdict(job) for job in ids), 120, "verdicts of all jobs")
     found = [verdict for job in ids if (verdict := client.verdict(job)) is not None]
