@@ -6,7 +6,8 @@ import hashlib
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,7 @@ import numpy as np
 from code_worker.demo.artefacts import GENERATORS, NEWCOMER, NEWCOMERS
 from code_worker.demo.photographs import Photographs
 from code_worker.images.decode import decode_crop
+from code_worker.machine import usable_cores
 from code_worker.types import IMAGE_SIZE, RejectReason
 
 if TYPE_CHECKING:
@@ -66,6 +68,16 @@ class Picture:
         return hashlib.sha256(self.data).hexdigest()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Drawn:
+    """An image that is no file yet."""
+
+    name: str
+    source: str
+    pixels: NDArray[np.uint8]
+    form: str
+
+
 @dataclass(frozen=True, slots=True)
 class Broken:
     """Something that cannot be judged: its file (None: nothing is there) and the reason that must be given."""
@@ -91,12 +103,16 @@ def newcomer_pictures(count: int) -> Iterator[Picture]:
 def _mixed(count: int, generators: Mapping[str, Simulation], seed: int, *, prefix: str = "") -> Iterator[Picture]:
     """Formats do not tell which is which."""
     photographs, rng, names = Photographs(), np.random.default_rng(seed), list(generators)
-    for number in range(count):
-        source = REAL if number % 2 == 0 else names[number // 2 % len(names)]
-        crop = photographs.crop(rng)
-        pixels = crop if source == REAL else generators[source](crop, rng)
-        form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
-        yield Picture(f"{prefix}{source}-{number:04}.{suffix}", source, _encoded(pixels, form))
+
+    def drawn() -> Iterator[_Drawn]:
+        for number in range(count):
+            source = REAL if number % 2 == 0 else names[number // 2 % len(names)]
+            crop = photographs.crop(rng)
+            pixels = crop if source == REAL else generators[source](crop, rng)
+            form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
+            yield _Drawn(f"{prefix}{source}-{number:04}.{suffix}", source, pixels, form)
+
+    return _as_files(drawn())
 
 
 def training_pictures(pairs: int) -> Iterator[Picture]:
@@ -105,12 +121,22 @@ def training_pictures(pairs: int) -> Iterator[Picture]:
     Of the same two photographs all the same: what is learned here is to tell a trace from its absence.
     """
     photographs, rng, names = Photographs(), np.random.default_rng(_TRAINING_SEED), list(GENERATORS)
-    for number in range(pairs):
-        crop = photographs.crop(rng)
-        name = names[number % len(names)]
-        form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
-        for source, pixels in ((REAL, crop), (name, GENERATORS[name](crop, rng))):
-            yield Picture(f"learned-{source}-{number:04}.{suffix}", source, _encoded(pixels, form))
+
+    def drawn() -> Iterator[_Drawn]:
+        for number in range(pairs):
+            crop = photographs.crop(rng)
+            name = names[number % len(names)]
+            form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
+            for source, pixels in ((REAL, crop), (name, GENERATORS[name](crop, rng))):
+                yield _Drawn(f"learned-{source}-{number:04}.{suffix}", source, pixels, form)
+
+    return _as_files(drawn())
+
+
+def _as_files(drawn: Iterable[_Drawn]) -> Iterator[Picture]:
+    """Encoded on all cores: Pillow lets other threads run meanwhile, and PNG and WebP take most of the time."""
+    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="encode") as pool:
+        yield from pool.map(lambda each: Picture(each.name, each.source, _encoded(each.pixels, each.form)), drawn)
 
 
 def crops_of(some: Sequence[Picture], limits: LimitSettings) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:

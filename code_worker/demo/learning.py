@@ -36,14 +36,15 @@ SETTINGS: Final[Mapping[str, str]] = {
     "OMP_NUM_THREADS": "2",
     "OMP_WAIT_POLICY": "PASSIVE",
     "CODE_WORKER_DEVICE": "cpu",
-    "CODE_WORKER_TRAINING__EPOCHS": "5",
-    "CODE_WORKER_TRAINING__STEPS_PER_EPOCH": "40",
+    "CODE_WORKER_TRAINING__EPOCHS": "3",
+    "CODE_WORKER_TRAINING__STEPS_PER_EPOCH": "24",
     "CODE_WORKER_TRAINING__RECORDS": "32",
     "CODE_WORKER_TRAINING__LEARNING_RATE": "1e-3",
+    "CODE_WORKER_TRAINING__NEW_SHARE": "0.3",
     "CODE_WORKER_TRAINING__KEEP": "1",
     "CODE_WORKER_TRAINING__LOADER_PROCESSES": "0",
 }
-"""A retrain of two minutes. What the gate demands is what it demands of everybody."""
+"""A retrain of one minute or two. What the gate demands is what it demands of everybody."""
 _APPEARING: Final = 200
 _LABELLED: Final = 60
 _AFTERWARDS: Final = 40
