@@ -71,6 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if hasattr(config, "workerinput"):
         return
+    if getattr(config.option, "tx", None):
+        # Several processes share the cores: threads that spin while they wait for each other take them from the rest.
+        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
     config.pluginmanager.register(Durations(shared=bool(getattr(config.option, "tx", None))), "durations")
     if sys.platform == "linux" and config.getoption("--fault-report") is None:
         server = ForkServer()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch import distributed as dist
-from torch import multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from code_worker.training.objective import (
     VIEWS,
@@ -24,7 +23,10 @@ from code_worker.training.objective import (
     gather_rows,
     nce,
 )
+from tests.patience import LIMIT_S
 from tests.rounding import SINGLE, loss_error
+from tests.training.joined import JOINED_CASES, records, seeded, step
+from tests.worker.harness import start
 
 GRID = [
     (batch, width, temperature)
@@ -32,18 +34,6 @@ GRID = [
     for width in (1, 5, 192)
     for temperature in (0.02, 0.1, 0.5, 2.0)
 ]
-JOINED_CASES = [(1, 0.1), (5, 0.1), (7, 0.5)]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def records(batch: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """`(batch, 8, width)` embeddings with a common part, as an encoder's are."""
-    generator = seeded(seed)
-    common = torch.randn(width, generator=generator, dtype=dtype)
-    return common + torch.randn(batch, len(VIEWS), width, generator=generator, dtype=dtype)
 
 
 def naive_nce(
@@ -252,46 +242,11 @@ def test_without_a_process_group_rows_are_gathered_from_nobody() -> None:
     assert gather_rows(rows) is rows
 
 
-def step(
-    batch: int, temperature: float, part: slice | None = None, *, parallel: bool = False, gather: bool = True
-) -> tuple[nn.Module, Tensor]:
-    """An encoder gone forward and back once, over the joined 2 × batch records or a part of them, and its loss."""
-    inputs = records(2 * batch, 6, seed=batch)[part or slice(None)]
-    torch.manual_seed(1)
-    encoder: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-    encoder = DistributedDataParallel(encoder) if parallel else encoder
-    generator = seeded(batch)
-    joined = 2 * batch if gather else len(inputs)
-    loss = contrastive_loss(
-        ViewEmbeddings.of_records(encoder(inputs)),
-        permutation_real=derangement(joined, generator),
-        permutation_fake=derangement(joined, generator),
-        temperature=temperature,
-        gather=gather,
-    ).total
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return encoder, loss.detach()
-
-
-def run_process(rank: int, directory: str) -> None:
-    """One of two processes: writes averaged losses and gradients for the parent to compare."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
-    results: dict[str, Tensor] = {"rows": gather_rows(torch.full((2, 1), float(rank)))}
-    for batch, temperature in JOINED_CASES:
-        encoder, loss = step(batch, temperature, slice(rank * batch, (rank + 1) * batch), parallel=True)
-        dist.all_reduce(loss)
-        results[f"loss {batch}"] = loss / 2
-        for name, parameter in encoder.named_parameters():
-            assert parameter.grad is not None
-            results[f"{name.removeprefix('module.')} {batch}"] = parameter.grad
-    results["alone"] = step(5, 0.1, slice(rank * 5, rank * 5 + 5), gather=False)[1]
-    torch.save(results, f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
-    mp.spawn(run_process, args=(str(tmp_path),), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]  # untyped
+    with (tmp_path / "log.txt").open("ab") as log:
+        command = [sys.executable, "-m", "tests.training.joined"]
+        running = [start([*command, str(rank), str(tmp_path)], os.environ, log) for rank in range(2)]
+    assert [process.wait(LIMIT_S) for process in running] == [0, 0], (tmp_path / "log.txt").read_text()
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert [results["rows"].flatten().tolist() for results in both] == [[0, 0, 1, 1]] * 2
     for batch, temperature in JOINED_CASES:
