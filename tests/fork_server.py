@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["ADDRESS_ENV", "ForkServer", "ForkedProcess", "run_as"]
+__all__ = ["ADDRESS_ENV", "ForkServer", "ForkedProcess", "forking_python", "run_as"]
 
 ADDRESS_ENV = "FORK_SERVER_ADDRESS"
 PRELOADED = (
@@ -34,6 +34,8 @@ PRELOADED = (
     # What tests import besides. Nothing that keeps what it read in the environment: huggingface_hub does, and with it
     # timm and transformers.
     *("scipy.stats", "sklearn.linear_model", "sklearn.svm", "matplotlib.figure"),
+    # The first optimiser that torch makes imports this, for four seconds of processor time.
+    "torch._dynamo",
 )
 
 
@@ -41,8 +43,9 @@ _PYTHON = """#!{python} -IS
 import sys
 sys.path.insert(0, {root!r})
 from tests.fork_server import run_as
-code = sys.argv.pop(sys.argv.index("-c") + 1)
-sys.exit(run_as("", code))
+at = next(number for number, word in enumerate(sys.argv) if word in ("-c", "-m"))
+option, what, *sys.argv[1:] = sys.argv[at:]
+sys.exit(run_as("", what) if option == "-c" else run_as(what))
 """
 
 
@@ -50,7 +53,7 @@ class ForkServer:
     """The server of a test run; imports nothing before it is first asked for a process.
 
     Attributes:
-        python: a program that runs `-c CODE` in a copy of the server, for execnet.
+        python: a program that runs `-c CODE` or `-m MODULE …` in a copy of the server, for execnet and torchrun.
     """
 
     def __init__(self, preloaded: Sequence[str] = PRELOADED) -> None:
@@ -142,6 +145,12 @@ class ForkedProcess:
     def terminate(self) -> None:
         """SIGTERM."""
         self.send_signal(signal.SIGTERM)
+
+
+def forking_python() -> str:
+    """A program that runs `-m MODULE …` as Python does: in a copy of the server if there is one."""
+    address = os.environ.get(ADDRESS_ENV)
+    return str(Path(address).with_name("python")) if address else sys.executable
 
 
 def run_as(module: str, code: str = "") -> int:
