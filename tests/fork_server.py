@@ -3,12 +3,17 @@
 Importing torch, SQLAlchemy, Celery and the rest takes a worker several seconds of processor time, and the suite
 starts hundreds of programs. One process per test run imports them once; `ForkedProcess` asks it for a copy of itself,
 which goes on as `python -m MODULE` would: with its own process id, environment, directory, streams and signals, only
-that its parent is the server and that the modules are there. `make faults` and the tests of supervisors start every
-program from nothing. The processes of pytest-xdist begin in the same way.
+that its parent is the server and that the modules are there. `forking_python()` stands in for Python where a program
+is started by another: by pytest-xdist, by torchrun, and, with `CHILDREN_ENV`, by our own supervisors. It passes
+signals on, dies with its supervisor, and its copy dies with it. `make faults` and the tests of supervisors start
+every program from nothing.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
 import importlib
 import json
 import os
@@ -19,12 +24,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["ADDRESS_ENV", "ForkServer", "ForkedProcess", "forking_python", "run_as"]
+from code_worker.worker.lifeline import die_with_parent
+
+__all__ = ["ADDRESS_ENV", "CHILDREN_ENV", "ForkServer", "ForkedProcess", "forking_python", "run_as"]
 
 ADDRESS_ENV = "FORK_SERVER_ADDRESS"
+CHILDREN_ENV = "FORK_SERVER_CHILDREN"
+"""Where it is set, what a forked program starts with `sys.executable` is forked too."""
 PRELOADED = (
     *("torch", "openvino", "boto3", "psycopg", "redbeat", "alembic.command", "kombu.transport.redis"),
     *("celery.worker.worker", "celery.concurrency.thread", "sqlalchemy.dialects.sqlite"),
@@ -84,7 +94,10 @@ class ForkServer:
 
 
 class ForkedProcess:
-    """What `subprocess.Popen([sys.executable, "-m", module, …])` would be, as far as tests use it."""
+    """What `subprocess.Popen([sys.executable, "-m", module, …])` would be, as far as tests use it.
+
+    With `bound` it is killed when this process ends.
+    """
 
     def __init__(
         self,
@@ -94,6 +107,7 @@ class ForkedProcess:
         env: Mapping[str, str],
         streams: tuple[int, int, int],
         code: str = "",
+        bound: bool = False,
     ) -> None:
         self.args = [sys.executable, "-m", module, *arguments]
         self.returncode: int | None = None
@@ -105,6 +119,7 @@ class ForkedProcess:
             "arguments": list(arguments),
             "env": dict(env),
             "directory": str(Path.cwd()),
+            "bound": bound,
         }
         message = json.dumps(wanted).encode()
         socket.send_fds(self._server, [len(message).to_bytes(4, "big")], streams)
@@ -156,11 +171,21 @@ def forking_python() -> str:
 def run_as(module: str, code: str = "") -> int:
     """Runs the module, or the code, on this process's arguments, streams and environment; returns its exit status.
 
-    For scripts that stand in for a program: signals go on to the copy of the server that does the work.
+    For scripts that stand in for a program: signals go on to the copy of the server that does the work, and neither
+    outlives its supervisor.
     """
-    program = ForkedProcess(module, sys.argv[1:], env=os.environ, streams=(0, 1, 2), code=code)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: program.send_signal(number))
+    die_with_parent()
+    passed_on = (signal.SIGINT, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # until there is a process to pass them on to
+    program = ForkedProcess(module, sys.argv[1:], env=os.environ, streams=(0, 1, 2), code=code, bound=True)
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(program.pid, number)
+
+    for number in passed_on:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     status = program.wait()
     return status if status >= 0 else 128 - status
 
@@ -181,6 +206,7 @@ class _Server:
         self.listener = socket.socket(fileno=listener)
         self.preloaded = sys.argv[2:]
         self.clients: dict[int, socket.socket] = {}
+        self.selector = selectors.DefaultSelector()
         self.woken, wake = socket.socketpair()
         wake.setblocking(False)
         self.woken.setblocking(False)
@@ -191,7 +217,7 @@ class _Server:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
-        with selectors.DefaultSelector() as selector:
+        with self.selector as selector:
             for source in (self.listener, self.woken, sys.stdin.buffer):
                 selector.register(source, selectors.EVENT_READ)
             while True:
@@ -200,6 +226,9 @@ class _Server:
                         return None
                     if key.fileobj is self.woken:
                         self.reap()
+                    elif key.data is not None:  # a client that a process is bound to says nothing, so it has ended
+                        selector.unregister(key.fileobj)
+                        os.kill(key.data, signal.SIGKILL)
                     elif (wanted := self.fork()) is not None:
                         return wanted
 
@@ -208,12 +237,19 @@ class _Server:
         client, _ = self.listener.accept()
         length, streams, _, _ = socket.recv_fds(client, 4, 3)
         wanted: dict[str, object] = json.loads(_exactly(client, int.from_bytes(length, "big")))
-        while self.preloaded:
-            importlib.import_module(self.preloaded.pop(0))
+        if self.preloaded:
+            for name in self.preloaded:
+                importlib.import_module(name)
+            self.preloaded = []
+            # Copies share what was imported for as long as nobody, a collector least of all, touches it.
+            gc.collect()
+            gc.freeze()
         if pid := os.fork():
             for stream in streams:
                 os.close(stream)
             self.clients[pid] = client
+            if wanted["bound"]:
+                self.selector.register(client, selectors.EVENT_READ, pid)
             client.sendall(pid.to_bytes(4, "big"))
             return None
         client.close()
@@ -244,6 +280,8 @@ class _Server:
             if not pid:
                 return
             with self.clients.pop(pid) as client:
+                if client in self.selector.get_map():
+                    self.selector.unregister(client)
                 try:
                     client.sendall(os.waitstatus_to_exitcode(status).to_bytes(4, "big", signed=True))
                 except OSError:
@@ -254,17 +292,44 @@ def main() -> None:
     """Serves; in a child, goes on as the module that was asked for."""
     wanted = _Server(int(sys.argv[1])).serve()
     if wanted is None:
-        return
+        os._exit(0)
     os.environ.clear()
     os.environ.update(wanted["env"])  # type: ignore[call-overload]  # names and values, as the client wrote them
     os.chdir(str(wanted["directory"]))
     # As a new interpreter would have it.
     sys.path[:0] = [str(wanted["directory"]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if CHILDREN_ENV in os.environ:
+        sys.executable = forking_python()
     sys.argv = [str(wanted["module"] or "-c"), *wanted["arguments"]]  # type: ignore[misc]  # as above
-    if wanted["code"]:
-        exec(str(wanted["code"]), {"__name__": "__main__"})
-    else:
-        runpy.run_module(str(wanted["module"]), run_name="__main__", alter_sys=True)
+    status = _status_of(str(wanted["module"]), str(wanted["code"]))
+    # As an interpreter ends, but for taking apart all that was imported, which takes four seconds.
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads; there is no other name for it
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def _status_of(module: str, code: str) -> int:
+    """Runs it; what is uncaught is printed, and its status is that of an interpreter."""
+    try:
+        if code:
+            exec(code, {"__name__": "__main__"})
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return int(end.code or 0) & 0xFF
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it ends the program
+        sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fork_server import ADDRESS_ENV, ForkedProcess, ForkServer
+from tests.fork_server import ADDRESS_ENV, CHILDREN_ENV, ForkedProcess, ForkServer, forking_python
 from tests.patience import polls
 
 REPORT = """
@@ -108,3 +108,50 @@ def test_a_script_may_stand_in_for_a_program_and_passes_signals_on(tmp_path: Pat
         assert script.stdout.readline() == b"what was typed\n"
         script.send_signal(signal.SIGINT)
         assert script.wait(120) == 7
+
+
+CHILD = """
+import signal, sys, time
+if sys.argv[1:] == ["leaf"]:
+    print(sys.executable, flush=True)
+    time.sleep(600)
+import os, subprocess
+from code_worker.worker.lifeline import SUPERVISOR_ENV
+environment = {**os.environ, SUPERVISOR_ENV: str(os.getpid())}
+with subprocess.Popen([sys.executable, "-m", "program", "leaf"], env=environment) as child:
+    sys.exit(child.wait())
+"""
+
+
+@pytest.mark.usefixtures("server")
+def test_what_a_forked_program_starts_is_forked_if_asked_and_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CHILDREN_ENV, "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "program.py").write_text(CHILD, encoding="utf-8")
+    with subprocess.Popen([forking_python(), "-m", "program"], stdout=subprocess.PIPE, cwd=tmp_path) as script:
+        assert script.stdout is not None
+        assert script.stdout.readline().decode().strip() == forking_python() != sys.executable
+        script.kill()
+        assert script.stdout.read() == b"", "whoever could still write has ended"
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize(
+    ("last_words", "status", "printed"),
+    [
+        ("sys.exit('not like this')", 1, "not like this\nat exit\n"),
+        ("sys.exit(None)", 0, "at exit\n"),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, "KeyboardInterrupt\n"),
+    ],
+)
+def test_it_ends_as_an_interpreter_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: str, status: int, printed: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, output = run(
+        tmp_path, f"import atexit, os, signal, sys, time\natexit.register(print, 'at exit')\n{last_words}\n"
+    )
+    assert program.wait(120) == status
+    assert output.read_text().endswith(printed)

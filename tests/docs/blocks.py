@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.fork_server import ADDRESS_ENV
+from tests.fork_server import ADDRESS_ENV, CHILDREN_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {"sh", "sh background", "python", "toml", "text"}
@@ -94,7 +94,7 @@ class Reader:
             (programs / name).write_text(text, encoding="utf-8")
             (programs / name).chmod(0o755)
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-        self._environment = {**os.environ, **environment, "PATH": path, "PYTHONUNBUFFERED": "1"}
+        self._environment = {**os.environ, **environment, "PATH": path, "PYTHONUNBUFFERED": "1", CHILDREN_ENV: "1"}
 
     def run(self, block: Block) -> str:
         """Runs one block and returns what it printed.
