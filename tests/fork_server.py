@@ -308,11 +308,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
     os._exit(status)
 
 
 def _status_of(module: str, code: str) -> int:
-    """Runs it; what is uncaught is printed, and its status is that of an interpreter."""
+    """Runs it; what is uncaught is printed. Returns an interpreter's status, a signal's number as negative."""
     try:
         if code:
             exec(code, {"__name__": "__main__"})
@@ -325,10 +328,7 @@ def _status_of(module: str, code: str) -> int:
         return 1
     except BaseException as error:  # noqa: BLE001 - whatever it is, it ends the program
         sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        return 1
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

@@ -143,7 +143,7 @@ def test_what_a_forked_program_starts_is_forked_if_asked_and_ends_with_it(
     [
         ("sys.exit('not like this')", 1, "not like this\nat exit\n"),
         ("sys.exit(None)", 0, "at exit\n"),
-        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, "KeyboardInterrupt\n"),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, "KeyboardInterrupt\nat exit\n"),
     ],
 )
 def test_it_ends_as_an_interpreter_does(
