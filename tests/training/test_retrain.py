@@ -23,6 +23,7 @@ from code_worker.store import runs, schedule
 from code_worker.store.engine import Store
 from code_worker.training.job import Item, TrainingJob, write_job
 from code_worker.training.retrain import DueSlot, Learner
+from tests.fork_server import forking_python
 from tests.training.learning import (
     NEW,
     REAL,
@@ -37,6 +38,12 @@ from tests.training.learning import (
 
 Listen = Callable[[str, Mapping[str, Any]], None]
 SLOT = DueSlot("refit", datetime(2026, 11, 22, 3, tzinfo=UTC))
+
+
+@pytest.fixture(autouse=True)
+def forked_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training processes are copies of one that has loaded torch."""
+    monkeypatch.setattr(sys, "executable", forking_python())
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings, load_settings
 from code_worker.store import migrate, releases, runs
 from code_worker.store.engine import Store, open_store
+from tests.fork_server import CHILDREN_ENV
 from tests.training.learning import promote_champion
 from tests.worker.harness import WorkerProcess, wait_until
 
@@ -38,6 +39,7 @@ class LearningDeployment:
             "CODE_WORKER_TRAINING__LOADER_PROCESSES": "0",
             "CODE_WORKER_TRAINING__LEASE_S": "2",
             "OMP_NUM_THREADS": "1",
+            CHILDREN_ENV: "1",
         }
         self.processes: list[WorkerProcess] = []
         self.store = self._open_store()

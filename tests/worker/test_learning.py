@@ -15,6 +15,7 @@ import pytest
 from code_worker.queues import REFIT, RETRAIN
 from code_worker.store import schedule
 from tests.faults.rows import Seen, row
+from tests.fork_server import CHILDREN_ENV
 from tests.servers import RedisServer
 from tests.training.learning import build_champion, label_world
 from tests.worker.harness import WorkerProcess, wait_until
@@ -38,6 +39,7 @@ def modules_of(process: psutil.Process) -> str:
 
 
 def test_a_task_becomes_a_run_and_an_idle_trainer_has_loaded_no_model_code(deployment: LearningDeployment) -> None:
+    del deployment.environment[CHILDREN_ENV]  # looks at the training process itself
     label_world(deployment.settings, deployment.store)
     trainer = deployment.trainer()
     wait_until(lambda: "trainer_starting" in deployment.log(), 120, "the trainer")
@@ -133,6 +135,7 @@ def kill_all(process: WorkerProcess) -> None:
 
 
 def test_a_killed_training_process_goes_on_without_a_new_attempt(deployment: LearningDeployment) -> None:
+    del deployment.environment[CHILDREN_ENV]  # looks at the training process itself
     label_world(deployment.settings, deployment.store)
     trainer = deployment.trainer()
     deployment.send(RETRAIN)
