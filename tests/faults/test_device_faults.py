@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.faults.conftest import Deploy
 from tests.faults.rows import Seen, row
+from tests.fork_server import CHILDREN_ENV
 from tests.worker.harness import wait_until
 
 JOBS = 24
@@ -65,7 +66,7 @@ def test_a_lost_device_ends_the_process_and_the_next_one_judges(
     deploy: Deploy, sqlite_url: str, tmp_path: Path, seen: Seen
 ) -> None:
     deployment = deploy(sqlite_url, **plugin(tmp_path, LOST))
-    deployment.worker("worker", module="code_worker")
+    deployment.worker("worker", module="code_worker", **{CHILDREN_ENV: "1"})
     ids = deployment.enqueue(deployment.images(JOBS))
     began = time.monotonic()
     wait_until(lambda: deployment.decided(ids) == JOBS, 120, "all verdicts")

@@ -16,6 +16,7 @@ from code_worker.broker import celery_config
 from code_worker.queues import MODERATE, NORMAL
 from code_worker.types import Label, Outcome, RejectReason, Verdict
 from tests.faults.rows import Seen, row
+from tests.fork_server import CHILDREN_ENV
 from tests.servers import S3Server
 from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
 
@@ -186,7 +187,7 @@ def test_a_job_that_kills_the_worker_is_quarantined_and_its_neighbours_are_judge
     ]
     client = deployment.client()
     ids = client.enqueue_many(items)
-    deployment.worker("worker", module="code_worker")
+    deployment.worker("worker", module="code_worker", **{CHILDREN_ENV: "1"})
     began = time.monotonic()
     verdicts = _decided(deployment, ids, limit_s=240)
     quarantined_s = time.monotonic() - began
