@@ -89,9 +89,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: tests wait more than they compute, and each process takes a gigabyte and a half."""
+    """For `-n auto`: one more than cores, since tests wait too, and each process takes a gigabyte and a half."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(2 * usable_cores(), int(memory // 3e9)))
+    return max(1, min(usable_cores() + 1, int(memory // 3e9)))
 
 
 @pytest.fixture(autouse=True)

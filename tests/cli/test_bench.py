@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from code_worker.moderation.capacity import workers_for
+from code_worker.releases import toy
+from code_worker.releases.toy import build_toy_release
 from tests.cli.conftest import Cli
 from tests.image_files import encoded, pixels
 from tests.toy_release import write_toy_release
 
+FULL_DEPTH = 12
 RATES = ("decode_one_thread_per_s", "decode_per_s", "forward_per_s", "end_to_end_per_s")
 
 
@@ -48,8 +53,13 @@ def test_ones_own_images_are_measured_and_broken_ones_left_out(
     assert facts["workers"] > 1
 
 
-@pytest.mark.slow(reason="measures a machine with the full encoder")
-def test_without_images_and_release_it_makes_its_own(bare_cli: Cli) -> None:
+def test_without_images_and_release_it_makes_its_own(bare_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shallower(*arguments: Any, depth: int = FULL_DEPTH, **options: Any) -> str:
+        assert depth == FULL_DEPTH
+        return build_toy_release(*arguments, depth=1, **options)
+
+    monkeypatch.setattr(toy, "build_toy_release", shallower)
+    assert signature(build_toy_release).parameters["depth"].default == FULL_DEPTH
     ran = bare_cli("bench", "--seconds", "0.1", "--size", "320x240")
     assert ran.status == 0, ran.stderr
     assert "untrained weights of the published size" in ran.stdout

@@ -17,6 +17,7 @@ from code_worker.client import Client
 from code_worker.settings import load_settings
 from code_worker.types import Outcome
 from tests.embedded.processes import CLI, Up, until
+from tests.fork_server import forking_python
 
 
 @pytest.fixture
@@ -42,7 +43,12 @@ def up(tmp_path: Path, env: dict[str, str]) -> Iterator[Up]:
 
 def _run(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*CLI, *arguments], env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=240
+        [forking_python(), *CLI[1:], *arguments],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
 
 

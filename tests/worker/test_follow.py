@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from code_worker.releases.manifest import Source, read_manifest, release_id
 from code_worker.settings import Settings
 from code_worker.store import workers
 from code_worker.types import Outcome
+from tests.fork_server import forking_python
 from tests.toy_release import write_toy_release
 from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
 
@@ -49,7 +49,7 @@ def provenance_of(directory: Path) -> tuple[str, str, str, str]:
 
 
 def roll_back(deployment: Deployment) -> str:
-    command = [sys.executable, "-m", "code_worker", "releases", "rollback", "--reason", "too strict"]
+    command = [forking_python(), "-m", "code_worker", "releases", "rollback", "--reason", "too strict"]
     done = subprocess.run(
         command,
         check=True,
