@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,8 +55,9 @@ import sys
 sys.path.insert(0, {root!r})
 from tests.fork_server import run_as
 at = next(number for number, word in enumerate(sys.argv) if word in ("-c", "-m"))
+strict = sys.argv[1:3] == ["-W", "error"]
 option, what, *sys.argv[1:] = sys.argv[at:]
-sys.exit(run_as("", what) if option == "-c" else run_as(what))
+sys.exit(run_as("", what, strict=strict) if option == "-c" else run_as(what, strict=strict))
 """
 
 
@@ -96,7 +98,7 @@ class ForkServer:
 class ForkedProcess:
     """What `subprocess.Popen([sys.executable, "-m", module, …])` would be, as far as tests use it.
 
-    With `bound` it is killed when this process ends.
+    With `bound` it is killed when this process ends, with `strict` its warnings are errors.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class ForkedProcess:
         streams: tuple[int, int, int],
         code: str = "",
         bound: bool = False,
+        strict: bool = False,
     ) -> None:
         self.args = [sys.executable, "-m", module, *arguments]
         self.returncode: int | None = None
@@ -120,6 +123,7 @@ class ForkedProcess:
             "env": dict(env),
             "directory": str(Path.cwd()),
             "bound": bound,
+            "strict": strict,
         }
         message = json.dumps(wanted).encode()
         socket.send_fds(self._server, [len(message).to_bytes(4, "big")], streams)
@@ -168,7 +172,7 @@ def forking_python() -> str:
     return str(Path(address).with_name("python")) if address else sys.executable
 
 
-def run_as(module: str, code: str = "") -> int:
+def run_as(module: str, code: str = "", *, strict: bool = False) -> int:
     """Runs the module, or the code, on this process's arguments, streams and environment; returns its exit status.
 
     For scripts that stand in for a program: signals go on to the copy of the server that does the work, and neither
@@ -177,7 +181,9 @@ def run_as(module: str, code: str = "") -> int:
     die_with_parent()
     passed_on = (signal.SIGINT, signal.SIGTERM)
     signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # until there is a process to pass them on to
-    program = ForkedProcess(module, sys.argv[1:], env=os.environ, streams=(0, 1, 2), code=code, bound=True)
+    program = ForkedProcess(
+        module, sys.argv[1:], env=os.environ, streams=(0, 1, 2), code=code, bound=True, strict=strict
+    )
 
     def pass_on(number: int, _: object) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -298,6 +304,8 @@ def main() -> None:
     os.chdir(str(wanted["directory"]))
     # As a new interpreter would have it.
     sys.path[:0] = [str(wanted["directory"]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if wanted["strict"]:
+        warnings.simplefilter("error")
     if CHILDREN_ENV in os.environ:
         sys.executable = forking_python()
     sys.argv = [str(wanted["module"] or "-c"), *wanted["arguments"]]  # type: ignore[misc]  # as above

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from code_worker import __file__ as package
 from code_worker.types import EMBEDDING_TOLERANCE
+from tests.fork_server import forking_python
 
 ROOT = Path(package).parents[1]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "bench.gpu", *arguments],
+        [forking_python(), "-m", "bench.gpu", *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -155,3 +155,16 @@ def test_it_ends_as_an_interpreter_does(
     )
     assert program.wait(120) == status
     assert output.read_text().endswith(printed)
+
+
+@pytest.mark.usefixtures("server")
+def test_warnings_are_errors_if_asked(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import warnings\nwarnings.warn('old')\nprint('went on')\n", encoding="utf-8"
+    )
+    for options, status in (([], 0), (["-W", "error"], 1)):
+        command = [forking_python(), *options, "-m", "program"]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False, timeout=120)
+        assert done.returncode == status
+        assert done.stdout == b"" if status else b"went on\n"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import warnings
 from typing import Any
 
 import pytest
 
 from bench.contestants import Contestant, PublishedModel
+from tests.fork_server import forking_python
 from tests.parity import ParitySet
 
 with warnings.catch_warnings():
@@ -68,8 +70,9 @@ def test_litserve_answers_with_the_published_labels(parity_set: ParitySet, some:
 @pytest.mark.slow(reason="starts the published pipeline with its loader processes")
 @pytest.mark.parametrize("name", ["ours", "published-0"])
 def test_a_contestant_judges_files_with_the_published_labels(
-    name: str, parity_set: ParitySet, some: dict[str, int]
+    name: str, parity_set: ParitySet, some: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "executable", forking_python())
     with Contestant(name, parity_set.directory) as contestant:
         seconds, labels = contestant.judge([parity_set.images[image] for image in some])
         assert labels == list(some.values())

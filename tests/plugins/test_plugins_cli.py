@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.fork_server import forking_python
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "plugins" / "example_head"
 UPSIDE_DOWN = """
@@ -31,7 +33,7 @@ def code_worker_register_heads():
 
 def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", *arguments],
+        [forking_python(), "-W", "error", "-m", *arguments],
         env={**os.environ, **environment},
         cwd=cwd,
         capture_output=True,

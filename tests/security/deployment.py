@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from sqlalchemy import MetaData, make_url
 from code_worker.settings import Settings
 from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
+from tests.fork_server import forking_python
 from tests.servers import RedisServer, S3Server
 from tests.worker.harness import Deployment
 
@@ -114,7 +114,7 @@ def everything_held_by(broker: GuardedRedis) -> str:
 def run_cli(deployment: Deployment, *arguments: str, **extra: str) -> str:
     """What a command prints, on both streams, whatever its exit status."""
     done = subprocess.run(
-        [sys.executable, "-m", "code_worker", *arguments],
+        [forking_python(), "-m", "code_worker", *arguments],
         env={**os.environ, **deployment.environment, **extra},
         capture_output=True,
         text=True,

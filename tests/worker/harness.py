@@ -81,7 +81,8 @@ class Deployment:
 
     def log(self) -> list[dict[str, Any]]:
         """What the workers logged, as far as it is JSON."""
-        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        # The last line may still be being written.
+        lines = self.log_path.read_text().split("\n")[:-1] if self.log_path.exists() else []
         return [json.loads(line) for line in lines if line.startswith('{"')]
 
     def events(self, name: str) -> list[dict[str, Any]]:

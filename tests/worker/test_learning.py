@@ -134,6 +134,7 @@ def kill_all(process: WorkerProcess) -> None:
     psutil.wait_procs(everybody[1:], timeout=120)
 
 
+@pytest.mark.slow(reason="two training processes from nothing")
 def test_a_killed_training_process_goes_on_without_a_new_attempt(deployment: LearningDeployment) -> None:
     del deployment.environment[CHILDREN_ENV]  # looks at the training process itself
     label_world(deployment.settings, deployment.store)
