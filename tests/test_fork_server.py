@@ -134,7 +134,7 @@ def test_what_a_forked_program_starts_is_forked_if_asked_and_ends_with_it(
         assert script.stdout is not None
         assert script.stdout.readline().decode().strip() == forking_python() != sys.executable
         script.kill()
-        assert script.stdout.read() == b"", "whoever could still write has ended"
+        assert script.stdout.read() == b"", "everything that could still write has ended"
 
 
 @pytest.mark.usefixtures("server")

@@ -37,7 +37,7 @@ def open_engine(
     """The engine of a name. `auto`: OpenVINO on a CPU where it is installed, else torch.
 
     OpenVINO embeds a few random crops first. If they differ from torch's by more than `EMBEDDING_TOLERANCE`, `auto`
-    says so and takes torch, and whoever named OpenVINO is refused.
+    says so and takes torch; a setting that names OpenVINO is refused.
 
     Args:
         weights: the encoder.

@@ -91,8 +91,8 @@ def test_a_producer_that_reaches_only_the_broker_sends_uris(
         for _ in range(2):
             app.send_task(MODERATE, args=(unkeyed,), queue=NORMAL, task_id="the-same-delivery")
 
-    buried = wait_until(lambda: len(found := deployment.events("message_refused")) >= 3 and found, 120, "refusals")
-    assert sum("id_conflict" in event["error"] for event in buried) == 1
+    refused = wait_until(lambda: len(found := deployment.events("message_refused")) >= 3 and found, 120, "refusals")
+    assert sum("id_conflict" in event["error"] for event in refused) == 1
     wait_until(lambda: len(rows()) >= 2, 120, "the verdicts")
     assert sorted(rows()) == [(item["uri"], "acme"), (item["uri"], "twice")]
 
