@@ -87,7 +87,7 @@ def test_a_row_that_is_locked_while_its_message_is_taken_is_not_left_to_the_swee
 
 
 def _judged_though_locked(deployment: FaultDeployment, bell: Doorbell) -> bool:
-    """Whether a job was judged whose row was locked as its message was taken; one that was left gets a new message."""
+    """Whether a job was judged whose row was locked as its message was taken; one left behind gets a new one."""
     claims, skipped = len(deployment.events("jobs_claimed")), _skipped(deployment)
     (uri,) = deployment.images(1)
     ids = deployment.ledger.run(lambda session: jobs.accept(session, [jobs.NewJob(uri)]))
