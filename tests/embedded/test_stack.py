@@ -4,6 +4,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,7 @@ from code_worker.store import migrate
 from code_worker.store.engine import open_store
 from code_worker.worker.stack import Stack
 from tests.embedded.processes import CLI, Up, is_gone, until
+from tests.fork_server import forking_python
 from tests.servers import RedisServer
 
 
@@ -68,7 +70,9 @@ def test_when_up_is_killed_nothing_stays_and_the_next_one_goes_on(up: Up, tmp_pa
 
 
 @pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a stack of this process's own; what that starts is forked, while `code-worker up` starts all from nothing."""
+    monkeypatch.setattr(sys, "executable", forking_python())
     return tmp_path / "data"
 
 
@@ -127,7 +131,7 @@ def test_a_data_directory_that_cannot_be_made_is_a_wrong_setting(tmp_path: Path)
 def test_worker_trainer_and_beat_show_a_missing_broker_in_one_line(data_dir: Path) -> None:
     for command in ("worker", "trainer", "beat"):
         ended = subprocess.run(
-            [*CLI, command],
+            [sys.executable, *CLI[1:], command],
             env={**os.environ, "CODE_WORKER_DATA_DIR": str(data_dir)},
             capture_output=True,
             text=True,
