@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from code_worker.settings import RoleSettings, Settings
 from code_worker.store import releases
 from code_worker.store.engine import Store
 from tests.faults.rows import Seen, row
+from tests.fork_server import forking_python
 from tests.release_parts import write_plain_release
 from tests.toy_release import write_toy_release
 
@@ -324,7 +324,7 @@ def test_a_crash_anywhere_in_a_promotion_leaves_one_whole_champion(
     registry = Registry(store, artifacts, plugins, RoleSettings())
     old, new = registry.add(three[0]), release_id(read_manifest(three[1])[1])
     registry.promote(old, by="ann")
-    words = [sys.executable, "-c", CRASH, store.url, str(artifacts.root), str(three[1]), point]
+    words = [forking_python(), "-c", CRASH, store.url, str(artifacts.root), str(three[1]), point]
     assert subprocess.run(words, check=False, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 9
     champion = registry.champion()
     assert champion == (new if moved else old)

@@ -71,7 +71,7 @@ def test_when_up_is_killed_nothing_stays_and_the_next_one_goes_on(up: Up, tmp_pa
 
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a stack of this process's own; what that starts is forked, while `code-worker up` starts all from nothing."""
+    """Of a stack of this process; what that starts is forked, while `code-worker up` starts all from nothing."""
     monkeypatch.setattr(sys, "executable", forking_python())
     return tmp_path / "data"
 
