@@ -6,6 +6,8 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from tests.faults.conftest import Deploy
 from tests.faults.rows import Seen, row
 from tests.fork_server import CHILDREN_ENV
@@ -61,6 +63,7 @@ def test_a_device_short_of_memory_takes_one_crop_at_a_time(
     assert rejected == 0
 
 
+@pytest.mark.slow(reason="a supervisor starts workers again, each after a longer pause")
 @row("F26", injection="the device is lost in a batch", expected="jobs put back, exit 70, restarted, all judged")
 def test_a_lost_device_ends_the_process_and_the_next_one_judges(
     deploy: Deploy, sqlite_url: str, tmp_path: Path, seen: Seen
