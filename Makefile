@@ -30,7 +30,6 @@ $(BIN)/python:
 $(DEMO): requirements/demo.txt requirements/install.py pyproject.toml | $(BIN)/python
 	@$(BIN)/python requirements/install.py requirements/demo.txt
 	@$(EDITABLE)
-	@$(BIN)/python requirements/bytecode.py
 	@touch $@
 
 $(INSTALLED): requirements/lock.txt requirements/install.py pyproject.toml | $(BIN)/python

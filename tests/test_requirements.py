@@ -89,17 +89,17 @@ def test_the_lock_of_the_demonstration_is_what_it_needs_at_the_same_versions() -
     assert not {"pytest", "mypy", "ruff", "transformers", "datasets", "openvino", "cfn-lint"} & set(demo)
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REQUIREMENTS / f"{name}.py")
+def installer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("install", REQUIREMENTS / "install.py")
     assert spec is not None
     assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    sys.modules["install"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_installer_sees_every_pin_once_and_leaves_no_package_out() -> None:
-    install = script("install")
+    install = installer()
     found = list(install.pins(REQUIREMENTS / "lock.txt"))
     assert "".join(f"{pin.text.strip()}\n" for pin in found) == (REQUIREMENTS / "lock.txt").read_text(
         encoding="utf-8"
@@ -109,21 +109,10 @@ def test_the_installer_sees_every_pin_once_and_leaves_no_package_out() -> None:
 
 
 def test_the_size_that_the_installer_announces_is_no_less_than_what_it_installs() -> None:
-    install = script("install")
+    install = installer()
     for lock, announced_gb in install.DISK_GB.items():
         needed = [pin for pin in install.pins(REQUIREMENTS / f"{lock}.txt") if pin.name != "triton" and pin.installed]
         assert 0 < sum(map(install.size_gb, needed)) <= announced_gb, lock
-
-
-def test_what_is_compiled_ahead_is_there_and_belongs_to_the_demonstration() -> None:
-    locked = {name.replace("-", "_") for name in pins(REQUIREMENTS / "demo.txt")}
-    imported = [name for group in script("bytecode").GROUPS for name in group]
-    assert len(set(imported)) == len(imported)
-    for name in imported:
-        assert importlib.util.find_spec(name), name
-        top = {"sklearn": "scikit_learn", "PIL": "pillow", "redbeat": "celery_redbeat"}
-        package = name.partition(".")[0]
-        assert package == "code_worker" or top.get(package, package) in locked, name
 
 
 def test_the_older_celery_is_locked_beside_the_newer_one() -> None:
