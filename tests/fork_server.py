@@ -5,8 +5,8 @@ starts hundreds of programs. One process per test run imports them once; `Forked
 which goes on as `python -m MODULE` would: with its own process id, environment, directory, streams and signals, only
 that its parent is the server and that the modules are there. `forking_python()` stands in for Python where a program
 is started by another: by pytest-xdist, by torchrun, and, with `CHILDREN_ENV`, by our own supervisors. It passes
-signals on, dies with its supervisor, and its copy dies with it. `make faults` and the tests of supervisors start
-every program from nothing.
+signals on, dies with its supervisor, and its copy dies with it. `make faults`, and tests that look at the processes
+of a supervisor, start every program from nothing.
 """
 
 from __future__ import annotations
@@ -232,11 +232,17 @@ class _Server:
                         return None
                     if key.fileobj is self.woken:
                         self.reap()
-                    elif key.data is not None:  # a client that a process is bound to says nothing, so it has ended
-                        selector.unregister(key.fileobj)
-                        os.kill(key.data, signal.SIGKILL)
+                    elif key.data is not None:
+                        self.end_bound(key.data)
                     elif (wanted := self.fork()) is not None:
                         return wanted
+
+    def end_bound(self, pid: int) -> None:
+        """Kills a process whose client has ended, which is all that it could have to say."""
+        # Both may have ended since the last look: then it is reaped, and the number may be another's.
+        if (client := self.clients.get(pid)) is not None and client in self.selector.get_map():
+            self.selector.unregister(client)
+            os.kill(pid, signal.SIGKILL)
 
     def fork(self) -> dict[str, object] | None:
         """Takes one request; returns it in the child."""
@@ -334,7 +340,7 @@ def _status_of(module: str, code: str) -> int:
             return int(end.code or 0) & 0xFF
         print(end.code, file=sys.stderr)
         return 1
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it ends the program
+    except BaseException as error:  # noqa: BLE001 - uncaught, it ends the program
         sys.excepthook(type(error), error, error.__traceback__)
         return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0

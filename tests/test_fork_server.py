@@ -168,3 +168,16 @@ def test_warnings_are_errors_if_asked(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False, timeout=120)
         assert done.returncode == status
         assert done.stdout == b"" if status else b"went on\n"
+
+
+@pytest.mark.usefixtures("server")
+def test_the_server_outlives_copies_and_stand_ins_that_end_at_once(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for _ in range(10):
+        command = [forking_python(), "-m", "program"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path, env=environment) as script:
+            assert script.stdout is not None
+            os.kill(int(script.stdout.readline()), signal.SIGKILL)
+            script.kill()
+            assert script.stdout.read() == b""
