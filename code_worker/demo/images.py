@@ -92,27 +92,23 @@ class Broken:
 
 def pictures(count: int) -> Iterator[Picture]:
     """`count` images, every other one real, the rest by each known toy generator in turn."""
-    return _mixed(count, GENERATORS, _JUDGED_SEED)
+    return _as_files(_mixed(count, GENERATORS, _JUDGED_SEED))
 
 
 def newcomer_pictures(count: int) -> Iterator[Picture]:
     """`count` others, every other one real, the rest by a toy generator that nothing was taught of."""
-    return _mixed(count, {NEWCOMER: NEWCOMERS[NEWCOMER]}, _NEWCOMER_SEED, prefix="later-")
+    return _as_files(_mixed(count, {NEWCOMER: NEWCOMERS[NEWCOMER]}, _NEWCOMER_SEED, prefix="later-"))
 
 
-def _mixed(count: int, generators: Mapping[str, Simulation], seed: int, *, prefix: str = "") -> Iterator[Picture]:
+def _mixed(count: int, generators: Mapping[str, Simulation], seed: int, *, prefix: str = "") -> Iterator[_Drawn]:
     """Formats do not tell which is which."""
     photographs, rng, names = Photographs(), np.random.default_rng(seed), list(generators)
-
-    def drawn() -> Iterator[_Drawn]:
-        for number in range(count):
-            source = REAL if number % 2 == 0 else names[number // 2 % len(names)]
-            crop = photographs.crop(rng)
-            pixels = crop if source == REAL else generators[source](crop, rng)
-            form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
-            yield _Drawn(f"{prefix}{source}-{number:04}.{suffix}", source, pixels, form)
-
-    return _as_files(drawn())
+    for number in range(count):
+        source = REAL if number % 2 == 0 else names[number // 2 % len(names)]
+        crop = photographs.crop(rng)
+        pixels = crop if source == REAL else generators[source](crop, rng)
+        form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
+        yield _Drawn(f"{prefix}{source}-{number:04}.{suffix}", source, pixels, form)
 
 
 def training_pictures(pairs: int) -> Iterator[Picture]:
@@ -120,17 +116,17 @@ def training_pictures(pairs: int) -> Iterator[Picture]:
 
     Of the same two photographs all the same: what is learned here is to tell a trace from its absence.
     """
+    return _as_files(_pairs(pairs))
+
+
+def _pairs(count: int) -> Iterator[_Drawn]:
     photographs, rng, names = Photographs(), np.random.default_rng(_TRAINING_SEED), list(GENERATORS)
-
-    def drawn() -> Iterator[_Drawn]:
-        for number in range(pairs):
-            crop = photographs.crop(rng)
-            name = names[number % len(names)]
-            form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
-            for source, pixels in ((REAL, crop), (name, GENERATORS[name](crop, rng))):
-                yield _Drawn(f"learned-{source}-{number:04}.{suffix}", source, pixels, form)
-
-    return _as_files(drawn())
+    for number in range(count):
+        crop = photographs.crop(rng)
+        name = names[number % len(names)]
+        form, suffix = _FORMATS[rng.integers(len(_FORMATS))]
+        for source, pixels in ((REAL, crop), (name, GENERATORS[name](crop, rng))):
+            yield _Drawn(f"learned-{source}-{number:04}.{suffix}", source, pixels, form)
 
 
 def _as_files(drawn: Iterable[_Drawn]) -> Iterator[Picture]:
