@@ -3,6 +3,8 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 	command -v $$name >/dev/null 2>&1 \
 	&& $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$name && break; done)
+# Set in many images, and with it every process compiles again what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 UV ?= uv
 PIP_AUDIT ?= pip-audit
 
