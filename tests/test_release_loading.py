@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from code_worker.encoder.checkpoint import random_weights
 from code_worker.encoder.engine import Engine
+from code_worker.encoder.weights import random_weights
 from code_worker.errors import ArtifactError, IntegrityError, PluginError
 from code_worker.plugins import Plugins, load_plugins
 from code_worker.releases.builder import ReleaseFacts, build_from_parts

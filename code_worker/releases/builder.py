@@ -29,7 +29,7 @@ from code_worker.releases.manifest import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.encoder.weights import EncoderWeights
     from code_worker.heads import Head
     from code_worker.plugins import Plugins
 
@@ -68,7 +68,7 @@ def build_from_parts(
         ArtifactError: the directory holds something, a head cannot be saved, or scores differently once loaded back.
         UnknownHeadError: a head of a class that no plugin registered.
     """
-    from code_worker.encoder.checkpoint import save_weights  # noqa: PLC0415 - torch: only who builds pays for it
+    from code_worker.encoder.weights import save_weights  # noqa: PLC0415 - torch: only who builds pays for it
 
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):

@@ -16,7 +16,7 @@ from code_worker.releases.signing import check, signature_in
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.encoder.weights import EncoderWeights
     from code_worker.plugins import Plugins
     from code_worker.releases.hashing import OnBytes
 
@@ -64,7 +64,7 @@ def load_release(
         ArtifactError: a part cannot be loaded, or a head does not keep its contract.
         PluginError: a head's plugin is not installed.
     """
-    from code_worker.encoder.checkpoint import read_weights  # noqa: PLC0415 - torch: only who judges pays for it
+    from code_worker.encoder.weights import read_weights  # noqa: PLC0415 - torch: only who judges pays for it
 
     manifest, sha256 = verify_files(directory, on_bytes)
     if keys:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from code_worker.data.kept import KeptImages
-    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.encoder.weights import EncoderWeights
     from code_worker.moderation.runtime import Embedder
     from code_worker.settings import Settings
     from code_worker.store.engine import Store

@@ -19,7 +19,7 @@ from code_worker.releases.manifest import Source, verify_files
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.encoder.weights import EncoderWeights
     from code_worker.heads import Head
     from code_worker.plugins import Plugins
     from code_worker.releases.manifest import Manifest

@@ -30,7 +30,7 @@ from code_worker.training.trust import drop_floods
 
 if TYPE_CHECKING:
     from code_worker.data.examples import Skipped
-    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.encoder.weights import EncoderWeights
     from code_worker.heads import Head
     from code_worker.releases.registry import LoadedRelease
     from code_worker.store.engine import Session

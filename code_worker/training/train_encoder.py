@@ -19,7 +19,7 @@ from code_worker.training.child import RESULT, Progress, train
 from code_worker.training.job import JOB_FILE, Item, TrainingJob, write_job
 
 if TYPE_CHECKING:
-    from code_worker.encoder.checkpoint import EncoderWeights
+    from code_worker.encoder.weights import EncoderWeights
     from code_worker.releases.loading import LoadedRelease
     from code_worker.training.attempt import Attempt
     from code_worker.training.snapshot import Member, Snapshot
@@ -58,7 +58,7 @@ def train_encoder(
         TrainingError, RunLostError, RunStoppedError: see `child.train`.
         DatasetError: too little of the snapshot can be read.
     """
-    from code_worker.encoder.checkpoint import read_weights  # noqa: PLC0415 - torch: the trainer waits without it
+    from code_worker.encoder.weights import read_weights  # noqa: PLC0415 - torch: the trainer waits without it
 
     place = attempt.place
     if not (place.job / JOB_FILE).is_file():
@@ -87,7 +87,7 @@ def write_training_job(attempt: Attempt, taken: Snapshot, base: LoadedRelease | 
 
 
 def _described(attempt: Attempt, base: LoadedRelease | None, *, blind: bool) -> TrainingJob:
-    from code_worker.encoder.checkpoint import save_weights  # noqa: PLC0415 - as above
+    from code_worker.encoder.weights import save_weights  # noqa: PLC0415 - as above
 
     settings = TrainingSettings.model_validate(attempt.run.config["training"])
     initial = None

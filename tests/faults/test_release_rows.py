@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from code_worker.encoder.checkpoint import read_weights
+from code_worker.encoder.weights import read_weights
 from code_worker.plugins import load_plugins
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.loading import load_release

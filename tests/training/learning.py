@@ -13,10 +13,10 @@ from PIL import Image
 
 from code_worker.data.holdout import is_holdout
 from code_worker.data.kept import open_kept
-from code_worker.encoder.checkpoint import EncoderWeights
 from code_worker.encoder.engine import Engine
 from code_worker.encoder.loop import EncoderLoop
 from code_worker.encoder.vit import VitConfig, expected_shapes
+from code_worker.encoder.weights import EncoderWeights
 from code_worker.images.decode import decode
 from code_worker.plugins import Plugins, load_plugins
 from code_worker.releases.builder import ReleaseFacts, build_from_parts

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from code_worker.encoder.checkpoint import random_weights
+from code_worker.encoder.weights import random_weights
 from code_worker.plugins import load_plugins
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
