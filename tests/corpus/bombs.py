@@ -23,10 +23,11 @@ def bombs() -> dict[str, bytes]:
 
 def zeros(count: int) -> bytes:
     """So many zero bytes, deflated, made without holding them."""
-    packer = zlib.compressobj(9)
-    block = bytes(1 << 20)
-    packed = [packer.compress(block) for _ in range(count >> 20)]
-    return b"".join([*packed, packer.compress(bytes(count & 0xFFFFF)), packer.flush()])
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)  # refers to nothing before it
+    rest = packer.compress(bytes(count & 0xFFFFF)) + packer.flush()
+    checksum = count % 65_521 << 16 | 1  # Adler-32 of zeros
+    return b"\x78\xda" + (count >> 20) * block + rest + struct.pack(">I", checksum)
 
 
 def _inflating() -> Iterator[tuple[str, bytes]]:

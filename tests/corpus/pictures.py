@@ -86,7 +86,8 @@ def _flipped_last(data: bytes) -> bytes:
 
 def _frames() -> Iterator[tuple[str, bytes]]:
     def several(kind: str, count: int, **options: object) -> bytes:
-        first, *others = [gradient(64, 64).rotate(7 * number) for number in range(count)]
+        plain = gradient(64, 64).convert("L" if kind == "GIF" else "RGB")  # colours would be chosen for each frame
+        first, *others = [plain.rotate(7 * number) for number in range(count)]
         return encoded(first, kind, save_all=True, append_images=others, **options)
 
     yield "gif_200_frames", several("GIF", 200, duration=20)

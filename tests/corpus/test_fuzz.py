@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.faults.rows import Seen, row
+from tests.fork_server import forking_python
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTENSION = ROOT / "plugins" / "jpeg" / "code_worker_jpeg"
@@ -22,7 +23,8 @@ NIGHT_S = 600.0
 
 def fuzz(what: str, seed: int, seconds: float, **environment: str) -> dict[str, Any]:
     """What a process of its own says of so many seconds of changed files."""
-    command = [sys.executable, "-m", "tests.corpus.fuzz", what, "--seed", str(seed), "--seconds", str(seconds)]
+    python = sys.executable if environment else forking_python()
+    command = [python, "-m", "tests.corpus.fuzz", what, "--seed", str(seed), "--seconds", str(seconds)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
     )
@@ -57,14 +59,13 @@ def note(seen: Seen, found: dict[str, Any]) -> None:
     seen(files=found["files"], slowest_s=found["slowest_s"], exits=0, untyped_errors=0)
 
 
-@pytest.mark.slow(reason="has 18 seconds by its own measure")
 def test_changed_files_give_pixels_or_a_reason() -> None:
-    found = fuzz("whole", seed=20_407, seconds=18)
+    found = fuzz("whole", seed=20_407, seconds=9)
     assert {"judged", "corrupt", "truncated", "unsupported_format", "too_many_pixels"} <= set(found["ends"])
 
 
 def test_the_region_decoder_touches_no_memory_but_its_own(watched: dict[str, str]) -> None:
-    found = fuzz("region", seed=20_407, seconds=12, **watched)
+    found = fuzz("region", seed=20_407, seconds=6, **watched)
     assert set(found["ends"]) == {"decoded", "declined"}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.fork_server import ADDRESS_ENV, CHILDREN_ENV
+from tests.fork_server import ADDRESS_ENV, CHILDREN_ENV, forking_python
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {"sh", "sh background", "python", "toml", "text"}
@@ -28,11 +28,11 @@ RUN_LIMIT_S = 600
 START_LIMIT_S = 240
 _FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"\A# file: (?P<name>\S+)\n")
-_CODE_WORKER = """#!{python} -IS
+_PROGRAM = """#!{python} -IS
 import sys
 sys.path.insert(0, {root!r})
 from tests.fork_server import run_as
-sys.exit(run_as("code_worker"))
+sys.exit(run_as("{module}"))
 """
 _MAKE = """#!/bin/sh
 # Says whether the target exists; making it here would run the tests in the tests.
@@ -89,7 +89,8 @@ class Reader:
         programs.mkdir()
         scripts = {"make": _MAKE.format(make=shutil.which("make"), root=ROOT)}
         if ADDRESS_ENV in os.environ:
-            scripts["code-worker"] = _CODE_WORKER.format(python=sys.executable, root=str(ROOT))
+            for name, module in (("code-worker", "code_worker"), ("pytest", "pytest")):
+                scripts[name] = _PROGRAM.format(python=sys.executable, root=str(ROOT), module=module)
         for name, text in scripts.items():
             (programs / name).write_text(text, encoding="utf-8")
             (programs / name).chmod(0o755)
@@ -113,14 +114,16 @@ class Reader:
             return self._start(block)
         if block.info == "toml":
             return self._settings(block)
-        program = ["bash", "-euo", "pipefail", "-c"] if block.info == "sh" else [sys.executable, "-W", "error", "-c"]
+        program = (
+            ["bash", "-euo", "pipefail", "-c"] if block.info == "sh" else [forking_python(), "-W", "error", "-c"]
+        )
         return self._finish(block, [*program, block.code])
 
     def _settings(self, block: Block) -> str:
         path = self.directory / f"settings-{block.line}.toml"
         path.write_text(block.code, encoding="utf-8")
         check = "from code_worker.settings import load_settings; load_settings()"
-        return self._finish(block, [sys.executable, "-c", check], {"CODE_WORKER_CONFIG": str(path)})
+        return self._finish(block, [forking_python(), "-c", check], {"CODE_WORKER_CONFIG": str(path)})
 
     def _finish(self, block: Block, command: list[str], more: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(

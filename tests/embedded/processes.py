@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from code_worker.worker.supervisor import Child
+from tests.fork_server import ADDRESS_ENV, CHILDREN_ENV, ForkedProcess
 from tests.patience import LIMIT_S, polls
 
 CLI = (sys.executable, "-m", "code_worker")
@@ -50,12 +51,24 @@ def is_gone(pid: int) -> bool:
 
 
 class Up:
-    """`code-worker up` as a process of its own, its output in a file."""
+    """`code-worker up` as a process of its own, its output in a file.
 
-    def __init__(self, data_dir: Path, output: Path, **env: str) -> None:
+    With `forked` it and what it starts are forked off what has imported everything; then it has no process group of
+    its own.
+    """
+
+    def __init__(self, data_dir: Path, output: Path, *, forked: bool = False, **env: str) -> None:
         self.data_dir = data_dir
         self.output = output
-        with output.open("wb") as stream:
+        self.process: subprocess.Popen[bytes] | ForkedProcess
+        with output.open("wb") as stream, Path(os.devnull).open("rb") as nothing:
+            if forked and ADDRESS_ENV in os.environ:
+                arguments = ("up", "--data-dir", str(data_dir))
+                streams = (nothing.fileno(), stream.fileno(), stream.fileno())
+                self.process = ForkedProcess(
+                    "code_worker", arguments, env={**os.environ, **env, CHILDREN_ENV: "1"}, streams=streams
+                )
+                return
             self.process = subprocess.Popen(
                 [*CLI, "up", "--data-dir", str(data_dir)],
                 env={**os.environ, **env},

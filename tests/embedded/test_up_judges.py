@@ -36,7 +36,7 @@ def env(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def up(tmp_path: Path, env: dict[str, str]) -> Iterator[Up]:
-    made = Up(tmp_path / "data", tmp_path / "output", **env)
+    made = Up(tmp_path / "data", tmp_path / "output", forked=True, **env)
     yield made
     made.kill()
 
@@ -80,5 +80,5 @@ def test_up_judges_whatever_was_enqueued_and_whatever_of_it_dies(
     assert {"workers", "release", "broker"} <= {
         row["name"] for row in map(json.loads, found.stdout.splitlines()) if row["status"] == "ok"
     }
-    os.killpg(up.process.pid, signal.SIGINT)
+    up.process.send_signal(signal.SIGINT)
     assert up.process.wait(120) == 0, up.text()

@@ -21,20 +21,20 @@ from tests.servers import RedisServer
 from tests.worker.harness import wait_until
 
 Deploy = Callable[..., FaultDeployment]
-_JOBS, _TIMES = 200, 8
+_TIMES = 8
 
 
 def _skipped(deployment: FaultDeployment) -> int:
     return sum(event["jobs"] for event in deployment.events("duplicate_skipped"))
 
 
-def _race(deployment: FaultDeployment, processes: int, concurrency: int) -> dict[str, int]:
+def _race(deployment: FaultDeployment, count: int, processes: int, concurrency: int) -> dict[str, int]:
     """Rings for each job as often as there are takers, at once; returns figures."""
     for _ in range(processes):
         deployment.worker("--concurrency", str(concurrency))
     deployment.started(processes)
     uris = deployment.images(8)
-    new = [jobs.NewJob(uris[number % len(uris)]) for number in range(_JOBS)]
+    new = [jobs.NewJob(uris[number % len(uris)]) for number in range(count)]
     ids = deployment.ledger.run(lambda session: jobs.accept(session, new))
     deployment.accepted += ids
     deployment.ledger.run(lambda session: jobs.mark_published(session, ids))
@@ -42,24 +42,23 @@ def _race(deployment: FaultDeployment, processes: int, concurrency: int) -> dict
         for job in ids:
             for _ in range(_TIMES):
                 bell.ring(NORMAL, [job])
-    wait_until(lambda: deployment.decided(ids) == _JOBS, 120, f"{_JOBS} verdicts")
-    wait_until(lambda: _skipped(deployment) >= _JOBS * (_TIMES - 1), 120, "every loser to step back")
+    wait_until(lambda: deployment.decided(ids) == count, 120, f"{count} verdicts")
+    wait_until(lambda: _skipped(deployment) >= count * (_TIMES - 1), 120, "every loser to step back")
     operations = deployment.operations()
     assert operations.executed_again == 0
     assert max(operations.committed.values()) == 1
-    return {"jobs": _JOBS, "verdicts": _JOBS, "duplicate_skipped": _skipped(deployment), "judged_again": 0}
+    return {"jobs": count, "verdicts": count, "duplicate_skipped": _skipped(deployment), "judged_again": 0}
 
 
-@pytest.mark.slow(reason="eight takers, each with a worker")
 @row(
     "F9",
-    injection="200 jobs, each in 8 messages at once, for 8 takers in 2 worker processes",
+    injection="60 jobs, each in 8 messages at once, for 8 takers in 2 worker processes",
     expected="one verdict each, losers logged as duplicate_skipped, no unknown error",
 )
 def test_eight_takers_of_one_job_give_one_verdict(
     deploy: Deploy, ledger_url: str, redis_server: RedisServer, seen: Seen
 ) -> None:
-    seen(**_race(deploy(ledger_url), processes=2, concurrency=4))
+    seen(**_race(deploy(ledger_url), count=60, processes=2, concurrency=4))
 
 
 @pytest.mark.nightly
@@ -71,7 +70,7 @@ def test_eight_takers_of_one_job_give_one_verdict(
 def test_eight_processes_after_one_job_give_one_verdict(
     deploy: Deploy, ledger_url: str, redis_server: RedisServer, seen: Seen
 ) -> None:
-    seen(**_race(deploy(ledger_url), processes=8, concurrency=1))
+    seen(**_race(deploy(ledger_url), count=200, processes=8, concurrency=1))
 
 
 def test_a_row_that_is_locked_while_its_message_is_taken_is_not_left_to_the_sweeper(

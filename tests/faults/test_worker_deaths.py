@@ -14,6 +14,7 @@ import pytest
 from code_worker.failpoints import FAILPOINT_STATUS
 from tests.faults.deployment import FaultDeployment
 from tests.faults.rows import Bar, Seen, row
+from tests.fork_server import CHILDREN_ENV
 from tests.servers import RedisServer, S3Server
 from tests.worker.harness import WorkerProcess, jpeg, wait_until
 
@@ -61,7 +62,7 @@ def _survive(
     pause_s: float,
 ) -> None:
     deployment.workers_killed = True
-    supervisors = [deployment.worker("worker", module="code_worker") for _ in range(2)]
+    supervisors = [deployment.worker("worker", module="code_worker", **{CHILDREN_ENV: "1"}) for _ in range(2)]
     deployment.started(2)
     ids = deployment.enqueue(uris)
     last_kill = _kill_at_random(deployment, supervisors, rng, kills, pause_s)

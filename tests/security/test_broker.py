@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from code_worker.doorbell import Doorbell
 from code_worker.errors import ConfigurationError
 from code_worker.settings import Settings
 from code_worker.worker.doctor.services import is_vulnerable
+from tests.fork_server import forking_python
 
 OPEN = "redis://10.255.255.1:6379/0"
 PARTS = ("code_worker.worker.process", "code_worker.worker.beat", "code_worker.worker.trainer")
@@ -61,10 +61,10 @@ def test_a_producer_does_not_ring_through_it_either(tmp_path: Path) -> None:
 
 def test_every_process_ends_with_status_2_and_says_why(tmp_path: Path) -> None:
     environment = {**os.environ, "CODE_WORKER_DATA_DIR": str(tmp_path), "CODE_WORKER_BROKER_URL": OPEN}
-    with_tables = [sys.executable, "-m", "code_worker", "db", "upgrade"]
+    with_tables = [forking_python(), "-m", "code_worker", "db", "upgrade"]
     subprocess.run(with_tables, env=environment, capture_output=True, check=True)
     started = [
-        subprocess.Popen([sys.executable, "-m", part], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([forking_python(), "-m", part], env=environment, stderr=subprocess.PIPE, text=True)
         for part in PARTS
     ]
     for part, process in zip(PARTS, started, strict=True):
