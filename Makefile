@@ -56,7 +56,7 @@ test: $(INSTALLED) $(REGION) ## Run every test
 lint: $(INSTALLED) ## Lint, format, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers auto
 	$(BIN)/lint-imports
 
 check: lint test ## What CI runs, but for the older Celery

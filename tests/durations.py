@@ -19,7 +19,7 @@ __all__ = ["Durations"]
 
 LIMIT_S: Final = 15.0
 _LISTED: Final = 20
-_EVERY_S: Final = 0.5
+_EVERY_S: Final = 2.0
 _PROBE_S: Final = 0.01
 
 
@@ -85,7 +85,7 @@ class Durations:
         return [name for name, seconds in self._calls.items() if seconds > LIMIT_S and name not in self._excused]
 
     def _probe(self) -> None:
-        """Notes twice a second how much longer than its processor time some work takes, and pauses of the machine."""
+        """Notes every two seconds how much longer than its processor time work takes, and the machine's pauses."""
         asleep = time.perf_counter()
         while not self._stopped.wait(_EVERY_S):
             began, worked = time.perf_counter(), time.thread_time()

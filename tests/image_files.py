@@ -61,7 +61,7 @@ def tiff(tags: dict[int, tuple[int, list[int]]], body: bytes = b"") -> bytes:
 
 
 def _paletted_with_alphas() -> bytes:
-    image = pixels(280, 300).quantize(64)
+    image = pixels(280, 300).quantize(64, method=Image.Quantize.FASTOCTREE)
     return encoded(image, "PNG", transparency=bytes(range(0, 256, 4)))
 
 
@@ -109,12 +109,16 @@ def valid_files() -> dict[str, bytes]:
         "tiff_16bit": _sixteen_bit("TIFF", "uint16"),
         "tiff_16bit_big_endian": _sixteen_bit("TIFF", ">u2"),
         "png_palette_with_alphas": _paletted_with_alphas(),
-        "png_palette_one_transparent": encoded(picture.quantize(32), "PNG", transparency=3),
-        "png_palette_small": encoded(pixels(90, 70).quantize(16), "PNG", transparency=bytes([9, 200])),
+        "png_palette_one_transparent": encoded(
+            picture.quantize(32, method=Image.Quantize.FASTOCTREE), "PNG", transparency=3
+        ),
+        "png_palette_small": encoded(
+            pixels(90, 70).quantize(16, method=Image.Quantize.FASTOCTREE), "PNG", transparency=bytes([9, 200])
+        ),
         "png_rgb_transparent_colour": encoded(picture, "PNG", transparency=(1, 2, 3)),
         "png_grey_transparent_level": encoded(picture.convert("L"), "PNG", transparency=7),
         "png_optimised": encoded(picture, "PNG", optimize=True),
-        "gif_transparent": encoded(picture.quantize(16), "GIF", transparency=2),
+        "gif_transparent": encoded(picture.quantize(16, method=Image.Quantize.FASTOCTREE), "GIF", transparency=2),
         "gif_animated": animation("GIF"),
         "webp_animated": animation("WEBP"),
         "apng": animation("PNG"),

@@ -47,7 +47,10 @@ def _modes() -> Iterator[tuple[str, bytes]]:
     yield "mode_tiff_CMYK", encoded(picture.convert("CMYK"), "TIFF")
     yield "mode_jpeg_L", encoded(picture.convert("L"), "JPEG")
     yield "mode_webp_RGBA", encoded(faded, "WEBP", lossless=True)
-    yield "mode_gif_transparent", encoded(picture.quantize(16), "GIF", transparency=2)
+    yield (
+        "mode_gif_transparent",
+        encoded(picture.quantize(16, method=Image.Quantize.FASTOCTREE), "GIF", transparency=2),
+    )
 
 
 def _small() -> Iterator[tuple[str, bytes]]:
@@ -106,7 +109,7 @@ def _frames() -> Iterator[tuple[str, bytes]]:
 def _polyglots() -> Iterator[tuple[str, bytes]]:
     jpeg, drawn = encoded(gradient(), "JPEG"), encoded(gradient(), "PNG")
     # As a script, a file that begins with `GIF89a/*` is one name and a comment; as an image it is 10,799 wide.
-    script = encoded(gradient(0x2A2F, 8).quantize(16), "GIF")
+    script = encoded(gradient(0x2A2F, 8).quantize(16, method=Image.Quantize.FASTOCTREE), "GIF")
     yield "polyglot_gif_js", b"GIF89a" + script[6:] + b"*/=1;alert(1);"
     yield "polyglot_jpeg_zip", jpeg + b"PK\x03\x04" + bytes(200)
     yield "polyglot_png_php", drawn[:33] + png_chunk(b"tEXt", b"c\0<?php system($_GET['c']);?>") + drawn[33:]

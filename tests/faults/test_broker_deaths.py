@@ -166,6 +166,7 @@ def _freeze(deploy: Deploy, url: str, server: RedisServer, seen: Seen, bar: Bar,
 _FROZEN = "enqueue returns the id ≤ 12 s, the row stays accepted, the sweeper publishes it, 0 lost"
 
 
+@pytest.mark.slow(reason="the broker stands still for 14 s, longer than producers wait for it")
 @row("F4", injection="Redis stopped (SIGSTOP) for 14 s", expected=_FROZEN)
 def test_a_frozen_broker_keeps_no_producer_and_loses_nothing(
     deploy: Deploy, migrated_postgres_url: str, redis_server: RedisServer, seen: Seen, bar: Bar

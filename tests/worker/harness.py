@@ -52,6 +52,8 @@ class Deployment:
     log_path: Path
     workers: list[WorkerProcess] = field(default_factory=list)
     opened: list[Client | Store] = field(default_factory=list)
+    _read: int = 0
+    _logged: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def settings(self) -> Settings:
@@ -81,9 +83,14 @@ class Deployment:
 
     def log(self) -> list[dict[str, Any]]:
         """What the workers logged, as far as it is JSON."""
-        # The last line may still be being written.
-        lines = self.log_path.read_text().split("\n")[:-1] if self.log_path.exists() else []
-        return [json.loads(line) for line in lines if line.startswith('{"')]
+        if self.log_path.exists():
+            with self.log_path.open("rb") as stream:
+                stream.seek(self._read)
+                # The last line may still be being written.
+                *lines, rest = stream.read().split(b"\n")
+                self._read = stream.tell() - len(rest)
+            self._logged += [json.loads(line) for line in lines if line.startswith(b'{"')]
+        return self._logged
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self.log() if event.get("event") == name]
