@@ -245,10 +245,17 @@ class _Server:
             os.kill(pid, signal.SIGKILL)
 
     def fork(self) -> dict[str, object] | None:
-        """Takes one request; returns it in the child."""
+        """Takes one request; returns it in the child. A client may be killed at any moment."""
         client, _ = self.listener.accept()
-        length, streams, _, _ = socket.recv_fds(client, 4, 3)
-        wanted: dict[str, object] = json.loads(_exactly(client, int.from_bytes(length, "big")))
+        streams: list[int] = []
+        try:
+            length, streams, _, _ = socket.recv_fds(client, 4, 3)
+            wanted: dict[str, object] = json.loads(_exactly(client, int.from_bytes(length, "big")))
+        except (OSError, ValueError):
+            for stream in streams:
+                os.close(stream)
+            client.close()
+            return None
         if self.preloaded:
             for name in self.preloaded:
                 importlib.import_module(name)
@@ -262,7 +269,8 @@ class _Server:
             self.clients[pid] = client
             if wanted["bound"]:
                 self.selector.register(client, selectors.EVENT_READ, pid)
-            client.sendall(pid.to_bytes(4, "big"))
+            with contextlib.suppress(OSError):
+                client.sendall(pid.to_bytes(4, "big"))
             return None
         client.close()
         self.become(streams)

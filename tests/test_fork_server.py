@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,6 +59,24 @@ def test_it_has_its_own_arguments_environment_directory_streams_and_status(
         "to stderr",
         "a thread's last word",
     ]
+
+
+@pytest.mark.usefixtures("server")
+def test_clients_that_are_killed_while_they_ask_end_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = {"module": "", "code": "pass", "arguments": [], "env": {}, "directory": str(tmp_path), "bound": True}
+    message = json.dumps(wanted | {"strict": False}).encode()
+    with Path(os.devnull).open("r+b") as nothing:
+        streams = [nothing.fileno()] * 3
+        for said in (b"", message[:20], message):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(os.environ[ADDRESS_ENV])
+                if said:
+                    socket.send_fds(client, [len(message).to_bytes(4, "big")], streams)
+                    client.sendall(said)
+                    client.shutdown(socket.SHUT_RD)  # the server's answer finds nobody
+    program, _ = run(tmp_path, "raise SystemExit(3)")
+    assert program.wait(120) == 3
 
 
 @pytest.mark.usefixtures("server")

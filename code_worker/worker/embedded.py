@@ -101,7 +101,7 @@ class EmbeddedBroker:
             with suppress(RedisError), self._client() as client:
                 client.ping()
                 return
-            time.sleep(0.02)
+            time.sleep(0.1)
         raise BrokerUnavailableError(f"the embedded broker gave no answer in {limit_s:g} s; {self._last_words()}")
 
     def publish(self) -> None:
