@@ -50,7 +50,10 @@ PRELOADED = (
 )
 
 
-_PYTHON = """#!{python} -IS
+# The line for a shell is a string to Python: behind `#!` the path of an interpreter could have no space.
+_PYTHON = """#!/bin/sh
+'''exec' "{python}" -IS "$0" "$@"
+' '''
 import sys
 sys.path.insert(0, {root!r})
 from tests.fork_server import run_as
@@ -220,6 +223,8 @@ class _Server:
 
     def serve(self) -> dict[str, object] | None:
         """Returns None when standard input was closed, and in each forked child what it is to run."""
+        # Of libraries that were imported: an allocator's, and a pool that waits; both are told of forks.
+        warnings.filterwarnings("ignore", ".* is multi-threaded, use of fork", DeprecationWarning)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)

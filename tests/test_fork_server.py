@@ -61,6 +61,20 @@ def test_it_has_its_own_arguments_environment_directory_streams_and_status(
     ]
 
 
+def test_a_python_in_a_path_with_a_space_is_stood_in_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spaced = tmp_path / "a place" / "python"
+    spaced.parent.mkdir()
+    spaced.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(spaced))
+    monkeypatch.setenv(ADDRESS_ENV, "")
+    server = ForkServer(preloaded=("json",))
+    try:
+        done = subprocess.run([server.python, "-c", "print(6 * 7)"], capture_output=True, text=True, check=True)
+        assert done.stdout == "42\n"
+    finally:
+        server.close()
+
+
 @pytest.mark.usefixtures("server")
 def test_clients_that_are_killed_while_they_ask_end_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

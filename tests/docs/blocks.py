@@ -28,7 +28,10 @@ RUN_LIMIT_S = 600
 START_LIMIT_S = 240
 _FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"\A# file: (?P<name>\S+)\n")
-_PROGRAM = """#!{python} -IS
+# As tests/fork_server.py has it.
+_PROGRAM = """#!/bin/sh
+'''exec' "{python}" -IS "$0" "$@"
+' '''
 import sys
 sys.path.insert(0, {root!r})
 from tests.fork_server import run_as
@@ -36,7 +39,7 @@ sys.exit(run_as("{module}"))
 """
 _MAKE = """#!/bin/sh
 # Says whether the target exists; making it here would run the tests in the tests.
-exec {make} --dry-run --directory {root} "$@"
+exec "{make}" --dry-run --directory "{root}" "$@"
 """
 
 
