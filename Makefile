@@ -96,6 +96,7 @@ lock: ## Resolve the dependencies anew (UPGRADE=--upgrade takes the newest); nee
 	$(COMPILE) --extra worker --extra training --extra openvino --constraint requirements/lock.txt --output-file requirements/worker.txt pyproject.toml
 	$(COMPILE) --extra demo --constraint requirements/lock.txt --output-file requirements/demo.txt pyproject.toml requirements/build.in
 	$(COMPILE) --constraint requirements/lock.txt --output-file requirements/build.txt requirements/build.in
+	$(COMPILE) $(UPGRADE) --output-file requirements/uv.txt requirements/uv.in
 	$(COMPILE) --no-deps --output-file requirements/celery-5.6.txt requirements/celery-5.6.in
 
 sbom: ## Write the bill of materials of the production lock, CycloneDX, to dist/

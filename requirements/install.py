@@ -1,12 +1,13 @@
-"""Installs what a lock pins, several packages at a time, into the environment whose Python runs this.
+"""Installs what a lock pins into the environment whose Python runs this, with all hashes checked and nothing besides.
 
-pip unpacks one wheel after the other on one core, and writes a line or more for each. Here several of them share the
-work, each with packages of its own, all with hashes checked and without dependencies, since a lock is complete.
+uv does it, which unpacks several packages at a time; pip fetches it, and says which index and certificates to use.
+Where uv cannot be had or fails, pip installs as well, one package after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -15,8 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -25,15 +25,21 @@ from pathlib import Path
 DISK_GB = {"demo": 5.1, "lock": 6.1}
 """Size of an environment with all that a lock pins; `tests/test_requirements.py` holds it against one."""
 _PIN = re.compile(r"^(?P<name>[a-z0-9][a-z0-9._-]*)==(?P<version>[^\s;\\]+)")
-# Most of the bytes: they start first, and the small ones fill what is left of the time.
-_LARGE = (
-    *("torch", "nvidia-cudnn", "nvidia-cublas", "triton", "nvidia-cufft", "nvidia-cusparse", "nvidia-cusolver"),
-    *("nvidia-nccl", "nvidia-nvshmem", "nvidia-cuda-nvrtc", "openvino", "pyarrow", "transformers", "scipy"),
-)
-_FEW = 12
 # It compiles kernels for GPUs; a fifth of the whole.
 _GPU_ONLY = ("triton",)
-_PIP = ("-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet", "--no-compile", "--no-deps")
+_PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
+_UV_LOCK = Path(__file__).with_name("uv.txt")
+# Of pip's settings those that say where packages come from, and what uv calls them.
+_UV_NAMES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "no-index": "UV_NO_INDEX",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+    "client-cert": "SSL_CLIENT_CERT",
+    "proxy": "ALL_PROXY",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if fault := announce(lock.stem, [pin for pin in wanted if pin.installed], missing):
         print(fault, file=sys.stderr)
         return 1
-    failures = install(chunks(missing), len(missing))
-    for output in failures:
-        print(output, file=sys.stderr)
-    return 1 if failures else 0
+    if fault := install(missing, fetched_uv()):
+        print(fault, file=sys.stderr)
+    return int(bool(fault))
 
 
 def pins(lock: Path) -> Iterator[Pin]:
@@ -103,72 +108,87 @@ def size_gb(pin: Pin) -> float:
     return sum(file.size or 0 for file in distribution(pin.name).files or ()) / 1e9
 
 
-def chunks(missing: Sequence[Pin]) -> list[list[Pin]]:
-    """Large packages alone and first, the others a few at a time."""
-    large = sorted((pin for pin in missing if pin.name.startswith(_LARGE)), key=_rank)
-    small = [pin for pin in missing if not pin.name.startswith(_LARGE)]
-    return [[pin] for pin in large] + [small[at : at + _FEW] for at in range(0, len(small), _FEW)]
+def fetched_uv() -> Path | None:
+    """Where uv is, installed beside the rest, if the index has it for this machine."""
+    uv = Path(sys.prefix) / "bin" / "uv"
+    if not uv.exists():
+        _run([*_PIP, "install", "--quiet", "--no-compile", "--require-hashes", "-r", str(_UV_LOCK)])
+    return uv if uv.exists() else None
 
 
-def _rank(pin: Pin) -> int:
-    return next(number for number, start in enumerate(_LARGE) if pin.name.startswith(start))
+def install(missing: Sequence[Pin], uv: Path | None) -> str:
+    """Returns nothing, or what pip printed when even that failed."""
+    for left in Path(sys.prefix).glob(".install-*"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    # In the environment, so that uv moves what it unpacked by hard links.
+    with tempfile.TemporaryDirectory(prefix=".install-", dir=sys.prefix) as directory:
+        wanted, cache = Path(directory) / "wanted.txt", Path(directory) / "cache"
+        wanted.write_text("\n".join(pin.text for pin in missing) + "\n", encoding="utf-8")
+        what = ["--quiet", "--no-deps", "--require-hashes", "-r", str(wanted)]
+        with progress(len(missing), cache):
+            if uv:
+                # The first index that has a package need not have the version; the hash says which file it must be.
+                command = [str(uv), "pip", "install", "--python", sys.executable, "--cache-dir", str(cache)]
+                options = ["--system-certs", "--index-strategy", "unsafe-best-match", "--link-mode", "hardlink"]
+                if not (fault := _run([*command, *options, *what], uv_environment(_pip_settings()))):
+                    return ""
+                print(f"uv failed, pip installs in its place:\n{fault}", file=sys.stderr, flush=True)
+            return _run([*_PIP, "install", "--no-compile", *what])
 
 
-def install(parts: Sequence[Sequence[Pin]], packages: int) -> list[str]:
-    """Runs pip for each part, as many at a time as there are cores; returns what failing ones printed."""
-    failures = []
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        progress(packages) as done,
-        ThreadPoolExecutor(max(2, min(4, os.cpu_count() or 1))) as pool,
-    ):
-        running = {pool.submit(_pip, Path(directory) / f"{n}.txt", part): part for n, part in enumerate(parts)}
-        for ended in as_completed(running):
-            if output := ended.result():
-                failures.append(output)
-                pool.shutdown(wait=False, cancel_futures=True)
-                break
-            done(len(running[ended]))
-    return failures
+def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """What the command printed if it failed, else nothing."""
+    ended = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+    )
+    return ended.stdout or f"{command[0]} ended with {ended.returncode}" if ended.returncode else ""
 
 
-def _pip(requirements: Path, part: Sequence[Pin]) -> str:
-    """What pip printed if it failed, else nothing."""
-    requirements.write_text("\n".join(pin.text for pin in part) + "\n", encoding="utf-8")
-    command = [sys.executable, *_PIP, "--require-hashes", "-r", str(requirements)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    return ended.stdout or f"pip ended with {ended.returncode}" if ended.returncode else ""
+def _pip_settings() -> str:
+    """As `pip config list` prints them, a line each: `section.name='value'`."""
+    command = [*_PIP, "config", "list"]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False).stdout
+
+
+def uv_environment(pip_settings: str) -> dict[str, str]:
+    """The environment in which uv takes packages from where pip would; what names uv's own settings is left alone."""
+    found: dict[str, str] = {}
+    for section in ("global", "install", ":env:"):  # the later ones count more
+        for line in pip_settings.splitlines():
+            key, _, value = line.partition("=")
+            its_section, _, name = key.rpartition(".")
+            if its_section == section and name in _UV_NAMES:
+                found[_UV_NAMES[name]] = str(ast.literal_eval(value)).strip()
+    # pip separates by white space, uv these by commas.
+    if "UV_FIND_LINKS" in found:
+        found["UV_FIND_LINKS"] = ",".join(found["UV_FIND_LINKS"].split())
+    return {name: " ".join(value.split()) for name, value in found.items() if value} | os.environ
 
 
 @contextmanager
-def progress(packages: int) -> Iterator[Callable[[int], None]]:
-    """Yields what counts packages as done: one line on a terminal, kept alive by a clock, else a line a quarter."""
-    began, done, ended = time.monotonic(), [0], threading.Event()
-    terminal = sys.stdout.isatty()
+def progress(packages: int, cache: Path) -> Iterator[None]:
+    """Says how many packages are unpacked: on a terminal one line, kept alive by a clock, else a line a quarter."""
+    began, ended, terminal = time.monotonic(), threading.Event(), sys.stdout.isatty()
 
-    def line() -> str:
-        return f"  {done[0]:3} of {packages} packages  {time.monotonic() - began:4.0f} s"
-
-    def tick() -> None:
+    def watch() -> None:
+        quarters = 0
         while not ended.wait(1):
-            print(f"\r{line()}", end="", flush=True)
+            done = min(packages, sum(1 for _ in cache.glob("archive-v*/*/*.dist-info")))
+            line = f"  {done:3} of {packages} packages  {time.monotonic() - began:4.0f} s"
+            if terminal:
+                print(f"\r{line}", end="", flush=True)
+            elif 4 * done // packages > quarters:
+                quarters = 4 * done // packages
+                print(line, flush=True)
 
-    def count(more: int) -> None:
-        quarters = 4 * done[0] // packages
-        done[0] += more
-        if not terminal and 4 * done[0] // packages > quarters:
-            print(line(), flush=True)
-
-    clock = threading.Thread(target=tick, daemon=True)
-    if terminal:
-        clock.start()
+    clock = threading.Thread(target=watch, daemon=True)
+    clock.start()
     try:
-        yield count
+        yield
     finally:
         ended.set()
-        if terminal:
-            clock.join()
-            print(f"\r{line()}", flush=True)
+        clock.join()
+        print(f"{chr(13) if terminal else ''}  installed in {time.monotonic() - began:.0f} s       ", flush=True)
 
 
 if __name__ == "__main__":

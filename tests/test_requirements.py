@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import re
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
@@ -104,8 +107,61 @@ def test_the_installer_sees_every_pin_once_and_leaves_no_package_out() -> None:
     assert "".join(f"{pin.text.strip()}\n" for pin in found) == (REQUIREMENTS / "lock.txt").read_text(
         encoding="utf-8"
     )
-    parts = install.chunks(found)
-    assert sorted(pin.text for part in parts for pin in part) == sorted(pin.text for pin in found)
+
+
+def test_uv_takes_packages_from_where_pip_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SSL_CERT_FILE", "UV_DEFAULT_INDEX", "UV_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("UV_FIND_LINKS", "/of/the/user")
+    told = (
+        ":env:.index-url='https://env.example/simple'\n"
+        "global.cert='/etc/ssl/of the house.pem'\n"
+        "global.extra-index-url='\\nhttps://one.example/simple\\nhttps://two.example/simple'\n"
+        "global.find-links='/wheels /more'\n"
+        "global.index-url='https://global.example/simple'\n"
+        "global.timeout='60'\n"
+        "install.index-url='https://install.example/simple'\n"
+    )
+    found = installer().uv_environment(told)
+    assert {name: value for name, value in found.items() if os.environ.get(name) != value} == {
+        "UV_DEFAULT_INDEX": "https://env.example/simple",
+        "UV_INDEX": "https://one.example/simple https://two.example/simple",
+        "SSL_CERT_FILE": "/etc/ssl/of the house.pem",
+    }
+    assert found["UV_FIND_LINKS"] == "/of/the/user"
+    monkeypatch.delenv("UV_FIND_LINKS")
+    assert installer().uv_environment(told)["UV_FIND_LINKS"] == "/wheels,/more"
+
+
+def wheel(directory: Path) -> str:
+    """A wheel of one module; its pin."""
+    path = directory / "cw_tiny-1.0-py3-none-any.whl"
+    information = "cw_tiny-1.0.dist-info"
+    with ZipFile(path, "w") as archive:
+        archive.writestr("cw_tiny.py", "ANSWER = 42\n")
+        archive.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: cw-tiny\nVersion: 1.0\n")
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{information}/RECORD", "")
+    return f"cw-tiny==1.0 --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def test_where_uv_fails_pip_installs_and_demands_hashes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "TARGET": str(tmp_path / "there")}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    install = installer()
+    pin = install.Pin("cw-tiny", "1.0", wheel(tmp_path))
+    failing = tmp_path / "uv"
+    failing.write_text("#!/bin/sh\necho nothing for this machine\nexit 2\n", encoding="utf-8")
+    failing.chmod(0o755)
+    assert install.install([pin], failing) == ""
+    assert (tmp_path / "there" / "cw_tiny.py").read_text(encoding="utf-8") == "ANSWER = 42\n"
+    said = capfd.readouterr()
+    assert "nothing for this machine" in said.err
+    assert "installed in" in said.out
+    other = install.Pin("cw-tiny", "1.0", f"cw-tiny==1.0 --hash=sha256:{64 * '0'}")
+    assert "DO NOT MATCH THE HASHES" in install.install([other], None)
 
 
 def test_the_size_that_the_installer_announces_is_no_less_than_what_it_installs() -> None:
