@@ -11,7 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import make_url
 
@@ -151,26 +151,34 @@ class PostgresServer:
         """Sets what may change while the server runs; None is the server's own default."""
         for name, value in settings.items():
             change = f"RESET {name}" if value is None else f"SET {name} = '{value}'"
-            self._server.psql(f"ALTER SYSTEM {change};")
-        self._server.psql("SELECT pg_reload_conf();")
+            self._sql(f"ALTER SYSTEM {change}")
+        self._sql("SELECT pg_reload_conf()")
 
     def new_database(self, template: str | None = None) -> str:
         """Creates a database, empty or a copy of the one at the URL `template`, and returns its SQLAlchemy URL."""
         self._count += 1
         name = f"test_{os.getpid()}_{self._count}"
         copied = f" TEMPLATE {make_url(template).database}" if template else ""
-        self._server.psql(f"CREATE DATABASE {name}{copied};")
+        self._sql(f"CREATE DATABASE {name}{copied}")
         return str(self._server.get_uri(database=name)).replace("postgresql://", "postgresql+psycopg://", 1)
 
     def database(self, name: str) -> str:
         """SQLAlchemy URL of a database by that name, made if it is not there."""
-        if "(0 rows)" in self._server.psql(f"SELECT FROM pg_database WHERE datname = '{name}';"):
-            self._server.psql(f"CREATE DATABASE {name};")
+        if not self._sql(f"SELECT FROM pg_database WHERE datname = '{name}'"):
+            self._sql(f"CREATE DATABASE {name}")
         return str(self._server.get_uri(database=name)).replace("postgresql://", "postgresql+psycopg://", 1)
+
+    def _sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Rows of a statement; the server's own `psql()` goes through a shell, which paths with a space confuse."""
+        import psycopg  # noqa: PLC0415 - heavy
+
+        with psycopg.connect(self._server.get_uri(), autocommit=True) as connection:
+            done = connection.execute(statement.encode())
+            return done.fetchall() if done.description else []
 
     def drop_database(self, url: str) -> None:
         """Ends what is connected to the database and deletes it."""
-        self._server.psql(f"DROP DATABASE {make_url(url).database} WITH (FORCE);")
+        self._sql(f"DROP DATABASE {make_url(url).database} WITH (FORCE)")
 
     def stop(self) -> None:
         self._server.stop()
