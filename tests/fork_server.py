@@ -82,6 +82,9 @@ class ForkServer:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(address)
         listener.listen(64)  # from here on requests wait, however long the server takes to start
+        if not os.access(Path.home(), os.W_OK):
+            # Else matplotlib makes a directory at import, which every copy would remove at its end.
+            os.environ.setdefault("MPLCONFIGDIR", self._directory.name)
         with listener:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.fork_server", str(listener.fileno()), *preloaded],

@@ -110,6 +110,7 @@ def test_a_lane_out_of_memory_is_lent_again(weights: EncoderWeights) -> None:
 
 
 @pytest.mark.slow(reason="torch compiles kernels")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_compiled_kernels_give_the_same_embeddings() -> None:
     crops = crops_of(5)
     lanes = lanes_of(random_weights(5, depth=1), largest_batch=8)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -120,9 +121,8 @@ def test_a_fault_is_one_line_and_a_status(
 
 
 def test_a_full_disk_is_said_in_words_and_leaves_nothing(shard: Path, tmp_path: Path) -> None:
-    program = (
-        f"ulimit -f 8 && exec {sys.executable} -m code_worker data pack {shard} --out {tmp_path / 'packs' / 'out'}"
-    )
+    packed = ["-m", "code_worker", "data", "pack", str(shard), "--out", str(tmp_path / "packs" / "out")]
+    program = f"ulimit -f 8 && exec {shlex.join([sys.executable, *packed])}"
     ran = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr.splitlines()[-1].endswith("File too large; nothing of it was left")

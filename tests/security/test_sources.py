@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -66,7 +67,7 @@ class Recorder:
         self.visits: list[str] = []
         self._sockets = [socket.create_server(("127.0.0.1", 0))]
         self.port = int(self._sockets[0].getsockname()[1])
-        if socket.has_ipv6:
+        with suppress(OSError):  # a machine may have no IPv6
             self._sockets.append(socket.create_server(("::1", self.port), family=socket.AF_INET6))
         self._threads = [threading.Thread(target=self._listen, args=(one,), daemon=True) for one in self._sockets]
         for thread in self._threads:

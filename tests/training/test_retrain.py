@@ -157,7 +157,7 @@ def test_some_images_that_are_gone_are_left_out_and_listed(
     own_copies: Settings, sqlite_store: Store, champion: str
 ) -> None:
     label_world(own_copies, sqlite_store)
-    lost = list(Path(own_copies.resolved_datasets).rglob("*"))
+    lost = sorted(Path(own_copies.resolved_datasets).rglob("*"))
     for path in [path for path in lost if path.is_file()][:5]:
         path.write_bytes(b"rotten")
     ended = learner(own_copies, sqlite_store).learn("refit", by="alice")
