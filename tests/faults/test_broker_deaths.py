@@ -95,6 +95,7 @@ def _loaded(deployment: FaultDeployment, uri: str) -> list[str]:
 
 
 @pytest.mark.slow(reason="three workers wait for a broker that is away for seconds, more than once")
+@pytest.mark.slow(reason="the broker is away twice, for up to six seconds")
 @row(
     "F3",
     injection="Redis killed or stopped {restarts} times for 0.2–6 s under three workers: idle, full, partly busy",
@@ -182,6 +183,7 @@ def test_a_broker_that_is_frozen_for_long_loses_nothing(
     _freeze(deploy, migrated_postgres_url, redis_server, seen, bar, 45)
 
 
+@pytest.mark.slow(reason="a connection is given up after ten seconds of silence")
 @row(
     "F5",
     injection="a proxy swallows what the connections that are open carry; new ones are whole",
