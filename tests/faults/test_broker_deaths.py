@@ -95,7 +95,6 @@ def _loaded(deployment: FaultDeployment, uri: str) -> list[str]:
 
 
 @pytest.mark.slow(reason="three workers wait for a broker that is away for seconds, more than once")
-@pytest.mark.slow(reason="the broker is away twice, for up to six seconds")
 @row(
     "F3",
     injection="Redis killed or stopped {restarts} times for 0.2–6 s under three workers: idle, full, partly busy",
