@@ -97,7 +97,7 @@ def announce(lock: str, installed: Sequence[Pin], missing: Sequence[Pin]) -> str
     torch = ", most of it torch," if "torch" in {pin.name for pin in missing} else ""
     print(
         f"Installing {len(missing)} packages into {Path(sys.prefix).name}: about {needed_gb:.1f} GB on disk{torch} "
-        "and half of that to download; one to three minutes on two cores and a fast line.",
+        "and half of that to download; one or two minutes on two cores and a fast line.",
         flush=True,
     )
     return ""

@@ -10,8 +10,6 @@ __all__ = ["LIMIT_S", "polls"]
 
 LIMIT_S: Final = 120.0
 """Ends a test that hangs. Nothing takes as long, but a shared machine may be slow, or stand still for a while."""
-
-
 _LONGEST_S: Final = 0.25
 
 

@@ -133,7 +133,8 @@ def test_without_a_compiler_the_kernels_stay_plain_and_a_warning_says_so(tmp_pat
         "print('mode', lanes.mode, lanes.run(np.zeros((2, 224, 224, 3), np.uint8)).shape)\n"
     )
     environment = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment |= {name: os.environ[name] for name in (ADDRESS_ENV,) if name in os.environ}
+    if ADDRESS_ENV in os.environ:
+        environment[ADDRESS_ENV] = os.environ[ADDRESS_ENV]
     done = subprocess.run([forking_python(), "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert "mode plain (2, 192)" in done.stdout
     assert "encoder_not_compiled" in done.stdout + done.stderr

@@ -87,7 +87,7 @@ def write_training_job(attempt: Attempt, taken: Snapshot, base: LoadedRelease | 
 
 
 def _described(attempt: Attempt, base: LoadedRelease | None, *, blind: bool) -> TrainingJob:
-    from code_worker.encoder.weights import save_weights  # noqa: PLC0415 - as above
+    from code_worker.encoder.weights import save_weights  # noqa: PLC0415 - torch: the trainer waits without it
 
     settings = TrainingSettings.model_validate(attempt.run.config["training"])
     initial = None
