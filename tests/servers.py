@@ -159,13 +159,13 @@ class PostgresServer:
         self._count += 1
         name = f"test_{os.getpid()}_{self._count}"
         copied = f" TEMPLATE {make_url(template).database}" if template else ""
-        self._sql(f"CREATE DATABASE {name}{copied}")
+        self._sql(f"CREATE DATABASE {name}{copied} STRATEGY FILE_COPY")
         return str(self._server.get_uri(database=name)).replace("postgresql://", "postgresql+psycopg://", 1)
 
     def database(self, name: str) -> str:
         """SQLAlchemy URL of a database by that name, made if it is not there."""
         if not self._sql(f"SELECT FROM pg_database WHERE datname = '{name}'"):
-            self._sql(f"CREATE DATABASE {name}")
+            self._sql(f"CREATE DATABASE {name} STRATEGY FILE_COPY")
         return str(self._server.get_uri(database=name)).replace("postgresql://", "postgresql+psycopg://", 1)
 
     def _sql(self, statement: str) -> list[tuple[Any, ...]]:
