@@ -37,7 +37,7 @@ ADDRESS_ENV = "FORK_SERVER_ADDRESS"
 CHILDREN_ENV = "FORK_SERVER_CHILDREN"
 """Where it is set, what a forked program starts with `sys.executable` is forked too."""
 PRELOADED = (
-    *("torch", "openvino", "boto3", "psycopg", "redbeat", "alembic.command", "kombu.transport.redis"),
+    *("torch", "openvino", "tests.described_s3", "psycopg", "redbeat", "alembic.command", "kombu.transport.redis"),
     *("celery.worker.worker", "celery.concurrency.thread", "sqlalchemy.dialects.sqlite"),
     *("sqlalchemy.dialects.postgresql.psycopg", "code_worker.store.migrate", "code_worker.images.region"),
     *("code_worker.worker.node", "code_worker.worker.app", "code_worker.worker.tasks", "code_worker.images.s3"),

@@ -5,22 +5,34 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 
 def pixels(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture with smooth parts, edges and noise."""
+    return Image.fromarray(_values(width, height, seed).copy())
+
+
+@lru_cache(64)
+def _values(width: int, height: int, seed: int) -> NDArray[np.uint8]:
+    """`(height, width, 3) uint8`, not to be changed."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([128 + 100 * np.sin(x / 17 + k) * np.cos(y / (11 + k)) for k in range(3)], axis=-1)
-    return Image.fromarray(np.clip(waves + rng.normal(0, 12, waves.shape), 0, 255).astype(np.uint8))
+    return np.clip(waves + rng.normal(0, 12, waves.shape), 0, 255).astype(np.uint8)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    """The least of compression for a PNG, unless asked for: noise takes long and gets no smaller."""
     buffer = io.BytesIO()
+    if kind == "PNG" and "optimize" not in options:
+        options.setdefault("compress_level", 1)
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
@@ -84,49 +96,66 @@ SIZES = [
 """Around the crop's own size, under it on either side, and remainders that banker's rounding decides."""
 
 
-def valid_files() -> dict[str, bytes]:
-    """Name → file that the reference decodes."""
+def _sized(width: int, height: int, kind: str) -> bytes:
+    return encoded(pixels(width, height), kind)
+
+
+def _followed_by(picture: Image.Image, more: bytes) -> bytes:
+    return encoded(picture, "JPEG") + more
+
+
+def valid_files() -> dict[str, Callable[[], bytes]]:
+    """Name → what makes a file that the reference decodes; whoever wants the names alone does not wait for all."""
     picture = pixels(333, 301)
-    files = {f"png_{width}x{height}": encoded(pixels(width, height), "PNG") for width, height in SIZES}
-    files |= {f"jpeg_{width}x{height}": encoded(pixels(width, height), "JPEG") for width, height in SIZES}
-    files |= {f"jpeg_subsampling_{n}": encoded(picture, "JPEG", subsampling=n) for n in range(3)}
-    files |= {f"tiff_{c}": encoded(picture, "TIFF", compression=c) for c in ("raw", "tiff_lzw", "jpeg", "packbits")}
-    files |= {f"png_{mode}": _converted(mode, "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")}
-    files |= {f"tiff_{mode}": _converted(mode, "TIFF") for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I", "F")}
-    files |= {f"tiff_{mode}": _converted(mode, "TIFF") for mode in ("YCbCr", "LAB")}
-    files |= {f"bmp_{mode}": _converted(mode, "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")}
-    files |= {f"webp_{mode}": _converted(mode, "WEBP", lossless=True) for mode in ("RGB", "RGBA")}
-    files |= {f"gif_{mode}": _converted(mode, "GIF") for mode in ("1", "L", "P", "RGBA")}
+    files = {f"png_{width}x{height}": partial(_sized, width, height, "PNG") for width, height in SIZES}
+    files |= {f"jpeg_{width}x{height}": partial(_sized, width, height, "JPEG") for width, height in SIZES}
+    files |= {f"jpeg_subsampling_{n}": partial(encoded, picture, "JPEG", subsampling=n) for n in range(3)}
     files |= {
-        "jpeg_progressive": encoded(picture, "JPEG", progressive=True),
-        "jpeg_grey": _converted("L", "JPEG"),
-        "jpeg_cmyk": _converted("CMYK", "JPEG"),
-        "jpeg_icc_garbage": encoded(picture, "JPEG", icc_profile=b"not a profile"),
-        "jpeg_trailing_bytes": encoded(picture, "JPEG") + bytes(1000),
-        "jpeg_mpo": encoded(picture, "MPO", save_all=True, append_images=[pixels(333, 301, 9)]),
-        "webp_lossy": encoded(picture, "WEBP", quality=70),
-        "png_16bit": _sixteen_bit("PNG", "uint16"),
-        "tiff_16bit": _sixteen_bit("TIFF", "uint16"),
-        "tiff_16bit_big_endian": _sixteen_bit("TIFF", ">u2"),
-        "png_palette_with_alphas": _paletted_with_alphas(),
-        "png_palette_one_transparent": encoded(
-            picture.quantize(32, method=Image.Quantize.FASTOCTREE), "PNG", transparency=3
+        f"tiff_{c}": partial(encoded, picture, "TIFF", compression=c) for c in ("raw", "tiff_lzw", "jpeg", "packbits")
+    }
+    files |= {f"png_{mode}": partial(_converted, mode, "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")}
+    files |= {
+        f"tiff_{mode}": partial(_converted, mode, "TIFF") for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I", "F")
+    }
+    files |= {f"tiff_{mode}": partial(_converted, mode, "TIFF") for mode in ("YCbCr", "LAB")}
+    files |= {f"bmp_{mode}": partial(_converted, mode, "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")}
+    files |= {f"webp_{mode}": partial(_converted, mode, "WEBP", lossless=True) for mode in ("RGB", "RGBA")}
+    files |= {f"gif_{mode}": partial(_converted, mode, "GIF") for mode in ("1", "L", "P", "RGBA")}
+    files |= {
+        "jpeg_progressive": partial(encoded, picture, "JPEG", progressive=True),
+        "jpeg_grey": partial(_converted, "L", "JPEG"),
+        "jpeg_cmyk": partial(_converted, "CMYK", "JPEG"),
+        "jpeg_icc_garbage": partial(encoded, picture, "JPEG", icc_profile=b"not a profile"),
+        "jpeg_trailing_bytes": partial(_followed_by, picture, bytes(1000)),
+        "jpeg_mpo": partial(encoded, picture, "MPO", save_all=True, append_images=[pixels(333, 301, 9)]),
+        "webp_lossy": partial(encoded, picture, "WEBP", quality=70),
+        "png_16bit": partial(_sixteen_bit, "PNG", "uint16"),
+        "tiff_16bit": partial(_sixteen_bit, "TIFF", "uint16"),
+        "tiff_16bit_big_endian": partial(_sixteen_bit, "TIFF", ">u2"),
+        "png_palette_with_alphas": _paletted_with_alphas,
+        "png_palette_one_transparent": partial(
+            encoded, picture.quantize(32, method=Image.Quantize.FASTOCTREE), "PNG", transparency=3
         ),
-        "png_palette_small": encoded(
-            pixels(90, 70).quantize(16, method=Image.Quantize.FASTOCTREE), "PNG", transparency=bytes([9, 200])
+        "png_palette_small": partial(
+            encoded,
+            pixels(90, 70).quantize(16, method=Image.Quantize.FASTOCTREE),
+            "PNG",
+            transparency=bytes([9, 200]),
         ),
-        "png_rgb_transparent_colour": encoded(picture, "PNG", transparency=(1, 2, 3)),
-        "png_grey_transparent_level": encoded(picture.convert("L"), "PNG", transparency=7),
-        "png_optimised": encoded(picture, "PNG", optimize=True),
-        "gif_transparent": encoded(picture.quantize(16, method=Image.Quantize.FASTOCTREE), "GIF", transparency=2),
-        "gif_animated": animation("GIF"),
-        "webp_animated": animation("WEBP"),
-        "apng": animation("PNG"),
-        "tiff_two_pages": encoded(picture, "TIFF", save_all=True, append_images=[pixels(20, 20)]),
-        "polyglot_jpeg_zip": encoded(picture, "JPEG") + b"PK\x03\x04" + bytes(50),
+        "png_rgb_transparent_colour": partial(encoded, picture, "PNG", transparency=(1, 2, 3)),
+        "png_grey_transparent_level": partial(encoded, picture.convert("L"), "PNG", transparency=7),
+        "png_optimised": partial(encoded, picture, "PNG", optimize=True),
+        "gif_transparent": partial(
+            encoded, picture.quantize(16, method=Image.Quantize.FASTOCTREE), "GIF", transparency=2
+        ),
+        "gif_animated": partial(animation, "GIF"),
+        "webp_animated": partial(animation, "WEBP"),
+        "apng": partial(animation, "PNG"),
+        "tiff_two_pages": partial(encoded, picture, "TIFF", save_all=True, append_images=[pixels(20, 20)]),
+        "polyglot_jpeg_zip": partial(_followed_by, picture, b"PK\x03\x04" + bytes(50)),
     }
     for value in (1, 3, 6, 8, 99):
-        files[f"jpeg_orientation_{value}"] = encoded(picture, "JPEG", exif=exif_orientation(value))
-        files[f"webp_orientation_{value}"] = encoded(picture, "WEBP", exif=exif_orientation(value))
-        files[f"tiff_orientation_{value}"] = encoded(picture, "TIFF", tiffinfo={274: value})
+        files[f"jpeg_orientation_{value}"] = partial(encoded, picture, "JPEG", exif=exif_orientation(value))
+        files[f"webp_orientation_{value}"] = partial(encoded, picture, "WEBP", exif=exif_orientation(value))
+        files[f"tiff_orientation_{value}"] = partial(encoded, picture, "TIFF", tiffinfo={274: value})
     return files

@@ -10,6 +10,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import joblib
 import numpy as np
@@ -24,12 +25,9 @@ from torchvision.transforms import v2
 from tests import kernels
 from tests.parity_images import write_images
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what a foreign package warns of while it is imported is not ours to mend
-    from transformers import ViTConfig, ViTModel
-    from transformers.utils.logging import disable_progress_bar
+if TYPE_CHECKING:
+    from transformers import ViTModel
 
-disable_progress_bar()
 torch.set_num_threads(kernels.threads())
 
 LINEAR_FILE = "linear_tot_classifier_epoch-32.sav"
@@ -110,6 +108,12 @@ def random_vit(seed: int, **changes: object) -> ViTModel:
 
     The library's own initialisation is so small that the CLS token hardly sees the image.
     """
+    # Four seconds of processor time, for which no process waits that makes no such model.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a foreign package warns of while it is imported is not ours to mend
+        from transformers import ViTConfig, ViTModel  # noqa: PLC0415 - heavy
+        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415 - heavy
+    disable_progress_bar()
     sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "layer_norm_eps": 1e-12}
     model = ViTModel(ViTConfig(**{**sizes, **changes})).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -14,21 +14,18 @@ from code_worker.client import Client
 from code_worker.errors import IdConflictError, StoreError
 from code_worker.queues import BACKFILL, LIVE, MAX_JOBS_PER_MESSAGE, NORMAL
 from code_worker.settings import Settings
-from code_worker.store import jobs, migrate
-from code_worker.store.engine import open_store
+from code_worker.store import jobs
+from code_worker.store.engine import Store
 from code_worker.types import JobState
 from tests.servers import RedisServer, free_port
 
 
 @pytest.fixture
-def make_client(tmp_path: Path, database_url: str) -> Iterator[Callable[..., Client]]:
+def make_client(tmp_path: Path, store: Store) -> Iterator[Callable[..., Client]]:
     made: list[Client] = []
-    store = open_store(database_url)
-    migrate.upgrade(store)
-    store.close()
 
     def make(broker_url: str | None) -> Client:
-        client = Client(Settings(data_dir=tmp_path / "data", database_url=database_url, broker_url=broker_url))
+        client = Client(Settings(data_dir=tmp_path / "data", database_url=store.url, broker_url=broker_url))
         made.append(client)
         return client
 

@@ -7,6 +7,7 @@ import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from code_worker.settings import LimitSettings
 from tests.image_files import encoded, exif_orientation, pixels, valid_files
 
 LIMITS = LimitSettings()
-FILES = valid_files()
+FILES = {name: cache(make) for name, make in valid_files().items()}
 
 
 def reference(data: bytes) -> NDArray[np.uint8]:
@@ -33,10 +34,10 @@ def reference(data: bytes) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_pixels_equal_those_of_pillow_and_torchvision(name: str) -> None:
-    crop, _ = decode(FILES[name], LIMITS)
+    crop, _ = decode(FILES[name](), LIMITS)
     assert crop.dtype == np.uint8
     assert crop.shape == (224, 224, 3)
-    np.testing.assert_array_equal(crop, reference(FILES[name]))
+    np.testing.assert_array_equal(crop, reference(FILES[name]()))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -52,8 +53,8 @@ def test_pixels_equal_for_any_size_and_mode(width: int, height: int, mode: str) 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_whole_image_has_the_same_centre(name: str) -> None:
-    whole = decode_whole(FILES[name], LIMITS)
-    np.testing.assert_array_equal(np.asarray(CenterCrop(224)(whole)), decode(FILES[name], LIMITS)[0])
+    whole = decode_whole(FILES[name](), LIMITS)
+    np.testing.assert_array_equal(np.asarray(CenterCrop(224)(whole)), decode(FILES[name](), LIMITS)[0])
 
 
 def test_the_offset_is_rounded_to_the_even_pixel() -> None:
@@ -93,7 +94,7 @@ def test_alpha_is_dropped_not_blended() -> None:
     ],
 )
 def test_facts_describe_the_original(name: str, kind: str, size: tuple[int, int], mode: str) -> None:
-    data = FILES[name]
+    data = FILES[name]()
     facts = decode(data, LIMITS)[1]
     assert (facts.format, (facts.width, facts.height), facts.mode) == (kind, size, mode)
     assert (facts.sha256, facts.size_bytes) == (hashlib.sha256(data).hexdigest(), len(data))
@@ -123,6 +124,6 @@ def test_pillows_own_pixel_limit_does_not_decide(monkeypatch: pytest.MonkeyPatch
 def test_threads_decode_side_by_side() -> None:
     names = list(FILES)[::3]
     with ThreadPoolExecutor(8) as pool:
-        crops = list(pool.map(lambda name: decode(FILES[name], LIMITS)[0], names))
+        crops = list(pool.map(lambda name: decode(FILES[name](), LIMITS)[0], names))
     for name, crop in zip(names, crops, strict=True):
-        np.testing.assert_array_equal(crop, reference(FILES[name]))
+        np.testing.assert_array_equal(crop, reference(FILES[name]()))
