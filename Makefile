@@ -61,7 +61,7 @@ lint: $(INSTALLED) ## Lint, format, types, import contracts
 
 check: lint test ## What CI runs, but for the older Celery
 
-test-kernels: $(INSTALLED) ## Run the numeric tests on every set of kernels that this processor has
+test-kernels: $(INSTALLED) $(REGION) ## Run the numeric tests on every set of kernels that this processor has
 	$(BIN)/python -m tests.kernels
 
 $(CELERY_5_6)/.installed: $(INSTALLED) requirements/celery-5.6.txt
