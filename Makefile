@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-dep
 EDITABLE := $(PIP) --no-build-isolation --editable .
 COMPILE := $(UV) pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: help demo test lint check test-kernels test-celery-5.6 test-matrix faults faults-celery-5.6 settings lock sbom audit-pins bench clean
+.PHONY: help installed demo test lint check test-kernels test-celery-5.6 test-matrix faults faults-celery-5.6 settings lock sbom audit-pins bench clean
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -43,6 +43,8 @@ $(INSTALLED): requirements/lock.txt requirements/install.py pyproject.toml | $(B
 $(REGION): $(INSTALLED) plugins/jpeg/pyproject.toml $(wildcard plugins/jpeg/code_worker_jpeg/*.*)
 	@$(PIP) --no-build-isolation ./plugins/jpeg
 	@touch $@
+
+installed: $(INSTALLED) $(REGION) $(CELERY_5_6)/.installed ## Install what all checks need
 
 demo: $(DEMO) ## Run the main job on a toy set, have it learn, print what happened
 	$(BIN)/code-worker demo

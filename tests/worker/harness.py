@@ -22,6 +22,7 @@ from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings, load_settings
 from code_worker.store.engine import Store, open_store
+from code_worker.types import Verdict
 from tests.fork_server import ADDRESS_ENV, ForkedProcess
 from tests.patience import LIMIT_S, polls
 
@@ -32,6 +33,19 @@ def wait_until(condition: Callable[[], Any], limit_s: float, what: str) -> Any:
         if value := condition():
             return value
     raise AssertionError(f"not within {limit_s} s: {what}")
+
+
+def decided(client: Client, ids: Sequence[str], limit_s: float = LIMIT_S) -> list[Verdict]:
+    """The first verdict of each job, once all have one; a look asks for those alone that had none the last time."""
+    found: list[Verdict] = []
+
+    def all_are_there() -> bool:
+        while len(found) < len(ids) and (verdict := client.verdict(ids[len(found)])):
+            found.append(verdict)
+        return len(found) == len(ids)
+
+    wait_until(all_are_there, limit_s, f"verdicts of {len(ids)} jobs")
+    return found
 
 
 def jpeg(seed: int, size: int = 240) -> bytes:

@@ -20,7 +20,7 @@ from code_worker.store import workers
 from code_worker.types import Outcome
 from tests.fork_server import forking_python
 from tests.toy_release import write_toy_release
-from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
+from tests.worker.harness import Deployment, decided, jpeg, promote_release, wait_until
 
 FOLLOWED_WITHIN_S = 90
 """Ten seconds are promised; a shared machine may be far slower."""
@@ -92,8 +92,7 @@ def test_a_rollback_is_followed_within_ten_seconds_and_no_verdict_mixes_two_rele
     wait_until(lambda: uses(first), FOLLOWED_WITHIN_S, "the worker to judge with the old champion again")
     wait_until(lambda: says(first), FOLLOWED_WITHIN_S, "the worker's row to name the old champion again")
     ids.append(client.enqueue(str(tmp_path / "files" / "a.jpg"), priority=9))
-    wait_until(lambda: all(client.verdict(job) for job in ids), 120, "verdicts of all jobs")
-    found = [verdict for job in ids if (verdict := client.verdict(job)) is not None]
+    found = decided(client, ids)
     assert (found[0].release, found[-1].release) == (second, first)
     assert {one.outcome for one in found} == {Outcome.JUDGED}
     made_by = {

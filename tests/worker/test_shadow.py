@@ -19,7 +19,7 @@ from code_worker.types import Outcome, Verdict
 from code_worker_heads.linear import LinearHead
 from tests.rounding import promised_score
 from tests.toy_release import write_toy_release
-from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
+from tests.worker.harness import Deployment, decided, jpeg, promote_release, wait_until
 
 IMAGES = 24
 MOODY = """
@@ -65,9 +65,7 @@ def registry_of(deployment: Deployment) -> Registry:
 
 
 def judge_all(deployment: Deployment, ids: list[str]) -> list[Verdict]:
-    client = deployment.client()
-    wait_until(lambda: all(client.verdict(job) for job in ids), 120, f"verdicts of {len(ids)} jobs")
-    return [verdict for job in ids if (verdict := client.verdict(job)) is not None]
+    return decided(deployment.client(), ids)
 
 
 def shadow_rows(deployment: Deployment, release: str) -> dict[str, tuple[float, str, float]]:

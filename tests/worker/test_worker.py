@@ -14,22 +14,15 @@ from sqlalchemy import text
 
 from code_worker.broker import celery_config
 from code_worker.queues import MODERATE, NORMAL
-from code_worker.types import Label, Outcome, RejectReason, Verdict
+from code_worker.types import Label, Outcome, RejectReason
 from tests.faults.rows import Seen, row
 from tests.fork_server import CHILDREN_ENV
 from tests.servers import S3Server
-from tests.worker.harness import Deployment, jpeg, promote_release, wait_until
+from tests.worker.harness import Deployment, decided, jpeg, promote_release, wait_until
 
 
 def _sqlite(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'worker.db'}"
-
-
-def _decided(deployment: Deployment, ids: list[str], limit_s: float = 120) -> list[Verdict]:
-    client = deployment.client()
-    wait_until(lambda: all(client.verdict(job) for job in ids), limit_s, f"verdicts of {len(ids)} jobs")
-    found = [client.verdict(job) for job in ids]
-    return [verdict for verdict in found if verdict is not None]
 
 
 def test_each_bad_input_gets_its_own_reason_and_good_ones_their_label(
@@ -59,7 +52,7 @@ def test_each_bad_input_gets_its_own_reason_and_good_ones_their_label(
     ids = client.enqueue_many(cases, priority=8)
     unknown_head = client.enqueue(str(files / "good.jpg"), head="nope")
     worker = deployment.worker()
-    verdicts = _decided(deployment, [*ids, unknown_head])
+    verdicts = decided(deployment.client(), [*ids, unknown_head])
     assert {verdict.uri: verdict.reason for verdict in verdicts[:-1]} == cases
     assert all(verdict.label in {Label.REAL, Label.FAKE} for verdict in verdicts if verdict.outcome is Outcome.JUDGED)
     assert verdicts[-1].reason is RejectReason.MODEL_UNAVAILABLE
@@ -124,7 +117,7 @@ def test_messages_that_are_not_ours_are_kept_and_the_worker_goes_on(
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(6))
     client = deployment.client()
     job = client.enqueue(str(tmp_path / "files" / "a.jpg"))
-    assert _decided(deployment, [job])[0].outcome is Outcome.JUDGED
+    assert decided(deployment.client(), [job])[0].outcome is Outcome.JUDGED
     assert worker.alive
 
 
@@ -138,7 +131,7 @@ def test_a_running_worker_takes_over_a_promoted_release_without_losing_a_job(
     client = deployment.client()
     early = client.enqueue(str(tmp_path / "files" / "a.jpg"))
     first = promote_release(deployment, toy_release_dir)
-    assert _decided(deployment, [early])[0].release == first
+    assert decided(deployment.client(), [early])[0].release == first
 
     changed = tmp_path / "second"
     shutil.copytree(toy_release_dir, changed)
@@ -150,10 +143,10 @@ def test_a_running_worker_takes_over_a_promoted_release_without_losing_a_job(
 
     def taken_over() -> bool:
         ids.append(client.enqueue(str(tmp_path / "files" / "a.jpg"), priority=9))
-        return _decided(deployment, ids[-1:])[0].release == second
+        return decided(deployment.client(), ids[-1:])[0].release == second
 
     wait_until(taken_over, 120, "the promoted release in use")
-    verdicts = _decided(deployment, ids)
+    verdicts = decided(deployment.client(), ids)
     assert {verdict.outcome for verdict in verdicts} == {Outcome.JUDGED}
     assert {verdict.release for verdict in verdicts} <= {first, second}
     assert worker.terminate() == 0
@@ -189,7 +182,7 @@ def test_a_job_that_kills_the_worker_is_quarantined_and_its_neighbours_are_judge
     ids = client.enqueue_many(items)
     deployment.worker("worker", module="code_worker", **{CHILDREN_ENV: "1"})
     began = time.monotonic()
-    verdicts = _decided(deployment, ids, limit_s=240)
+    verdicts = decided(deployment.client(), ids, limit_s=240)
     quarantined_s = time.monotonic() - began
     assert verdicts[31].reason is RejectReason.QUARANTINED
     others = verdicts[:31] + verdicts[32:]
