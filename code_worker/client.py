@@ -18,7 +18,6 @@ from code_worker.logs import get_logger
 from code_worker.queues import MAX_URI_LENGTH, chunks, queue_for
 from code_worker.settings import Settings, load_settings
 from code_worker.store import jobs, migrate, verdicts
-from code_worker.store.engine import open_store
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -48,8 +47,7 @@ class Client:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or load_settings()
-        self._store = open_store(self._settings.resolved_database_url)
-        migrate.require_current(self._store)
+        self._store = migrate.open_current(self._settings.resolved_database_url)
         self._bell: Doorbell | None = None
         self._labelling: Labeller | None = None
         self._rest_until = 0.0

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.logs import get_logger
-from code_worker.store.engine import Store
+from code_worker.store.engine import Store, open_store
 
-__all__ = ["current", "downgrade", "head", "require_current", "script", "upgrade"]
+__all__ = ["current", "downgrade", "head", "open_current", "require_current", "script", "upgrade"]
 
 _log = get_logger(__name__)
 _LOCK: Final = 0x636F6465_776F726B
@@ -102,6 +102,22 @@ def require_current(store: Store) -> None:
         return
     state = "has no tables yet" if have is None else f"is at revision {have} and this version needs {need}"
     raise StoreError(f"the database {state}: run `code-worker db upgrade`")
+
+
+def open_current(url: str, *, threads: int = 8) -> Store:
+    """Opens a database that fits this code; of one that does not, no connection stays open.
+
+    Raises:
+        ConfigurationError: see `open_store`.
+        StoreError: it is away, empty or older.
+    """
+    store = open_store(url, threads=threads)
+    try:
+        require_current(store)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def _take_lock(connection: Connection) -> None:

@@ -12,7 +12,6 @@ from code_worker.errors import CodeWorkerError
 from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
 from code_worker.store import migrate
-from code_worker.store.engine import open_store
 from code_worker.worker.background import Repeater
 from code_worker.worker.ledger import Ledger
 from code_worker.worker.sweeper import Sweeper
@@ -63,11 +62,10 @@ class Host:
             if self._node is None:
                 from code_worker.worker.node import Node  # noqa: PLC0415 - numpy and heads: only where images are judged
 
-                store = open_store(
+                store = migrate.open_current(
                     self.settings.resolved_database_url,
                     threads=self.settings.worker.concurrency + self.settings.worker.fetch_threads,
                 )
-                migrate.require_current(store)
                 node = Node(self.settings, store)
                 try:
                     node.start()
@@ -142,9 +140,7 @@ class Host:
             self._retention.start()
 
     def _migrated_store(self) -> Store:
-        store = open_store(self.settings.resolved_database_url)
-        migrate.require_current(store)
-        return store
+        return migrate.open_current(self.settings.resolved_database_url)
 
     def stop_taking(self) -> None:
         """The worker was asked to end: batches are finished, a run is left to the next process, nothing is begun."""

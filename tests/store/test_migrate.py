@@ -10,7 +10,8 @@ from contextlib import closing
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import CheckConstraint, inspect, text
+from sqlalchemy import CheckConstraint, event, inspect, text
+from sqlalchemy.pool import Pool
 
 from code_worker.errors import StoreError
 from code_worker.store import jobs, migrate
@@ -77,6 +78,22 @@ def test_an_empty_or_older_database_names_the_command(empty: Store) -> None:
         migrate.require_current(empty)
     migrate.upgrade(empty)
     migrate.require_current(empty)
+
+
+def test_a_database_that_does_not_fit_is_let_go(database_url: str) -> None:
+    made: list[object] = []
+    closed: list[object] = []
+    listeners = [("connect", lambda one, _: made.append(one)), ("close", lambda one, _: closed.append(one))]
+    for name, listener in listeners:
+        event.listen(Pool, name, listener)
+    try:
+        with pytest.raises(StoreError, match="no tables yet"):
+            migrate.open_current(database_url)
+    finally:
+        for name, listener in listeners:
+            event.remove(Pool, name, listener)
+    assert made
+    assert closed == made
 
 
 def test_a_newer_database_still_serves(store: Store) -> None:
