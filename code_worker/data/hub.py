@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -70,14 +71,18 @@ def parquet_examples(
     Raises:
         ConfigurationError: the `datasets` library is not installed.
     """
-    for path in paths:
-        name = printable(str(path))
-        rows = _rows(name, {"path": "parquet", "data_files": [str(path)], "split": "train"})
-        try:
-            collection = path.absolute().parent.name
-            yield from _examples(rows, name, collection, max_bytes=max_bytes, skipped=skipped, real_urls=real_urls)
-        except DatasetError as error:
-            skipped.append(Skipped(name, str(error)))
+    # The library makes its cache's directory even where it keeps nothing, and a home may be read-only.
+    with tempfile.TemporaryDirectory(prefix="code-worker-parquet-") as cache:
+        for path in paths:
+            name = printable(str(path))
+            rows = _rows(name, {"path": "parquet", "data_files": [str(path)], "split": "train", "cache_dir": cache})
+            try:
+                collection = path.absolute().parent.name
+                yield from _examples(
+                    rows, name, collection, max_bytes=max_bytes, skipped=skipped, real_urls=real_urls
+                )
+            except DatasetError as error:
+                skipped.append(Skipped(name, str(error)))
 
 
 def _rows(what: str, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -62,6 +62,15 @@ def test_a_row_gives_its_generated_images_with_the_models_that_it_names(tmp_path
     assert {example.collection for example in examples} == {"d3"}
 
 
+def test_a_home_that_cannot_be_written_is_enough_for_files_that_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    examples, skipped = read(write(tmp_path / "train.parquet", row(1)))
+    assert (len(examples), skipped) == (4, [])
+
+
 def test_a_copy_of_the_hub_repository_is_found_by_its_parquet_files(tmp_path: Path) -> None:
     write(tmp_path / "copy" / "data" / "train-00001.parquet", row(2))
     write(tmp_path / "copy" / "data" / "train-00000.parquet", row(1))
