@@ -37,11 +37,17 @@ ADDRESS_ENV = "FORK_SERVER_ADDRESS"
 CHILDREN_ENV = "FORK_SERVER_CHILDREN"
 """Where it is set, what a forked program starts with `sys.executable` is forked too."""
 PRELOADED = (
-    *("torch", "openvino", "tests.described_s3", "psycopg", "redbeat", "alembic.command", "kombu.transport.redis"),
+    *("torch", "tests.described_s3", "psycopg", "redbeat", "alembic.command", "kombu.transport.redis"),
     *("celery.worker.worker", "celery.concurrency.thread", "sqlalchemy.dialects.sqlite"),
     *("sqlalchemy.dialects.postgresql.psycopg", "code_worker.store.migrate", "code_worker.images.region"),
     *("code_worker.worker.node", "code_worker.worker.app", "code_worker.worker.tasks", "code_worker.images.s3"),
-    *("code_worker.encoder.choice", "code_worker.encoder.loop", "code_worker_heads.linear", "code_worker_heads.knn"),
+    *(
+        "code_worker.encoder.openvino_graph",
+        "code_worker.encoder.choice",
+        "code_worker.encoder.loop",
+        "code_worker_heads.linear",
+        "code_worker_heads.knn",
+    ),
     # What tests import besides. Nothing that keeps what it read in the environment: huggingface_hub does, and with it
     # timm and transformers.
     *("scipy.stats", "sklearn.linear_model", "sklearn.svm", "matplotlib.figure"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -152,3 +153,20 @@ def test_a_signal_still_finds_its_stack_when_another_thread_has_let_an_engine_go
         [sys.executable, "-c", LETTING_GO], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
+def test_openvino_reports_nothing_and_writes_nothing_into_a_home(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "asked = ('socket.getaddrinfo', 'socket.connect')\n"
+        "sys.addaudithook(lambda event, args: print(event, args, flush=True) if event in asked else None)\n"
+        "from code_worker.encoder.openvino_engine import OpenVinoEngine\n"
+        "from code_worker.encoder.weights import random_weights\n"
+        "OpenVinoEngine(random_weights(5, depth=1)).warm_up()\n"
+        "print(sorted(name for name in sys.modules if name.startswith('openvino_')))\n"
+    )
+    # It reports nothing where CI is set, whoever imports it.
+    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert list(tmp_path.iterdir()) == []

@@ -44,9 +44,8 @@ class OpenVinoEngine:
             weights: the encoder.
             streams: calls that run at the same time; unset: one per core that this process may use.
         """
-        import openvino as ov  # noqa: PLC0415 - optional, and 0.4 s
-
-        from code_worker.encoder.openvino_graph import encoder_graph  # noqa: PLC0415 - as above
+        from code_worker.encoder.openvino_graph import encoder_graph  # noqa: PLC0415 - optional, and 0.4 s
+        from code_worker.encoder.openvino_library import openvino  # noqa: PLC0415 - as above
 
         cores = usable_cores()
         chosen = {
@@ -61,7 +60,7 @@ class OpenVinoEngine:
         graph = encoder_graph(CropEncoder(weights.config, weights.state))
         self._model = _the_core().compile_model(graph, "CPU", chosen)
         self._own = threading.local()
-        self.kernels = f"OpenVINO {ov.__version__.partition('-')[0]}"
+        self.kernels = f"OpenVINO {openvino.__version__.partition('-')[0]}"
 
     def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """`(n, 224, 224, 3) uint8` to `(n, 192) float32`: the CLS token after the final LayerNorm, not normalised.
@@ -103,6 +102,6 @@ def _core() -> Any:
     Its CPU plugin gives the thread that makes it a stack for signals and takes it away when it is destroyed, from
     whichever thread that happens. The main thread of a worker that swapped its release died of the next signal.
     """
-    import openvino as ov  # noqa: PLC0415 - as above
+    from code_worker.encoder.openvino_library import openvino  # noqa: PLC0415 - as above
 
-    return ov.Core()
+    return openvino.Core()

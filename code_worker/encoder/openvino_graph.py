@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openvino as ov
-from openvino import opset14 as ops
 
 from code_worker.encoder.forward import CropEncoder
+from code_worker.encoder.openvino_library import openvino as ov
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["encoder_graph"]
+
+ops = ov.opset14
 
 # No conversion of the torch module: the converter reports its use over the network and follows torch's tracer, which
 # is deprecated. Forty lines of operations do neither.
