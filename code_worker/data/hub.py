@@ -70,9 +70,10 @@ def parquet_examples(
 
     Raises:
         ConfigurationError: the `datasets` library is not installed.
+        DatasetError: no temporary directory can be made.
     """
     # The library makes its cache's directory even where it keeps nothing, and a home may be read-only.
-    with tempfile.TemporaryDirectory(prefix="code-worker-parquet-") as cache:
+    with _temporary_directory() as cache:
         for path in paths:
             name = printable(str(path))
             rows = _rows(name, {"path": "parquet", "data_files": [str(path)], "split": "train", "cache_dir": cache})
@@ -85,17 +86,27 @@ def parquet_examples(
                 skipped.append(Skipped(name, str(error)))
 
 
+def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="code-worker-parquet-")
+    except OSError as error:
+        raise DatasetError(f"no temporary directory: {error}") from error
+
+
 def _rows(what: str, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     try:
-        from datasets import load_dataset  # noqa: PLC0415 - an extra, and seconds to import
+        import datasets  # noqa: PLC0415 - an extra, and seconds to import
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{what} is read with datasets: pip install 'code-worker[data]'") from error
     from huggingface_hub import errors  # noqa: PLC0415 - comes with datasets
 
+    # Else it tells a counter on the internet of each file, also of those on this disk.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
     # The hub's client changed its HTTP library more than once; this is the base class of whichever it uses.
     http_error: type[Exception] = getattr(errors, "HTTPError", OSError)
     try:
-        yield from load_dataset(**arguments, streaming=True).decode(False)
+        yield from datasets.load_dataset(**arguments, streaming=True).decode(False)
     # RuntimeError: a data set that is a program, which is not run. The others: parquet's, and what the network says.
     except (OSError, ValueError, RuntimeError, NotImplementedError, http_error) as error:
         first = str(error).partition("\n")[0] or type(error).__name__

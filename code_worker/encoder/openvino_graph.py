@@ -17,8 +17,8 @@ __all__ = ["encoder_graph"]
 
 ops = ov.opset14
 
-# No conversion of the torch module: the converter reports its use over the network and follows torch's tracer, which
-# is deprecated. Forty lines of operations do neither.
+# No conversion of the torch module: the converter follows torch's tracer, which is deprecated. Forty lines of
+# operations do not.
 
 
 def encoder_graph(encoder: CropEncoder) -> ov.Model:

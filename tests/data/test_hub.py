@@ -71,6 +71,24 @@ def test_a_home_that_cannot_be_written_is_enough_for_files_that_are_here(
     assert (len(examples), skipped) == (4, [])
 
 
+def test_files_that_are_here_are_counted_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr("datasets.load.get_session", lambda: asked.append("a session"))
+    examples, _ = read(write(tmp_path / "train.parquet", row(1)))
+    assert (len(examples), asked) == (4, [])
+
+
+def test_without_a_temporary_directory_files_are_refused_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "train.parquet", row(1))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(DatasetError, match=r"no temporary directory: .*none"):
+        read(path)
+
+
 def test_a_copy_of_the_hub_repository_is_found_by_its_parquet_files(tmp_path: Path) -> None:
     write(tmp_path / "copy" / "data" / "train-00001.parquet", row(2))
     write(tmp_path / "copy" / "data" / "train-00000.parquet", row(1))
