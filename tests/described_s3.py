@@ -1,4 +1,4 @@
-"""Has botocore read its description of S3 once for a process and its copies: 0.2 s for each client otherwise."""
+"""Has botocore read its description of S3 once for a process and its copies, not for each client: 0.1 s."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 def pixels(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture with smooth parts, edges and noise."""
-    return Image.fromarray(_values(width, height, seed).copy())
+    return Image.fromarray(_values(width, height, seed))
 
 
 @lru_cache(64)

@@ -122,8 +122,8 @@ def test_pillows_own_pixel_limit_does_not_decide(monkeypatch: pytest.MonkeyPatch
 
 
 def test_threads_decode_side_by_side() -> None:
-    names = list(FILES)[::3]
+    files = [FILES[name]() for name in list(FILES)[::3]]
     with ThreadPoolExecutor(8) as pool:
-        crops = list(pool.map(lambda name: decode(FILES[name](), LIMITS)[0], names))
-    for name, crop in zip(names, crops, strict=True):
-        np.testing.assert_array_equal(crop, reference(FILES[name]()))
+        crops = list(pool.map(lambda data: decode(data, LIMITS)[0], files))
+    for data, crop in zip(files, crops, strict=True):
+        np.testing.assert_array_equal(crop, reference(data))

@@ -36,16 +36,16 @@ def wait_until(condition: Callable[[], Any], limit_s: float, what: str) -> Any:
 
 
 def decided(client: Client, ids: Sequence[str], limit_s: float = LIMIT_S) -> list[Verdict]:
-    """The first verdict of each job, once all have one; a look asks for those alone that had none the last time."""
-    found: list[Verdict] = []
+    """The jobs' verdicts as they are once all have one; a look begins where the last one stopped."""
+    waited = list(ids)
 
     def all_are_there() -> bool:
-        while len(found) < len(ids) and (verdict := client.verdict(ids[len(found)])):
-            found.append(verdict)
-        return len(found) == len(ids)
+        while waited and client.verdict(waited[0]):
+            del waited[0]
+        return not waited
 
     wait_until(all_are_there, limit_s, f"verdicts of {len(ids)} jobs")
-    return found
+    return [verdict for job in ids if (verdict := client.verdict(job))]
 
 
 def jpeg(seed: int, size: int = 240) -> bytes:
