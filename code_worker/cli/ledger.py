@@ -37,7 +37,6 @@ def open_ledger(settings: Settings | None = None) -> Iterator[Store]:
         StoreError: it is of another version.
     """
     from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy, only for commands that read the database
-    from code_worker.store.engine import open_store  # noqa: PLC0415 - as above
 
     settings = settings or quiet_settings()
     if not has_database(settings):
@@ -45,6 +44,5 @@ def open_ledger(settings: Settings | None = None) -> Iterator[Store]:
             f"no database in {settings.data_path}: start `code-worker up`, run `code-worker db upgrade`, "
             "or name another with CODE_WORKER_DATA_DIR or CODE_WORKER_DATABASE_URL"
         )
-    with closing(open_store(settings.resolved_database_url)) as store:
-        migrate.require_current(store)
+    with closing(migrate.open_current(settings.resolved_database_url)) as store:
         yield store

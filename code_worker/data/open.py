@@ -203,11 +203,9 @@ def _ledger(asked: _Asked) -> Iterator[Store]:
         yield asked.store
         return
     from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy, only for what reads the database
-    from code_worker.store.engine import open_store  # noqa: PLC0415 - as above
 
     settings = asked.settings
     if settings.database_url is None and not (settings.data_path / "code_worker.db").is_file():
         raise DatasetError(f"no labels: there is no database in {settings.data_path} (code-worker db upgrade)")
-    with closing(open_store(settings.resolved_database_url)) as store:
-        migrate.require_current(store)
+    with closing(migrate.open_current(settings.resolved_database_url)) as store:
         yield store

@@ -9,7 +9,6 @@ from code_worker.logs import get_logger
 from code_worker.queues import TRAIN_QUEUE
 from code_worker.settings import Settings
 from code_worker.store import migrate
-from code_worker.store.engine import open_store
 from code_worker.worker.app import create_app
 from code_worker.worker.noted import note_settings
 from code_worker.worker.process import consume, run_to_end
@@ -25,8 +24,7 @@ def main() -> int:
 
 
 def _run(settings: Settings) -> int:
-    with closing(open_store(settings.resolved_database_url, threads=1)) as store:
-        migrate.require_current(store)
+    with closing(migrate.open_current(settings.resolved_database_url, threads=1)) as store:
         note_settings(settings, store)
     app = create_app(settings)
     log.info("trainer_starting", retrain=settings.schedule.retrain, refit=settings.schedule.refit)
