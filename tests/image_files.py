@@ -105,7 +105,7 @@ def _followed_by(picture: Image.Image, more: bytes) -> bytes:
 
 
 def valid_files() -> dict[str, Callable[[], bytes]]:
-    """Name → what makes a file that the reference decodes; whoever wants the names alone does not wait for all."""
+    """Name → a function that makes a file which the reference decodes; the names alone cost nothing."""
     picture = pixels(333, 301)
     files = {f"png_{width}x{height}": partial(_sized, width, height, "PNG") for width, height in SIZES}
     files |= {f"jpeg_{width}x{height}": partial(_sized, width, height, "JPEG") for width, height in SIZES}

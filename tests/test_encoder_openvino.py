@@ -165,7 +165,7 @@ def test_openvino_reports_nothing_and_writes_nothing_into_a_home(tmp_path: Path)
         "OpenVinoEngine(random_weights(5, depth=1)).warm_up()\n"
         "print(sorted(name for name in sys.modules if name.startswith('openvino_')))\n"
     )
-    # It reports nothing where CI is set, whoever imports it.
+    # Where CI is set OpenVINO sends nothing, however it is imported.
     environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

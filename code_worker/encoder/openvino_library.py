@@ -1,7 +1,8 @@
-"""OpenVINO, imported without the part of it that reports.
+"""Imports OpenVINO without its telemetry.
 
-Merely imported, `openvino` tells a web analytics service so and counts in `~/intel`. Where its package for that is
-missing it has a stub; so it is missing for as long as the import takes.
+`import openvino` sends an event to Google Analytics and keeps a counter in `~/intel`. Where the package
+`openvino_telemetry` is not installed, OpenVINO uses a stub that does nothing. So that package is hidden during the
+import, and OpenVINO keeps the stub for as long as the process lives.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Final
 
 __all__ = ["openvino"]
 
-_REPORTING: Final = "openvino_telemetry"
+_TELEMETRY: Final = "openvino_telemetry"
 
-# Whoever imported either before us has decided for themselves.
-if hidden := not {"openvino", _REPORTING} & sys.modules.keys():
-    sys.modules[_REPORTING] = None  # type: ignore[assignment]  # how Python notes that there is no such module
+# If the process imported either one before, that stays as it is.
+if hidden := not {"openvino", _TELEMETRY} & sys.modules.keys():
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # an import then raises ImportError
 try:
     import openvino
 finally:
     if hidden:
-        del sys.modules[_REPORTING]
+        del sys.modules[_TELEMETRY]
