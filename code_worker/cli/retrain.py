@@ -14,6 +14,7 @@ from code_worker.cli.output import print_facts, print_table, to_json
 from code_worker.cli.run_progress import run_progress
 from code_worker.cli.runs import run_record, say_run
 from code_worker.cli.who import who
+from code_worker.data.holdout import SPLITS
 from code_worker.roles import Role, require
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _print_plan(kind: str, settings: Settings, *, as_json: bool) -> None:
         click.echo(to_json(plan.to_dict()))
         return
     counts = plan.snapshot
-    rows = [_split_row(name, counts[name]) for name in ("train", "holdout")]
+    rows = [_split_row(name, counts[name]) for name in SPLITS]
     print_table(rows, ("split", "real", "fake", "new_real", "new_fake", "generators"), empty="")
     print_facts(_facts(plan))
 

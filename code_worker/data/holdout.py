@@ -1,47 +1,103 @@
-"""Which images are never learned from: a fifth of all there are or will be, chosen by content, for ever."""
+"""The split of all labelled images into training, validation and hold-out: decided by group, with a secret."""
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Iterable
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol, get_args
 
 from code_worker.errors import TrainingError
 
-__all__ = ["HOLDOUT_SHARE", "is_holdout", "refuse_holdout"]
+__all__ = [
+    "HOLDOUT_SHARE",
+    "SPLITS",
+    "VALIDATION_SHARE",
+    "Split",
+    "is_holdout",
+    "recorded_split",
+    "refuse_holdout",
+    "split_in_share",
+    "split_of",
+]
 
+Split = Literal["train", "validation", "holdout"]
+"""`train` is learned from, `validation` chooses among what was learned, `holdout` is what the gate asks."""
+
+SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 HOLDOUT_SHARE: Final = 0.2
-# Changing either would let a later release learn from what an earlier one was measured on.
+VALIDATION_SHARE: Final = 0.125
+"""Of what is not held out: a tenth of all."""
+
+# Changing one of these would let a later release learn from what an earlier one was measured on.
 _SALT: Final = b"code_worker hold-out 1\0"
-_BORDER: Final = 2**64 // 5
+_HOLDOUT_PURPOSE: Final = b"code_worker hold-out 2\0"
+_VALIDATION_PURPOSE: Final = b"code_worker validation 1\0"
+_HOLDOUT_BORDER: Final = 2**64 // 5
+_VALIDATION_BORDER: Final = 2**64 // 8
 
 
-class Hashed(Protocol):
-    """Anything with a content hash."""
+class Placed(Protocol):
+    """An image and the part that was recorded for it."""
 
     @property
-    def sha256(self) -> str | None:
+    def sha256(self) -> str:
         """Of the image's bytes, 64 hexadecimal digits."""
+
+    @property
+    def split(self) -> Split | None:
+        """As the snapshot recorded it; None: by the rule of releases before groups."""
+
+
+def split_of(group: str, secret: bytes) -> Split:
+    """The part that a new group of images belongs to: of all groups a fifth is held out, a tenth is for validation.
+
+    HMAC-SHA256 (RFC 2104) of the group's key: without the secret nobody can tell the part of a group that they have
+    not seen.
+
+    Args:
+        group: the group's key.
+        secret: of the installation, at least 32 random bytes.
+    """
+    if _keyed(secret, _HOLDOUT_PURPOSE, group) < _HOLDOUT_BORDER:
+        return "holdout"
+    return split_in_share(group, secret)
+
+
+def split_in_share(group: str, secret: bytes) -> Split:
+    """The part of a group that is known not to be held out: `train` or, for an eighth of them, `validation`."""
+    return "validation" if _keyed(secret, _VALIDATION_PURPOSE, group) < _VALIDATION_BORDER else "train"
+
+
+def _keyed(secret: bytes, purpose: bytes, group: str) -> int:
+    if len(secret) < 32:
+        raise ValueError(f"the secret has {len(secret)} bytes, at least 32 are needed")
+    digest = hmac.digest(secret, purpose + group.encode(), "sha256")
+    return int.from_bytes(digest[:8], "big")
 
 
 def is_holdout(sha256: str) -> bool:
-    """Whether the image of this content hash is only ever measured on: true of one in five.
+    """The rule of releases before groups: a fifth of all images, by the hash of their bytes.
 
-    Hashed once more with a salt, so that whoever chooses images by their hash for another purpose chooses alike
-    among both parts.
+    It still tells the part of images that were labelled then, and of snapshots that did not record it.
     """
     digest = hashlib.sha256(_SALT + bytes.fromhex(sha256)).digest()
-    return int.from_bytes(digest[:8], "big") < _BORDER
+    return int.from_bytes(digest[:8], "big") < _HOLDOUT_BORDER
 
 
-def refuse_holdout(items: Iterable[Hashed]) -> None:
+def recorded_split(sha256: str, split: Split | None) -> Split:
+    """The part that was recorded; where none was, the one by the rule of releases before groups."""
+    if split is not None:
+        return split
+    return "holdout" if is_holdout(sha256) else "train"
+
+
+def refuse_holdout(items: Iterable[Placed]) -> None:
     """The last check before anything is learned.
 
     Raises:
-        TrainingError: one of the images belongs to the hold-out, or has no hash to tell by.
+        TrainingError: one of the images belongs to the hold-out.
     """
     for item in items:
-        if item.sha256 is None:
-            raise TrainingError("an image without a content hash cannot be learned from: it might be in the hold-out")
-        if is_holdout(item.sha256):
+        if recorded_split(item.sha256, item.split) == "holdout":
             raise TrainingError(f"image {item.sha256} belongs to the hold-out and must never be learned from")

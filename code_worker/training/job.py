@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from code_worker.data.holdout import Split
 from code_worker.errors import TrainingError
 from code_worker.settings import LimitSettings, TrainingSettings
 from code_worker.types import IMAGE_SIZE
@@ -40,7 +41,10 @@ class _Part(BaseModel):
 
 
 class Item(_Part):
-    """One labelled image as a local file; `new` marks what the champion never learned."""
+    """One labelled image as a local file; `new` marks what the champion never learned.
+
+    `split` is the part that the snapshot recorded; unset: as `recorded_split` says.
+    """
 
     path: str
     label: Literal[0, 1]
@@ -48,6 +52,7 @@ class Item(_Part):
     collection: str | None = None
     sha256: str
     group: str | None = None
+    split: Split | None = None
     new: bool = False
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.examples import FAKE, REAL
-from code_worker.data.holdout import is_holdout
+from code_worker.data.holdout import SPLITS, Split, is_holdout, recorded_split
 from code_worker.errors import DatasetError
 from code_worker.store import kept_images, labels, runs, snapshots
 from code_worker.store.ids import uuid7
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Member", "Snapshot", "check_classes", "freeze", "is_holdout", "load", "shortages", "take"]
 
 TRAIN: Final = "train"
+VALIDATION: Final = "validation"
 HOLDOUT: Final = "holdout"
 UNNAMED: Final = "unnamed"
 """Stands for the generator of fakes that nobody named one for."""
@@ -32,7 +33,8 @@ UNNAMED: Final = "unnamed"
 class Member:
     """One labelled image; `new` unless the last champion that learned here was taught the same of it.
 
-    `by` said what decides its label; empty in snapshots from before that was noted.
+    `by` said what decides its label; empty in snapshots from before that was noted. `group` names the images that
+    are always in the same part as this one; None in snapshots from before there were groups.
     """
 
     sha256: str
@@ -41,11 +43,13 @@ class Member:
     collection: str | None
     new: bool
     by: str = ""
+    split: Split = TRAIN
+    group: str | None = None
 
     @property
     def holdout(self) -> bool:
         """Whether it is only measured on."""
-        return is_holdout(self.sha256)
+        return self.split == HOLDOUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,17 @@ class Snapshot:
 
     @property
     def train(self) -> list[Member]:
-        """What may be learned from."""
+        """What is learned from."""
+        return [member for member in self.members if member.split == TRAIN]
+
+    @property
+    def validation(self) -> list[Member]:
+        """What chooses among what was learned: epoch, patience, share, thresholds."""
+        return [member for member in self.members if member.split == VALIDATION]
+
+    @property
+    def training_share(self) -> list[Member]:
+        """What is not held out: `train` and `validation`."""
         return [member for member in self.members if not member.holdout]
 
     @property
@@ -90,6 +104,7 @@ class Snapshot:
         """Members by split, label and generator, and what was left out; plain JSON."""
         return {
             TRAIN: _counted(self.train),
+            VALIDATION: _counted(self.validation),
             HOLDOUT: _counted(self.holdout),
             "contradicted": self.contradicted,
             "undecided": self.undecided,
@@ -131,6 +146,7 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
             collection=label.collection,
             new=before.get(label.sha256) != number,
             by=label.by,
+            split=recorded_split(label.sha256, None),
         )
         for label in resolved
         if label.sha256 in kept
@@ -172,7 +188,7 @@ def load(session: Session, snapshot_id: str) -> Snapshot:
     Raises:
         StoreError: there is none of this id, or it is damaged.
     """
-    members = tuple(Member(**row) for row in snapshots.unpack(snapshots.members(session, snapshot_id)))
+    members = tuple(map(_member, snapshots.unpack(snapshots.members(session, snapshot_id))))
     info = snapshots.get(session, snapshot_id)
     counts = {} if info is None else info.counts
     return Snapshot(
@@ -184,6 +200,11 @@ def load(session: Session, snapshot_id: str) -> Snapshot:
         left_out=counts.get("left_out", {}),
         id=snapshot_id,
     )
+
+
+def _member(row: Mapping[str, Any]) -> Member:
+    """Older snapshots recorded no split: theirs was by content hash."""
+    return Member(**{**row, "split": recorded_split(row["sha256"], row.get("split"))})
 
 
 def check_classes(snapshot: Snapshot) -> None:
@@ -207,7 +228,7 @@ def check_classes(snapshot: Snapshot) -> None:
 def shortages(snapshot: Snapshot, settings: ScheduleSettings, *, min_labellers: int = 1) -> list[str]:
     """What is missing to the minimum numbers, one sentence each; empty when a run is due."""
     counts = snapshot.counts()
-    new = {name: counts[TRAIN][name] + counts[HOLDOUT][name] for name in ("new_real", "new_fake")}
+    new = {name: sum(counts[split][name] for split in SPLITS) for name in ("new_real", "new_fake")}
     wanted = [
         ("new real images", new["new_real"], settings.min_new_real),
         ("new generated images", new["new_fake"], settings.min_new_fake),

@@ -180,7 +180,7 @@ class Stages:
     def _lacks(self, base: LoadedRelease, taken: Snapshot) -> Lacks:
         """What the training should dwell on; the gate will want the same embeddings of the champion."""
         side = self._side(base, taken, like=None)
-        lacks = Lacks(missed_generators(taken.train, side), frozenset(unseen_generators(taken, side)))
+        lacks = Lacks(missed_generators(taken.training_share, side), frozenset(unseen_generators(taken, side)))
         self.report |= {"missed_generators": sorted(lacks.missed), "unseen_generators": sorted(lacks.unseen)}
         return lacks
 
@@ -193,7 +193,7 @@ class Stages:
         self.attempt.listen("train", said)
 
     def _build(self, weights: EncoderWeights, views: _Views, taken: Snapshot, base: LoadedRelease | None) -> None:
-        train = [member for member in taken.train if member.sha256 in views.clean]
+        train = [member for member in taken.training_share if member.sha256 in views.clean]
         if {member.label for member in train} != {0, 1}:
             raise DatasetError("of the labelled images that can be read, not both classes are left to learn from")
         manifest = None if base is None else base.manifest

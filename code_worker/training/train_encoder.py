@@ -75,7 +75,8 @@ def write_training_job(attempt: Attempt, taken: Snapshot, base: LoadedRelease | 
         TrainingError: an image of the hold-out among those to learn from, or a full disk.
         DatasetError: less than half of the images can be read.
     """
-    learned, measured = (make_items(members, attempt, lacks.missed) for members in (taken.train, taken.holdout))
+    parts = (taken.training_share, taken.holdout)
+    learned, measured = (make_items(members, attempt, lacks.missed) for members in parts)
     refuse_holdout(learned)
     directory = attempt.place.job
     try:
@@ -131,6 +132,7 @@ def make_items(members: Sequence[Member], attempt: Attempt, missed: frozenset[st
             generator=member.generator,
             collection=member.collection,
             sha256=member.sha256,
+            split=member.split,
             new=member.generator in missed if missed else member.new,
         )
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from code_worker.data.holdout import is_holdout
 from code_worker.errors import ArtifactError, TrainingError
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import GateSettings
@@ -26,10 +27,11 @@ TOWARDS = RNG.normal(size=(4, 192)) / np.sqrt(192)
 def make(counts: Mapping[str | None, int], *, new: tuple[str | None, ...] = (), first: int = 0) -> list[Member]:
     """So many members by generator; None is real."""
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
-    return [
+    found = [
         Member(f"{first + number:064x}", int(kind is not None), kind, None, new=kind in new or None in new)
         for number, kind in enumerate(kinds)
     ]
+    return [replace(one, split="holdout") if is_holdout(one.sha256) else one for one in found]
 
 
 def seen(members: list[Member], distance: Mapping[str, float], *, seed: int = 0) -> Rows:
@@ -60,7 +62,7 @@ def flipped(members: list[Member], share: float, name: str) -> list[Member]:
     """Reals of which a share is called a generator's."""
     rng = np.random.default_rng(5)
     return [
-        Member(one.sha256, 1, name, None, new=True) if one.label == 0 and rng.random() < share else one
+        replace(one, label=1, generator=name, new=True) if one.label == 0 and rng.random() < share else one
         for one in members
     ]
 
