@@ -1,191 +1,202 @@
-"""The gate: runs on clean labels, and on labels of which 30 % of one class are wrong; how many of each are promoted.
+"""The gate's error rates: simulated releases that are equal, worse or better, through the gate's own functions.
 
-    python -m bench.gate DIRECTORY [--trials 20] [--kind refit] [--json FILE]
+    python -m bench.gate [--trials 400] [--quick] [--json FILE]
 
-The starter is the champion, its heads fitted on all toy generators but one: one that its encoder sees, for refits, or
-one that it never learned, for retrains. Each trial draws images of a pool by its own seed, among them that one's,
-labels them (rightly, or with 30 % of the reals or of the fakes called the other), and runs the same `Learner` as a
-schedule does, in a deployment of its own. Exit status 1 when anything was promoted on wrong labels.
+A champion judges each image of a hold-out rightly with a chance of 90 %. A candidate says the same but for a share of
+images (`redrawn`) of which it knows nothing of the champion's answer; one that is better or worse corrects or spoils
+further images. Each is the best of ten epochs on a validation part of half the hold-out's size, and under `delivery`
+each answer of either side is turned with a chance of 0 or 1 %. Reigns are ten candidates in a row on one hold-out.
+Rows that need it have a new generator besides, which the candidate finds and the champion does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import time
-from collections import Counter
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.photographs import LEARNED_FROM, Album
-from bench.toy_data import write_records
-from code_worker.data.kept import open_kept
-from code_worker.demo.artefacts import GENERATORS, NEWCOMERS
-from code_worker.demo.starter_release import build_starter_release
-from code_worker.images.decode import decode
-from code_worker.plugins import load_plugins
-from code_worker.releases.registry import open_registry
-from code_worker.settings import Settings
-from code_worker.store import kept_images, labels, migrate
-from code_worker.store.engine import Session, Store, open_store
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import NewLabel
-from code_worker.training.encoded import open_encoder
-from code_worker.training.retrain import Learner
-from code_worker.training.snapshot import Member
+from code_worker.settings import GateSettings
+from code_worker.training.gate import GateInputs, Opinion, decide
+from code_worker.training.paired import proportion_limits
+from code_worker.training.spending import Comparison, spend
 
 if TYPE_CHECKING:
-    from code_worker.training.job import Item
+    from numpy.random import Generator
+    from numpy.typing import NDArray
 
-SIZE = 232
-WRONG = 0.3
-OLD_POOL, NEW_POOL = 360, 150
-OLD, NEW = 240, 100
-"""Records of a trial, each a real image and a generated one."""
-EVERYONE = {**GENERATORS, **NEWCOMERS}
-FITTED = 24
-CASES = {"clean": None, "wrong reals": 0, "wrong fakes": 1}
+    Flags = NDArray[np.bool_]
+
+ACCURACY = 0.9
+EPOCHS = 10
+SETTINGS = GateSettings()
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """A deployment to copy: champion, kept images, and their embeddings."""
+class World:
+    """A hold-out, and what its candidates are like.
 
-    directory: Path
-    old: list[Item]
-    new: list[Item]
+    Attributes:
+        reals: real images.
+        fakes: generated ones of each old generator.
+        generators: how many old ones.
+        newcomer: fakes of a new one, of which the champion finds a half and the candidate nine tenths.
+        change: accuracy that a candidate has beyond the champion's on everything old.
+        harmed: accuracy that it has beyond that on the first generator.
+        redrawn: share of the images of which a candidate does not repeat the champion's answer.
+        noise: chance that an answer is turned under delivery.
+        candidates: in a row, until one is promoted.
+    """
 
-    def settings(self, database: Path) -> Settings:
-        """Settings of a deployment that shares images and releases with the others."""
-        return Settings(
-            data_dir=database.parent,
-            database_url=f"sqlite:///{database}",
-            artifacts=str(self.directory / "releases"),
-            datasets=str(self.directory / "dataset"),
-            device="cpu",
-        )
+    reals: int
+    fakes: int
+    generators: int
+    newcomer: int = 0
+    change: float = 0.0
+    harmed: float = 0.0
+    redrawn: float = 0.2
+    noise: float = 0.0
+    candidates: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A question and its bar.
+
+    Attributes:
+        question: in words.
+        world: where it is asked.
+        counts: `promoted`, or `worse`: vetoed as worse on a group.
+        bar: such as `<= 0.05`.
+    """
+
+    question: str
+    world: World
+    counts: str
+    bar: str
 
 
 def main() -> None:
-    """Runs the trials and prints a table."""
+    """Runs the simulation and prints a table."""
     parser = argparse.ArgumentParser(prog="bench.gate")
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--kind", choices=["refit", "retrain"], default="refit")
-    parser.add_argument("--generator", choices=list(EVERYONE), help="The one left out of the champion's heads.")
-    parser.add_argument("--fitted", type=int, help="Records that the champion's heads were fitted on.")
+    parser.add_argument("--trials", type=int, default=400)
+    parser.add_argument("--quick", action="store_true", help="40 trials.")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    usual = GENERATORS if chosen.kind == "refit" else NEWCOMERS
-    fitted = chosen.fitted or (FITTED if chosen.kind == "refit" else OLD_POOL)
-    pool = make_pool(chosen.directory, chosen.generator or next(reversed(usual)), fitted)
+    trials = 40 if chosen.quick else chosen.trials
     found = []
-    for number in range(chosen.trials):
-        # Every trial on clean labels has one on wrong labels beside it; the class takes turns.
-        for case in ("clean", list(CASES)[1 + number % 2]):
-            found.append(trial(pool, number, case, chosen.kind))
-            print(json.dumps(found[-1]), flush=True)
-    for case in CASES:
-        states = Counter(one["state"] for one in found if one["case"] == case)
-        print(f"{case:<12} {dict(states)}")
+    with ProcessPoolExecutor(chosen.processes) as pool:
+        for row in rows():
+            share = np.mean(list(pool.map(partial(_trial, row), range(trials), chunksize=max(1, trials // 8))))
+            low, high = proportion_limits(float(share) * trials, trials, 0.025)
+            found.append({**asdict(row), "trials": trials, "share": float(share), "low": low, "high": high})
+            print(f"{_named(row):<96} {share:6.1%} ({low:.1%} to {high:.1%})  bar {row.bar}", flush=True)
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if any(one["state"] == "promoted" for one in found if one["case"] != "clean"):
-        raise SystemExit("promoted on wrong labels")
 
 
-def make_pool(directory: Path, generator: str, fitted: int) -> Pool:
-    """Writes the images, keeps and embeds them, and promotes the starter."""
-    album = Album(LEARNED_FROM)
-    known = {name: make for name, make in GENERATORS.items() if name != generator}
-    old = write_records(directory / "old", album, OLD_POOL, seed=41, size=SIZE, generators=known)
-    newcomer = {generator: EVERYONE[generator]}
-    new = write_records(directory / "new", album, NEW_POOL, seed=42, size=SIZE, generators=newcomer)
-    pool = Pool(directory, old, new)
-    settings = pool.settings(directory / "template.db")
-    plugins = load_plugins(settings)
-    kept = open_kept(settings)
-    with closing(open_store(settings.resolved_database_url)) as store:
-        migrate.upgrade(store)
-        registry = open_registry(settings, store=store, plugins=plugins)
-        taught = old[: 2 * fitted]
-        crops = np.stack([decode(Path(item.path).read_bytes(), settings.limits)[0] for item in taught])
-        known_labels = np.array([item.label for item in taught], np.int8)
-        build_starter_release(directory / "release", crops, known_labels, plugins)
-        registry.promote(registry.add(directory / "release"), by="bench")
-        rows = []
-        for item in [*old, *new]:
-            data = Path(item.path).read_bytes()
-            kept.put(data)
-            rows.append(KeptImage(item.sha256, len(data), None, None, None, item.path))
-        store.run(lambda session: kept_images.note_kept(session, rows))
-        _embed(settings, store, [*old, *new])
-    return pool
+def rows() -> Iterator[Row]:
+    """Every question on every hold-out."""
+    small, middle, many = World(100, 100, 1), World(300, 75, 4), World(400, 100, 20)
+    for noise in (0.0, 0.01):
+        for world in (small, middle, many):
+            equal = replace(world, noise=noise)
+            yield Row("equal, promoted in a reign", replace(equal, candidates=10), "promoted", "<= 0.05")
+            yield Row("equal, called worse", equal, "worse", "<= 0.05")
+            worse = replace(equal, change=-0.02, newcomer=60)
+            yield Row("2 points worse on all that is old", worse, "promoted", "<= 0.05")
+        for world, bar in ((middle, ">= 0.8"), (many, ">= 0.7")):
+            yield Row("5 points better", replace(world, noise=noise, change=0.05), "promoted", bar)
+        for redrawn in (0.1, 0.2, 0.5, 1.0):
+            harmed = replace(many, noise=noise, harmed=-0.15, newcomer=60, redrawn=redrawn)
+            yield Row("15 points worse on one", harmed, "promoted", "<= 0.2")
+        for world in (small, middle, many):
+            yield Row(
+                "equal but for a newcomer it finds", replace(world, noise=noise, newcomer=60), "promoted", "none"
+            )
 
 
-def _embed(settings: Settings, store: Store, items: list[Item]) -> None:
-    """Once for all trials, as a deployment's workers would have."""
-    champion = open_registry(settings, store=store, plugins=load_plugins(settings))
-    loaded = champion.load(str(champion.champion()))
-    members = [Member(item.sha256, item.label, item.generator, None, new=True) for item in items]
-    with open_encoder(
-        loaded.weights, loaded.encoder_sha256, settings=settings, store=store, kept=open_kept(settings)
-    ) as encoder:
-        encoder.see(members)
+def _named(row: Row) -> str:
+    world = row.world
+    old = f"{world.reals} + {world.generators} x {world.fakes}"
+    return f"{row.question:<36} {old:<14} redrawn {world.redrawn:.0%}, noise {world.noise:.0%}, new {world.newcomer}"
 
 
-def trial(pool: Pool, seed: int, case: str, kind: str) -> dict[str, Any]:
-    """One run on labels of its own."""
-    place = pool.directory / f"{kind}-{seed}-{case.replace(' ', '-')}"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    shutil.copy(pool.directory / "template.db", place / "code_worker.db")
-    settings = pool.settings(place / "code_worker.db")
-    with closing(open_store(settings.resolved_database_url)) as store:
-        store.run(lambda session: _label(session, _said(pool, seed, CASES[case])))
-        began = time.monotonic()
-        run = Learner(settings, store).learn(kind, by="bench", force=True)
-        if run is None:
-            raise SystemExit("no run was begun")
-    shutil.rmtree(place / "runs", ignore_errors=True)
-    return {
-        "seed": seed,
-        "case": case,
-        "state": run.state,
-        "reasons": list(run.reasons),
-        "noise": [noise["share"] for noise in run.report.get("gate", {}).get("noise", ())],
-        "seconds": round(time.monotonic() - began, 1),
+def _trial(row: Row, seed: int) -> bool:
+    """Whether it happened in one world."""
+    rng = np.random.default_rng([seed, row.world.reals, round(100 * row.world.noise)])
+    return any(_ends(row, decision) for decision in _reign(row.world, rng))
+
+
+def _ends(row: Row, decision: tuple[bool, tuple[str, ...]]) -> bool:
+    promoted, reasons = decision
+    return promoted if row.counts == "promoted" else any(reason.startswith("worse on") for reason in reasons)
+
+
+def _reign(world: World, rng: Generator) -> Iterator[tuple[bool, tuple[str, ...]]]:
+    """Decisions on candidates in a row, until one is promoted."""
+    labels, generators, accuracy = _images(world)
+    champion = rng.random(len(labels)) < accuracy
+    before: list[Comparison] = []
+    for _ in range(world.candidates):
+        spending = spend(before, len(labels), SETTINGS.error)
+        candidate = _best_epoch(world, champion, generators, rng)
+        inputs = GateInputs(
+            labels=labels,
+            generators=tuple(generators),
+            new=np.array([name == "new" for name in generators]),
+            candidate=_opinion("candidate", labels, candidate, world, rng),
+            champion=_opinion("champion", labels, champion, world, rng),
+            min_holdout=20,
+            spending=spending,
+        )
+        decision = decide(inputs, SETTINGS)
+        before.append(Comparison(len(labels), spending.level))
+        yield decision.promote, decision.reasons
+        if decision.promote:
+            return
+
+
+def _images(world: World) -> tuple[NDArray[np.int8], NDArray[np.object_], NDArray[np.float64]]:
+    """Labels, generators, and the champion's chance to be right."""
+    fakes = [f"g{place % world.generators:02}" for place in range(world.fakes * world.generators)]
+    names: list[str | None] = [*[None] * world.reals, *fakes, *["new"] * world.newcomer]
+    generators = np.array(names, dtype=object)
+    labels = np.array([name is not None for name in names], np.int8)
+    return labels, generators, np.where(generators == "new", 0.5, ACCURACY)
+
+
+def _best_epoch(world: World, champion: Flags, generators: NDArray[np.object_], rng: Generator) -> Flags:
+    """Of ten epochs that are equally good the one that the validation part likes best."""
+    validation = rng.random((EPOCHS, max(20, len(champion) // 2))) < ACCURACY + world.change
+    epochs = [_candidate(world, champion, generators, rng) for _ in range(EPOCHS)]
+    return epochs[int(validation.mean(axis=1).argmax())]
+
+
+def _candidate(world: World, champion: Flags, generators: NDArray[np.object_], rng: Generator) -> Flags:
+    n = len(champion)
+    own = np.where(rng.random(n) < world.redrawn, rng.random(n) < ACCURACY, champion)
+    change = np.full(n, world.change) + np.where(generators == "g00", world.harmed, 0.0)
+    spoiled = rng.random(n) < np.where(change < 0, -change / ACCURACY, 0.0)
+    corrected = rng.random(n) < np.where(change > 0, change / (1 - ACCURACY), 0.0)
+    own = (own & ~spoiled) | corrected
+    return np.where(generators == "new", champion | (rng.random(n) < 0.8), own)
+
+
+def _opinion(name: str, labels: NDArray[np.int8], correct: Flags, world: World, rng: Generator) -> Opinion:
+    delivered = correct ^ (rng.random(len(labels)) < world.noise)
+    by_condition = {
+        condition: {"linear": np.where(flags == (labels == 1), 0.9, 0.1).astype(np.float32)}
+        for condition, flags in (("clean", correct), ("delivery", delivered))
     }
-
-
-def _label(session: Session, new: list[NewLabel]) -> None:
-    labels.add(session, new)
-
-
-def _said(pool: Pool, seed: int, wrong: int | None) -> list[NewLabel]:
-    """What is said of the images of a trial; 30 % of the class `wrong` are called the other."""
-    rng = np.random.default_rng(seed)
-    items = [*_records(rng, pool.old, OLD), *_records(rng, pool.new, NEW)]
-    names = sorted({item.generator for item in items if item.generator})
-    suspects = [place for place, item in enumerate(items) if item.label == wrong]
-    errors = set(rng.choice(suspects, round(WRONG * len(suspects)), replace=False).tolist()) if suspects else set()
-    said = []
-    for place, item in enumerate(items):
-        fake = item.label == 1 if place not in errors else item.label == 0
-        generator = (item.generator or str(rng.choice(names))) if fake else None
-        said.append(NewLabel(item.sha256, "fake" if fake else "real", "bench", "bench", generator=generator))
-    return said
-
-
-def _records(rng: np.random.Generator, items: list[Item], count: int) -> list[Item]:
-    """Whole records: items come in pairs."""
-    chosen = rng.choice(len(items) // 2, count, replace=False)
-    return [items[2 * int(place) + side] for place in sorted(chosen) for side in (0, 1)]
+    return Opinion(name, "linear", 0.5, by_condition)
 
 
 if __name__ == "__main__":

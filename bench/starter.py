@@ -20,7 +20,7 @@ from bench.photographs import HELD_OUT, LEARNED_FROM, Album
 from bench.toy_data import write_records
 from code_worker.demo.artefacts import GENERATORS
 from code_worker.settings import TrainingSettings
-from code_worker.training.job import TrainingJob, read_items, write_job
+from code_worker.training.job import VALIDATION_FILE, TrainingJob, read_items, write_job
 
 HOME = Path(__file__).parents[1] / "code_worker" / "demo" / "starter"
 RECORDS, HELD_OUT_RECORDS = 6000, 600
@@ -87,7 +87,7 @@ def keep(directory: Path) -> None:
     report = json.loads((directory / "result" / "report.json").read_text(encoding="utf-8"))
     report["recipe"] = {
         "records": len(read_items(directory / "train.jsonl")) // 2,
-        "held_out_records": len(read_items(directory / "holdout.jsonl")) // 2,
+        "held_out_records": len(read_items(directory / VALIDATION_FILE)) // 2,
         "generators": list(GENERATORS),
         "learned_from": LEARNED_FROM,
         "held_out": HELD_OUT,

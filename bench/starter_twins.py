@@ -20,7 +20,7 @@ from code_worker.encoder.weights import read_weights
 from code_worker.plugins import load_plugins
 from code_worker.settings import Settings
 from code_worker.training.batches import BatchMaker, ImageCache, batches
-from code_worker.training.job import HOLDOUT_FILE, TRAIN_FILE, Item, read_items, read_job
+from code_worker.training.job import TRAIN_FILE, VALIDATION_FILE, Item, read_items, read_job
 from code_worker.training.measure import Measurer, spread
 from code_worker.training.network import TrainableEncoder
 from code_worker.training.sampling import RecordSampler
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     job, config = read_job(arguments.directory), VitConfig(**MINIATURE)
     train = read_items(arguments.directory / TRAIN_FILE)
-    holdout = read_items(arguments.directory / HOLDOUT_FILE)
+    holdout = read_items(arguments.directory / VALIDATION_FILE)
     measurer = Measurer(
         spread(train, job.evaluated_items), holdout, job.limits, load_plugins(Settings()), size=config.image_size
     )

@@ -153,7 +153,17 @@ class GateSettings(Section):
     """What a candidate must prove before it replaces the champion."""
 
     max_regression: float = Field(
-        0.02, ge=0, le=1, description="Accuracy that a generator or the reals may lose, as measured."
+        0.02,
+        gt=0,
+        le=1,
+        description="Loss of accuracy that must be excluded, for the reals and for the fakes of all old generators.",
+    )
+    error: float = Field(
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="Chance that an equally good release replaces a champion in its whole reign, that one is called "
+        "worse, and that one which lost `max_regression` on reals and fakes is promoted.",
     )
     max_label_noise: float = Field(
         0.15, ge=0, le=1, description="Share of labels of one class that their neighbours contradict."
@@ -179,7 +189,7 @@ class GateSettings(Section):
     max_psi: float | None = Field(
         0.2, gt=0, description="Largest population stability index of scores of old images."
     )
-    bootstrap: int = Field(1000, ge=100, description="Resamples of the paired bootstrap.")
+    bootstrap: int = Field(1000, ge=100, description="Resamples of the bootstrap in reports.")
     promote: bool = Field(True, description="Promote by itself what passes; else it becomes the challenger.")
 
 

@@ -35,7 +35,9 @@ class TrainingSettings(Section):
     )
     weight_decay: float = Field(2e-5, ge=0, description="AdamW's.")
     warmup_epochs: float = Field(0.5, ge=0, description="Epochs of linear warm-up from 1e-6.")
-    patience: int = Field(6, ge=1, description="Epochs without a better linear head on the hold-out before it stops.")
+    patience: int = Field(
+        6, ge=1, description="Epochs without a better linear head on the validation part before it stops."
+    )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Average weights with this decay; unset: not.")
     new_share: float = Field(
         0.5, ge=0, le=1, description="Share of a step's fakes drawn from generators the champion never learned."
@@ -56,8 +58,8 @@ class TrainingSettings(Section):
     max_forgetting: float | None = Field(
         0.005,
         ge=0,
-        description="A trained encoder is drawn back towards the champion's until no group of the hold-out loses "
-        "more than this of the probability that a linear head gives to what is right; unset (`null`): not.",
+        description="A trained encoder is drawn back towards the champion's until no group of the validation part "
+        "loses more than this of the probability that a linear head gives to what is right; unset (`null`): not.",
     )
     from_scratch: bool = Field(False, description="Begin with fresh weights instead of the champion's.")
     seed: int = Field(0, ge=0, description="Seed of everything random.")

@@ -121,11 +121,42 @@ def _print_comparison(run: Run) -> None:
             "champion": f"{change['champion']:.3f}",
             "candidate": f"{change['candidate']:.3f}",
             "95_%_of_the_difference": f"{change['difference']['low']:+.3f} to {change['difference']['high']:+.3f}",
+            "p": f"{change['p']:.2g}" if "p" in change else "",
+            "loss_that_would_show": _share(change.get("detectable")),
         }
         for change in changes
     ]
     if rows:
         print_table(rows, tuple(rows[0]), empty="")
+    _print_evidence(run)
+
+
+def _print_evidence(run: Run) -> None:
+    """What may have been lost unseen, and what the champion's reign has left to err."""
+    gate = run.report.get("gate", {})
+    rows = [
+        {
+            "group": loss["group"],
+            "condition": loss["condition"],
+            "images": loss["n"],
+            "change": f"{loss['value']:+.3f}",
+            "lost_at_most": f"{max(0.0, -loss['low']):.3f}",
+            "allowed": f"{loss['margin']:g}",
+        }
+        for loss in gate.get("losses", ())
+    ]
+    if rows:
+        print_table(rows, tuple(rows[0]), empty="")
+    if spending := gate.get("spending"):
+        click.echo(
+            f"comparison {spending['before'] + 1} with this champion: {spending['level']:.2%} of the "
+            f"{spending['error']:.0%} that an equal release may pass by luck in its reign, {spending['left']:.2%} "
+            f"are left, {spending['left_now']:.2%} of them on this hold-out; the rest opens as it grows"
+        )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _print_curve(points: list[RunMetrics]) -> None:

@@ -140,8 +140,6 @@ def _compared(
         evaluation,
         threshold_first=_thresholds(before),
         threshold_second=_thresholds(evaluation),
-        resamples=asked.bootstrap or 1000,
-        seed=asked.seed,
     )
 
 

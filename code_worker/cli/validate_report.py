@@ -16,7 +16,7 @@ from code_worker.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from code_worker.training.evaluation.compare import Compared
-    from code_worker.training.metrics import Difference
+    from code_worker.training.paired import Difference
 
 __all__ = ["METRICS", "PAGE", "prepare_directory", "print_report", "write_reports"]
 

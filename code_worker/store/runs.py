@@ -32,6 +32,7 @@ __all__ = [
     "learned",
     "let_go",
     "list_runs",
+    "made",
     "metrics",
     "note",
     "promote",
@@ -228,6 +229,13 @@ def promote(
         raise StoreError("the champion was moved by somebody else just now")
     finish(session, lease, "promoted", reasons=reasons, report=report)
     return True
+
+
+def made(session: Session, release: str) -> Run | None:
+    """The run whose candidate a release is; None where none made it here."""
+    statement = select(*_COLUMNS).where(_RUNS.c.candidate == release).order_by(_RUNS.c.created_at).limit(1)
+    row = session.execute(statement).mappings().one_or_none()
+    return None if row is None else _run(row)
 
 
 def let_go(session: Session, lease: Lease) -> None:

@@ -12,9 +12,9 @@ from code_worker.data.examples import FAKE, REAL
 from code_worker.errors import TrainingError
 from code_worker.releases.golden import checked_scores
 from code_worker.training.encoded import CONDITIONS, Rows, matrix
-from code_worker.training.gate import GateInputs, Opinion
 from code_worker.training.metrics import figures
 from code_worker.training.noise import Noise, label_noise, unseen
+from code_worker.training.opinions import CrossFitted, GateInputs, Opinion, PolicyRule
 from code_worker.training.safeguards import GoldenOpinions
 from code_worker.training.snapshot import UNNAMED
 from code_worker.training.trust import Suspicion, suspicions
@@ -62,6 +62,11 @@ class Side:
     rows: Mapping[str, Rows]
 
     @property
+    def decides_at(self) -> tuple[float, float]:
+        """Low and high threshold."""
+        return self.thresholds.low, self.thresholds.high
+
+    @property
     def clean(self) -> Rows:
         """Embeddings of the images as they are."""
         return self.rows[CONDITIONS[0].key]
@@ -76,7 +81,7 @@ class Side:
             condition: {name: checked_scores(name, head, matrix(members, rows)) for name, head in self.heads.items()}
             for condition, rows in self.rows.items()
         }
-        return Opinion(self.release, self.head, (self.thresholds.low, self.thresholds.high), scores)
+        return Opinion(self.release, self.head, self.decides_at, scores)
 
 
 def labels_of(members: Sequence[Member]) -> NDArray[np.int8]:
@@ -93,6 +98,8 @@ def gate_inputs(
     min_labellers: int = 1,
     golden: GoldenOpinions | None = None,
     owed: bool = False,
+    more: CrossFitted | None = None,
+    policies: tuple[PolicyRule, ...] = (),
 ) -> GateInputs:
     """The hold-out as both see it, without what one of them could not read or decode under every condition.
 
@@ -124,7 +131,24 @@ def gate_inputs(
         suspicions=_suspicions(snapshot, candidate, champion, frozenset(unchecked)),
         golden=golden,
         owed=owed,
+        old=None if champion is None else _old_generators(snapshot, champion),
+        more=more,
+        policies=policies,
     )
+
+
+def _old_generators(snapshot: Snapshot, champion: Side) -> frozenset[str]:
+    """Generators that the champion learned of; where nobody knows what it learned, those that it does not miss.
+
+    Whether it misses one is asked of images that are not of the hold-out, which would otherwise decide by chance
+    what it is asked about.
+    """
+    fakes = [member for member in snapshot.members if member.label == FAKE]
+    known = {member.generator or UNNAMED for member in fakes if not member.new}
+    if known:
+        return frozenset(known)
+    missed = missed_generators(snapshot.training_share, champion)
+    return frozenset({member.generator or UNNAMED for member in fakes} - missed)
 
 
 def golden_opinions(golden: GoldenSet, candidate: Side, champion: Side | None) -> GoldenOpinions:
@@ -144,8 +168,7 @@ def _golden_opinion(golden: GoldenSet, side: Side) -> Opinion:
     if lost := [sha256 for sha256 in hashes if sha256 not in side.clean]:
         raise TrainingError(f"{len(lost)} images of the golden set cannot be decoded, {lost[0]} for one")
     scores = checked_scores(side.head, side.heads[side.head], np.stack([side.clean[sha256] for sha256 in hashes]))
-    thresholds = (side.thresholds.low, side.thresholds.high)
-    return Opinion(side.release, side.head, thresholds, {CONDITIONS[0].key: {side.head: scores}})
+    return Opinion(side.release, side.head, side.decides_at, {CONDITIONS[0].key: {side.head: scores}})
 
 
 def _suspicions(

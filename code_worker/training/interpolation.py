@@ -35,7 +35,7 @@ def choose_share(
 
     Args:
         confidence: share → group (`real`, `fake`, generators) → mean probability of what is right; with share 0.
-        images: how many of the hold-out each group has.
+        images: how many of the validation part each group has.
         max_forgetting: what a group may lose against share 0.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a training process is told: a directory with the job, the images to learn from and those to measure on."""
+"""What a training process is told: a directory with the job, the images to learn from, those that validate it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from code_worker.types import IMAGE_SIZE
 
 __all__ = [
     "FAILED_STATUS",
-    "HOLDOUT_FILE",
     "TRAIN_FILE",
+    "VALIDATION_FILE",
     "Item",
     "Manner",
     "TrainingJob",
@@ -31,7 +31,7 @@ __all__ = [
 
 JOB_FILE: Final = "job.json"
 TRAIN_FILE: Final = "train.jsonl"
-HOLDOUT_FILE: Final = "holdout.jsonl"
+VALIDATION_FILE: Final = "validation.jsonl"
 FAILED_STATUS: Final = 3
 """Exit status of a training process that failed for the reason in `failure.json`."""
 
@@ -67,13 +67,13 @@ class TrainingJob(_Part):
             cosine transform of a patch, in which traces of generators stand out from the first step; unset: timm's
             for the published size, cosine for smaller encoders.
         settings: the hyper-parameters; see `for_device` for those left unset.
-        refuse_holdout: refuse to learn from images that the hold-out rule sets aside; False only where the
-            caller's items are split otherwise, such as the starter's photographs.
+        refuse_holdout: refuse to learn from or choose by images that the hold-out rule sets aside; False only where
+            the caller's items are split otherwise, such as the starter's photographs.
         blind: see `for_encoder`.
         device: as `Settings.device`.
         precision: `auto` is bf16 autocast on CUDA and float32 on a CPU.
         compile: `torch.compile` the encoder; unset: on CUDA.
-        evaluated_items: hold-out images measured each epoch, at most.
+        evaluated_items: validation images measured each epoch, at most.
         picture_every: epochs between two t-SNE pictures; 0: none.
         limits: what an image may cost.
     """
@@ -157,11 +157,11 @@ def for_encoder(settings: TrainingSettings, image_size: int, *, blind: bool = Fa
     )
 
 
-def write_job(directory: Path, job: TrainingJob, train: Iterable[Item], holdout: Iterable[Item]) -> None:
+def write_job(directory: Path, job: TrainingJob, train: Iterable[Item], validation: Iterable[Item]) -> None:
     """Writes the job into its directory, the description last: a directory with one is complete."""
     directory.mkdir(parents=True, exist_ok=True)
     _write_items(directory / TRAIN_FILE, train)
-    _write_items(directory / HOLDOUT_FILE, holdout)
+    _write_items(directory / VALIDATION_FILE, validation)
     partial = directory / f"{JOB_FILE}.partial"
     partial.write_text(job.model_dump_json(indent=1) + "\n", encoding="utf-8")
     partial.replace(directory / JOB_FILE)

@@ -36,14 +36,14 @@ _CLEAN, _TRANSFORMED = "clean", "transformed"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """One epoch's figures, and the hold-out's embeddings for a picture.
+    """One epoch's figures, and the validation part's embeddings for a picture.
 
     Attributes:
         figures: `head/set/group` → accuracy, groups being `real`, `fake`, `mean` of the two, and each generator.
         linear: mean of the linear head over both sets: what decides which epoch was best.
         confidence: probability that the linear head gives to what is right, by group, over both sets: it moves
             before an accuracy does.
-        embeddings: `(n, 192) float32` of the untransformed hold-out.
+        embeddings: `(n, 192) float32` of the untransformed validation part.
         groups: its generators, `real` for real images.
     """
 
@@ -62,14 +62,14 @@ class Measurer:
     """
 
     def __init__(
-        self, fit: Sequence[Item], holdout: Sequence[Item], limits: LimitSettings, plugins: Plugins, *, size: int
+        self, fit: Sequence[Item], validation: Sequence[Item], limits: LimitSettings, plugins: Plugins, *, size: int
     ) -> None:
         self._size = size
         self._limits = limits
         self._heads = {name: plugins.head_class(name) for name in HEADS if name in plugins.heads()}
         self._fit, self._fit_crops = self._decoded(fit, "to fit heads on")
-        self._holdout, self._clean = self._decoded(holdout, "to measure on")
-        self._changed = np.stack([self._transformed(item) for item in self._holdout])
+        self._validation, self._clean = self._decoded(validation, "to measure on")
+        self._changed = np.stack([self._transformed(item) for item in self._validation])
 
     def _decoded(self, items: Sequence[Item], what: str) -> tuple[list[Item], NDArray[np.uint8]]:
         margin = (IMAGE_SIZE - self._size) // 2
@@ -110,23 +110,23 @@ class Measurer:
             if name == _LINEAR:
                 confidence = self._confidence(np.mean(list(scores.values()), axis=0))
         linear = (figures[f"linear/{_CLEAN}/mean"] + figures[f"linear/{_TRANSFORMED}/mean"]) / 2
-        return Measured(figures, linear, confidence, sets[_CLEAN], [_group(item) for item in self._holdout])
+        return Measured(figures, linear, confidence, sets[_CLEAN], [_group(item) for item in self._validation])
 
     def _confidence(self, scores: NDArray[np.floating[Any]]) -> dict[str, float]:
-        labels = np.array([item.label for item in self._holdout], bool)
+        labels = np.array([item.label for item in self._validation], bool)
         right = np.where(labels, scores, 1 - scores)
-        groups = np.array([_group(item) for item in self._holdout])
+        groups = np.array([_group(item) for item in self._validation])
         of_groups = {name: float(right[groups == name].mean()) for name in sorted(set(groups))}
         return {**of_groups, "fake": float(right[labels].mean())}
 
     def images(self) -> Mapping[str, int]:
-        """How many images of the hold-out each group has."""
-        return Counter(_group(item) for item in self._holdout)
+        """How many images of the validation part each group has."""
+        return Counter(_group(item) for item in self._validation)
 
     def _right(self, called_fake: NDArray[np.bool_]) -> dict[str, float]:
-        labels = np.array([item.label for item in self._holdout], bool)
+        labels = np.array([item.label for item in self._validation], bool)
         right = called_fake == labels
-        groups = np.array([_group(item) for item in self._holdout])
+        groups = np.array([_group(item) for item in self._validation])
         real, fake = float(right[~labels].mean()), float(right[labels].mean())
         own = {name: float(right[groups == name].mean()) for name in sorted(set(groups[labels]))}
         return {"mean": (real + fake) / 2, "real": real, "fake": fake, **own}

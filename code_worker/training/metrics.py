@@ -28,12 +28,11 @@ __all__ = [
     "LEVEL",
     "RANKINGS",
     "Bin",
-    "Difference",
     "Threshold",
     "calibration",
     "figures",
     "intervals",
-    "paired_difference",
+    "right",
     "wilson",
 ]
 
@@ -62,15 +61,6 @@ class Bin:
     mean_score: float
     fakes: float
     """Share of them that is generated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Second model minus first on identical images, with the percentile interval of the paired bootstrap."""
-
-    value: float
-    low: float
-    high: float
 
 
 def figures(
@@ -116,7 +106,10 @@ def intervals(
     """95 % percentile intervals of the bootstrap, resampled within each class.
 
     Where all images of a class are right, or all wrong, no resample can differ, and the bootstrap's interval would
-    be a point however few they are: that class's own shares get the Wilson interval then.
+    be a point however few they are. Then that class's shares get the Wilson interval, and accuracies over both
+    classes the one that is joined of the classes' (Zou & Donner 2008); a perfect area under the ROC curve gets the
+    one that solves the variance of Hanley and McNeil for it (Newcombe 2006, method 5), and a perfect equal error rate
+    the larger class's share of errors. Of the other figures nothing can be said: they have none.
 
     Raises:
         ValueError: as `figures`, or fewer than one resample.
@@ -130,52 +123,62 @@ def intervals(
     for name in names:
         values = np.concatenate([part[name] for part in parts])
         found[name] = None if np.isnan(values).any() else _percentiles(values)
-    point = _measure(sample, low, high, names)
-    for name in _CLASS_SHARES.keys() & set(names):
-        if not np.isnan(share := float(point[name][0])) and share in {0.0, 1.0}:
-            n = int((sample.real if _CLASS_SHARES[name] == REAL else sample.fake).sum())
-            found[name] = wilson(round(share * n), n)
+    point = {name: float(values[0]) for name, values in _measure(sample, low, high, FIGURES).items()}
+    return found | {name: one for name, one in _at_the_border(sample, point, found).items() if name in names}
+
+
+def _at_the_border(
+    sample: _Counts, point: dict[str, float], found: dict[str, tuple[float, float] | None]
+) -> dict[str, tuple[float, float] | None]:
+    """Intervals in the place of those that the bootstrap cannot give."""
+    n = {REAL: int(sample.real.sum()), FAKE: int(sample.fake.sum())}
+    shares = {name: (point[name], n[kind]) for name, kind in _CLASS_SHARES.items() if n[kind]}
+    shares["uncertain"] = (point["uncertain"], n[REAL] + n[FAKE])
+    new: dict[str, tuple[float, float] | None] = {
+        name: wilson(round(share * size), size)
+        for name, (share, size) in shares.items()
+        if size and share in {0.0, 1.0}
+    }
+    if {"real_accuracy", "fake_accuracy"} & new.keys():
+        new |= _joined(point, n)
+    degenerate = {name for name in RANKINGS if (one := found.get(name)) is not None and one[0] == one[1]}
+    new |= dict.fromkeys(degenerate)
+    if "auroc" in degenerate and point["auroc"] in {0.0, 1.0}:
+        new["auroc"] = _auroc_limits(point["auroc"], n[REAL], n[FAKE])
+    if "eer" in degenerate and point["eer"] == 0:
+        new["eer"] = (0.0, wilson(0, min(n.values()))[1])
+    return new
+
+
+def _joined(point: dict[str, float], n: dict[int, int]) -> dict[str, tuple[float, float] | None]:
+    """Of accuracies over both classes, by the method of variance estimates recovery."""
+    classes = {REAL: "real_accuracy", FAKE: "fake_accuracy"}
+    limits = {kind: wilson(round(point[name] * n[kind]), n[kind]) for kind, name in classes.items() if n[kind]}
+    total = sum(n.values())
+    weightings = {"accuracy": {kind: n[kind] / total for kind in limits}}
+    if len(limits) == len(classes):
+        weightings["balanced_accuracy"] = dict.fromkeys(limits, 0.5)
+    found: dict[str, tuple[float, float] | None] = {}
+    for figure, weights in weightings.items():
+        below = sqrt(sum((w * (point[classes[kind]] - limits[kind][0])) ** 2 for kind, w in weights.items()))
+        above = sqrt(sum((w * (limits[kind][1] - point[classes[kind]])) ** 2 for kind, w in weights.items()))
+        found[figure] = (max(0.0, point[figure] - below), min(1.0, point[figure] + above))
     return found
 
 
-def paired_difference(
-    labels: NDArray[np.int8],
-    scores_a: NDArray[np.float32],
-    scores_b: NDArray[np.float32],
-    *,
-    threshold_a: Threshold = 0.5,
-    threshold_b: Threshold = 0.5,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Difference | None]:
-    """How much better b decides than a on the very same images, with 95 % intervals.
+def _auroc_limits(value: float, reals: int, fakes: int, z: float = 1.959964) -> tuple[float, float]:
+    """Interval of an area of 0 or 1: up to where it lies `z` standard errors away (Newcombe 2006, method 5)."""
+    wide = (reals + fakes) / 2 - 1
 
-    Images are resampled within each class and both models are read on the same resample, so that what is hard for
-    both cancels out.
+    def excess(area: float) -> float:
+        spread = 1 + wide * ((1 - area) / (2 - area) + area / (1 + area))
+        return abs(value - area) - z * sqrt(area * (1 - area) * spread / (reals * fakes))
 
-    Returns:
-        `accuracy`, `balanced_accuracy`, `real_accuracy`, `fake_accuracy`; None where a class is lacking.
-
-    Raises:
-        ValueError: as `figures`.
-    """
-    kinds = _checked(labels, scores_a)
-    _checked(labels, scores_b)
-    change = _right(kinds, scores_b, threshold_b).astype(int) - _right(kinds, scores_a, threshold_a)
-    rng_real, rng_fake = (np.random.default_rng(one) for one in np.random.SeedSequence(seed).spawn(2))
-    real, fake = change[kinds == REAL], change[kinds == FAKE]
-    drawn_real, drawn_fake = _mean_changes(rng_real, real, resamples), _mean_changes(rng_fake, fake, resamples)
-    share = len(real) / max(1, len(change))
-    whole = {
-        "accuracy": (_mean(change), _mixed(drawn_real, drawn_fake, share)),
-        "balanced_accuracy": ((_mean(real) + _mean(fake)) / 2, (drawn_real + drawn_fake) / 2),
-        "real_accuracy": (_mean(real), drawn_real),
-        "fake_accuracy": (_mean(fake), drawn_fake),
-    }
-    return {
-        name: None if np.isnan(value) else Difference(value, *_percentiles(drawn))
-        for name, (value, drawn) in whole.items()
-    }
+    inside, outside = value, 1 - value
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if excess(middle) <= 0 else (inside, middle)
+    return (inside, 1.0) if value == 1 else (0.0, inside)
 
 
 def calibration(
@@ -345,29 +348,16 @@ def _share(part: Floats, whole: Floats) -> Floats:
     return np.asarray(np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0))
 
 
-def _right(kinds: NDArray[np.int8], scores: NDArray[np.float32], threshold: Threshold) -> NDArray[np.bool_]:
+def right(labels: NDArray[np.int8], scores: NDArray[np.float32], threshold: Threshold) -> NDArray[np.bool_]:
+    """`(n,)`: which images are judged rightly; an uncertain one is not.
+
+    Raises:
+        ValueError: as `figures`.
+    """
+    kinds = _checked(labels, scores)
     low, high = _borders(threshold)
     exact = np.asarray(scores).astype(np.float64)
     return np.where(kinds == REAL, exact < low, exact >= high)
-
-
-def _mean(values: NDArray[np.int64]) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _mean_changes(rng: Generator, changes: NDArray[np.int64], resamples: int) -> Floats:
-    """Mean of each resample of values in {-1, 0, 1}, `(resamples,)`; NaN if there are none."""
-    if len(changes) == 0:
-        return np.full(resamples, np.nan)
-    kinds = np.array([-1.0, 0.0, 1.0])
-    shares = np.array([(changes == kind).mean() for kind in kinds])
-    return np.asarray(rng.multinomial(len(changes), shares, size=resamples) @ kinds / len(changes))
-
-
-def _mixed(real: Floats, fake: Floats, share: float) -> Floats:
-    if np.isnan(real).any():
-        return fake
-    return real if np.isnan(fake).any() else share * real + (1 - share) * fake
 
 
 def _percentiles(values: Floats) -> tuple[float, float]:

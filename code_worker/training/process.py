@@ -27,8 +27,8 @@ from code_worker.plugins import load_plugins
 from code_worker.settings import load_settings
 from code_worker.training.job import (
     FAILED_STATUS,
-    HOLDOUT_FILE,
     TRAIN_FILE,
+    VALIDATION_FILE,
     TrainingJob,
     for_encoder,
     read_items,
@@ -70,18 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(directory: Path, job: TrainingJob) -> None:
-    train, holdout = read_items(directory / TRAIN_FILE), read_items(directory / HOLDOUT_FILE)
+    train, validation = read_items(directory / TRAIN_FILE), read_items(directory / VALIDATION_FILE)
     if job.refuse_holdout:
-        refuse_holdout(train)
-    if both := {item.sha256 for item in train} & {item.sha256 for item in holdout}:
-        raise TrainingError(f"{len(both)} images are to be learned from and measured on, {min(both)[:16]}… for one")
+        refuse_holdout([*train, *validation])
+    if both := {item.sha256 for item in train} & {item.sha256 for item in validation}:
+        raise TrainingError(f"{len(both)} images are to be learned from and to validate, {min(both)[:16]}… for one")
     device = resolve_device(job.device)
     with join(device) as world:
         champion = None if job.initial is None else read_weights(Path(job.initial))
         encoder = _encoder(job, champion).to(_own_device(device, world))
         _share_cores(device, world)
         plugins = load_plugins(load_settings())
-        trainer = Trainer(directory, job, train, holdout, encoder, world=world, plugins=plugins, champion=champion)
+        trainer = Trainer(directory, job, train, validation, encoder, world=world, plugins=plugins, champion=champion)
         signal.signal(signal.SIGTERM, lambda *_: trainer.stop())
         if not trainer.run():
             log.info("training_stopped", step=trainer.step)

@@ -72,7 +72,7 @@ class Record:
         return self._writer or None
 
     def picture(self, epoch: int, measured: Measured) -> None:
-        """Draws the hold-out's embeddings."""
+        """Draws the validation part's embeddings."""
         path = self.directory / "pictures" / f"epoch-{epoch:04}.png"
         path.parent.mkdir(exist_ok=True)
         draw_embeddings(path, measured.embeddings, measured.groups, title=f"Hold-out after epoch {epoch}")

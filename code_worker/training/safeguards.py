@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from code_worker.settings import GateSettings
-    from code_worker.training.gate import GateInputs, Opinion
+    from code_worker.training.opinions import GateInputs, Opinion
 
 __all__ = ["GoldenOpinions", "safeguarded"]
 

@@ -94,6 +94,10 @@ class Snapshot:
         """What is only measured on."""
         return [member for member in self.members if member.holdout]
 
+    def of_training_share(self) -> Snapshot:
+        """The same without the hold-out, for whatever decides how to train."""
+        return replace(self, members=tuple(self.training_share))
+
     @property
     def digest(self) -> str:
         """Of what is known of which image, whether new or not: equal digests teach the same."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
 from code_worker.releases.manifest import Thresholds
-from code_worker.store import erasures, runs
+from code_worker.store import erasures, policies, runs
 from code_worker.training import snapshot as snapshots
 from code_worker.training.comparison import (
     Side,
@@ -20,10 +20,13 @@ from code_worker.training.comparison import (
     missed_generators,
     unseen_generators,
 )
+from code_worker.training.crossfit import cross_fitted, more_images
 from code_worker.training.encoded import CONDITIONS, Rows, check_readable, matrix, open_encoder
 from code_worker.training.gate import decide
 from code_worker.training.golden_set import GoldenSet, load_golden
+from code_worker.training.opinions import CrossFitted
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
+from code_worker.training.reign import Taught, policy_rules, spend_on, taught
 from code_worker.training.run_report import write_report
 from code_worker.training.train_encoder import Lacks, train_encoder
 from code_worker.training.trust import drop_floods
@@ -36,7 +39,8 @@ if TYPE_CHECKING:
     from code_worker.store.engine import Session
     from code_worker.training.attempt import Attempt
     from code_worker.training.gate import GateDecision
-    from code_worker.training.snapshot import Snapshot
+    from code_worker.training.snapshot import Member, Snapshot
+    from code_worker.training.spending import Spending
 
 __all__ = ["Ending", "Stages"]
 
@@ -54,7 +58,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Views:
-    """The snapshot through one encoder under every condition; the first is of all members, others of the hold-out."""
+    """The snapshot through one encoder under every condition: first all members, then what is judged."""
 
     rows: Mapping[str, Rows]
     skipped: Sequence[Skipped]
@@ -180,7 +184,8 @@ class Stages:
     def _lacks(self, base: LoadedRelease, taken: Snapshot) -> Lacks:
         """What the training should dwell on; the gate will want the same embeddings of the champion."""
         side = self._side(base, taken, like=None)
-        lacks = Lacks(missed_generators(taken.training_share, side), frozenset(unseen_generators(taken, side)))
+        learned = taken.of_training_share()
+        lacks = Lacks(missed_generators(learned.members, side), frozenset(unseen_generators(learned, side)))
         self.report |= {"missed_generators": sorted(lacks.missed), "unseen_generators": sorted(lacks.unseen)}
         return lacks
 
@@ -229,12 +234,13 @@ class Stages:
         if encoder_sha256 in self._views:
             return self._views[encoder_sha256]
         parts = self.attempt.parts
+        judged = [*taken.holdout, *self._more(taken)]
         with open_encoder(
             weights, encoder_sha256, settings=parts.settings, store=parts.store, kept=parts.kept
         ) as encoder:
             seen = {
                 condition: encoder.see(members, condition, self._counter(condition.key, len(members)))
-                for condition, members in zip(CONDITIONS, (taken.members, taken.holdout), strict=True)
+                for condition, members in zip(CONDITIONS, (taken.members, judged), strict=True)
             }
             golden = self._golden()
             extra = {} if golden is None else encoder.see_examples(golden.examples).rows
@@ -245,6 +251,15 @@ class Stages:
         self._views[encoder_sha256] = views
         self._report_skipped(views.skipped)
         return views
+
+    def _more(self, taken: Snapshot) -> list[Member]:
+        """What a refit judges beside the hold-out; a retrain's encoder learns from all of it."""
+        if self.attempt.run.kind != "refit" or self.attempt.run.base_release is None:
+            return []
+        return more_images(taken, self._taught(self.attempt.run.base_release).encoder)
+
+    def _taught(self, release: str) -> Taught:
+        return self.attempt.parts.store.run(lambda session: taught(session, release), write=False)
 
     def _report_skipped(self, skipped: Sequence[Skipped]) -> None:
         quoted = [{"sha256": one.key, "reason": one.reason} for one in skipped[:_QUOTED]]
@@ -288,7 +303,8 @@ class Stages:
             self._side(candidate, taken, like=rival),
             None if rival is None else self._side(rival, taken, like=None),
         )
-        golden = self._golden()
+        golden, store = self._golden(), self.attempt.parts.store
+        rows = store.run(policies.in_force, write=False)
         inputs = gate_inputs(
             taken,
             *sides,
@@ -296,8 +312,36 @@ class Stages:
             min_labellers=self.attempt.settings.labels.min_labellers,
             golden=None if golden is None else golden_opinions(golden, *sides),
             owed=self._owed(champion),
+            more=self._cross_fitted(taken, *sides),
+            policies=() if sides[1] is None else policy_rules(rows, sides[1].head, sides[1].decides_at),
         )
+        if champion is not None:
+            inputs = replace(inputs, spending=self._spend(candidate.id, champion, len(inputs.labels)))
         return decide(inputs, self.attempt.settings.gate)
+
+    def _spend(self, candidate: str, champion: str, images: int) -> Spending:
+        run, error = self.attempt.run.id, self.attempt.settings.gate.error
+        return self.attempt.held.write(
+            lambda session: spend_on(
+                session, run_id=run, champion=champion, candidate=candidate, images=images, error=error
+            )
+        )
+
+    def _cross_fitted(self, taken: Snapshot, candidate: Side, champion: Side | None) -> CrossFitted | None:
+        more, base = self._more(taken), self._base()
+        # Where somebody moved the champion meanwhile, another encoder may have learned from these images.
+        if not more or base is None or champion is None or champion.release != base.id:
+            return None
+        plugins = self.attempt.parts.plugins
+        return cross_fitted(
+            more,
+            taken,
+            candidate,
+            champion,
+            plans=plan_heads(plugins, base.manifest),
+            plugins=plugins,
+            taught_champion=self._taught(base.id).heads,
+        )
 
     def _side(self, release: LoadedRelease, taken: Snapshot, *, like: LoadedRelease | None) -> Side:
         """A release that decides by the head that jobs get unless they name one."""

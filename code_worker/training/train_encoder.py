@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from code_worker.data.examples import FAKE, REAL
 from code_worker.data.holdout import refuse_holdout
 from code_worker.errors import DatasetError, StorageError, TrainingError
 from code_worker.logs import get_logger
@@ -25,9 +28,10 @@ if TYPE_CHECKING:
     from code_worker.training.snapshot import Member, Snapshot
     from code_worker.training.workplace import Workplace
 
-__all__ = ["Lacks", "make_items", "train_encoder", "write_training_job"]
+__all__ = ["Lacks", "make_items", "train_encoder", "validation_parts", "write_training_job"]
 
 log = get_logger(__name__)
+_FEWEST_TO_CHOOSE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ def train_encoder(
 
     Args:
         attempt: at the run.
-        taken: what to learn from and to measure on.
+        taken: what to learn from and to choose by.
         base: whose encoder to begin with.
         progress: hears of the training.
         lacks: what to dwell on.
@@ -72,19 +76,45 @@ def write_training_job(attempt: Attempt, taken: Snapshot, base: LoadedRelease | 
     """Makes the kept copies local and describes the training, complete or not at all.
 
     Raises:
-        TrainingError: an image of the hold-out among those to learn from, or a full disk.
+        TrainingError: an image of the hold-out among those to learn from or to choose by, or a full disk.
         DatasetError: less than half of the images can be read.
     """
-    parts = (taken.training_share, taken.holdout)
-    learned, measured = (make_items(members, attempt, lacks.missed) for members in parts)
-    refuse_holdout(learned)
+    parts = validation_parts(taken)
+    learned, validation = (make_items(members, attempt, lacks.missed) for members in parts)
+    refuse_holdout([*learned, *validation])
     directory = attempt.place.job
     try:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        write_job(directory, _described(attempt, base, blind=bool(lacks.unseen)), learned, measured)
+        write_job(directory, _described(attempt, base, blind=bool(lacks.unseen)), learned, validation)
     except OSError as error:
         raise TrainingError(f"the training job cannot be written to {directory}: {error.strerror}") from error
+
+
+def validation_parts(taken: Snapshot) -> tuple[list[Member], list[Member]]:
+    """What the encoder learns from, and what chooses its epoch and how far to go; neither is of the hold-out.
+
+    Where the validation part has too few images of a class to choose by, it is an eighth of each class of the
+    training share: whole groups, in the order of a hash of their names.
+    """
+    counts = Counter(member.label for member in taken.validation)
+    if all(counts[label] >= _FEWEST_TO_CHOOSE for label in (REAL, FAKE)):
+        return taken.train, taken.validation
+    share = taken.training_share
+    wanted = {label: max(1, sum(member.label == label for member in share) // 8) for label in (REAL, FAKE)}
+    groups: dict[str, list[Member]] = {}
+    for member in share:
+        groups.setdefault(member.group or member.sha256, []).append(member)
+    chosen: set[str] = set()
+    for key in sorted(groups, key=lambda name: hashlib.sha256(f"validation {name}".encode()).digest()):
+        labels = {member.label for member in groups[key]}
+        if all(wanted[label] > 0 for label in labels):
+            chosen.add(key)
+            wanted = {label: left - sum(one.label == label for one in groups[key]) for label, left in wanted.items()}
+    parts: tuple[list[Member], list[Member]] = ([], [])
+    for member in share:
+        parts[(member.group or member.sha256) in chosen].append(member)
+    return parts
 
 
 def _described(attempt: Attempt, base: LoadedRelease | None, *, blind: bool) -> TrainingJob:

@@ -54,7 +54,7 @@ class Trainer:
         directory: Path,
         job: TrainingJob,
         train: Sequence[Item],
-        holdout: Sequence[Item],
+        validation: Sequence[Item],
         encoder: TrainableEncoder,
         *,
         world: World,
@@ -76,7 +76,7 @@ class Trainer:
         self._cache = ImageCache(train, job.limits)
         self._maker = self._make_maker(train)
         self._record = Record(directory) if world.leads else None
-        self._measurer = self._make_measurer(train, holdout, plugins) if world.leads else None
+        self._measurer = self._make_measurer(train, validation, plugins) if world.leads else None
         self.step = 0
         self._best: dict[str, Any] = {"linear": -1.0, "epoch": 0, "state": self._state_to_judge()}
         self._history: list[dict[str, Any]] = []
@@ -104,11 +104,11 @@ class Trainer:
             rank=self._world.rank,
         )
 
-    def _make_measurer(self, train: Sequence[Item], holdout: Sequence[Item], plugins: Plugins) -> Measurer:
+    def _make_measurer(self, train: Sequence[Item], validation: Sequence[Item], plugins: Plugins) -> Measurer:
         assert self._record is not None  # noqa: S101 - the leading process has one
         self._record.progress(stage="decoding", force=True)
         count, size = self._job.evaluated_items, self._encoder.config.image_size
-        return Measurer(spread(train, count), spread(holdout, count), self._job.limits, plugins, size=size)
+        return Measurer(spread(train, count), spread(validation, count), self._job.limits, plugins, size=size)
 
     def stop(self) -> None:
         """Asks for a checkpoint and an end after the present step; may be called from a signal handler."""

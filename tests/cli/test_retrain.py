@@ -36,7 +36,12 @@ def champion_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(sqlite_cli: Cli) -> Settings:
     """The same that the command line gets."""
-    sqlite_cli.env |= {"CODE_WORKER_SCHEDULE__MIN_HOLDOUT": "8", "CODE_WORKER_DEVICE": "cpu"}
+    sqlite_cli.env |= {
+        "CODE_WORKER_SCHEDULE__MIN_HOLDOUT": "8",
+        "CODE_WORKER_GATE__MAX_REGRESSION": "0.3",
+        "CODE_WORKER_GATE__ERROR": "0.2",
+        "CODE_WORKER_DEVICE": "cpu",
+    }
     return learning_settings(Path(sqlite_cli.env["CODE_WORKER_DATA_DIR"]))
 
 

@@ -68,14 +68,14 @@ def small_job(name: str = "test", **settings: Any) -> TrainingJob:
     )
 
 
-def write_small_job(directory: Path, job: TrainingJob | None = None, *, train: int = 12, holdout: int = 8) -> Path:
+def write_small_job(directory: Path, job: TrainingJob | None = None, *, train: int = 12, validation: int = 8) -> Path:
     """A job directory with images of its own."""
     images = directory.parent / f"{directory.name}-images"
     write_job(
         directory,
         job or small_job(),
         write_items(images / "train", train),
-        write_items(images / "holdout", holdout, seed=1, held_out=True),
+        write_items(images / "validation", validation, seed=1),
     )
     return directory
 

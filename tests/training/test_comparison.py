@@ -68,7 +68,7 @@ def flipped(members: list[Member], share: float, name: str) -> list[Member]:
 
 
 def gate(taken: Snapshot, candidate: Side, champion: Side | None) -> GateDecision:
-    return decide(gate_inputs(taken, candidate, champion, min_holdout=8), GateSettings())
+    return decide(gate_inputs(taken, candidate, champion, min_holdout=8), GateSettings(max_regression=0.05))
 
 
 WORLD = make({None: 300, "old": 150, "newer": 120}, new=("newer",))

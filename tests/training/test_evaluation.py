@@ -233,11 +233,13 @@ def test_a_bound_that_the_data_cannot_check_is_missed(shallow_runtime: Runtime) 
 
 def test_a_release_compared_with_itself_differs_by_nothing(shallow_runtime: Runtime) -> None:
     evaluation = measured(shallow_runtime, mislabelled(noise_examples(12), [2, 5]))
-    compared = compare(evaluation, evaluation, resamples=50)
+    compared = compare(evaluation, evaluation)
     assert [(one.head, one.name) for one in compared][:2] == [("linear", "all"), ("linear", "doubler")]
     for one in compared:
         assert one.first == one.second
-        assert all(d is None or (d.value, d.low, d.high) == (0, 0, 0) for d in one.difference.values())
+        differences = [difference for difference in one.difference.values() if difference is not None]
+        assert differences
+        assert all(one.value == 0 and one.low == -one.high < 0 for one in differences), "few images prove little"
     assert regressions(compared, 0.0) == []
     json.dumps([one.to_dict() for one in compared], allow_nan=False)
 
@@ -249,17 +251,17 @@ def test_what_a_generator_or_the_reals_lose_is_found_by_name() -> None:
     worse = good.copy()
     of_enlarger = [place for place, one in enumerate(examples) if one.generator == "enlarger"]
     worse[of_enlarger[:3]] = 0.2
-    compared = compare_scores(examples, good, worse, head="linear", resamples=100)
+    compared = compare_scores(examples, good, worse, head="linear")
     (lost,) = regressions(compared, 0.02)
     assert lost.name == "generator enlarger"
     assert lost.lost.value == pytest.approx(-0.3)
-    assert lost.lost.low < -0.3 < lost.lost.high <= 0
+    assert lost.lost.low < -0.3 < 0 < lost.lost.high, "three of ten may be chance"
     assert "generator enlarger loses 30.0 points" in str(lost)
     assert regressions(compared, 0.3) == [], "as much as is allowed"
-    assert regressions(compare_scores(examples, worse, good, resamples=100), 0.0) == [], "a gain is no loss"
+    assert regressions(compare_scores(examples, worse, good), 0.0) == [], "a gain is no loss"
     alarms = good.copy()
     alarms[labels == 0] = 0.7
-    names = {one.name for one in regressions(compare_scores(examples, good, alarms, resamples=100), 0.02)}
+    names = {one.name for one in regressions(compare_scores(examples, good, alarms), 0.02)}
     assert names == {"real images"}
 
 
@@ -267,7 +269,7 @@ def test_each_release_is_read_at_its_own_thresholds() -> None:
     examples = noise_examples(20)
     labels = np.array([one.label for one in examples])
     scores = np.where(labels == 1, 0.4, 0.1).astype(np.float32)
-    (everything, *_) = compare_scores(examples, scores, scores, threshold_second=0.3, resamples=50)
+    (everything, *_) = compare_scores(examples, scores, scores, threshold_second=0.3)
     difference = everything.difference["fake_accuracy"]
     assert difference is not None
     assert difference.value == 1
@@ -276,7 +278,7 @@ def test_each_release_is_read_at_its_own_thresholds() -> None:
 def test_only_images_that_both_have_scored_are_compared(shallow_runtime: Runtime) -> None:
     examples = noise_examples(12)
     first, second = measured(shallow_runtime, examples[:8]), measured(shallow_runtime, examples[4:])
-    (everything, *_) = compare(first, second, resamples=20)
+    (everything, *_) = compare(first, second)
     assert everything.n == 4
     with pytest.raises(DatasetError, match="in common"):
-        compare(measured(shallow_runtime, examples[:4]), measured(shallow_runtime, examples[4:]), resamples=20)
+        compare(measured(shallow_runtime, examples[:4]), measured(shallow_runtime, examples[4:]))

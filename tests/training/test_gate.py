@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from code_worker.errors import TrainingError
 from code_worker.settings import GateSettings
-from code_worker.training.gate import GateDecision, GateInputs, Opinion, decide
+from code_worker.training.gate import CrossFitted, GateDecision, GateInputs, Opinion, PolicyRule, decide
 from code_worker.training.noise import Noise, label_noise
+from code_worker.training.paired import difference_limits
+from code_worker.training.spending import Comparison, spend
 from tests.training.clouds import refitted, world
 
 SETTINGS = GateSettings()
@@ -78,28 +80,132 @@ def test_a_loss_under_a_transform_counts_as_well() -> None:
     assert [reason for reason in decision.reasons if reason.startswith("worse on old, 768px_q60")]
 
 
-def test_a_loss_within_chance_is_borne_until_it_is_larger_than_allowed() -> None:
+def test_a_loss_that_is_not_excluded_is_named_with_the_images_it_takes() -> None:
     champion = opinion("h", 0.95, 0.95, 0.4)
-    # Judged alike but for two images that the candidate gets wrong and one that it gets right.
-    slightly = scores(0.95, 0.94, 0.9)
-    assert gate(replace(opinion("c", 0, 0, 0), scores={"clean": {"linear": slightly}}), champion).promote
-    # Three of a hundred lost to five won elsewhere in the group: no loss; four lost: one more than allowed.
-    four_lost = scores(0.95, 0.95, 0.9)
-    four_lost[N : N + 8] = 1 - four_lost[N : N + 8]
-    four_lost[2 * N - 5 : 2 * N] = 1
-    decision = gate(replace(opinion("c", 0, 0, 0), scores={"clean": {"linear": four_lost}}), champion)
-    assert decision.reasons[0].startswith("worse on old, clean: accuracy 0.950 → 0.920")
-    generous = GateSettings(max_regression=0.05, min_agreement=None)
-    assert gate(
-        replace(opinion("c", 0, 0, 0), scores={"clean": {"linear": four_lost}}), champion, settings=generous
-    ).promote
+    # Judged alike but for one image that the candidate gets wrong, on 100 images: 3 points may have been lost.
+    slightly = opinion("c", 0.95, 0.94, 0.9)
+    (reason,) = gate(slightly, champion).reasons
+    assert reason.startswith("not shown to be as good on old fakes, clean: -0.010 on 100 images")
+    assert reason.endswith("0.02 is allowed")
+    assert gate(slightly, champion, settings=GateSettings(max_regression=0.05)).promote
+
+
+def test_agreement_on_few_images_is_no_proof_of_equality() -> None:
+    """Of 75 images on which nothing changes a loss of 2 points is excluded, of 74 it is not."""
+    error = 0.05**0.5
+    for images, excluded in ((74, False), (75, True)):
+        low, high = difference_limits(np.zeros(images, np.int8), np.full(images, 1 / images), error)
+        assert (low > -0.02) is excluded
+        assert high == -low
+
+
+def test_one_flipped_image_proves_nothing() -> None:
+    """A hundred reals and a hundred old fakes judged alike, one new fake that only the candidate finds."""
+    labels = np.array([0] * N + [1] * (N + 1), np.int8)
+    champion, candidate = (np.where(labels == 1, 0.9, 0.1) for _ in range(2))
+    champion[-1], candidate[-1] = 0.49, 0.51
+    new = np.zeros(len(labels), np.bool_)
+    new[-1] = True
+
+    def of(name: str, scores: NDArray[np.float64]) -> Opinion:
+        return Opinion(name, "linear", 0.5, {"clean": {"linear": scores.astype(np.float32)}})
+
+    made = GateInputs(
+        labels, (*[None] * N, *["g"] * N, "h"), new, of("c", candidate), of("h", champion), min_holdout=20
+    )
+    decision = decide(made, SETTINGS)
+    assert not decision.promote
+    assert decision.reasons[0].startswith("nothing gained")
+
+
+def test_equal_groups_are_not_vetoed_however_many_there_are() -> None:
+    """Twenty generators, of which each loses two images of a hundred and gains two."""
+    labels = np.repeat([0, 1], [N, 20 * N]).astype(np.int8)
+    generators = (*[None] * N, *[f"g{place // N:02}" for place in range(20 * N)])
+    right = np.ones(len(labels), np.bool_)
+    champion, candidate = right.copy(), right.copy()
+    champion[:: N // 2], candidate[1 :: N // 2] = False, False
+
+    def of(name: str, correct: NDArray[np.bool_]) -> Opinion:
+        scores = np.where(correct == (labels == 1), 0.9, 0.1).astype(np.float32)
+        return Opinion(name, "linear", 0.5, {"clean": {"linear": scores}})
+
+    made = GateInputs(labels, generators, np.zeros(len(labels), bool), of("c", candidate), of("h", champion))
+    assert not [reason for reason in decide(made, SETTINGS).reasons if reason.startswith("worse on")]
+
+
+def test_harm_at_a_policy_in_force_is_harm() -> None:
+    """At the release's threshold nothing changes; a tenant judges at 0.8, and scores of fakes fell below."""
+    labels = np.repeat([0, 1, 1], N).astype(np.int8)
+
+    def of(name: str, fakes: float) -> Opinion:
+        scores = np.where(labels == 1, fakes, 0.1).astype(np.float32)
+        return Opinion(name, "linear", 0.5, {"clean": {"linear": scores}})
+
+    made = inputs(of("c", 0.7), of("h", 0.9), policies=(PolicyRule("tenant acme", "linear", 0.8, 0.8),))
+    assert any(
+        reason.startswith("worse on old, clean at the policy of tenant acme: accuracy 1.000 → 0.000")
+        for reason in decide(made, SETTINGS).reasons
+    )
+    unknown = inputs(of("c", 0.7), of("h", 0.9), policies=(PolicyRule("tenant acme", "knn", 0.8, 0.8),))
+    assert not [reason for reason in decide(unknown, SETTINGS).reasons if "acme" in reason]
+
+
+def test_groups_too_small_for_any_loss_to_show_are_named_when_it_is_promoted() -> None:
+    made = inputs(opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4))
+    tiny = replace(made, generators=(*made.generators[:-3], *["tiny"] * 3))
+    decision = decide(tiny, SETTINGS)
+    assert decision.promote
+    assert decision.reasons[-1] == (
+        "not known: whether it is worse on groups with too few images for any loss to show: tiny (3)"
+    )
+    by_group = {change["group"]: change["detectable"] for change in decision.report["changes"]}
+    assert by_group["tiny"] is None
+    assert 0.04 < by_group["old"] < 0.1
+
+
+def test_more_images_show_a_loss_that_the_holdout_hides() -> None:
+    labels = np.repeat([0, 1], [10, 60]).astype(np.int8)
+    right = np.where(labels == 1, 0.9, 0.1).astype(np.float32)
+    lost = np.where(np.arange(70) < 20, 0.1, right).astype(np.float32)
+    more = CrossFitted(labels, (*[None] * 10, *["old"] * 60), {"clean": lost}, {"clean": right})
+    sides = (opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4))
+    assert gate(*sides).promote
+    decision = gate(*sides, more=more)
+    assert decision.reasons[0].startswith("worse on old, clean: accuracy 0.969 → 0.906 on 160 images")
+    assert decision.report["more_images"] == 70
+
+
+def test_each_comparison_with_a_champion_spends_of_the_same_error() -> None:
+    spent: list[Comparison] = []
+    for _ in range(50):
+        found = spend(spent, 600, 0.05)
+        assert found.level > 0
+        spent.append(Comparison(600, found.level))
+    assert spent[0].level == 0.0125
+    assert sum(one.level for one in spent) <= 0.025
+    assert found.left == pytest.approx(0.05 - sum(one.level for one in spent))
+    # New labels, new room; but never more than there was.
+    grown = spend(spent, 1200, 0.05)
+    assert grown.level > 100 * spent[-1].level
+    for images in range(1200, 60_000, 600):
+        spent.append(Comparison(images, spend(spent, images, 0.05).level))
+    assert sum(one.level for one in spent) < 0.05
+
+
+def test_a_gain_that_would_do_at_first_does_not_when_much_is_spent() -> None:
+    sides = (opinion("c", 0.95, 0.95, 0.5), opinion("h", 0.95, 0.95, 0.4))
+    assert gate(*sides).promote
+    late = gate(*sides, spending=spend([Comparison(300, 0.0249)], 300, 0.05))
+    assert late.reasons[0].startswith("nothing gained")
+    assert late.report["spending"]["before"] == 1
 
 
 def test_what_gains_nothing_is_not_promoted() -> None:
     same = opinion("h", 0.95, 0.95, 0.4)
     for candidate in (opinion("c", 0.95, 0.95, 0.4), opinion("c", 0.95, 0.95, 0.41)):
         assert gate(candidate, same).reasons == (
-            "nothing gained: neither overall nor on the new images is it better beyond chance",
+            "nothing gained: neither overall nor on what is new is it better beyond chance",
         )
 
 
@@ -176,7 +282,10 @@ def test_a_third_of_one_class_labelled_wrongly_is_never_promoted(flipped: int, s
 
 
 def test_clean_labels_of_a_new_generator_are_mostly_promoted() -> None:
-    assert sum(decide(refitted(world(seed)), SETTINGS).promote for seed in range(8)) >= 6
+    # The head that learned of it costs the reals of this world three points, so that more must be allowed; and of the
+    # thirty new images that are held out the champion finds so many that some worlds leave no room for a proof.
+    generous = GateSettings(max_regression=0.1)
+    assert sum(decide(refitted(world(seed)), generous).promote for seed in range(8)) >= 5
 
 
 def test_noise_is_measured_by_class_where_no_doubt_is() -> None:

@@ -9,8 +9,8 @@ import pytest
 from code_worker.errors import TrainingError
 from code_worker.settings import TrainingSettings
 from code_worker.training.job import (
-    HOLDOUT_FILE,
     TRAIN_FILE,
+    VALIDATION_FILE,
     Manner,
     TrainingJob,
     for_device,
@@ -44,7 +44,7 @@ def test_a_job_reads_back_as_it_was_written(tmp_path: Path) -> None:
     write_job(tmp_path, job, train, holdout)
     assert read_job(tmp_path) == job
     assert read_items(tmp_path / TRAIN_FILE) == train
-    assert read_items(tmp_path / HOLDOUT_FILE) == holdout
+    assert read_items(tmp_path / VALIDATION_FILE) == holdout
     (tmp_path / TRAIN_FILE).write_text('{"path": "a"}\n')
     with pytest.raises(TrainingError, match=r"train\.jsonl:1: no item"):
         read_items(tmp_path / TRAIN_FILE)

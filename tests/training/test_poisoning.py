@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from code_worker.settings import GateSettings, LabelSettings, Settings
+from code_worker.settings import LabelSettings, Settings
 from code_worker.store import runs
 from code_worker.store import snapshots as table
 from code_worker.store.engine import Store
@@ -53,7 +53,7 @@ def settings(tmp_path: Path, places: Path) -> Settings:
     return plain.model_copy(
         update={
             "labels": LabelSettings(max_share=0.25, min_labellers=2),
-            "gate": GateSettings(golden=str(places / "golden"), golden_sha256=pin),
+            "gate": plain.gate.model_copy(update={"golden": str(places / "golden"), "golden_sha256": pin}),
         }
     )
 

@@ -90,7 +90,7 @@ def other(evaluation: Evaluation) -> Page:
             LIMITS,
             thumbnails=False,
             missed=["false alarms are 0.2, above 0.1"],
-            compared=compare(evaluation, evaluation, resamples=10),
+            compared=compare(evaluation, evaluation),
             against="r-before",
         )
     )

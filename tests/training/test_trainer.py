@@ -22,8 +22,8 @@ from code_worker.plugins import load_plugins
 from code_worker.settings import Settings, TrainingSettings
 from code_worker.training.checkpoints import latest_checkpoint, write_checkpoint
 from code_worker.training.job import (
-    HOLDOUT_FILE,
     TRAIN_FILE,
+    VALIDATION_FILE,
     for_device,
     read_items,
     read_job,
@@ -53,8 +53,8 @@ def number_of_threads() -> None:
 def trainer_for(directory: Path) -> Trainer:
     job = read_job(directory)
     encoder = TrainableEncoder.fresh(VitConfig(**job.encoder), seed=job.settings.seed, start=job.start)
-    train, holdout = read_items(directory / TRAIN_FILE), read_items(directory / HOLDOUT_FILE)
-    return Trainer(directory, job, train, holdout, encoder, world=World(), plugins=load_plugins(Settings()))
+    train, validation = read_items(directory / TRAIN_FILE), read_items(directory / VALIDATION_FILE)
+    return Trainer(directory, job, train, validation, encoder, world=World(), plugins=load_plugins(Settings()))
 
 
 def metrics(directory: Path) -> list[dict[str, object]]:
@@ -231,35 +231,37 @@ def _first_complaint(watch: DivergenceWatch, loss: float) -> int | None:
 @pytest.mark.parametrize(("lacking", "says"), [(0, "0 real and 12 generated"), (1, "12 real and 0 generated")])
 def test_images_of_one_class_are_refused(tmp_path: Path, lacking: int, says: str) -> None:
     train = [item for item in write_items(tmp_path / "a", 12) if item.label != lacking]
-    write_job(tmp_path / "job", small_job(), train, write_items(tmp_path / "b", 8, seed=1, held_out=True))
+    write_job(tmp_path / "job", small_job(), train, write_items(tmp_path / "b", 8, seed=1))
     assert main([str(tmp_path / "job")]) == 3
     assert says in json.loads((tmp_path / "job" / "failure.json").read_text())["reason"]
 
 
-def test_the_process_refuses_to_learn_from_the_holdout(tmp_path: Path) -> None:
-    train = write_items(tmp_path / "a", 12)
-    holdout = write_items(tmp_path / "b", 8, seed=1, held_out=True)
-    write_job(tmp_path / "job", small_job(), [*train, holdout[0]], holdout[1:])
+@pytest.mark.parametrize("part", ["to learn from", "to choose by"])
+def test_the_process_refuses_the_holdout_in_either_part(tmp_path: Path, part: str) -> None:
+    train, validation = write_items(tmp_path / "a", 12), write_items(tmp_path / "b", 8, seed=1)
+    (held_out, *_) = write_items(tmp_path / "c", 8, seed=2, held_out=True)
+    (train if part == "to learn from" else validation).append(held_out)
+    write_job(tmp_path / "job", small_job(), train, validation)
     assert main([str(tmp_path / "job")]) == 3
     reason = json.loads((tmp_path / "job" / "failure.json").read_text())["reason"]
-    assert holdout[0].sha256 in reason
+    assert held_out.sha256 in reason
     assert "hold-out" in reason
 
 
 def test_an_image_on_both_sides_is_refused_whatever_the_split(tmp_path: Path) -> None:
     train = write_items(tmp_path / "a", 12)
-    holdout = write_items(tmp_path / "b", 8, seed=1, held_out=True)
+    validation = write_items(tmp_path / "b", 8, seed=1)
     job = small_job().model_copy(update={"refuse_holdout": False})
-    write_job(tmp_path / "job", job, [*train, holdout[0]], holdout)
+    write_job(tmp_path / "job", job, [*train, validation[0]], validation)
     assert main([str(tmp_path / "job")]) == 3
-    assert "learned from and measured on" in json.loads((tmp_path / "job" / "failure.json").read_text())["reason"]
+    assert "learned from and to validate" in json.loads((tmp_path / "job" / "failure.json").read_text())["reason"]
 
 
 def test_broken_images_are_left_out_and_listed(tmp_path: Path) -> None:
     train = write_items(tmp_path / "a", 12)
     Path(train[0].path).write_bytes(b"no image")
     Path(train[1].path).unlink()
-    write_job(tmp_path / "job", small_job(), train, write_items(tmp_path / "b", 8, seed=1, held_out=True))
+    write_job(tmp_path / "job", small_job(), train, write_items(tmp_path / "b", 8, seed=1))
     assert main([str(tmp_path / "job")]) == 0
     broken = json.loads((tmp_path / "job" / "result" / "report.json").read_text())["broken"]
     assert {entry["path"] for entry in broken} == {train[0].path, train[1].path}
@@ -269,7 +271,7 @@ def test_broken_images_are_left_out_and_listed(tmp_path: Path) -> None:
 def test_images_that_are_all_gone_are_said_to_be(tmp_path: Path) -> None:
     train = write_items(tmp_path / "a", 12)
     shutil.rmtree(tmp_path / "a")
-    write_job(tmp_path / "job", small_job(), train, write_items(tmp_path / "b", 8, seed=1, held_out=True))
+    write_job(tmp_path / "job", small_job(), train, write_items(tmp_path / "b", 8, seed=1))
     assert main([str(tmp_path / "job")]) == 3
     assert "can be decoded" in json.loads((tmp_path / "job" / "failure.json").read_text())["reason"]
 

@@ -8,6 +8,7 @@ from code_worker.store.models.deployed import AliasMoveRow, AliasRow, PolicyReco
 from code_worker.store.models.erasing import ErasedDigestRow, ErasureRow, ErasureTargetRow
 from code_worker.store.models.fleet import DeadLetterRow, LeaseRow, PluginSeenRow, SourcePauseRow, WorkerRow
 from code_worker.store.models.learning import (
+    GateComparisonRow,
     ImportedRow,
     KeptImageRow,
     LabelRow,
@@ -29,6 +30,7 @@ __all__ = [
     "ErasedDigestRow",
     "ErasureRow",
     "ErasureTargetRow",
+    "GateComparisonRow",
     "ImportedRow",
     "JobRow",
     "KeptImageRow",

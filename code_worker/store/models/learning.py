@@ -24,6 +24,7 @@ from code_worker.store.ids import uuid7
 from code_worker.store.models.base import BIG_KEY, JSON_OBJECT, Base, UtcDateTime, db_now, partial_index
 
 __all__ = [
+    "GateComparisonRow",
     "ImportedRow",
     "KeptImageRow",
     "LabelRow",
@@ -146,6 +147,24 @@ class RunRow(Base):
         Index("uq_runs_running", "state", unique=True, postgresql_where=text(_RUNNING), sqlite_where=text(_RUNNING)),
         Index("ix_runs_created_at", "created_at"),
         {"comment": "Retrains and refits."},
+    )
+
+
+class GateComparisonRow(Base):
+    """A candidate that was compared with a champion on the hold-out, and the chance of error that it was allowed."""
+
+    __tablename__ = "gate_comparisons"
+
+    run_id: Mapped[str] = mapped_column(Uuid(as_uuid=False), ForeignKey("runs.id"), primary_key=True, comment="Run.")
+    champion: Mapped[str] = mapped_column(Text, primary_key=True, comment="Release that the candidate met.")
+    candidate: Mapped[str] = mapped_column(Text, comment="Release that wanted its place.")
+    images: Mapped[int] = mapped_column(Integer, comment="Of the hold-out.")
+    level: Mapped[float] = mapped_column(comment="Chance that an equal release passes.")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When.")
+
+    __table_args__ = (
+        Index("ix_gate_comparisons_champion_created_at", "champion", "created_at"),
+        {"comment": "What was spent of each champion's chance to be replaced by luck."},
     )
 
 

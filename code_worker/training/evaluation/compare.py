@@ -10,7 +10,8 @@ import numpy as np
 
 from code_worker.errors import DatasetError
 from code_worker.training.evaluation.groups import group_images
-from code_worker.training.metrics import Difference, Threshold, figures, paired_difference
+from code_worker.training.metrics import Threshold, figures
+from code_worker.training.paired import Difference, paired_difference
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,8 +74,6 @@ def compare(
     *,
     threshold_first: Threshold = 0.5,
     threshold_second: Threshold = 0.5,
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> list[Compared]:
     """Compares what both have measured: the heads and conditions that are in either, on the images that are in both.
 
@@ -97,8 +96,6 @@ def compare(
                 head=one.head,
                 threshold_first=threshold_first,
                 threshold_second=threshold_second,
-                resamples=resamples,
-                seed=seed,
             )
     if not found:
         raise DatasetError("the two releases have no head, condition and image in common: nothing can be compared")
@@ -114,8 +111,6 @@ def compare_scores(
     head: str = "",
     threshold_first: Threshold = 0.5,
     threshold_second: Threshold = 0.5,
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> list[Compared]:
     """Compares two rows of scores, `(n,) float32` each, of the same images, group by group."""
     labels = np.array([one.label for one in examples], np.int8)
@@ -138,8 +133,6 @@ def compare_scores(
                     other,
                     threshold_a=threshold_first,
                     threshold_b=threshold_second,
-                    resamples=resamples,
-                    seed=seed,
                 ),
             )
         )

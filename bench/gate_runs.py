@@ -1,0 +1,192 @@
+"""The gate: runs on clean labels, and on labels of which 30 % of one class are wrong; how many of each are promoted.
+
+    python -m bench.gate DIRECTORY [--trials 20] [--kind refit] [--json FILE]
+
+The starter is the champion, its heads fitted on all toy generators but one: one that its encoder sees, for refits, or
+one that it never learned, for retrains. Each trial draws images of a pool by its own seed, among them that one's,
+labels them (rightly, or with 30 % of the reals or of the fakes called the other), and runs the same `Learner` as a
+schedule does, in a deployment of its own. Exit status 1 when anything was promoted on wrong labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.photographs import LEARNED_FROM, Album
+from bench.toy_data import write_records
+from code_worker.data.kept import open_kept
+from code_worker.demo.artefacts import GENERATORS, NEWCOMERS
+from code_worker.demo.starter_release import build_starter_release
+from code_worker.images.decode import decode
+from code_worker.plugins import load_plugins
+from code_worker.releases.registry import open_registry
+from code_worker.settings import Settings
+from code_worker.store import kept_images, labels, migrate
+from code_worker.store.engine import Session, Store, open_store
+from code_worker.store.kept_images import KeptImage
+from code_worker.store.labels import NewLabel
+from code_worker.training.encoded import open_encoder
+from code_worker.training.retrain import Learner
+from code_worker.training.snapshot import Member
+
+if TYPE_CHECKING:
+    from code_worker.training.job import Item
+
+SIZE = 232
+WRONG = 0.3
+OLD_POOL, NEW_POOL = 360, 150
+OLD, NEW = 240, 100
+"""Records of a trial, each a real image and a generated one."""
+EVERYONE = {**GENERATORS, **NEWCOMERS}
+FITTED = 24
+CASES = {"clean": None, "wrong reals": 0, "wrong fakes": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """A deployment to copy: champion, kept images, and their embeddings."""
+
+    directory: Path
+    old: list[Item]
+    new: list[Item]
+
+    def settings(self, database: Path) -> Settings:
+        """Settings of a deployment that shares images and releases with the others."""
+        return Settings(
+            data_dir=database.parent,
+            database_url=f"sqlite:///{database}",
+            artifacts=str(self.directory / "releases"),
+            datasets=str(self.directory / "dataset"),
+            device="cpu",
+        )
+
+
+def main() -> None:
+    """Runs the trials and prints a table."""
+    parser = argparse.ArgumentParser(prog="bench.gate")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--kind", choices=["refit", "retrain"], default="refit")
+    parser.add_argument("--generator", choices=list(EVERYONE), help="The one left out of the champion's heads.")
+    parser.add_argument("--fitted", type=int, help="Records that the champion's heads were fitted on.")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    usual = GENERATORS if chosen.kind == "refit" else NEWCOMERS
+    fitted = chosen.fitted or (FITTED if chosen.kind == "refit" else OLD_POOL)
+    pool = make_pool(chosen.directory, chosen.generator or next(reversed(usual)), fitted)
+    found = []
+    for number in range(chosen.trials):
+        # Every trial on clean labels has one on wrong labels beside it; the class takes turns.
+        for case in ("clean", list(CASES)[1 + number % 2]):
+            found.append(trial(pool, number, case, chosen.kind))
+            print(json.dumps(found[-1]), flush=True)
+    for case in CASES:
+        states = Counter(one["state"] for one in found if one["case"] == case)
+        print(f"{case:<12} {dict(states)}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if any(one["state"] == "promoted" for one in found if one["case"] != "clean"):
+        raise SystemExit("promoted on wrong labels")
+
+
+def make_pool(directory: Path, generator: str, fitted: int) -> Pool:
+    """Writes the images, keeps and embeds them, and promotes the starter."""
+    album = Album(LEARNED_FROM)
+    known = {name: make for name, make in GENERATORS.items() if name != generator}
+    old = write_records(directory / "old", album, OLD_POOL, seed=41, size=SIZE, generators=known)
+    newcomer = {generator: EVERYONE[generator]}
+    new = write_records(directory / "new", album, NEW_POOL, seed=42, size=SIZE, generators=newcomer)
+    pool = Pool(directory, old, new)
+    settings = pool.settings(directory / "template.db")
+    plugins = load_plugins(settings)
+    kept = open_kept(settings)
+    with closing(open_store(settings.resolved_database_url)) as store:
+        migrate.upgrade(store)
+        registry = open_registry(settings, store=store, plugins=plugins)
+        taught = old[: 2 * fitted]
+        crops = np.stack([decode(Path(item.path).read_bytes(), settings.limits)[0] for item in taught])
+        known_labels = np.array([item.label for item in taught], np.int8)
+        build_starter_release(directory / "release", crops, known_labels, plugins)
+        registry.promote(registry.add(directory / "release"), by="bench")
+        rows = []
+        for item in [*old, *new]:
+            data = Path(item.path).read_bytes()
+            kept.put(data)
+            rows.append(KeptImage(item.sha256, len(data), None, None, None, item.path))
+        store.run(lambda session: kept_images.note_kept(session, rows))
+        _embed(settings, store, [*old, *new])
+    return pool
+
+
+def _embed(settings: Settings, store: Store, items: list[Item]) -> None:
+    """Once for all trials, as a deployment's workers would have."""
+    champion = open_registry(settings, store=store, plugins=load_plugins(settings))
+    loaded = champion.load(str(champion.champion()))
+    members = [Member(item.sha256, item.label, item.generator, None, new=True) for item in items]
+    with open_encoder(
+        loaded.weights, loaded.encoder_sha256, settings=settings, store=store, kept=open_kept(settings)
+    ) as encoder:
+        encoder.see(members)
+
+
+def trial(pool: Pool, seed: int, case: str, kind: str) -> dict[str, Any]:
+    """One run on labels of its own."""
+    place = pool.directory / f"{kind}-{seed}-{case.replace(' ', '-')}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    shutil.copy(pool.directory / "template.db", place / "code_worker.db")
+    settings = pool.settings(place / "code_worker.db")
+    with closing(open_store(settings.resolved_database_url)) as store:
+        store.run(lambda session: _label(session, _said(pool, seed, CASES[case])))
+        began = time.monotonic()
+        run = Learner(settings, store).learn(kind, by="bench", force=True)
+        if run is None:
+            raise SystemExit("no run was begun")
+    shutil.rmtree(place / "runs", ignore_errors=True)
+    return {
+        "seed": seed,
+        "case": case,
+        "state": run.state,
+        "reasons": list(run.reasons),
+        "noise": [noise["share"] for noise in run.report.get("gate", {}).get("noise", ())],
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _label(session: Session, new: list[NewLabel]) -> None:
+    labels.add(session, new)
+
+
+def _said(pool: Pool, seed: int, wrong: int | None) -> list[NewLabel]:
+    """What is said of the images of a trial; 30 % of the class `wrong` are called the other."""
+    rng = np.random.default_rng(seed)
+    items = [*_records(rng, pool.old, OLD), *_records(rng, pool.new, NEW)]
+    names = sorted({item.generator for item in items if item.generator})
+    suspects = [place for place, item in enumerate(items) if item.label == wrong]
+    errors = set(rng.choice(suspects, round(WRONG * len(suspects)), replace=False).tolist()) if suspects else set()
+    said = []
+    for place, item in enumerate(items):
+        fake = item.label == 1 if place not in errors else item.label == 0
+        generator = (item.generator or str(rng.choice(names))) if fake else None
+        said.append(NewLabel(item.sha256, "fake" if fake else "real", "bench", "bench", generator=generator))
+    return said
+
+
+def _records(rng: np.random.Generator, items: list[Item], count: int) -> list[Item]:
+    """Whole records: items come in pairs."""
+    chosen = rng.choice(len(items) // 2, count, replace=False)
+    return [items[2 * int(place) + side] for place in sorted(chosen) for side in (0, 1)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Exact tests and intervals for two detectors that judged the same images: pure functions of counts and weights.
+
+Each image contributes a change: +1 if only the second detector is right, -1 if only the first is, 0 if they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, log2, sqrt
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from code_worker.data.examples import FAKE, REAL
+from code_worker.training.metrics import LEVEL, Threshold, right
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Changes = NDArray[np.int8]
+    Weights = NDArray[np.float64]
+
+__all__ = [
+    "Difference",
+    "Stratum",
+    "better_p",
+    "count_limits",
+    "counted",
+    "detectable_loss",
+    "difference_limits",
+    "images_needed",
+    "paired_difference",
+    "proportion_limits",
+    "tarone_level",
+    "worse_p",
+]
+
+_POWER: Final = 0.8
+_MOST_IMAGES: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Second model minus first on identical images, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stratum:
+    """Images of one kind whose changes weigh the same.
+
+    Attributes:
+        gains: images that only the second detector judges rightly.
+        losses: images that only the first does.
+        weight: of one image.
+    """
+
+    gains: int
+    losses: int
+    weight: float = 1.0
+
+    @property
+    def discordant(self) -> int:
+        """Images on which exactly one of the two is right."""
+        return self.gains + self.losses
+
+
+def counted(changes: Changes, weight: float = 1.0) -> Stratum:
+    """Counts `(n,)` changes."""
+    return Stratum(int((changes > 0).sum()), int((changes < 0).sum()), weight)
+
+
+def worse_p(gains: int, losses: int) -> float:
+    """One-sided p-value of "the second is no worse": the exact McNemar test.
+
+    Of two detectors that are equally good each discordant image is a loss with probability 1/2, so that the losses
+    are Binomial(gains + losses, 1/2) (McNemar 1947; the exact form is the sign test).
+    """
+    from scipy.special import betainc  # noqa: PLC0415 - not for whoever only looks at types
+
+    # P(Binomial(m, 1/2) >= k) is the distribution function of Beta(k, m - k + 1) at 1/2.
+    return float(betainc(losses, gains + 1, 0.5)) if losses else 1.0
+
+
+def better_p(strata: Sequence[Stratum]) -> float:
+    """One-sided p-value of "the second is no better" for a weighted sum of changes over independent strata.
+
+    Under that hypothesis the sign of each discordant image is a coin's: the distribution of
+    `Σ weight · (gains - losses)` given the discordant images is that of independent binomials, computed exactly by
+    convolution. With one stratum this is the exact McNemar test.
+    """
+    values, chances = np.zeros(1), np.ones(1)
+    for one in strata:
+        wins = np.arange(one.discordant + 1)
+        values = np.add.outer(values, one.weight * (2 * wins - one.discordant)).ravel()
+        chances = np.multiply.outer(chances, _coins(one.discordant)).ravel()
+    observed = sum(one.weight * (one.gains - one.losses) for one in strata)
+    # Sums of the same weights in another order differ in the last bits, and a tie counts.
+    slack = 1e-9 * max((one.weight for one in strata), default=1.0)
+    return float(min(1.0, chances[values >= observed - slack].sum()))
+
+
+def _coins(n: int) -> NDArray[np.float64]:
+    """`(n + 1,)`: chance of each number of heads among `n` coins."""
+    from scipy.special import gammaln  # noqa: PLC0415 - as above
+
+    heads = np.arange(n + 1)
+    return np.asarray(np.exp(gammaln(n + 1) - gammaln(heads + 1) - gammaln(n - heads + 1) - n * np.log(2)))
+
+
+def tarone_level(discordant: Sequence[int], error: float) -> float:
+    """Level of each test, so that the chance of any false alarm over all of them is at most `error`.
+
+    Bonferroni's division by the number of tests, of which those do not count that could not reach the level whatever
+    their images said: `m` discordant images have no p-value below `2**-m` (Tarone, Biometrics 46, 1990, 515-522).
+
+    Args:
+        discordant: images on which exactly one detector is right, for each test.
+        error: familywise error.
+
+    Returns:
+        `error / k` with the smallest `k` such that at most `k` tests can reach it.
+    """
+    for k in range(1, len(discordant) + 1):
+        if sum(2.0**-m <= error / k for m in discordant) <= k:
+            return error / k
+    return error
+
+
+def proportion_limits(part: float, whole: float, error: float) -> tuple[float, float]:
+    """One-sided lower and upper Clopper-Pearson limits of a proportion, each with at most `error`.
+
+    Counts may be fractions of images, as weighted ones are.
+    """
+    from scipy.special import betaincinv  # noqa: PLC0415 - as above
+
+    if whole <= 0:
+        return 0.0, 1.0
+    low = float(betaincinv(part, whole - part + 1, error)) if part > 0 else 0.0
+    high = float(betaincinv(part + 1, whole - part, 1 - error)) if part < whole else 1.0
+    return low, high
+
+
+def difference_limits(changes: Changes, weights: Weights, error: float) -> tuple[float, float]:
+    """Lower and upper limit of the mean change, each with at most about `error`.
+
+    The weighted shares of gains and of losses get Clopper-Pearson limits, at the effective number of images, and are
+    joined by the method of variance estimates recovery (Zou & Donner, Statistics in Medicine 27, 2008, 1693-1702):
+    without a gain the lower limit is exactly minus the upper limit of the share of losses, so that agreement on few
+    images is no proof of equality.
+
+    Args:
+        changes: `(n,)` of -1, 0, 1.
+        weights: `(n,)`, positive, of sum 1.
+        error: of each limit.
+
+    Returns:
+        Limits in [-1, 1]; without images all of it.
+    """
+    if len(changes) == 0:
+        return -1.0, 1.0
+    gained, lost = float(weights[changes > 0].sum()), float(weights[changes < 0].sum())
+    n = _effective(changes, weights)
+    return count_limits(gained * n, lost * n, n, error)
+
+
+def count_limits(gains: float, losses: float, n: float, error: float) -> tuple[float, float]:
+    """The same of images that weigh alike, by how many of `n` were gained and lost."""
+    if n <= 0:
+        return -1.0, 1.0
+    gained, lost = gains / n, losses / n
+    low_gain, high_gain = proportion_limits(gains, n, error)
+    low_loss, high_loss = proportion_limits(losses, n, error)
+    low = gained - lost - sqrt((gained - low_gain) ** 2 + (high_loss - lost) ** 2)
+    high = gained - lost + sqrt((high_gain - gained) ** 2 + (lost - low_loss) ** 2)
+    return max(-1.0, low), min(1.0, high)
+
+
+def _effective(changes: Changes, weights: Weights) -> float:
+    """Number of equally weighted images that tell as much (Kish 1965), by all or by the discordant ones if fewer."""
+    numbers = [1.0 / float((weights**2).sum())]
+    if (changed := weights[changes != 0]).size:
+        numbers.append(float(changed.sum() / (changed**2).sum()))
+    return min(numbers)
+
+
+def paired_difference(
+    labels: NDArray[np.int8],
+    scores_a: NDArray[np.float32],
+    scores_b: NDArray[np.float32],
+    *,
+    threshold_a: Threshold = 0.5,
+    threshold_b: Threshold = 0.5,
+) -> dict[str, Difference | None]:
+    """How much better b decides than a on the very same images, with 95 % intervals (`difference_limits`).
+
+    Returns:
+        `accuracy`, `balanced_accuracy`, `real_accuracy`, `fake_accuracy`; None where a class is lacking.
+
+    Raises:
+        ValueError: as `metrics.figures`.
+    """
+    changes = right(labels, scores_b, threshold_b).astype(np.int8) - right(labels, scores_a, threshold_a)
+    real, fake = labels == REAL, labels == FAKE
+    both = real / max(1, 2 * real.sum()) + fake / max(1, 2 * fake.sum())
+    groups = {"accuracy": real | fake, "real_accuracy": real, "fake_accuracy": fake}
+    found = {name: _difference(changes[of], np.full(of.sum(), 1 / max(1, of.sum()))) for name, of in groups.items()}
+    return found | {"balanced_accuracy": _difference(changes, both) if real.any() and fake.any() else None}
+
+
+def _difference(changes: Changes, weights: Weights) -> Difference | None:
+    if len(changes) == 0:
+        return None
+    # Shares of images: a sum of weights would miss 1 by its last bit.
+    value = round(float(weights @ changes), 12)
+    return Difference(value, *difference_limits(changes, weights, (1 - LEVEL) / 2))
+
+
+@lru_cache(maxsize=1024)
+def detectable_loss(images: int, level: float, margin: float) -> float | None:
+    """Smallest loss of accuracy of which more than `margin` would be proven with a chance of 80 %.
+
+    Were nothing gained: `worse_p` at most `level`, and the upper limit of the change below `-margin`.
+
+    Returns:
+        A share of the images; None where even the loss of all of them would not be found.
+    """
+    from scipy.special import betaincinv  # noqa: PLC0415 - as above
+
+    fewest = ceil(-log2(level))
+    proving = (k for k in range(fewest, images + 1) if count_limits(0, k, images, level)[1] < -margin)
+    least = next(proving, None)
+    if least is None:
+        return None
+    # P(Binomial(n, d) >= k) is the distribution function of Beta(k, n - k + 1) at d.
+    return float(betaincinv(least, images - least + 1, _POWER))
+
+
+def images_needed(discordant_share: float, margin: float, error: float) -> int | None:
+    """Images of two equally good detectors at which `difference_limits` would show a loss below `margin`.
+
+    Args:
+        discordant_share: share of images on which exactly one is right, half of them gains.
+        margin: loss that must be excluded.
+        error: of the limit.
+
+    Returns:
+        The number, rounded up to two digits; None above a million.
+    """
+    n = 16.0
+    while n <= _MOST_IMAGES:
+        half = discordant_share / 2
+        low_gain, _ = proportion_limits(half * n, n, error)
+        _, high_loss = proportion_limits(half * n, n, error)
+        if sqrt((half - low_gain) ** 2 + (high_loss - half) ** 2) < margin:
+            return _rounded(n)
+        n *= 1.05
+    return None
+
+
+def _rounded(n: float) -> int:
+    unit: int = 10 ** max(0, len(str(int(n))) - 2)
+    return int(ceil(n / unit) * unit)

@@ -1,0 +1,79 @@
+"""What the database knows of a champion that is to be replaced: what it learned, met and is asked to decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from code_worker.store import comparisons, runs
+from code_worker.training import snapshot as snapshots
+from code_worker.training.opinions import PolicyRule
+from code_worker.training.spending import Comparison, Spending, spend
+
+if TYPE_CHECKING:
+    from code_worker.store.engine import Session
+    from code_worker.store.policies import PolicyRow
+    from code_worker.training.snapshot import Member
+
+__all__ = ["Taught", "policy_rules", "spend_on", "taught"]
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """What a release learned here.
+
+    Attributes:
+        heads: images that its heads were fitted on; None where they were fitted elsewhere.
+        encoder: content hashes of images that its encoder, or one that it descends from, learned from or was chosen
+            by.
+    """
+
+    heads: tuple[Member, ...] | None
+    encoder: frozenset[str]
+
+
+def taught(session: Session, release: str) -> Taught:
+    """Follows a release back through the runs that made it and those it descends from."""
+    heads: tuple[Member, ...] | None = None
+    encoder: set[str] = set()
+    at: str | None = release
+    while at is not None and (run := runs.made(session, at)) is not None and run.snapshot_id is not None:
+        members = snapshots.load(session, run.snapshot_id).training_share
+        if at == release:
+            heads = tuple(members)
+        if run.kind == "retrain":
+            encoder |= {member.sha256 for member in members}
+        at = run.base_release
+    return Taught(heads, frozenset(encoder))
+
+
+def spend_on(session: Session, *, run_id: str, champion: str, candidate: str, images: int, error: float) -> Spending:
+    """The chance of error of a run's comparison with a champion, written down before the comparison is made."""
+    earlier = comparisons.before(session, champion, run_id=run_id)
+    spending = spend([Comparison(one.images, one.level) for one in earlier], images, error)
+    comparisons.note(
+        session, run_id=run_id, champion=champion, candidate=candidate, images=images, level=spending.level
+    )
+    return spending
+
+
+def policy_rules(rows: Sequence[PolicyRow], head: str, thresholds: tuple[float, float]) -> tuple[PolicyRule, ...]:
+    """Where production decides otherwise than the champion by itself, each head and thresholds once.
+
+    Args:
+        rows: policies in force.
+        head: the one that decides where a policy names none.
+        thresholds: the champion's own.
+    """
+    found: dict[tuple[str, float, float], list[str]] = {}
+    for row in rows:
+        place = (row.head or head, row.low, row.high)
+        if place != (head, *thresholds):
+            found.setdefault(place, []).append(_scope(row))
+    return tuple(PolicyRule("; ".join(names), *place) for place, names in found.items())
+
+
+def _scope(row: PolicyRow) -> str:
+    named = (("tenant", row.tenant), ("content type", row.content_type))
+    return ", ".join(f"{kind} {name}" for kind, name in named if name) or "everybody"

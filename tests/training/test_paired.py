@@ -1,0 +1,123 @@
+"""Exact tests and limits for paired judgements, beside naive enumeration and by what they promise."""
+
+from __future__ import annotations
+
+from itertools import product
+from math import comb
+
+import numpy as np
+import pytest
+
+from code_worker.training.paired import (
+    Stratum,
+    better_p,
+    count_limits,
+    detectable_loss,
+    difference_limits,
+    images_needed,
+    proportion_limits,
+    tarone_level,
+    worse_p,
+)
+
+
+@pytest.mark.parametrize(("gains", "losses"), [(0, 0), (0, 1), (3, 5), (5, 3), (1, 16)])
+def test_the_p_value_of_harm_counts_coins(gains: int, losses: int) -> None:
+    m = gains + losses
+    assert worse_p(gains, losses) == pytest.approx(sum(comb(m, k) for k in range(losses, m + 1)) / 2**m)
+    # With one stratum the test of a gain is the same one, looked at from the other side.
+    assert better_p([Stratum(losses, gains)]) == pytest.approx(worse_p(gains, losses))
+
+
+@pytest.mark.parametrize(
+    "strata",
+    [
+        (Stratum(4, 1, 0.5), Stratum(2, 2, 0.25)),
+        (Stratum(3, 0, 1 / 30), Stratum(0, 3, 1 / 30)),
+        (Stratum(0, 0, 0.1), Stratum(5, 1, 0.3)),
+    ],
+)
+def test_the_p_value_of_a_weighted_gain_enumerates_every_sign(strata: tuple[Stratum, ...]) -> None:
+    weights = [one.weight for one in strata for _ in range(one.discordant)]
+    observed = sum(one.weight * (one.gains - one.losses) for one in strata)
+    sums = [
+        sum(sign * weight for sign, weight in zip(signs, weights, strict=True))
+        for signs in product((-1, 1), repeat=len(weights))
+    ]
+    assert better_p(strata) == pytest.approx(np.mean([value >= observed - 1e-12 for value in sums]))
+
+
+def test_tests_that_cannot_fail_do_not_cost_the_others_their_level() -> None:
+    assert tarone_level([], 0.05) == 0.05
+    assert tarone_level([3, 4, 2], 0.05) == 0.05, "none can reach it"
+    assert tarone_level([10, 3, 4, 2], 0.05) == 0.05, "one can"
+    assert tarone_level([10, 10, 3], 0.05) == 0.025
+    assert tarone_level([20] * 20, 0.05) == pytest.approx(0.05 / 20), "Bonferroni where all can"
+
+
+def test_the_level_over_many_groups_is_kept() -> None:
+    """Of equal releases over twenty generators, at most a share of `error` is called worse on any; here is 5 %."""
+    rng = np.random.default_rng(0)
+    worse = 0
+    for _ in range(2000):
+        losses, gains = rng.binomial(100, 0.03, size=(2, 20))
+        level = tarone_level(list(losses + gains), 0.05)
+        worse += any(worse_p(int(g), int(loss)) <= level for g, loss in zip(gains, losses, strict=True))
+    # The exact count of 2,000 trials of chance 5 % exceeds 130 once in 1,000.
+    assert worse <= 130
+
+
+def test_limits_of_a_share_are_exact_at_its_ends() -> None:
+    low, high = proportion_limits(0, 20, 0.05)
+    assert low == 0
+    assert (1 - high) ** 20 == pytest.approx(0.05)
+    low, high = proportion_limits(20, 20, 0.05)
+    assert high == 1
+    assert low**20 == pytest.approx(0.05)
+    assert proportion_limits(0, 0, 0.05) == (0.0, 1.0)
+
+
+def test_limits_of_a_difference_are_those_of_the_losses_where_nothing_is_gained() -> None:
+    changes = np.array([-1] * 2 + [0] * 98, np.int8)
+    low, high = difference_limits(changes, np.full(100, 0.01), 0.05)
+    assert low == pytest.approx(-proportion_limits(2, 100, 0.05)[1])
+    assert high > -0.02
+    assert difference_limits(np.zeros(0, np.int8), np.zeros(0), 0.05) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize("truth", [(0.02, 0.02), (0.0, 0.02), (0.05, 0.07)])
+@pytest.mark.parametrize("sizes", [(100,), (300,), (20, 60, 200)])
+def test_a_limit_errs_no_more_often_than_it_says(truth: tuple[float, float], sizes: tuple[int, ...]) -> None:
+    """Gains and losses of these chances, in groups that are weighted alike, against the mean change they have."""
+    rng = np.random.default_rng(1)
+    weights = np.concatenate([np.full(n, 1 / (len(sizes) * n)) for n in sizes])
+    error, missed, trials = 0.1, 0, 1000
+    for _ in range(trials):
+        drawn = rng.random(weights.size)
+        changes = np.where(drawn < truth[0], 1, np.where(drawn < sum(truth), -1, 0)).astype(np.int8)
+        low, _ = difference_limits(changes, weights, error)
+        missed += low > truth[0] - truth[1]
+    # The exact count of 1,000 trials of chance 10 % exceeds 130 once in 1,000.
+    assert missed <= 130
+
+
+def test_the_loss_that_would_show_is_the_one_that_shows() -> None:
+    level, margin = 0.01, 0.02
+    assert detectable_loss(6, level, margin) is None, "seven losses are the fewest with a p-value below 1 %"
+    loss = detectable_loss(100, level, margin)
+    assert loss is not None
+    rng = np.random.default_rng(2)
+    found = np.mean(
+        [
+            worse_p(0, int(lost)) <= level and count_limits(0, int(lost), 100, level)[1] < -margin
+            for lost in rng.binomial(100, loss, 4000)
+        ]
+    )
+    assert found == pytest.approx(0.8, abs=0.025), "four standard errors of 4,000 trials"
+
+
+def test_the_images_that_would_tell_do_so() -> None:
+    n = images_needed(0.0, 0.02, 0.05)
+    assert n is not None
+    assert 0.98**n <= 0.05 < 0.98 ** (n / 1.2)
+    assert images_needed(0.5, 0.0001, 0.05) is None

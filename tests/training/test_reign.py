@@ -1,0 +1,138 @@
+"""What a champion's reign has spent, which policies the gate asks, and what heads and encoders learned here."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from code_worker.data.holdout import Split
+from code_worker.plugins import load_plugins
+from code_worker.releases.manifest import Thresholds
+from code_worker.settings import Settings
+from code_worker.store import comparisons
+from code_worker.store.engine import Store
+from code_worker.store.policies import PolicyRow
+from code_worker.training.comparison import Side
+from code_worker.training.crossfit import cross_fitted, more_images
+from code_worker.training.refit import HeadPlan
+from code_worker.training.reign import policy_rules, taught
+from code_worker.training.retrain import Learner
+from code_worker.training.snapshot import Member, Snapshot
+from code_worker.training.train_encoder import validation_parts
+from code_worker_heads.linear import LinearHead
+from tests.training.learning import build_champion, label_world, learning_settings, promote_champion
+
+
+def member(number: int, kind: str | None, split: Split = "train", group: str | None = None) -> Member:
+    return Member(f"{number:064x}", int(kind is not None), kind, None, new=False, split=split, group=group)
+
+
+def test_a_run_writes_down_what_it_compares_and_the_next_one_has_less(tmp_path, sqlite_store: Store) -> None:  # type: ignore[no-untyped-def]
+    settings = learning_settings(tmp_path / "data")
+    never = settings.model_copy(update={"gate": settings.gate.model_copy(update={"max_regression": 0.0001})})
+    champion = promote_champion(settings, sqlite_store, build_champion(tmp_path / "release"))
+    label_world(settings, sqlite_store)
+    spent = []
+    for _ in range(2):
+        ended = Learner(never, sqlite_store).learn("refit", by="test", force=True)
+        assert ended is not None
+        assert ended.state == "rejected"
+        spent.append(ended.report["gate"]["spending"])
+    rows = sqlite_store.run(lambda session: comparisons.before(session, champion, run_id=""), write=False)
+    assert [row.level for row in rows] == [one["level"] for one in spent]
+    assert [one["before"] for one in spent] == [0, 1]
+    assert spent[1]["level"] == pytest.approx(spent[0]["level"] / 2)
+    assert rows[0].images == ended.report["gate"]["images"]["real"] + ended.report["gate"]["images"]["fake"]
+
+
+def policy(tenant: str | None, head: str | None, low: float, high: float) -> PolicyRow:
+    return PolicyRow("id", tenant, None, 1, head, low, high, datetime(2026, 11, 30, tzinfo=UTC), "test", "")
+
+
+def test_the_gate_asks_each_rule_of_production_once() -> None:
+    rows = [
+        policy("acme", None, 0.4, 0.8),
+        policy("other", "linear", 0.4, 0.8),
+        policy(None, None, 0.5, 0.5),
+        policy("third", "knn", 0.4, 0.8),
+    ]
+    found = policy_rules(rows, "linear", (0.5, 0.5))
+    assert [(one.name, one.head, one.low, one.high) for one in found] == [
+        ("tenant acme; tenant other", "linear", 0.4, 0.8),
+        ("tenant third", "knn", 0.4, 0.8),
+    ]
+
+
+def test_the_encoder_learns_from_nothing_that_chooses_and_neither_is_held_out() -> None:
+    kinds = (None, "sdxl")
+    enough = [
+        member(n, kinds[n % 2], split)
+        for n, split in enumerate(["train"] * 60 + ["validation"] * 20 + ["holdout"] * 20)
+    ]  # type: ignore[arg-type]
+    learned, validation = validation_parts(Snapshot("latest", tuple(enough)))
+    assert {one.split for one in learned} == {"train"}
+    assert {one.split for one in validation} == {"validation"}
+    few = [member(n, kinds[n % 2], "holdout" if n >= 80 else "train", f"post {n // 4}") for n in range(100)]
+    learned, validation = validation_parts(Snapshot("latest", tuple(few)))
+    assert len(learned) + len(validation) == 80
+    assert not any(one.holdout for one in [*learned, *validation])
+    assert not {one.group for one in learned} & {one.group for one in validation}, "siblings stay together"
+    assert [sum(one.label == label for one in validation) for label in (0, 1)] == [6, 6]
+
+
+def test_heads_judge_further_images_that_they_were_fitted_without() -> None:
+    """Labels of noise can be learned by heart and not told: who judges what it learned would be right always."""
+    rng = np.random.default_rng(0)
+    members = [member(n, "g" if n % 2 else None) for n in range(200)]
+    rows = {one.sha256: rng.normal(size=192).astype(np.float32) for one in members}
+    labels = np.array([one.label for one in members], np.int8)
+    head = LinearHead({"C": 1e6}).fit(np.stack([rows[one.sha256] for one in members]), labels)
+    by_heart = head.score(np.stack([rows[one.sha256] for one in members])) >= 0.5
+    assert ((by_heart == (labels == 1)).mean()) == 1
+    taken = Snapshot("latest", tuple(members))
+    side = Side("r", "e", {"linear": head}, "linear", Thresholds(), {"clean": rows})
+    more = more_images(taken, frozenset({members[0].sha256}))
+    assert len(more) == 199
+    found = cross_fitted(
+        more,
+        taken,
+        side,
+        side,
+        plans={"linear": HeadPlan("linear", {"C": 1e6})},
+        plugins=load_plugins(Settings()),
+        taught_champion=members,
+    )
+    assert found is not None
+    for scores in (found.candidate["clean"], found.champion["clean"]):
+        right = ((scores >= 0.5) == (found.labels == 1)).mean()
+        # Chance, five standard errors of 199 coins.
+        assert abs(right - 0.5) < 5 * 0.5 / 199**0.5
+    elsewhere = cross_fitted(
+        more,
+        taken,
+        side,
+        side,
+        plans={"linear": HeadPlan("linear", {})},
+        plugins=load_plugins(Settings()),
+        taught_champion=None,
+    )
+    assert elsewhere is not None
+    assert ((elsewhere.champion["clean"] >= 0.5) == (elsewhere.labels == 1)).all(), "as it is"
+
+
+def test_what_a_refitted_champion_learned_is_its_runs_snapshot(tmp_path, sqlite_store: Store) -> None:  # type: ignore[no-untyped-def]
+    settings = learning_settings(tmp_path / "data")
+    first = promote_champion(settings, sqlite_store, build_champion(tmp_path / "release"))
+    assert sqlite_store.run(lambda session: taught(session, first), write=False).heads is None
+    label_world(settings, sqlite_store)
+    ended = Learner(settings, sqlite_store).learn("refit", by="test", force=True)
+    assert ended is not None
+    known = sqlite_store.run(lambda session: taught(session, str(ended.candidate)), write=False)
+    assert known.heads is not None
+    counts = ended.report["snapshot"]
+    assert len(known.heads) == sum(
+        counts[part][kind] for part in ("train", "validation") for kind in ("real", "fake")
+    )
+    assert known.encoder == frozenset(), "a refit teaches the encoder nothing"
