@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
+from code_worker.store.migrate import VERSION_TABLE
 from code_worker.store.models import Base
 
 
@@ -13,6 +14,7 @@ def run() -> None:
         context.configure(
             url=context.config.attributes["url"],
             target_metadata=Base.metadata,
+            version_table=VERSION_TABLE,
             literal_binds=True,
             transactional_ddl=True,
         )
@@ -20,6 +22,7 @@ def run() -> None:
         context.configure(
             connection=connection,
             target_metadata=Base.metadata,
+            version_table=VERSION_TABLE,
             render_as_batch=True,
             transactional_ddl=True,
         )

@@ -34,19 +34,23 @@ def _store() -> Iterator[Store]:
 
 @db.command()
 @click.option("--sql", is_flag=True, help="Print the SQL that makes an empty database current; change nothing.")
+@click.option("--beside", is_flag=True, help="Make our tables in a database that another application migrates too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def upgrade(*, sql: bool, as_json: bool) -> None:
-    """Bring the database to the revision that this version needs; does nothing when it is there."""
+def upgrade(*, sql: bool, beside: bool, as_json: bool) -> None:
+    """Bring the database to the revision that this version needs; does nothing when it is there, or newer."""
     from code_worker.store import migrate  # noqa: PLC0415 - Alembic, as above
 
     if sql:
         click.echo(migrate.script(quiet_settings().resolved_database_url), nl=False)
         return
     with _store() as store:
-        before = migrate.upgrade(store)
+        before = migrate.upgrade(store, beside=beside)
         now = migrate.current(store)
     if as_json:
-        print_json_lines([{"before": before, "revision": now, "changed": before != now}])
+        newer = migrate.is_newer(now)
+        print_json_lines([{"before": before, "revision": now, "changed": before != now, "newer": newer}])
+    elif migrate.is_newer(now):
+        click.echo(f"{_newer(now, migrate.head())}: nothing to do")
     elif before == now:
         click.echo(f"database is current ({now})")
     else:
@@ -57,18 +61,26 @@ def upgrade(*, sql: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def current(context: click.Context, *, as_json: bool) -> None:
-    """Show the database's revision; exit status 1 when it is not the one that this version needs."""
+    """Show the database's revision; exit status 1 when it is older than the one that this version needs."""
     from code_worker.store import migrate  # noqa: PLC0415 - Alembic, as above
 
     with _store() as store:
         have, need, kind = migrate.current(store), migrate.head(), store.dialect
+    newer = migrate.is_newer(have)
     if as_json:
-        print_json_lines([{"dialect": kind, "revision": have, "needed": need, "current": have == need}])
+        found = {"dialect": kind, "revision": have, "needed": need, "current": have == need, "newer": newer}
+        print_json_lines([found])
+    elif newer:
+        click.echo(f"{kind} database: {_newer(have, need)}; it serves")
     else:
         hint = "" if have == need else f"; this version needs {need}: run `code-worker db upgrade`"
         click.echo(f"{kind} database, revision {have or 'none'}{hint}")
-    if have != need:
+    if have != need and not newer:
         context.exit(1)
+
+
+def _newer(have: str | None, need: str) -> str:
+    return f"the database is newer, at revision {have}; this version knows revisions up to {need}"
 
 
 @db.command()

@@ -14,6 +14,7 @@ from sqlalchemy import make_url
 
 from code_worker.disk import flush
 from code_worker.errors import ConfigurationError, StoreError, StoreUnavailableError
+from code_worker.store.migrate import SHARED_TABLE, VERSION_TABLE
 
 __all__ = ["backup", "restore"]
 
@@ -97,11 +98,19 @@ def _check(path: Path) -> None:
     with closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
         try:
             found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
-            revision = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            revision = _revision(connection)
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{path} is no database of code_worker: {error}") from error
     if found != "ok" or revision is None:
         raise StoreError(f"{path} does not hold together: {found}")
+
+
+def _revision(connection: sqlite3.Connection) -> object:
+    """A row of the version table, or of the one in which earlier versions kept it."""
+    try:
+        return connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608 - a constant
+    except sqlite3.OperationalError:
+        return connection.execute(f"SELECT version_num FROM {SHARED_TABLE}").fetchone()  # noqa: S608 - a constant
 
 
 @contextmanager

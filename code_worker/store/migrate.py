@@ -10,15 +10,33 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, column, inspect, select, table, text
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.logs import get_logger
 from code_worker.store.engine import Store, open_store
+from code_worker.store.models import Base
 
-__all__ = ["current", "downgrade", "head", "open_current", "require_current", "script", "upgrade"]
+__all__ = [
+    "SHARED_TABLE",
+    "VERSION_TABLE",
+    "current",
+    "downgrade",
+    "head",
+    "is_newer",
+    "open_current",
+    "require_current",
+    "script",
+    "upgrade",
+]
 
+VERSION_TABLE: Final = "code_worker_version"
+"""Where the database's revision stands: Alembic's own name for it is every application's."""
+SHARED_TABLE: Final = "alembic_version"
+"""That name; earlier versions of this code kept the revision there."""
+_INITIAL: Final = frozenset({"aliases", "embeddings", "jobs", "policies", "releases", "verdicts"})
+"""Tables of the first migration: with all of them an unknown revision in the shared table is a newer one of ours."""
 _log = get_logger(__name__)
 _LOCK: Final = 0x636F6465_776F726B
 """Key of PostgreSQL's advisory lock: "codework"."""
@@ -31,17 +49,29 @@ _BEFORE: Final = (
 )
 
 
-def upgrade(store: Store, to: str = "head") -> str | None:
+def upgrade(store: Store, to: str = "head", *, beside: bool = False) -> str | None:
     """Brings the database to a revision, in one transaction; returns the revision it had before.
 
+    One that is newer than this code is left as it is: migrations first only expand, so it serves.
+
+    Args:
+        store: The database.
+        to: The revision, or `head`.
+        beside: Make our tables in a database that another application migrates with Alembic too.
+
     Raises:
-        StoreError: the database refused or is away; nothing was changed.
+        StoreError: the database refused, is away, or is another application's; nothing was changed.
     """
 
     def work(session: Session) -> str | None:
         connection = session.connection()
         _take_lock(connection)
         before = _revision(connection)
+        if is_newer(before):
+            return before
+        if before is None:
+            _refuse_foreign(connection, beside=beside)
+        _adopt(connection, before)
         command.upgrade(_config(connection), to)
         return before
 
@@ -55,12 +85,19 @@ def downgrade(store: Store, to: str) -> None:
     """Takes the database back to an older revision (`base`: no tables), data of newer tables included.
 
     Raises:
-        StoreError: the database refused or is away; nothing was changed.
+        StoreError: the database refused, is away, or is newer than this code; nothing was changed.
     """
 
     def work(session: Session) -> None:
-        _take_lock(session.connection())
-        command.downgrade(_config(session.connection()), to)
+        connection = session.connection()
+        _take_lock(connection)
+        before = _revision(connection)
+        if is_newer(before):
+            raise StoreError(
+                f"revision {before} is unknown to this version: take it back with the version that made it"
+            )
+        _adopt(connection, before)
+        command.downgrade(_config(connection), to)
 
     store.run(work)
 
@@ -88,18 +125,25 @@ def head() -> str:
     return newest
 
 
+def is_newer(revision: str | None) -> bool:
+    """Whether a revision of a database is one that a later version of the code made."""
+    return revision is not None and revision not in _known()
+
+
 def require_current(store: Store) -> None:
     """Returns when the database fits this code. One that is newer fits too: migrations first only expand.
 
     Raises:
-        StoreError: it is empty or older.
+        StoreError: it is empty, older, or another application's.
     """
     have, need = current(store), head()
     if have == need:
         return
-    if have is not None and have not in {revision.revision for revision in _scripts().walk_revisions()}:
+    if is_newer(have):
         _log.warning("database_is_newer", revision=have, known=need)
         return
+    if have is None:
+        store.run(lambda session: _refuse_foreign(session.connection(), beside=False), write=False)
     state = "has no tables yet" if have is None else f"is at revision {have} and this version needs {need}"
     raise StoreError(f"the database {state}: run `code-worker db upgrade`")
 
@@ -127,7 +171,60 @@ def _take_lock(connection: Connection) -> None:
 
 
 def _revision(connection: Connection) -> str | None:
-    return MigrationContext.configure(connection).get_current_revision()
+    """The database's revision; while our own table is not there, that of ours which stands in the shared one."""
+    own = _rows(connection, VERSION_TABLE)
+    if own is not None:
+        return next(iter(own), None)
+    shared = _rows(connection, SHARED_TABLE) or []
+    if _tables(connection) >= _INITIAL:
+        return next(iter(shared), None)
+    return next((revision for revision in shared if not is_newer(revision)), None)
+
+
+def _rows(connection: Connection, name: str) -> list[str] | None:
+    """Revisions that a version table holds; None where there is no such table."""
+    if not inspect(connection).has_table(name):
+        return None
+    return list(connection.scalars(select(column("version_num")).select_from(table(name))))
+
+
+def _tables(connection: Connection) -> set[str]:
+    return set(inspect(connection).get_table_names())
+
+
+def _refuse_foreign(connection: Connection, *, beside: bool) -> None:
+    """Looks, before our first table is made, whether the database is somebody else's.
+
+    Raises:
+        StoreError: it has tables of our names, or another application migrates it and nobody said that this is meant.
+    """
+    if _rows(connection, VERSION_TABLE) is not None:
+        return
+    if taken := sorted(_tables(connection) & set(Base.metadata.tables)):
+        raise StoreError(
+            f"another application's database: it has tables {', '.join(taken)} that code_worker did not make; "
+            "name a database or a schema of code_worker's own in CODE_WORKER_DATABASE_URL"
+        )
+    shared = _rows(connection, SHARED_TABLE)
+    if shared and not beside:
+        raise StoreError(
+            f"another application's database: its {SHARED_TABLE} is at {', '.join(shared)}; name code_worker's own "
+            "in CODE_WORKER_DATABASE_URL, or run `code-worker db upgrade --beside` to make its tables in this one"
+        )
+
+
+def _adopt(connection: Connection, revision: str | None) -> None:
+    """Copies our revision out of the shared table, where earlier versions kept it.
+
+    What stands there stays: a version that is rolled back to reads it, and a row of another application is not ours.
+    """
+    if revision is None or _rows(connection, VERSION_TABLE) is not None:
+        return
+    MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).stamp(_scripts(), revision)
+
+
+def _known() -> frozenset[str]:
+    return frozenset(revision.revision for revision in _scripts().walk_revisions())
 
 
 def _scripts() -> ScriptDirectory:

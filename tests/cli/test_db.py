@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import text
 
 from code_worker.cli.main import cli
+from code_worker.errors import StoreError
 from code_worker.store import migrate
+from code_worker.store.engine import open_store
 
 
 def run(url: str, *arguments: str) -> Result:
@@ -33,6 +37,7 @@ def test_programs_read_json(database_url: str) -> None:
         "before": None,
         "revision": migrate.head(),
         "changed": True,
+        "newer": False,
     }
     after = json.loads(run(database_url, "current", "--json").stdout)
     assert after["dialect"] == database_url.partition(":")[0].partition("+")[0]
@@ -42,6 +47,34 @@ def test_programs_read_json(database_url: str) -> None:
 def test_an_empty_database_names_the_command(database_url: str) -> None:
     assert "this version needs" in run(database_url, "current").stdout
     assert "code-worker db upgrade" in run(database_url, "current").stdout
+
+
+def test_a_newer_database_is_nothing_to_do(database_url: str) -> None:
+    assert run(database_url, "upgrade").exit_code == 0
+    with closing(open_store(database_url)) as store:
+        newer = text(f"UPDATE {migrate.VERSION_TABLE} SET version_num = 'from_the_future'")
+        store.run(lambda session: session.execute(newer))
+    upgraded = run(database_url, "upgrade")
+    assert upgraded.exit_code == 0
+    assert "newer, at revision from_the_future" in upgraded.stdout
+    assert "nothing to do" in upgraded.stdout
+    assert json.loads(run(database_url, "upgrade", "--json").stdout)["newer"] is True
+    shown = run(database_url, "current")
+    assert (shown.exit_code, "run `code-worker db upgrade`" in shown.stdout) == (0, False)
+
+
+def test_another_applications_database_is_an_error_with_a_way_out(database_url: str) -> None:
+    with closing(open_store(database_url)) as store:
+        for statement in (
+            "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)",
+            "INSERT INTO alembic_version VALUES ('8f3a1c')",
+        ):
+            store.run(lambda session, statement=statement: session.execute(text(statement)))
+    refused = CliRunner(env={"CODE_WORKER_DATABASE_URL": database_url}).invoke(cli, ["db", "upgrade"])
+    # What `main` prints in one line and ends with status 1 for.
+    assert isinstance(refused.exception, StoreError)
+    assert "another application's database" in str(refused.exception)
+    assert run(database_url, "upgrade", "--beside").exit_code == 0
 
 
 @pytest.mark.parametrize("url", ["sqlite:////nowhere/at/all.db", "postgresql://nobody@nowhere/none"])

@@ -27,7 +27,7 @@ def empty(database_url: str) -> Iterator[Store]:
 
 
 def tables(store: Store) -> set[str]:
-    return set(inspect(store.engine).get_table_names()) - {"alembic_version"}
+    return set(inspect(store.engine).get_table_names()) - {migrate.VERSION_TABLE}
 
 
 def test_up_makes_every_table_and_down_leaves_nothing(empty: Store) -> None:
@@ -52,7 +52,7 @@ def test_up_again_changes_nothing(store: Store) -> None:
 
 def test_the_migrations_and_the_models_agree(store: Store) -> None:
     def differences(session: Session) -> list[object]:
-        options = {"compare_type": True, "compare_server_default": True}
+        options = {"compare_type": True, "compare_server_default": True, "version_table": migrate.VERSION_TABLE}
         return list(compare_metadata(MigrationContext.configure(session.connection(), opts=options), Base.metadata))
 
     assert store.run(differences, write=False) == []
@@ -96,9 +96,77 @@ def test_a_database_that_does_not_fit_is_let_go(database_url: str) -> None:
     assert closed == made
 
 
-def test_a_newer_database_still_serves(store: Store) -> None:
-    store.run(lambda session: session.execute(text("UPDATE alembic_version SET version_num = 'from_the_future'")))
+def execute(store: Store, *statements: str) -> None:
+    store.run(lambda session: [session.execute(text(statement)) for statement in statements])
+
+
+def stands_in(store: Store, table: str) -> list[str]:
+    return store.run(lambda session: list(session.scalars(text(f"SELECT version_num FROM {table}"))), write=False)
+
+
+# As Alembic makes it for whoever names no table of their own, ourselves in earlier versions among them.
+SHARED = "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"
+
+
+def as_before_the_own_table(store: Store, revision: str) -> None:
+    execute(
+        store,
+        SHARED,
+        f"INSERT INTO alembic_version VALUES ('{revision}')",
+        f"DROP TABLE {migrate.VERSION_TABLE}",
+    )
+
+
+def test_a_newer_database_serves_and_is_left_as_it_is(store: Store) -> None:
+    execute(store, f"UPDATE {migrate.VERSION_TABLE} SET version_num = 'from_the_future'")
     migrate.require_current(store)
+    assert migrate.upgrade(store) == "from_the_future"
+    assert stands_in(store, migrate.VERSION_TABLE) == ["from_the_future"]
+    with pytest.raises(StoreError, match="from_the_future is unknown to this version"):
+        migrate.downgrade(store, "base")
+
+
+def test_a_newer_database_of_the_shared_table_is_left_as_it_is(store: Store) -> None:
+    as_before_the_own_table(store, "from_the_future")
+    migrate.require_current(store)
+    assert migrate.upgrade(store) == "from_the_future"
+    assert stands_in(store, "alembic_version") == ["from_the_future"]
+
+
+def test_a_revision_in_the_shared_table_is_taken_over(empty: Store) -> None:
+    migrate.upgrade(empty, "2026_11_28_audit")
+    as_before_the_own_table(empty, "2026_11_28_audit")
+    with pytest.raises(StoreError, match="is at revision 2026_11_28_audit"):
+        migrate.require_current(empty)
+    assert migrate.upgrade(empty) == "2026_11_28_audit"
+    assert stands_in(empty, migrate.VERSION_TABLE) == [migrate.head()]
+    # The version before reads it there, should the deployment be rolled back.
+    assert stands_in(empty, "alembic_version") == ["2026_11_28_audit"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_another_applications_database_is_refused_unless_it_is_meant(empty: Store, beside: bool) -> None:
+    execute(empty, SHARED, "INSERT INTO alembic_version VALUES ('8f3a1c')", "CREATE TABLE orders (id INTEGER)")
+    if not beside:
+        with pytest.raises(StoreError, match="another application's database: its alembic_version is at 8f3a1c"):
+            migrate.upgrade(empty)
+        with pytest.raises(StoreError, match="another application's database"):
+            migrate.require_current(empty)
+        assert tables(empty) == {"alembic_version", "orders"}
+        return
+    migrate.upgrade(empty, beside=True)
+    migrate.require_current(empty)
+    assert stands_in(empty, "alembic_version") == ["8f3a1c"]
+    migrate.downgrade(empty, "base")
+    assert tables(empty) == {"alembic_version", "orders"}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_tables_of_our_names_that_we_did_not_make_are_never_touched(empty: Store, beside: bool) -> None:
+    execute(empty, "CREATE TABLE jobs (id INTEGER)")
+    with pytest.raises(StoreError, match="another application's database: it has tables jobs "):
+        migrate.upgrade(empty, beside=beside)
+    assert tables(empty) == {"jobs"}
 
 
 def test_migrating_leaves_logging_alone(empty: Store) -> None:
