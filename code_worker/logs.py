@@ -15,7 +15,8 @@ __all__ = ["configure_logging", "get_logger", "redact"]
 
 _SECRETS = (
     # What comes before keeps the search linear: a message of somebody's may be megabytes of letters.
-    re.compile(r"(?<![a-zA-Z0-9+.\-])(?P<keep>[a-zA-Z0-9+.\-]+://[^\s/:@]*:)[^\s/@]+(?=@)"),
+    # A password may hold what it should not, of a URL of somebody's that is quoted before anybody reads it.
+    re.compile(r"(?<![a-zA-Z0-9+.\-])(?P<keep>[a-zA-Z0-9+.\-]+://[^\s/:@]*:)(?:[^\s,;\"']{1,200}|[^\s/@]+)(?=@)"),
     re.compile(
         r"(?P<keep>\b(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId)=)[^&\s\"']+",
         re.IGNORECASE,

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from code_worker.addresses import broker_address, database_address, endpoint_address
 from code_worker.errors import ConfigurationError
 from code_worker.training_settings import Section, TrainingSettings
 
@@ -50,6 +51,11 @@ class S3Settings(Section):
     max_attempts: int = Field(4, ge=1, description="Tries of one request (botocore's standard mode).")
     body_attempts: int = Field(3, ge=1, description="Tries of a body that was cut short; botocore never retries one.")
     checksum_mode: bool = Field(True, description="Verify the checksum that the object carries, if it carries one.")
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _read_endpoint(cls, url: str | None) -> str | None:
+        return None if url is None else endpoint_address(url)
 
 
 class FileSettings(Section):
@@ -318,6 +324,16 @@ class Settings(BaseSettings):
         if any(len(key.get_secret_value()) < _KEY_LENGTH for key in keys):
             raise ValueError(f"a key must have {_KEY_LENGTH} characters or more")
         return keys
+
+    @field_validator("broker_url")
+    @classmethod
+    def _read_broker(cls, url: SecretStr | None) -> SecretStr | None:
+        return None if url is None else SecretStr(broker_address(url.get_secret_value()))
+
+    @field_validator("database_url")
+    @classmethod
+    def _read_database(cls, url: SecretStr | None) -> SecretStr | None:
+        return None if url is None else SecretStr(database_address(url.get_secret_value()))
 
     @property
     def data_path(self) -> Path:
