@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from code_worker.errors import ArtifactError, PluginError, UnknownHeadError
+from code_worker.errors import ArtifactError, IntegrityError, PluginError, UnknownHeadError
 from code_worker.heads import Head
 from code_worker.releases.golden import checked_scores, golden_embeddings
 from code_worker.releases.manifest import MANIFEST_NAME, HeadEntry, Manifest, release_id, verify_files
@@ -54,23 +55,43 @@ def head_directory(directory: Path, name: str) -> Path:
 
 
 def load_release(
-    directory: Path, plugins: Plugins, on_bytes: OnBytes | None = None, *, keys: Sequence[SecretStr] = ()
+    directory: Path,
+    plugins: Plugins,
+    on_bytes: OnBytes | None = None,
+    *,
+    keys: Sequence[SecretStr] = (),
+    signature: bytes | None = None,
+    expected: str | None = None,
 ) -> LoadedRelease:
     """Loads a release directory, all of it or nothing.
 
+    Args:
+        directory: the release.
+        plugins: what loads its heads.
+        on_bytes: told of progress.
+        keys: one of them must have signed the manifest. The files are then compared once more after they were read.
+        signature: the signature, where it is not the one that lies in the directory.
+        expected: hash that the manifest must have.
+
     Raises:
-        SignatureError: there are keys, and none of them made the signature that lies in it.
-        IntegrityError: its files are not those of the manifest; nothing of them was parsed.
+        SignatureError: there are keys, and none of them made the signature.
+        IntegrityError: its files are not those of the manifest, or it is another manifest, and nothing of them was
+            parsed; or somebody changed them meanwhile.
         ArtifactError: a part cannot be loaded, or a head does not keep its contract.
         PluginError: a head's plugin is not installed.
     """
     from code_worker.encoder.weights import read_weights  # noqa: PLC0415 - torch: only who judges pays for it
 
     manifest, sha256 = verify_files(directory, on_bytes)
+    _refuse_swapped(directory, sha256, expected or sha256)
     if keys:
-        check((directory / MANIFEST_NAME).read_bytes(), signature_in(directory), keys, str(directory))
+        content = (directory / MANIFEST_NAME).read_bytes()
+        _refuse_swapped(directory, hashlib.sha256(content).hexdigest(), sha256)
+        check(content, signature_in(directory) if signature is None else signature, keys, str(directory))
     weights = read_weights(directory)
     heads = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
+    if keys:
+        _refuse_swapped(directory, verify_files(directory)[1], sha256)
     for name, head in heads.items():
         checked_scores(name, head, golden_embeddings(_PROBES))
     return LoadedRelease(
@@ -82,6 +103,14 @@ def load_release(
         head_sha256={name: entry.sha256 for name, entry in manifest.heads.items()},
         encoder_sha256=manifest.encoder.sha256,
     )
+
+
+def _refuse_swapped(directory: Path, found: str, expected: str) -> None:
+    """What was compared with the database or a signature must be what is loaded, whoever writes to the directory."""
+    if found != expected:
+        raise IntegrityError(
+            f"{directory}: the manifest is not the expected one ({found[:16]}…, not {expected[:16]}…)"
+        )
 
 
 def load_head(directory: Path, name: str, entry: HeadEntry, plugins: Plugins) -> Head:

@@ -170,9 +170,13 @@ class Registry:
             PluginError: a head's plugin is not installed.
         """
         directory, manifest = self._fetch(release)
-        if self._keys:
-            check(manifest, self._artifacts.signature(release), self._keys, release)
-        return load_release(directory, self._plugins, on_bytes)
+        signature = self._artifacts.signature(release) if self._keys else None
+        check(manifest, signature, self._keys, release)
+        # Not trusted to be still there: whoever may write to the artifact store could put another in its place.
+        expected = hashlib.sha256(manifest).hexdigest()
+        return load_release(
+            directory, self._plugins, on_bytes, keys=self._keys, signature=signature, expected=expected
+        )
 
     def sign(self, release: str, *, by: str) -> None:
         """Signs a release that is here already, of which somebody made sure where it is from.
@@ -207,6 +211,7 @@ class Registry:
         Raises:
             NoReleaseError, ArtifactError, PluginError: see `load`; the champion stays.
             ArtifactError: the release has no head, or its status forbids it.
+            StoreError: it was retired meanwhile.
         """
         require(self._roles, by, Role.OPERATOR, "promote a release")
         self.load_to_judge(release)
@@ -246,12 +251,10 @@ class Registry:
     def challenge(self, release: str, *, by: str, reason: str = "") -> str | None:
         """Makes a release the challenger, after it was proven to load; returns the challenger before.
 
-        Since it never acts, one that must not be promoted may be watched all the same.
-
         Raises:
             NoReleaseError, ArtifactError, PluginError: see `load`; the challenger stays.
             ArtifactError: the release has no head.
-            StoreError: it is the champion.
+            StoreError: it is the champion, or was retired.
         """
         require(self._roles, by, Role.OPERATOR, "choose a challenger")
         self._load_with_heads(release)

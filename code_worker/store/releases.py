@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import RowMapping, delete, insert, select, update
+from sqlalchemy import RowMapping, Select, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
@@ -36,6 +36,7 @@ __all__ = [
 
 CHAMPION: Final = "champion"
 CHALLENGER: Final = "challenger"
+_READY: Final = "ready"
 _ACTIONS: Final = {CHAMPION: "release.promote", CHALLENGER: "release.challenge"}
 _RELEASES = table_of(ReleaseRow)
 _ALIASES = table_of(AliasRow)
@@ -81,7 +82,7 @@ def add(
     manifest: Mapping[str, Any],
     source: str,
     by: str,
-    status: str = "ready",
+    status: str = _READY,
 ) -> bool:
     """Registers a release; returns False when it was registered before, which changes nothing.
 
@@ -133,12 +134,20 @@ def _info(row: RowMapping) -> ReleaseInfo:
 
 
 def retire(session: Session, release_id: str, status: str) -> bool:
-    """Lets a release never be promoted again and says why; False while an alias points to it."""
-    pointed = select(_ALIASES.c.name).where(_ALIASES.c.release_id == release_id).with_for_update()
-    if session.scalar(pointed) is not None:
+    """Lets a release never be promoted again and says why; False while an alias points to it.
+
+    Whoever points an alias to it locks the same row first, so that no alias does when this has been committed.
+    """
+    session.execute(_lock_of(release_id))
+    if session.scalar(select(_ALIASES.c.name).where(_ALIASES.c.release_id == release_id).limit(1)) is not None:
         return False
     session.execute(update(_RELEASES).where(_RELEASES.c.id == release_id).values(status=status))
     return True
+
+
+def _lock_of(release_id: str) -> Select[str]:
+    """Status of a release, whose row stays as it is until commit; rows that refer to it can still be written."""
+    return select(_RELEASES.c.status).where(_RELEASES.c.id == release_id).with_for_update(key_share=True)
 
 
 def alias(session: Session, name: str, *, lock: bool = False) -> str | None:
@@ -158,7 +167,7 @@ def move_alias(session: Session, name: str, release_id: str, *, by: str, reason:
     A challenger that becomes the champion is no challenger any more.
 
     Raises:
-        StoreError: no such release.
+        StoreError: no such release, or it was retired.
     """
     if get(session, release_id) is None:
         raise StoreError(f"no release {release_id}: see `code-worker releases list`")
@@ -172,7 +181,7 @@ def challenge(session: Session, release_id: str, *, by: str, reason: str) -> str
     """Makes a release the challenger and returns the one before.
 
     Raises:
-        StoreError: no such release, or it is the champion.
+        StoreError: no such release, it was retired, or it is the champion.
     """
     # Locked, so that it is not promoted at the same moment.
     champion = select(_ALIASES.c.release_id).where(_ALIASES.c.name == CHAMPION).with_for_update()
@@ -196,7 +205,7 @@ def rollback(session: Session, name: str, *, by: str, reason: str) -> str:
     A rollback is no move to be taken back in turn: rolling back twice goes two moves back, never to and fro.
 
     Raises:
-        StoreError: no move is left to take back, or its release was the first.
+        StoreError: no move is left to take back, its release was the first, or the one before was retired.
     """
     now = session.scalar(select(_ALIASES.c.release_id).where(_ALIASES.c.name == name).with_for_update())
     undone = select(_MOVES.c.undoes).where(_MOVES.c.alias == name, _MOVES.c.undoes.is_not(None))
@@ -229,6 +238,10 @@ def _locked(session: Session, name: str, release_id: str, by: str) -> str | None
 def _move(
     session: Session, name: str, release_id: str, *, previous_id: str | None, undoes: int | None, by: str, reason: str
 ) -> None:
+    # The alias is locked already, and the release after it, in this order everywhere. Its status is read anew: it may
+    # have been retired since somebody made sure that it loads, and its files with it.
+    if (status := session.scalar(_lock_of(release_id))) != _READY:
+        raise StoreError(f"{name} cannot be {release_id}: {status}")
     session.execute(
         update(_ALIASES)
         .where(_ALIASES.c.name == name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from pydantic import SecretStr
 
 from code_worker.cli.scan_runtime import load as load_to_scan
 from code_worker.errors import ConfigurationError, IntegrityError, NotAllowedError, SignatureError
+from code_worker.heads import Head
 from code_worker.plugins import Plugins
 from code_worker.releases.artifacts import ArtifactStore, LocalArtifacts, S3Artifacts
 from code_worker.releases.importer import build_release
+from code_worker.releases.loading import load_release
 from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, write_manifest
 from code_worker.releases.registry import Registry
 from code_worker.releases.signing import SIGNATURE_NAME, check, sign
@@ -206,3 +209,43 @@ def test_the_shell_signs(sqlite_cli: Cli, copy: Path, tmp_path: Path) -> None:
     assert (refused.status, f"{id_} is not signed" in refused.stderr) == (1, True)
     assert sqlite_cli("releases", "sign", id_, env=keys).stdout == f"{id_} is signed\n"
     assert sqlite_cli("releases", "promote", id_, env=keys).status == 0
+
+
+def test_a_directory_that_is_swapped_after_the_check_is_not_loaded(
+    sqlite_store: Store, tmp_path: Path, plugins: Plugins, toy_release_dir: Path
+) -> None:
+    """Whoever may write to the artifact store puts another release in the place of the one that was checked."""
+    other = tmp_path / "other"
+    shutil.copytree(toy_release_dir, other)
+    manifest, _ = read_manifest(other)
+    write_manifest(other, manifest.model_copy(update={"notes": "nobody signed this"}))
+
+    class Swapped(LocalArtifacts):
+        def signature(self, release: str) -> bytes | None:
+            found = super().signature(release)
+            shutil.rmtree(self.root / release)
+            shutil.copytree(other, self.root / release)
+            return found
+
+    ours = Registry(sqlite_store, LocalArtifacts(tmp_path / "kept"), plugins, RoleSettings(), [OURS])
+    release = ours.add(toy_release_dir)
+    assert ours.load(release).id == release
+    with pytest.raises(IntegrityError, match="the manifest is not the expected one"):
+        Registry(sqlite_store, Swapped(tmp_path / "kept"), plugins, RoleSettings(), [OURS]).load(release)
+
+
+def test_files_that_are_swapped_while_they_are_read_are_not_used(
+    tmp_path: Path, plugins: Plugins, toy_release_dir: Path
+) -> None:
+    signed = tmp_path / "release"
+    shutil.copytree(toy_release_dir, signed)
+    signed_by(signed, OURS)
+
+    class Swapping(Plugins):
+        def head_class(self, name: str) -> type[Head]:
+            (signed / MANIFEST_NAME).write_bytes((signed / MANIFEST_NAME).read_bytes() + b"\n")
+            return plugins.head_class(name)
+
+    load_release(signed, plugins, keys=[OURS])
+    with pytest.raises(IntegrityError, match="the manifest is not the expected one"):
+        load_release(signed, Swapping(), keys=[OURS])

@@ -9,7 +9,8 @@ from sqlalchemy import text
 
 from code_worker.errors import StoreError
 from code_worker.store import embeddings, policies, releases
-from code_worker.store.engine import Store
+from code_worker.store.engine import Session, Store
+from tests.patience import polls
 
 VECTOR = bytes(range(256)) * 3
 
@@ -122,6 +123,60 @@ def test_promoters_at_once_leave_one_unbroken_history(store: Store) -> None:
     assert history[0].previous_id is None
     assert [move.previous_id for move in history[1:]] == [move.release_id for move in history[:-1]]
     assert champion(store) == history[-1].release_id
+
+
+def retire(store: Store, release_id: str) -> bool:
+    return store.run(lambda session: releases.retire(session, release_id, "its files were deleted"))
+
+
+@pytest.mark.parametrize("name", ["champion", "challenger"])
+def test_what_was_retired_since_it_was_loaded_is_pointed_to_by_nobody(store: Store, name: str) -> None:
+    for release in ("r1", "r2"):
+        add(store, release)
+    promote(store, "r1", name=name)
+    assert not retire(store, "r1")
+    promote(store, "r2", name=name)
+    assert retire(store, "r1")
+    with pytest.raises(StoreError, match=f"{name} cannot be r1: its files were deleted"):
+        promote(store, "r1", name=name)
+    with pytest.raises(StoreError, match=f"{name} cannot be r1"):
+        store.run(lambda session: releases.rollback(session, name, by="bob", reason=""))
+    assert store.run(lambda session: releases.alias(session, name), write=False) == "r2"
+
+
+def other_end_waits(store: Store) -> None:
+    """Returns when a statement of the other transaction waits for a lock of this one."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    for _ in polls():
+        if store.run(lambda session: session.scalar(text(waiting)), write=False):
+            return
+    raise AssertionError("nobody waits")
+
+
+@pytest.mark.parametrize("first", ["promote", "retire"])
+def test_of_a_promotion_and_a_retirement_at_one_moment_one_wins(postgres_store: Store, first: str) -> None:
+    store = postgres_store
+    for release in ("r1", "r2"):
+        add(store, release)
+    promote(store, "r1")
+    acts = {
+        "promote": lambda session: releases.move_alias(session, "champion", "r2", by="alice", reason=""),
+        "retire": lambda session: releases.retire(session, "r2", "its files were deleted"),
+    }
+    with ThreadPoolExecutor(1) as pool:
+        with Session(store.engine) as session, session.begin():
+            acts.pop(first)(session)
+            ((_, act),) = acts.items()
+            other = pool.submit(store.run, act)
+            other_end_waits(store)
+        if first == "promote":
+            assert other.result() is False
+        else:
+            with pytest.raises(StoreError, match="champion cannot be r2"):
+                other.result()
+    found = store.run(lambda session: releases.get(session, "r2"), write=False)
+    assert found is not None
+    assert (champion(store), found.status == "ready") == (("r2", True) if first == "promote" else ("r1", False))
 
 
 @pytest.mark.parametrize("table", ["alias_moves", "policies"])
