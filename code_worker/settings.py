@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from code_worker.addresses import broker_address, database_address, endpoint_address
+from code_worker.addresses import broker_address, database_address
 from code_worker.errors import ConfigurationError
+from code_worker.source_settings import FileSettings, LimitSettings, S3Settings
 from code_worker.training_settings import Section, TrainingSettings
 
 __all__ = [
@@ -32,53 +33,6 @@ __all__ = [
 
 CONFIG_ENV = "CODE_WORKER_CONFIG"
 _KEY_LENGTH = 32
-
-
-class S3Settings(Section):
-    """Where `s3://` objects come from and how long one may take."""
-
-    endpoint_url: str | None = Field(None, description="S3 endpoint; unset means AWS.")
-    region: str | None = Field(None, description="Region; unset leaves it to the AWS configuration chain.")
-    access_key_id: SecretStr | None = Field(None, description="Access key; unset leaves it to the AWS chain.")
-    secret_access_key: SecretStr | None = Field(None, description="Secret key that goes with `access_key_id`.")
-    buckets: tuple[str, ...] = Field(
-        (), description="Buckets (or `bucket/prefix`) that may be read. Empty means none: nothing is read from S3."
-    )
-    path_style: bool = Field(False, description="Put the bucket in the path; most S3-compatible servers need it.")
-    connect_timeout_s: float = Field(3.0, gt=0, description="Limit for opening a connection.")
-    read_timeout_s: float = Field(5.0, gt=0, description="Limit between two chunks of a body.")
-    object_timeout_s: float = Field(30.0, gt=0, description="Wall-clock limit for one object, retries included.")
-    max_attempts: int = Field(4, ge=1, description="Tries of one request (botocore's standard mode).")
-    body_attempts: int = Field(3, ge=1, description="Tries of a body that was cut short; botocore never retries one.")
-    checksum_mode: bool = Field(True, description="Verify the checksum that the object carries, if it carries one.")
-
-    @field_validator("endpoint_url")
-    @classmethod
-    def _read_endpoint(cls, url: str | None) -> str | None:
-        return None if url is None else endpoint_address(url)
-
-
-class FileSettings(Section):
-    """Which local files may be read."""
-
-    roots: tuple[Path, ...] = Field(
-        (), description="Directories under which `file://` and paths may be read. Empty means none."
-    )
-
-
-class LimitSettings(Section):
-    """What an image may cost before it is refused."""
-
-    max_bytes: int = Field(50 * 2**20, gt=0, description="Largest file, enforced while it streams in.")
-    max_pixels: int = Field(50_000_000, gt=0, description="Largest width x height, read from the header.")
-    max_side: int = Field(16_384, gt=0, description="Longest side, read from the header.")
-    min_side: int = Field(1, ge=1, description="Shortest side that is judged.")
-    max_decode_bytes: int = Field(
-        280_000_000,
-        gt=0,
-        description="Memory that one process decodes in, told from headers: large images wait for each other, and "
-        "one that takes more is refused. Enough for 50 million pixels in most files, 23 million of a WebP.",
-    )
 
 
 class BrokerSettings(Section):

@@ -245,7 +245,6 @@ def test_listing_a_missing_bucket_is_not_found(make_sources: MakeSources) -> Non
 @pytest.mark.parametrize(
     "changes",
     [
-        {"endpoint_url": "not a url"},
         {"access_key_id": None, "secret_access_key": None},
         {"secret_access_key": None},
         {"region": "no such region"},

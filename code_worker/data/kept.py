@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from code_worker.disk import flush, make_private
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
-from code_worker.releases.artifacts import s3_client, s3_errors
+from code_worker.object_store import storage_client, storage_errors
 
 if TYPE_CHECKING:
     from code_worker.settings import S3Settings, Settings
@@ -189,7 +189,7 @@ class S3Kept:
     def _client(self) -> Any:
         with self._lock:
             if self._made is None:
-                self._made = s3_client(self._settings)
+                self._made = storage_client(self._settings, self._bucket)
             return self._made
 
     def put(self, data: bytes) -> str:
@@ -284,5 +284,5 @@ def _translated(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(f"{doing}: {error.strerror or error}") from error
-    except s3_errors() as error:
+    except storage_errors() as error:
         raise StorageError(f"{doing}: {error}") from error

@@ -9,8 +9,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
@@ -18,6 +16,7 @@ from urllib3.exceptions import HTTPError
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.s3_errors import Fault, fault_of_code, fault_of_exception
 from code_worker.images.source import Fetched
+from code_worker.object_store import is_anonymous, new_client
 from code_worker.types import RejectReason
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def _check_form(uri: str, bucket: str, key: str) -> None:
 
 
 class S3Source:
-    """Reads objects of the allowed buckets over one pooled client that all threads share."""
+    """Reads objects of the allowed buckets over pooled clients that all threads share."""
 
     def __init__(self, settings: S3Settings, *, max_bytes: int, connections: int) -> None:
         self._settings = settings
@@ -94,7 +93,8 @@ class S3Source:
         self._connections = connections
         # Downloads that were given up end by themselves; a server that keeps them hanging must not collect threads.
         self._slots = threading.BoundedSemaphore(4 * connections)
-        self._client: S3Client | None = None
+        self._clients: dict[bool, S3Client] = {}
+        """By whether requests go without a signature."""
         self._lock = threading.Lock()
         self._allowed = tuple(entry.removeprefix(_SCHEME).partition("/")[::2] for entry in settings.buckets)
 
@@ -130,8 +130,8 @@ class S3Source:
     def close(self) -> None:
         """Closes pooled connections."""
         with self._lock:
-            client, self._client = self._client, None
-        if client is not None:
+            clients, self._clients = self._clients, {}
+        for client in clients.values():
             client.close()
 
     def _pages(self, client: S3Client, prefix: Location) -> Iterator[str]:
@@ -157,35 +157,17 @@ class S3Source:
         )
 
     def _shared_client(self, location: Location) -> S3Client:
+        anonymous = is_anonymous(self._settings, location.bucket)
         with self._lock:
-            if self._client is None:
+            if anonymous not in self._clients:
                 try:
-                    self._client = self._new_client()
+                    self._clients[anonymous] = new_client(
+                        self._settings, location.bucket, connections=self._connections
+                    )
                 # ValueError: boto3's answer to an endpoint that is no URL.
                 except (*_BOTO_ERRORS, ValueError) as error:
                     raise _translated(error, location) from None
-            return self._client
-
-    def _new_client(self) -> S3Client:
-        settings = self._settings
-        key, secret = settings.access_key_id, settings.secret_access_key
-        return boto3.session.Session().client(
-            "s3",
-            endpoint_url=settings.endpoint_url,
-            region_name=settings.region,
-            aws_access_key_id=key.get_secret_value() if key else None,
-            aws_secret_access_key=secret.get_secret_value() if secret else None,
-            config=Config(
-                signature_version="s3v4",
-                retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
-                connect_timeout=settings.connect_timeout_s,
-                read_timeout=settings.read_timeout_s,
-                max_pool_connections=self._connections,
-                tcp_keepalive=True,
-                s3={"addressing_style": "path" if settings.path_style else "auto"},
-                response_checksum_validation="when_supported" if settings.checksum_mode else "when_required",
-            ),
-        )
+            return self._clients[anonymous]
 
 
 class _Download:

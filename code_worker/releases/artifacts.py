@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError
 from code_worker.failpoints import failpoint
+from code_worker.object_store import storage_client, storage_errors
 from code_worker.releases.hashing import OnBytes
 from code_worker.releases.manifest import (
     MANIFEST_NAME,
@@ -26,7 +27,7 @@ from code_worker.releases.signing import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
 if TYPE_CHECKING:
     from code_worker.settings import S3Settings, Settings
 
-__all__ = ["ArtifactStore", "LocalArtifacts", "S3Artifacts", "open_artifacts", "s3_client", "s3_errors"]
+__all__ = ["ArtifactStore", "LocalArtifacts", "S3Artifacts", "open_artifacts"]
 
 _RELEASE_ID = re.compile(r"r-[0-9a-f]{12}")
 
@@ -181,7 +182,7 @@ class S3Artifacts:
     @property
     def _client(self) -> Any:
         if self._made is None:
-            self._made = s3_client(self._settings)
+            self._made = storage_client(self._settings, self._bucket)
         return self._made
 
     def _key(self, release: str, name: str) -> str:
@@ -274,34 +275,6 @@ class S3Artifacts:
         return bool(keys) or cached
 
 
-def s3_client(settings: S3Settings) -> Any:
-    """A client for the project's own storage, which settings name; image sources have another, bounded one.
-
-    Raises:
-        ConfigurationError: boto3 is not installed.
-    """
-    try:
-        import boto3  # noqa: PLC0415 - heavy, and needed for S3 alone
-        from botocore.config import Config  # noqa: PLC0415 - as above
-    except ImportError:
-        raise ConfigurationError("storage in S3 needs boto3: pip install 'code-worker[worker]'") from None
-    secret, key = settings.secret_access_key, settings.access_key_id
-    config = Config(
-        connect_timeout=settings.connect_timeout_s,
-        read_timeout=max(settings.read_timeout_s, 30.0),
-        retries={"mode": "standard", "max_attempts": settings.max_attempts},
-        s3={"addressing_style": "path" if settings.path_style else "auto"},
-    )
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=settings.endpoint_url,
-        region_name=settings.region,
-        aws_access_key_id=key.get_secret_value() if key else None,
-        aws_secret_access_key=secret.get_secret_value() if secret else None,
-        config=config,
-    )
-
-
 @contextlib.contextmanager
 def _translated(doing: str) -> Iterator[None]:
     """Turns the operating system's and the S3 client's errors into ours."""
@@ -309,18 +282,8 @@ def _translated(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ArtifactError(f"{doing}: {error}") from error
-    except s3_errors() as error:
+    except storage_errors() as error:
         raise ArtifactError(f"{doing}: {error}") from error
-
-
-def s3_errors() -> tuple[type[Exception], ...]:
-    """What that client raises; nothing where boto3 is not installed."""
-    try:
-        from boto3.exceptions import Boto3Error  # noqa: PLC0415 - absent where S3 is not used
-        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 - as above
-    except ImportError:
-        return ()
-    return (Boto3Error, BotoCoreError, ClientError)
 
 
 def _is_whole(directory: Path, release: str) -> bool:

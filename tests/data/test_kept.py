@@ -32,7 +32,7 @@ def s3_settings(url: str) -> S3Settings:
         access_key_id="test",
         secret_access_key="test",
         path_style=True,
-        max_attempts=1,
+        max_attempts=2,
         connect_timeout_s=60.0,
         read_timeout_s=60.0,
     )

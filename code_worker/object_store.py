@@ -1,0 +1,108 @@
+"""Clients of object stores: one configuration for images, releases and kept copies, for reading and writing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from code_worker.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from botocore.model import OperationModel
+    from mypy_boto3_s3 import S3Client
+
+    from code_worker.settings import S3Settings
+
+__all__ = ["is_anonymous", "new_client", "storage_client", "storage_errors"]
+
+_Checksums = Literal["when_supported", "when_required"]
+_CONNECTIONS: Final = 10
+_STORAGE_READ_TIMEOUT_S: Final = 30.0
+
+
+def new_client(
+    settings: S3Settings, bucket: str, *, connections: int = _CONNECTIONS, read_timeout_s: float | None = None
+) -> S3Client:
+    """A client as the settings say; nothing is contacted yet. Buckets of one answer to `is_anonymous` can share it.
+
+    Args:
+        settings: endpoint, keys, timeouts, and what the server understands.
+        bucket: decides whether requests are signed.
+        connections: kept open at most.
+        read_timeout_s: limit between two chunks; unset: that of the settings.
+
+    Raises:
+        ConfigurationError: boto3 is not installed.
+        BotoCoreError, ValueError: settings that cannot be used.
+    """
+    try:
+        # Heavy, and needed for S3 alone.
+        import boto3
+        from botocore import UNSIGNED
+        from botocore.config import Config
+    except ImportError:
+        raise ConfigurationError("storage in S3 needs boto3: pip install 'code-worker[worker]'") from None
+    key, secret = settings.access_key_id, settings.secret_access_key
+    # Stated both ways: by themselves boto3's uploads carry checksums in headers that B2 and R2 refuse.
+    checksums: _Checksums = "when_supported" if settings.checksum_mode else "when_required"
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=settings.endpoint_url,
+        region_name=settings.region,
+        aws_access_key_id=key.get_secret_value() if key else None,
+        aws_secret_access_key=secret.get_secret_value() if secret else None,
+        config=Config(
+            signature_version=UNSIGNED if is_anonymous(settings, bucket) else "s3v4",
+            retries={"mode": "standard", "total_max_attempts": settings.max_attempts},
+            connect_timeout=settings.connect_timeout_s,
+            read_timeout=settings.read_timeout_s if read_timeout_s is None else read_timeout_s,
+            max_pool_connections=connections,
+            tcp_keepalive=True,
+            s3={"addressing_style": "path" if settings.path_style else "auto"},
+            request_checksum_calculation=checksums,
+            response_checksum_validation=checksums,
+        ),
+    )
+    client.meta.events.register("provide-client-params.s3", _Payer(settings.requester_pays))
+    return client
+
+
+def storage_client(settings: S3Settings, bucket: str) -> S3Client:
+    """A client for the project's own storage, whose files are large and not waited for by a live job.
+
+    Raises:
+        ConfigurationError: boto3 is not installed.
+    """
+    return new_client(settings, bucket, read_timeout_s=max(settings.read_timeout_s, _STORAGE_READ_TIMEOUT_S))
+
+
+def is_anonymous(settings: S3Settings, bucket: str) -> bool:
+    """Whether requests to this bucket go without a signature."""
+    return bucket in _names(settings.anonymous)
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What a client raises; nothing where boto3 is not installed."""
+    try:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return ()
+    return (Boto3Error, BotoCoreError, ClientError)
+
+
+class _Payer:
+    """Says in every request to a bucket whose reader pays that we do, in parts of an upload or a list as well."""
+
+    def __init__(self, buckets: Iterable[str]) -> None:
+        self._buckets = _names(buckets)
+
+    def __call__(self, params: dict[str, Any], model: OperationModel, **_: object) -> None:
+        shape = model.input_shape
+        if params.get("Bucket") in self._buckets and shape is not None and "RequestPayer" in shape.members:
+            params["RequestPayer"] = "requester"
+
+
+def _names(buckets: Iterable[str]) -> frozenset[str]:
+    return frozenset(entry.removeprefix("s3://").partition("/")[0] for entry in buckets)
