@@ -104,6 +104,10 @@ class ScheduleSettings(Section):
 
     retrain: str | None = Field(None, description="Cron line in UTC, such as `0 3 * * sun`.")
     refit: str | None = Field(None, description="Cron line in UTC for refitting the heads alone.")
+    calibrate: bool = Field(
+        False,
+        description="After a promotion draw anew the thresholds of policies that were calibrated on another release.",
+    )
     min_new_real: int = Field(20, ge=0, description="Real images labelled since the last run, below which it waits.")
     min_new_fake: int = Field(50, ge=0, description="Generated images labelled since, below which it waits.")
     min_holdout: int = Field(20, ge=1, description="Images of each class in the hold-out, below which it waits.")

@@ -100,7 +100,7 @@ def test_a_whole_installation_has_no_fault(data_dir: Path, store: Store, champio
     assert [check for check in found if check.status is Status.FAIL] == []
     assert {check.name for check in found if check.status is Status.OK} >= {
         *("python", "settings", "data directory", "broker", "clock", "database", "s3", "files"),
-        *("plugins", "decoding", "device", "release", "workers", "jobs", "sources"),
+        *("plugins", "decoding", "device", "release", "policies", "workers", "jobs", "sources"),
     }
     assert f"champion {champion} is whole" in next(check.message for check in found if check.name == "release")
 

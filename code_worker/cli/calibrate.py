@@ -47,15 +47,10 @@ class _Asked:
     dry_run: bool
     as_json: bool
 
-    @property
-    def scope(self) -> str:
-        tenant = f"tenant {self.tenant}" if self.tenant else "every tenant"
-        return f"{tenant}, {self.content_type or 'every content type'}"
-
 
 @click.command()
-@click.argument("source", default="labels:")
-@click.option("--max-fpr", type=SHARE_BETWEEN, required=True, help="Share of real images that may be called fake.")
+@click.argument("source", required=False)
+@click.option("--max-fpr", type=SHARE_BETWEEN, help="Share of real images that may be called fake; must be given.")
 @click.option("--max-fnr", type=SHARE_BETWEEN, help=f"Share of fakes that may be called real; unset: {_MAX_FNR:g}.")
 @click.option("--tenant", help="Only this tenant's jobs; unset: every tenant's.")
 @click.option("--content-type", help="Only jobs of this content type; unset: every one.")
@@ -63,6 +58,9 @@ class _Asked:
 @click.option("--release", metavar="ID|DIR", help="Release to calibrate; unset: the champion.")
 @click.option("--all", "everything", is_flag=True, help="Count labelled images that a retrain may have learned from.")
 @click.option("--note", default="", help="Why, for the history.")
+@click.option(
+    "--after-promote", is_flag=True, help="Draw anew what was calibrated on another release than the champion."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be set, and set nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def calibrate(**words: Any) -> None:
@@ -74,9 +72,29 @@ def calibrate(**words: Any) -> None:
 
     The thresholds become the next version of the policy, with the data and the figures recorded.
 
+    With --after-promote every policy in force that was calibrated on another release than the champion is drawn anew:
+    by the same SOURCE, bounds, head and scope as then.
+
     Exit status: 0 done; 1 too few images, or none that can be used; 2 wrong use.
     """
-    asked = _Asked(**words)
+    if words.pop("after_promote"):
+        _after_promote(words)
+        return
+    if words["max_fpr"] is None:
+        raise click.UsageError("say with --max-fpr what share of real images may be called fake")
+    _calibrate_one(_Asked(**{**words, "source": words["source"] or "labels:"}))
+
+
+def _after_promote(words: dict[str, Any]) -> None:
+    from code_worker.cli.recalibration import draw_anew  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    dry_run, as_json = words.pop("dry_run"), words.pop("as_json")
+    if given := sorted(name for name, value in words.items() if value):
+        raise click.UsageError(f"--after-promote does as each policy was calibrated: leave {', '.join(given)} out")
+    draw_anew(dry_run=dry_run, as_json=as_json)
+
+
+def _calibrate_one(asked: _Asked) -> None:
     if "" in {asked.tenant, asked.content_type}:
         raise click.UsageError("an empty name stands for nothing: leave the option out")
     settings = quiet_settings()
@@ -147,6 +165,7 @@ def _put(asked: _Asked, settings: Settings, store: Store, made: Calibration) -> 
         head=made.head,
         note=asked.note or f"calibrated on {asked.source} for at most {asked.max_fpr:g} false alarms",
         evidence=made.evidence,
+        release_id=made.evidence["release"],
     )
 
 
@@ -204,7 +223,7 @@ def _say(asked: _Asked, made: Calibration, row: PolicyRow | None) -> None:
     if row is None:
         click.echo("nothing was set (--dry-run)")
     else:
-        click.echo(f"version {row.version} for {asked.scope}: workers take it over")
+        click.echo(f"version {row.version} for {row.scope}: workers take it over")
 
 
 def _cells(shares: Shares) -> dict[str, str]:

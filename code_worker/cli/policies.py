@@ -34,30 +34,51 @@ def policies() -> None:
 @click.option("--content-type", help="Scope of the history; unset: every content type.")
 @json_option
 def list_(*, history: bool, tenant: str | None, content_type: str | None, as_json: bool) -> None:
-    """List the policies in force; the most specific one applies: tenant and type, tenant, type, all."""
+    """List the policies in force; the most specific one applies: tenant and type, tenant, type, all.
+
+    A policy is stale when it was calibrated on another release than the champion: its thresholds mean other scores.
+    """
     from code_worker.store import policies as table  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.store import releases  # noqa: PLC0415 - as above
 
     if (tenant or content_type) and not history:
         raise click.UsageError("--tenant and --content-type choose a scope for --history")
-    with open_ledger() as store:
-        found = store.run(
-            lambda session: (
-                table.history(session, tenant=tenant, content_type=content_type)
-                if history
-                else table.in_force(session)
-            ),
-            write=False,
+
+    def read(session: Session) -> tuple[list[PolicyRow], set[str], str | None]:
+        rows = (
+            table.history(session, tenant=tenant, content_type=content_type) if history else table.in_force(session)
         )
+        champion = releases.alias(session, releases.CHAMPION)
+        return rows, {row.id for row in table.stale(session, champion)}, champion
+
+    with open_ledger() as store:
+        found, stale, champion = store.run(read, write=False)
     if as_json:
-        print_json_lines(asdict(row) for row in found)
+        print_json_lines({**asdict(row), "stale": row.id in stale} for row in found)
         return
-    columns = ("tenant", "content_type", "head", "low", "high", "version", "created_at", "created_by", "note")
-    print_table([_readable(row) for row in found], columns, empty=_PUBLISHED)
+    columns = (
+        "tenant",
+        "content_type",
+        "head",
+        "low",
+        "high",
+        "version",
+        "calibrated_on",
+        "created_at",
+        "created_by",
+    )
+    print_table([_readable(row, row.id in stale) for row in found], (*columns, "note"), empty=_PUBLISHED)
+    if stale & {row.id for row in found}:
+        click.echo(
+            f"stale: the champion is {champion}; draw them anew with `code-worker calibrate --after-promote`",
+            err=True,
+        )
 
 
-def _readable(row: PolicyRow) -> dict[str, Any]:
+def _readable(row: PolicyRow, stale: bool) -> dict[str, Any]:
     return {
         **asdict(row),
+        "calibrated_on": f"{row.release_id or ''}{' (stale)' if stale else ''}",
         "tenant": row.tenant or "(all)",
         "content_type": row.content_type or "(all)",
         "created_at": f"{row.created_at:%Y-%m-%d %H:%M}",
@@ -107,8 +128,9 @@ def set_(
     if as_json:
         click.echo(to_json(asdict(made)))
         return
-    whose = f"{f'tenant {tenant}' if tenant else 'every tenant'}, {content_type or 'every content type'}"
-    click.echo(f"version {made.version} for {whose}: real below {low:g}, fake from {high:g}; workers take it over")
+    click.echo(
+        f"version {made.version} for {made.scope}: real below {low:g}, fake from {high:g}; workers take it over"
+    )
 
 
 def _check_head(store: Store, head: str) -> None:

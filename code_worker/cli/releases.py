@@ -52,6 +52,16 @@ def _create_ledger(settings: Settings) -> Iterator[Store]:
         yield store
 
 
+def _warn_of_stale(settings: Settings, champion: str) -> None:
+    from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    with open_ledger(settings) as store:
+        stale = store.run(lambda session: policies.stale(session, champion), write=False)
+    if stale:
+        what = f"{len(stale)} policies were" if len(stale) > 1 else f"the policy of {stale[0].scope} was"
+        click.echo(f"{what} calibrated on another release: `code-worker calibrate --after-promote`", err=True)
+
+
 @click.group()
 def releases() -> None:
     """Import, verify, promote, watch and roll back releases: encoder, heads and thresholds deployed as one."""
@@ -157,8 +167,10 @@ def show(release: str) -> None:
 @click.option("--reason", default="", help="Why, for the history.")
 def promote(release: str, reason: str) -> None:
     """Make RELEASE the champion, after proving that it loads here."""
-    with _registry(quiet_settings()) as registry, progress(f"loading {release}"):
+    settings = quiet_settings()
+    with _registry(settings) as registry, progress(f"loading {release}"):
         before = registry.promote(release, by=who(), reason=reason)
+    _warn_of_stale(settings, release)
     if before == release:
         click.echo(f"{release} is the champion already")
     else:
@@ -181,9 +193,11 @@ def sign(release: str) -> None:
 @click.option("--reason", default="", help="Why, for the history.")
 def rollback(reason: str) -> None:
     """Make the previous champion the champion again."""
-    with _registry(quiet_settings()) as registry, progress("loading the previous champion"):
+    settings = quiet_settings()
+    with _registry(settings) as registry, progress("loading the previous champion"):
         before = registry.champion()
         release = registry.rollback(by=who(), reason=reason)
+    _warn_of_stale(settings, release)
     click.echo(f"{release} is the champion again (was {before}); {_TAKES_OVER}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -26,18 +27,18 @@ _OVERDUE = timedelta(minutes=10)
 
 @click.group()
 def schedule() -> None:
-    """Show when retrains and refits are due."""
+    """Show when retrains and refits are due, and whether a promotion has thresholds drawn anew."""
 
 
 @schedule.command("list")
 @json_option
 def list_(*, as_json: bool) -> None:
     """List the schedules: cron line, next times in UTC, the last time and what came of it."""
-    from code_worker.worker.schedule import TASKS, schedules  # noqa: PLC0415 - Celery: not for --help
+    from code_worker.worker.schedule import CALIBRATE, TASKS, schedules  # noqa: PLC0415 - Celery: not for --help
 
-    settings = quiet_settings()
-    crons, now, last = schedules(settings), datetime.now(UTC), _last(settings, list(TASKS))
-    rows = [_row(settings, kind, crons.get(kind), now, last.get(kind, (None, None))) for kind in TASKS]
+    settings, kinds = quiet_settings(), (*TASKS, CALIBRATE)
+    crons, now, last = schedules(settings), datetime.now(UTC), _last(settings, kinds)
+    rows = [_row(settings, kind, crons.get(kind), now, last.get(kind, (None, None))) for kind in kinds]
     if as_json:
         print_json_lines(rows)
         return
@@ -59,7 +60,7 @@ def _row(
     overdue = missed is not None and slot is not None and slot.slot < missed and now - missed > _OVERDUE
     return {
         "schedule": kind,
-        "cron": getattr(settings.schedule, kind),
+        "cron": _when(getattr(settings.schedule, kind)),
         "next": [] if cron is None else list(islice(times_from(cron, now), _NEXT)),
         "last": None if slot is None else slot.slot,
         "outcome": _outcome(slot, run),
@@ -68,7 +69,11 @@ def _row(
     }
 
 
-def _last(settings: Settings, kinds: list[str]) -> dict[str, tuple[Slot | None, Run | None]]:
+def _when(setting: str | bool | None) -> str | None:
+    return "after a promotion" if setting is True else setting or None
+
+
+def _last(settings: Settings, kinds: Sequence[str]) -> dict[str, tuple[Slot | None, Run | None]]:
     if not has_database(settings):
         return {}
     from code_worker.store import runs  # noqa: PLC0415 - SQLAlchemy: not for --help

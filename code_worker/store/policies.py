@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import RowMapping, func, literal, select
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
-from code_worker.store import audit
+from code_worker.store import audit, releases
 from code_worker.store.ids import as_uuid, uuid7
 from code_worker.store.models import PolicyRecord
 from code_worker.store.sql import insert_into, table_of
 
-__all__ = ["PolicyRow", "get", "history", "in_force", "put"]
+__all__ = ["PolicyRow", "get", "history", "in_force", "put", "redrawable", "stale"]
 
+_GOAL: Final = frozenset({"source", "max_fpr", "max_fnr"})
 _POLICIES = table_of(PolicyRecord)
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyRow:
-    """One version of a policy; None as tenant or content type means every one. Verdicts carry its `id`."""
+    """One version of a policy; None as tenant or content type means every one. Verdicts carry its `id`.
+
+    `release_id` is the release that it was calibrated on, None for thresholds that somebody set by hand.
+    """
 
     id: str
     tenant: str | None
@@ -36,6 +40,13 @@ class PolicyRow:
     created_by: str
     note: str
     evidence: Mapping[str, Any] | None = None
+    release_id: str | None = None
+
+    @property
+    def scope(self) -> str:
+        """Whose jobs it is for, in words."""
+        whose = f"tenant {self.tenant}" if self.tenant else "every tenant"
+        return f"{whose}, {self.content_type or 'every content type'}"
 
 
 _COLUMNS = tuple(_POLICIES.c[name] for name in PolicyRow.__dataclass_fields__)
@@ -52,8 +63,11 @@ def put(
     by: str,
     note: str = "",
     evidence: Mapping[str, Any] | None = None,
+    release_id: str | None = None,
 ) -> PolicyRow:
     """Puts thresholds in force for a tenant and content type, as the next version.
+
+    Calibrated ones name the release whose scores they were drawn by.
 
     Raises:
         ValueError: not 0 ≤ low ≤ high ≤ 1, or an empty name, which would mean every one.
@@ -76,12 +90,13 @@ def put(
         "created_by": by,
         "note": note,
         "evidence": None if evidence is None else dict(evidence),
+        "release_id": release_id,
     }
     written = insert_into(session, PolicyRecord).on_conflict_do_nothing().values(row).returning(*_COLUMNS)
     made = session.execute(written).mappings().one_or_none()
     if made is None:
         raise StoreError("the policy was changed by somebody else just now: look at it and try again")
-    details = {name: row[name] for name in ("tenant", "content_type", "version", "head", "low", "high")}
+    details = {name: row[name] for name in ("tenant", "content_type", "version", "head", "low", "high", "release_id")}
     audit.record(
         session, actor=by, action="policy.put", subject=str(row["id"]), details={**details, "note": audit.blank(note)}
     )
@@ -118,5 +133,41 @@ def get(session: Session, policy_id: str) -> PolicyRow | None:
     return None if row is None else _policy(row)
 
 
+def stale(session: Session, release_id: str | None) -> list[PolicyRow]:
+    """Policies in force that were calibrated on another release, whose scores mean something else; none for None.
+
+    Thresholds fit a release with another id too, if it has the same encoder and the same files of the policy's head.
+    """
+    if release_id is None:
+        return []
+    drawn = [row for row in in_force(session) if row.release_id not in {None, release_id}]
+    now = _manifest(session, release_id)
+    return [row for row in drawn if not _scores_alike(row, _manifest(session, str(row.release_id)), now)]
+
+
+def redrawable(session: Session, release_id: str | None) -> list[PolicyRow]:
+    """Stale policies whose evidence says by what data and to what end they were drawn, so that they can be again."""
+    return [row for row in stale(session, release_id) if {*(row.evidence or ())} >= _GOAL]
+
+
+def _manifest(session: Session, release_id: str) -> Mapping[str, Any]:
+    found = releases.get(session, release_id)
+    return {} if found is None else found.manifest
+
+
+def _scores_alike(row: PolicyRow, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    made, found = (_hashes(manifest, row.head) for manifest in (then, now))
+    return None not in made and made == found
+
+
+def _hashes(manifest: Mapping[str, Any], head: str | None) -> tuple[str | None, str | None]:
+    """Of encoder and head: what a score depends on."""
+    fitted = manifest.get("heads", {}).get(head or manifest.get("default_head"), {})
+    return manifest.get("encoder", {}).get("sha256"), fitted.get("sha256")
+
+
 def _policy(row: RowMapping) -> PolicyRow:
-    return PolicyRow(**{**row, "tenant": row["tenant"] or None, "content_type": row["content_type"] or None})
+    # Before there was a column for it, the evidence alone said which release it was.
+    drawn_on = row["release_id"] or (row["evidence"] or {}).get("release")
+    scope = {name: row[name] or None for name in ("tenant", "content_type")}
+    return PolicyRow(**{**row, **scope, "release_id": drawn_on})

@@ -124,6 +124,7 @@ def calibrate(
         "fake": len(fakes),
         "left_out": {"learned": len(learned), "unusable": len(embedded.skipped)},
         **_tool(runtime, head, goal),
+        "everything": labelled is None,
         "achieved": made.shares.to_dict(),
         "note": made.note,
     }
@@ -151,6 +152,7 @@ def _tool(runtime: Runtime, head: str, goal: Goal) -> dict[str, Any]:
         "rule": RULE,
         "max_fpr": goal.max_fpr,
         "max_fnr": goal.max_fnr,
+        "strict_fnr": goal.strict_fnr,
         "code_version": __version__,
     }
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from code_worker.errors import CodeWorkerError, RunActiveError, RunStoppedError
 from code_worker.logs import get_logger
 from code_worker.queues import WATCH
-from code_worker.worker.schedule import TASKS, due_slot, schedules
+from code_worker.store import schedule
+from code_worker.worker.schedule import CALIBRATE, TASKS, calibration_due, due_slot, schedules
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -101,7 +102,7 @@ class Learning:
             self._learner.learn(kind, by=f"schedule: {kind} of {slot.at:%Y-%m-%d %H:%M}", slot=slot)
 
     def watch(self) -> None:
-        """Finishes what a dead process left behind, then runs what is due.
+        """Finishes what a dead process left behind, runs what is due, then draws thresholds for a new champion.
 
         Raises:
             CodeWorkerError: see `Learner.learn`.
@@ -110,6 +111,25 @@ class Learning:
             self._learner.resume()
         for kind in schedules(self._settings):
             self.on_schedule(kind)
+        with self._turn:
+            self._calibrate()
+
+    def _calibrate(self) -> None:
+        """Once after each promotion; what cannot be drawn stays stale, as `doctor` and `policies list` say."""
+        due = self._store.run(lambda session: calibration_due(session, self._settings))
+        if due is None:
+            return
+        from code_worker.plugins import load_plugins  # noqa: PLC0415 - plugins and numpy, once something is due
+        from code_worker.releases.registry import open_registry  # noqa: PLC0415 - as above
+        from code_worker.training.recalibrate import recalibrate  # noqa: PLC0415 - as above
+
+        registry = open_registry(self._settings, store=self._store, plugins=load_plugins(self._settings))
+        # Under the authority of whoever set the schedule, as its runs are.
+        by = f"schedule: {CALIBRATE} after the promotion of {due:%Y-%m-%d %H:%M}"
+        redrawn = recalibrate(self._settings, self._store, registry, by=by)
+        left = [one.policy.scope for one in redrawn if one.problem]
+        outcome = f"{len(redrawn) - len(left)} drawn anew" + (f"; still stale: {'; '.join(left)}" if left else "")
+        self._store.run(lambda session: schedule.take(session, CALIBRATE, due, run_id=None, outcome=outcome))
 
     def _due(self, kind: str) -> DueSlot | None:
         from code_worker.training.retrain import DueSlot  # noqa: PLC0415 - as above

@@ -28,6 +28,7 @@ def put_policy(
     head: str | None = None,
     note: str = "",
     evidence: Mapping[str, Any] | None = None,
+    release_id: str | None = None,
 ) -> PolicyRow:
     """Puts thresholds in force as `store.policies.put` does.
 
@@ -47,5 +48,6 @@ def put_policy(
             by=by,
             note=note,
             evidence=evidence,
+            release_id=release_id,
         )
     )

@@ -11,17 +11,30 @@ from celery.schedules import crontab
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.logs import get_logger
 from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE, WATCH
-from code_worker.store import runs, schedule
+from code_worker.store import policies, releases, runs, schedule
 
 if TYPE_CHECKING:
     from code_worker.doorbell import Doorbell
     from code_worker.settings import Settings
     from code_worker.store.engine import Session, Store
 
-__all__ = ["TASKS", "Watcher", "beat_entries", "due", "due_slot", "schedules", "times_from", "times_until"]
+__all__ = [
+    "CALIBRATE",
+    "TASKS",
+    "Watcher",
+    "beat_entries",
+    "calibration_due",
+    "due",
+    "due_slot",
+    "schedules",
+    "times_from",
+    "times_until",
+]
 
 TASKS: Final = {"retrain": RETRAIN, "refit": REFIT}
 """Kind of run → task."""
+CALIBRATE: Final = "calibrate"
+"""What is due after a promotion instead of by the clock; its times are those of the promotions."""
 _EXPIRES_S: Final = 3600.0
 _LOOK_EVERY_S: Final = 15.0
 _FRESH: Final = timedelta(minutes=2)
@@ -121,12 +134,23 @@ def due_slot(session: Session, kind: str, cron: crontab, now: datetime) -> datet
 
 
 def due(session: Session, settings: Settings, now: datetime) -> list[str]:
-    """What a trainer should turn to now: `resume`, or kinds of run whose schedule is due; nothing while one runs."""
+    """What a trainer should turn to now: `resume`, else kinds of run and `calibrate`; nothing while a run runs."""
     if runs.lapsed(session, lapse_s=settings.training.lease_s):
         return ["resume"]
     if runs.running(session) is not None:
         return []
-    return [kind for kind, cron in schedules(settings).items() if due_slot(session, kind, cron, now) is not None]
+    found = [kind for kind, cron in schedules(settings).items() if due_slot(session, kind, cron, now) is not None]
+    return [*found, CALIBRATE] if calibration_due(session, settings) is not None else found
+
+
+def calibration_due(session: Session, settings: Settings) -> datetime | None:
+    """Time of the last promotion, if thresholds are to be drawn anew after it and nobody has tried yet."""
+    champion = releases.alias(session, releases.CHAMPION) if settings.schedule.calibrate else None
+    if not policies.redrawable(session, champion):
+        return None
+    at = next(move.at for move in releases.moves(session, releases.CHAMPION, limit=1))
+    last = schedule.last(session, CALIBRATE)
+    return at if last is None or last.slot < at else None
 
 
 class Watcher:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -10,11 +13,15 @@ from code_worker.data.labelling import Labeller
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings
-from code_worker.store import policies
+from code_worker.store import policies, schedule
 from code_worker.store.engine import Store
+from code_worker.training.recalibrate import recalibrate
+from code_worker.worker.learning import Learning
 from tests.cli.conftest import Cli
 from tests.cli.labelled_tree import write_tree
 from tests.toy_release import write_toy_release
+
+Promote = Callable[[], str]
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +133,110 @@ def test_another_release_than_the_champion_is_remarked_on(
     ran = sqlite_cli("calibrate", str(tree), "--max-fpr", "0.1", "--release", str(other))
     assert ran.status == 0
     assert f"is not the champion: until it is, {champion} judges by its thresholds" in ran.stderr
+
+
+@pytest.fixture
+def another_champion(sqlite_store: Store, tmp_path: Path) -> Promote:
+    """Promotes a release whose scores are others."""
+
+    def promote() -> str:
+        settings = Settings(data_dir=tmp_path / "data")
+        registry = open_registry(settings, store=sqlite_store, plugins=load_plugins(settings))
+        release = registry.add(write_toy_release(tmp_path / "other", seed=5, depth=1))
+        registry.promote(release, by="test")
+        return release
+
+    return promote
+
+
+def stale(store: Store, release: str) -> list[str | None]:
+    return [row.tenant for row in store.run(lambda session: policies.stale(session, release), write=False)]
+
+
+def test_after_a_promotion_thresholds_are_drawn_anew_as_they_were_then(
+    sqlite_cli: Cli,
+    sqlite_store: Store,
+    champion: str,
+    tree: Path,
+    tmp_path: Path,
+    another_champion: Callable[[], str],
+) -> None:
+    gone = write_tree(tmp_path / "gone", 60)
+    for tenant, source, bound in (("acme", tree, "0.05"), ("knn", tree, "0.1"), ("lost", gone, "0.1")):
+        more = ("--head", "knn") if tenant == "knn" else ("--max-fnr", "0.1")
+        done = sqlite_cli("calibrate", str(source), "--max-fpr", bound, "--tenant", tenant, *more)
+        assert done.status == 0, done.stderr
+    shutil.rmtree(gone)
+    assert sqlite_cli("policies", "set", "--tenant", "by hand", "--low", "0.3", "--high", "0.7").status == 0
+    assert sqlite_cli("calibrate", "--after-promote").stdout == "no policy is stale\n"
+    release = another_champion()
+    assert stale(sqlite_store, release) == ["acme", "knn", "lost"]
+    planned = sqlite_cli("calibrate", "--after-promote", "--dry-run", "--json")
+    assert stale(sqlite_store, release) == ["acme", "knn", "lost"]
+    done = sqlite_cli("calibrate", "--after-promote", "--json")
+    assert done.status == planned.status == 1
+    assert stale(sqlite_store, release) == ["lost"]
+    told = {record["tenant"]: record for record in done.records}
+    assert told["lost"]["policy"] is None
+    assert "gone" in told["lost"]["problem"]
+    rows = {row.tenant: row for row in in_force(sqlite_store)}
+    for tenant, head, bounds in (("acme", "linear", (0.05, 0.1, True)), ("knn", "knn", (0.1, 0.05, False))):
+        row, evidence = rows[tenant], rows[tenant].evidence or {}
+        assert (row.version, row.head, row.release_id, evidence["source"]) == (2, head, release, str(tree))
+        assert (evidence["max_fpr"], evidence["max_fnr"], evidence["strict_fnr"]) == bounds
+        assert (told[tenant]["low"], told[tenant]["high"], told[tenant]["version"]) == (row.low, row.high, 2)
+    assert (rows["by hand"].version, rows["lost"].version) == (1, 1)
+    promoted = sqlite_cli("releases", "promote", champion)
+    assert "2 policies were calibrated on another release: `code-worker calibrate --after-promote`" in promoted.stderr
+
+
+def test_a_trainer_draws_them_anew_once_after_each_promotion(
+    sqlite_cli: Cli,
+    sqlite_store: Store,
+    champion: str,
+    tree: Path,
+    tmp_path: Path,
+    another_champion: Callable[[], str],
+) -> None:
+    assert sqlite_cli("calibrate", str(tree), "--max-fpr", "0.05").status == 0
+    release = another_champion()
+    settings = Settings(data_dir=tmp_path / "data", schedule={"calibrate": True})  # type: ignore[arg-type]
+    learning = Learning(settings, sqlite_store, threading.Event())
+    for _ in range(2):
+        learning.watch()
+    (row,) = in_force(sqlite_store)
+    assert (row.version, row.release_id) == (2, release)
+    assert row.created_by.startswith("schedule: calibrate after the promotion of 20")
+    (slot,) = sqlite_store.run(schedule.list_slots, write=False)
+    assert (slot.name, slot.outcome) == ("calibrate", "1 drawn anew")
+
+
+def test_what_somebody_set_meanwhile_is_not_undone(
+    sqlite_cli: Cli,
+    sqlite_store: Store,
+    champion: str,
+    tree: Path,
+    tmp_path: Path,
+    another_champion: Callable[[], str],
+) -> None:
+    assert sqlite_cli("calibrate", str(tree), "--max-fpr", "0.05").status == 0
+    another_champion()
+    settings = Settings(data_dir=tmp_path / "data")
+    registry = open_registry(settings, store=sqlite_store, plugins=load_plugins(settings))
+
+    def meanwhile(_scope: str) -> None:
+        sqlite_store.run(lambda session: policies.put(session, low=0.3, high=0.7, by="ann"))
+
+    (told,) = recalibrate(settings, sqlite_store, registry, by="bob", listen=meanwhile)
+    assert "somebody put version 2 meanwhile" in told.problem
+    assert [(row.version, row.created_by) for row in in_force(sqlite_store)] == [(2, "ann")]
+
+
+@pytest.mark.parametrize("words", [("labels:",), ("--max-fpr", "0.1"), ("--tenant", "acme"), ("--all",)])
+def test_after_a_promotion_nothing_else_is_said(sqlite_cli: Cli, champion: str, words: tuple[str, ...]) -> None:
+    refused = sqlite_cli("calibrate", "--after-promote", *words)
+    assert refused.status == 2
+    assert "does as each policy was calibrated" in refused.stderr
 
 
 def test_without_a_database_a_dry_run_works_and_nothing_else(

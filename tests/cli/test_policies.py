@@ -3,9 +3,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from pydantic import SecretStr
 
-from code_worker.store import releases
+from code_worker.store import policies, releases
 from code_worker.store.engine import Session, Store
+from code_worker.worker.doctor import Check, Status, examine
 from tests.cli.conftest import Cli, Ran
 
 Run = Callable[..., Ran]
@@ -76,6 +78,33 @@ def test_a_head_that_the_champion_lacks_is_refused(run: Run, store: Store) -> No
     refused = run("set", "--head", "knn", "--low", "0.5", "--high", "0.5")
     assert refused.status == 2
     assert "unknown head 'knn'; known: linear" in refused.stderr
+
+
+def test_a_policy_that_was_calibrated_on_another_release_is_marked(run: Run, store: Store) -> None:
+    def happen(session: Session) -> None:
+        for name in ("r-1", "r-2"):
+            facts = {"location": "", "manifest": {"heads": {}}, "source": "", "by": "ann"}
+            releases.add(session, id=name, manifest_sha256=name, **facts)
+        releases.move_alias(session, "champion", "r-1", by="test", reason="")
+        policies.put(session, low=0.2, high=0.8, by="ann", tenant="acme", release_id="r-1")
+        policies.put(session, low=0.2, high=0.8, by="ann")
+
+    def doctor() -> Check:
+        (found,) = examine(["policies"], database_url=SecretStr(store.url))
+        return found
+
+    store.run(happen)
+    assert (doctor().status, doctor().message[:10]) == (Status.OK, "2 in force")
+    assert "stale" not in run("list").stdout + run("list").stderr
+    store.run(lambda session: releases.move_alias(session, "champion", "r-2", by="test", reason=""))
+    marked = run("list")
+    assert "r-1 (stale)" in marked.stdout
+    assert "the champion is r-2; draw them anew with `code-worker calibrate --after-promote`" in marked.stderr
+    rows = {row["tenant"]: (row["release_id"], row["stale"]) for row in run("list", "--json").records}
+    assert rows == {None: (None, False), "acme": ("r-1", True)}
+    assert doctor().status is Status.WARN
+    assert doctor().message == "tenant acme, every content type: calibrated on r-1, the champion is r-2"
+    assert "code-worker calibrate --after-promote" in doctor().hint
 
 
 def test_without_a_database_the_command_says_how_to_get_one(bare_cli: Cli) -> None:

@@ -150,7 +150,8 @@ def test_schedules_are_listed_with_their_next_and_last_times(cli: Cli, store: St
         runs.finish(session, run.lease, "rejected")
 
     store.run(fire)
-    retrain, refit = cli("schedule", "list", "--json").records
+    retrain, refit, calibrate = cli("schedule", "list", "--json").records
+    assert (calibrate["schedule"], calibrate["cron"], calibrate["next"]) == ("calibrate", None, [])
     assert (retrain["cron"], retrain["outcome"], retrain["run"]) == ("0 3 * * sun", "rejected", run_id)
     assert len(retrain["next"]) == 3
     assert all("T03:00:00+00:00" in at for at in retrain["next"])

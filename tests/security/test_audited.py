@@ -100,6 +100,7 @@ def test_thresholds_with_all_that_they_are(store: Store, tmp_path: Path) -> None
         "low": 0.4,
         "high": 0.6,
         "note": "see …",
+        "release_id": None,
     }
 
 

@@ -209,6 +209,44 @@ def test_the_last_version_of_each_scope_is_in_force(store: Store) -> None:
     assert store.run(lambda session: policies.get(session, "published")) is None
 
 
+def stale(store: Store, release: str | None) -> list[str | None]:
+    return [row.tenant for row in store.run(lambda session: policies.stale(session, release), write=False)]
+
+
+def test_what_was_calibrated_on_another_release_is_stale(store: Store) -> None:
+    put(store)
+    put(store, tenant="old", release_id="r1")
+    put(store, tenant="new", release_id="r2")
+    put(store, tenant="mended", release_id="r1")
+    put(store, tenant="mended", release_id="r2")
+    assert (stale(store, "r1"), stale(store, "r2")) == (["mended", "new"], ["old"])
+    assert stale(store, None) == []
+
+
+def test_the_same_encoder_and_head_under_another_id_leave_a_policy_fresh(store: Store) -> None:
+    def register(release: str, encoder: str, knn: str) -> None:
+        heads = {"linear": {"sha256": "a"}, "knn": {"sha256": knn}}
+        manifest = {"heads": heads, "default_head": "linear", "encoder": {"sha256": encoder}}
+        facts = {"manifest_sha256": release * 32, "location": "", "manifest": manifest, "source": "", "by": "ann"}
+        store.run(lambda session: releases.add(session, id=release, **facts))
+
+    for release, encoder, knn in (("r1", "e", "b"), ("r2", "e", "c"), ("r3", "f", "b")):
+        register(release, encoder, knn)
+    put(store, tenant="knn", head="knn", release_id="r1")
+    put(store, tenant="linear", head="linear", release_id="r1")
+    put(store, tenant="plain", release_id="r1")
+    assert stale(store, "r1") == []
+    assert stale(store, "r2") == ["knn"]
+    assert stale(store, "r3") == ["knn", "linear", "plain"]
+
+
+def test_the_evidence_says_the_release_of_what_was_calibrated_before_there_was_a_column(store: Store) -> None:
+    store.run(lambda session: policies.put(session, low=0.1, high=0.9, by="ann", evidence={"release": "r1"}))
+    (row,) = store.run(policies.in_force, write=False)
+    assert row.release_id == "r1"
+    assert stale(store, "r2") == [None]
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.6, 0.4), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 0.5)])
 def test_thresholds_that_make_no_sense_are_refused(store: Store, low: float, high: float) -> None:
     with pytest.raises(ValueError, match="thresholds"):

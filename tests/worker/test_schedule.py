@@ -12,11 +12,11 @@ from celery import Celery
 from code_worker.errors import ConfigurationError
 from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
 from code_worker.settings import Settings
-from code_worker.store import runs, schedule
-from code_worker.store.engine import Store
+from code_worker.store import policies, releases, runs, schedule
+from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
 from code_worker.worker.app import create_app, install
-from code_worker.worker.schedule import due, schedules, times_from, times_until
+from code_worker.worker.schedule import CALIBRATE, calibration_due, due, schedules, times_from, times_until
 
 WEDNESDAY = datetime(2026, 11, 25, 14, 30, 20, tzinfo=UTC)
 
@@ -115,6 +115,31 @@ def test_a_time_that_comes_while_a_run_is_under_way_waits_for_its_end(store: Sto
     assert look(store, settings, WEDNESDAY) == []
     store.run(lambda session: runs.finish(session, run.lease, "skipped"))
     assert look(store, settings, WEDNESDAY) == ["refit"]
+
+
+def test_after_a_promotion_thresholds_of_another_release_are_due_once(store: Store) -> None:
+    evidence = {"source": "labels:", "max_fpr": 0.01, "max_fnr": 0.05}
+
+    def happen(session: Session) -> None:
+        for name in ("r-1", "r-2"):
+            facts = {"location": "", "manifest": {"heads": {}}, "source": "", "by": "ann"}
+            releases.add(session, id=name, manifest_sha256=name, **facts)
+        releases.move_alias(session, "champion", "r-1", by="ann", reason="")
+        policies.put(session, low=0.2, high=0.8, by="ann", evidence=evidence, release_id="r-1")
+        policies.put(session, low=0.2, high=0.8, by="ann", tenant="by hand", release_id="r-0")
+
+    store.run(happen)
+    settings = Settings(schedule={"calibrate": True})
+    assert look(store, settings, WEDNESDAY) == []
+    store.run(lambda session: releases.move_alias(session, "champion", "r-2", by="ann", reason=""))
+    assert look(store, settings, WEDNESDAY) == ["calibrate"]
+    assert look(store, Settings(), WEDNESDAY) == []
+    promoted = store.run(lambda session: calibration_due(session, settings))
+    assert promoted is not None
+    store.run(lambda session: schedule.take(session, CALIBRATE, promoted, run_id=None, outcome="too few images"))
+    assert look(store, settings, WEDNESDAY) == []
+    store.run(lambda session: releases.move_alias(session, "champion", "r-1", by="ann", reason=""))
+    assert look(store, settings, WEDNESDAY) == [], "the champion that it was calibrated on is back"
 
 
 def test_a_run_that_was_left_behind_comes_first(store: Store) -> None:

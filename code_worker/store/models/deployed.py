@@ -84,6 +84,11 @@ class PolicyRecord(Base):
     evidence: Mapped[dict[str, Any] | None] = mapped_column(
         JSON_OBJECT, comment="Data and figures it was calibrated on, if it was."
     )
+    # Not a foreign key: one may calibrate a directory that is never registered.
+    release_id: Mapped[str | None] = mapped_column(
+        Text,
+        comment="Release that it was calibrated on; null: set by hand, or before this was kept.",
+    )
 
     __table_args__ = (
         UniqueConstraint(tenant, content_type, version),

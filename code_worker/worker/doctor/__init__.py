@@ -28,11 +28,12 @@ _PROBES: Final[Mapping[str, tuple[Probe, str]]] = {
     "device": (machine.device, "see CODE_WORKER_DEVICE and CODE_WORKER_PRECISION"),
     _DATABASE: (services.database, "see CODE_WORKER_DATABASE_URL"),
     "release": (ledger.release, "code-worker releases rollback, or import it once more"),
+    "policies": (ledger.policies, ""),
     "workers": (ledger.workers, ""),
     "jobs": (ledger.jobs, ""),
     "sources": (ledger.pauses, ""),
 }
-_OF_LEDGER: Final = frozenset({"release", "workers", "jobs", "sources"})
+_OF_LEDGER: Final = frozenset({"release", "policies", "workers", "jobs", "sources"})
 PARTS: Final = ("python", *_PROBES)
 """What can be looked at, in this order."""
 

@@ -11,6 +11,7 @@ from code_worker.releases.manifest import read_manifest
 from code_worker.releases.registry import CHAMPION
 from code_worker.settings import Settings
 from code_worker.store import joblist, releases
+from code_worker.store import policies as thresholds
 from code_worker.store import workers as fleet
 from code_worker.store.engine import open_store
 from code_worker.worker.doctor.check import Check, Status
@@ -18,7 +19,7 @@ from code_worker.worker.doctor.check import Check, Status
 if TYPE_CHECKING:
     from code_worker.store.engine import Session
 
-__all__ = ["jobs", "pauses", "release", "workers"]
+__all__ = ["jobs", "pauses", "policies", "release", "workers"]
 
 T = TypeVar("T")
 _OLD_S: Final = 600.0
@@ -57,6 +58,25 @@ def release(settings: Settings) -> Iterator[Check]:
             f"champion {champion} lacks the default head {settings.head!r}",
             f"CODE_WORKER_HEAD={next(iter(sorted(manifest.heads)))}, or promote a release that has it",
         )
+
+
+def policies(settings: Settings) -> Iterator[Check]:
+    """The thresholds in force were drawn by the scores of the champion."""
+
+    def read(session: Session) -> tuple[str | None, int, list[thresholds.PolicyRow]]:
+        champion = releases.alias(session, CHAMPION)
+        return champion, len(thresholds.in_force(session)), thresholds.stale(session, champion)
+
+    champion, number, stale = _ask(settings, read)
+    for row in stale:
+        yield Check(
+            "policies",
+            Status.WARN,
+            f"{row.scope}: calibrated on {row.release_id}, the champion is {champion}",
+            "code-worker calibrate --after-promote, or CODE_WORKER_SCHEDULE__CALIBRATE=true for every time",
+        )
+    if not stale:
+        yield Check("policies", Status.OK, f"{number} in force, none calibrated on another release than the champion")
 
 
 def workers(settings: Settings) -> Iterator[Check]:
