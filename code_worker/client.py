@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import weakref
@@ -12,10 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from code_worker.errors import BrokerUnavailableError, ConfigurationError, StoreUnavailableError
+from code_worker.errors import BrokerUnavailableError, CommitUnknownError, ConfigurationError, StoreUnavailableError
 from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
-from code_worker.queues import MAX_URI_LENGTH, chunks, queue_for
+from code_worker.queues import chunks, queue_for
 from code_worker.settings import Settings, load_settings
 from code_worker.store import jobs, migrate, verdicts
 
@@ -32,9 +31,6 @@ log = get_logger(__name__)
 _ROWS_PER_TRANSACTION = 1024
 _REST_S = 30.0
 _INHERITED: list[object] = []
-_MAX_METADATA = 16 * 1024
-_MAX_NAME = 200
-_ITEM_FIELDS = frozenset({"uri", "head", "tenant", "content_type", "priority", "metadata", "key"})
 
 
 class Client:
@@ -80,23 +76,21 @@ class Client:
             ValueError: an argument that is out of range.
             IdConflictError: the key was used for a different job.
             StoreUnavailableError: the database could not be reached; nothing was accepted.
+            CommitUnknownError: the database did not say whether it accepted the job; its id is in `job_ids`. Enqueue
+                it again with the same key, and it is the same job.
         """
-        item = {
-            "uri": uri,
-            "head": head,
-            "tenant": tenant,
-            "content_type": content_type,
-            "priority": priority,
-            "metadata": metadata or {},
-            "key": key,
-        }
-        return self._accept([_new_job(item)])[0]
+        new = jobs.NewJob(uri, head, tenant, content_type, priority, metadata or {}, key)
+        ids = self._accept([new])
+        self._publish(ids, [new])
+        return ids[0]
 
     def enqueue_many(self, items: Iterable[str | Mapping[str, Any]], **common: Any) -> list[str]:
         """Accepts many images: URIs, or mappings with the arguments of `enqueue`; `common` holds for all.
 
         Raises:
-            ValueError: an item that is out of range; those of earlier transactions stay accepted.
+            ValueError: an item that is out of range, named by its place from 0; those of earlier transactions stay
+                accepted.
+            CommitUnknownError: as `enqueue`, of one transaction.
         """
         return [job for accepted in self.enqueue_stream(items, **common) for job in accepted]
 
@@ -106,15 +100,15 @@ class Client:
         Ids come as soon as they are safe in SQL; their messages go out meanwhile, one transaction behind.
         """
         groups = (
-            [_new_job({**common, **_as_mapping(item)}) for item in group]
-            for group in chunks(items, _ROWS_PER_TRANSACTION)
+            [_new_job(place, {**common, **_as_mapping(item)}) for place, item in group]
+            for group in chunks(enumerate(items), _ROWS_PER_TRANSACTION)
         )
         # SQLite takes one writer at a time: a second thread would only wait for its lock.
         lag = 0 if self._store.dialect == "sqlite" else 1
         with ThreadPoolExecutor(1, "code_worker-publish") as behind:
             publishing: deque[Future[None]] = deque()
             for new in groups:
-                ids = self._store.run(partial(jobs.accept, jobs=new))
+                ids = self._accept(new)
                 publishing.append(behind.submit(self._publish, ids, new))
                 while len(publishing) > lag:
                     publishing.popleft().result()
@@ -159,15 +153,17 @@ class Client:
             ImageRejectedError: the image may not be read, is not there, or is no image.
             TransientError: its source failed; try again.
             StoreUnavailableError: the database could not be reached.
+            CommitUnknownError: the database did not say whether it wrote the statement; saying it again is safe.
         """
         return self._labeller().label(
             target, label, generator=generator, by=by, collection=collection, note=note, at=at
         )
 
     def _accept(self, new: list[jobs.NewJob]) -> list[str]:
-        ids = self._store.run(partial(jobs.accept, jobs=new))
-        self._publish(ids, new)
-        return ids
+        try:
+            return self._store.run(partial(jobs.accept, jobs=new))
+        except CommitUnknownError as error:
+            raise _unknown(new) from error
 
     def _publish(self, ids: Sequence[str], new: Sequence[jobs.NewJob]) -> None:
         if time.monotonic() < self._rest_until:
@@ -220,6 +216,15 @@ class Client:
         self._store.close()
 
 
+def _unknown(new: Sequence[jobs.NewJob]) -> CommitUnknownError:
+    what = f"job {new[0].id} was" if len(new) == 1 else f"{len(new)} jobs from {new[0].id} on were"
+    return CommitUnknownError(
+        f"whether {what} accepted is unknown, the database's answer was lost: enqueue again with the same key, which "
+        "makes no second job, or ask `code-worker jobs show` for the id",
+        tuple(job.id for job in new),
+    )
+
+
 def _as_mapping(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(item, str):
         return {"uri": item}
@@ -228,42 +233,12 @@ def _as_mapping(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return item
 
 
-def _new_job(item: Mapping[str, Any]) -> jobs.NewJob:
-    if not item.keys() <= _ITEM_FIELDS:
-        unknown = item.keys() - _ITEM_FIELDS
-        raise ValueError(f"unknown fields of a job: {', '.join(sorted(map(str, unknown)))}")
-    uri = item.get("uri")
-    if not isinstance(uri, str) or not 0 < len(uri) <= MAX_URI_LENGTH:
-        raise ValueError(f"a job needs a uri of 1 to {MAX_URI_LENGTH} characters")
-    priority = item.get("priority", 4)
-    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
-        raise ValueError(f"priority must be a whole number from 0 to 9, not {priority!r} ({uri})")
-    metadata = item.get("metadata") or {}
-    if not isinstance(metadata, Mapping) or (metadata and _json_length(dict(metadata)) > _MAX_METADATA):
-        raise ValueError(f"metadata must be a JSON object of at most {_MAX_METADATA} bytes ({uri})")
-    return jobs.NewJob(
-        uri=uri,
-        head=_name(item, "head"),
-        tenant=_name(item, "tenant"),
-        content_type=_name(item, "content_type"),
-        priority=priority,
-        metadata=dict(metadata),
-        key=_name(item, "key"),
-    )
-
-
-def _json_length(metadata: dict[Any, Any]) -> float:
+def _new_job(place: int, item: Mapping[str, Any]) -> jobs.NewJob:
     try:
-        return len(json.dumps(metadata, sort_keys=True, allow_nan=False))
-    except (TypeError, ValueError, RecursionError):
-        return float("inf")
-
-
-def _name(item: Mapping[str, Any], field: str) -> str | None:
-    value = item.get(field)
-    if value is not None and (not isinstance(value, str) or not 0 < len(value) <= _MAX_NAME):
-        raise ValueError(f"{field} must be a string of 1 to {_MAX_NAME} characters ({item['uri']})")
-    return value
+        return jobs.NewJob.of(item)
+    except ValueError as error:
+        # Not its URI: errors end in logs.
+        raise ValueError(f"item {place}: {error}") from None
 
 
 @lru_cache(maxsize=1)

@@ -20,7 +20,9 @@ CodeWorkerError
 │   └── RunStoppedError         this process was told to stop; the run goes on in the next
 ├── StoreError                  a rule of the ledger was broken
 │   ├── IdConflictError         one idempotency key, two different jobs
+│   ├── StoreRefusedError       a row that breaks a rule, or that the database cannot hold
 │   └── StoreUnavailableError   the database did not answer, after every retry
+│       ├── CommitUnknownError  nor whether it had committed: ask, or repeat the call
 │       └── StoreFullError      nor will it until somebody frees its disk
 ├── BrokerUnavailableError      published later by the sweeper; the job is safe in SQL
 ├── MessageError                a broker message that is not ours to read
@@ -42,6 +44,7 @@ __all__ = [
     "ArtifactError",
     "BrokerUnavailableError",
     "CodeWorkerError",
+    "CommitUnknownError",
     "ConfigurationError",
     "DatasetError",
     "DivergedError",
@@ -61,6 +64,7 @@ __all__ = [
     "StorageError",
     "StoreError",
     "StoreFullError",
+    "StoreRefusedError",
     "StoreUnavailableError",
     "TrainingError",
     "TransientError",
@@ -154,8 +158,24 @@ class IdConflictError(StoreError):
     """An idempotency key that was used before for a different job."""
 
 
+class StoreRefusedError(StoreError):
+    """A row that breaks a rule of the database or that it cannot hold; the same row again is refused again."""
+
+
 class StoreUnavailableError(StoreError):
-    """The database could not be reached or was busy throughout every retry of the transaction."""
+    """The database could not be reached, only reads, or was busy throughout every retry of the transaction."""
+
+
+class CommitUnknownError(StoreUnavailableError):
+    """The connection ended before the answer to a commit came, and none later: all was written, or nothing.
+
+    Attributes:
+        job_ids: of a call that enqueues: the ids that the jobs have if they were accepted.
+    """
+
+    def __init__(self, detail: str, job_ids: tuple[str, ...] = ()) -> None:
+        self.job_ids = job_ids
+        super().__init__(detail)
 
 
 class StoreFullError(StoreUnavailableError):

@@ -1,17 +1,25 @@
-"""Names of tasks and queues and the form of a message: what producer and worker must agree on."""
+"""Names of tasks and queues, a job's fields, the form of a message: what producer and worker must agree on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from code_worker.errors import MessageError
+from code_worker.logs import redact
 
 __all__ = [
     "BACKFILL",
     "LIVE",
     "MAX_JOBS_PER_MESSAGE",
+    "MAX_METADATA_BYTES",
+    "MAX_NAME_LENGTH",
+    "MAX_URI_LENGTH",
     "MESSAGE_VERSION",
     "MODERATE",
     "NORMAL",
@@ -23,6 +31,8 @@ __all__ = [
     "SWEEP_QUEUE",
     "TRAIN_QUEUE",
     "WATCH",
+    "JobItem",
+    "checked_item",
     "chunks",
     "jobs_message",
     "parse_message",
@@ -49,15 +59,101 @@ MESSAGE_VERSION: Final = 1
 MAX_JOBS_PER_MESSAGE: Final = 64
 SUSPECTS_PER_MESSAGE: Final = 8
 MAX_URI_LENGTH: Final = 4096
-_ITEM_FIELDS: Final = {
-    "uri": str,
-    "head": str,
-    "tenant": str,
-    "content_type": str,
-    "priority": int,
-    "metadata": dict,
-    "key": str,
-}
+MAX_NAME_LENGTH: Final = 200
+"""Characters of a head, tenant, content type or key: what an index of PostgreSQL holds in any script."""
+MAX_METADATA_BYTES: Final = 16 * 1024
+"""Of metadata as JSON in UTF-8."""
+_JSON: Final = json.JSONEncoder(allow_nan=False, ensure_ascii=False, sort_keys=True)
+_ESCAPED_NUL: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL")
+    return text
+
+
+def _without_secrets(uri: str) -> str:
+    if redact(uri) != uri:
+        raise ValueError("carries a password or a signature, which would be kept for ever")
+    return uri
+
+
+def _json_object(value: object) -> dict[Any, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a JSON object")  # noqa: TRY004 - pydantic makes it one finding among others
+    metadata = dict(value)
+    if not metadata:
+        return metadata
+    try:
+        written = _JSON.encode(metadata)
+        size = len(written.encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"must be a JSON object: {error}") from None
+    if size > MAX_METADATA_BYTES:
+        raise ValueError(f"must be a JSON object of at most {MAX_METADATA_BYTES} bytes, not {size}")
+    if _ESCAPED_NUL.search(written):
+        raise ValueError("holds a NUL")
+    return metadata
+
+
+_Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH), AfterValidator(_storable)]
+
+
+class JobItem(BaseModel):
+    """What may be asked of a job, in whatever way it comes: a call, a message, a line of a list.
+
+    Attributes:
+        uri: `s3://bucket/key[?versionId=…]`, `file://…` or a path that the workers can read, without credentials.
+        head: head to judge with; unset: what plugins, policy and settings say.
+        tenant: whose image it is; chooses the policy.
+        content_type: kind of content (`avatar`, `listing`…); chooses the policy.
+        priority: 0–3 backfill, 4–6 normal, 7–9 live.
+        metadata: JSON object that is handed through to the verdict.
+        key: idempotency key: the same key (and tenant) twice is one job.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+    uri: Annotated[
+        str,
+        Field(min_length=1, max_length=MAX_URI_LENGTH),
+        AfterValidator(_storable),
+        AfterValidator(_without_secrets),
+    ]
+    head: _Name | None = None
+    tenant: _Name | None = None
+    content_type: _Name | None = None
+    priority: Annotated[int, Field(ge=0, le=9)] = 4
+    metadata: Annotated[dict[Any, Any], BeforeValidator(_json_object)] = Field(default_factory=dict)
+    key: _Name | None = None
+
+
+def checked_item(fields: object) -> JobItem:
+    """The item that a mapping of its fields makes.
+
+    Raises:
+        ValueError: names each wrong field and what is wrong with it, never its value.
+    """
+    try:
+        return JobItem.model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(f"job not accepted: {'; '.join(map(_finding, error.errors()))}") from None
+
+
+def _finding(problem: Mapping[str, Any]) -> str:
+    # A field that nobody knows is somebody's text, of any length.
+    name = ".".join(map(str, problem["loc"]))[:80]
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown field {name!r}"
+        case "model_type":
+            return "it must be an object of its fields"
+        case "value_error":
+            return f"{name} {problem['ctx']['error']}"
+    return f"{name}: {problem['msg']}"
 
 
 def queue_for(priority: int) -> str:
@@ -82,8 +178,10 @@ def jobs_message(job_ids: Sequence[str]) -> dict[str, Any]:
     return {"v": MESSAGE_VERSION, "jobs": list(job_ids)}
 
 
-def parse_message(message: object) -> tuple[list[str], list[dict[str, Any]]]:
+def parse_message(message: object) -> tuple[list[str], list[object]]:
     """Job ids and, from producers that reach only the broker, items to accept (`{"v": 1, "items": [{"uri": …}]}`).
+
+    The items come as they are, each to be read by `checked_item`: a bad one must not take its neighbours along.
 
     Raises:
         MessageError: an unknown version, a wrong field, more than 64 entries, or neither list.
@@ -101,21 +199,4 @@ def parse_message(message: object) -> tuple[list[str], list[dict[str, Any]]]:
         raise MessageError(f"a message lists 1 to {MAX_JOBS_PER_MESSAGE} entries, not {len(jobs) + len(items)}")
     if not all(isinstance(job, str) and 0 < len(job) <= 64 for job in jobs):
         raise MessageError("'jobs' must list job ids (strings of 1 to 64 characters)")
-    return jobs, [_checked_item(item) for item in items]
-
-
-def _checked_item(item: object) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise MessageError("each of 'items' must be an object")
-    for name, value in item.items():
-        expected = _ITEM_FIELDS.get(name)
-        if expected is None:
-            raise MessageError(f"unknown item field {name!r}")
-        if not isinstance(value, expected) or isinstance(value, bool):
-            raise MessageError(f"item field {name!r} must be {expected.__name__}")
-    uri = item.get("uri")
-    if not uri or len(uri) > MAX_URI_LENGTH:
-        raise MessageError(f"each of 'items' needs a 'uri' of 1 to {MAX_URI_LENGTH} characters")
-    if not 0 <= item.get("priority", 4) <= 9:
-        raise MessageError("item field 'priority' must be 0 to 9")
-    return item
+    return jobs, items

@@ -176,6 +176,12 @@ class PostgresServer:
             done = connection.execute(statement.encode())
             return done.fetchall() if done.description else []
 
+    @property
+    def socket(self) -> Path:
+        """Where the server listens."""
+        address = make_url(str(self._server.get_uri()))
+        return Path(str(address.query["host"])) / f".s.PGSQL.{address.port or 5432}"
+
     def drop_database(self, url: str) -> None:
         """Ends what is connected to the database and deletes it."""
         self._sql(f"DROP DATABASE {make_url(url).database} WITH (FORCE)")

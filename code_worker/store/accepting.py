@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,23 +12,25 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from code_worker.errors import IdConflictError
-from code_worker.logs import redact
-from code_worker.queues import MAX_URI_LENGTH, chunks, queue_for
+from code_worker.queues import JobItem, checked_item, chunks, queue_for
 from code_worker.store.ids import keyed_id, uuid7
 from code_worker.store.models import JobRow, db_now_plus
-from code_worker.store.sql import IN_LIST, among, insert_new, is_plain, table_of
+from code_worker.store.sql import IN_LIST, among, insert_new, table_of
 
-__all__ = ["ACCEPT_GRACE_S", "NewJob", "accept", "check_new"]
+__all__ = ["ACCEPT_GRACE_S", "NewJob", "accept"]
 
 ACCEPT_GRACE_S: Final = 10.0
 """How long a producer has to publish what it accepted before the sweeper does it."""
 _JOBS = table_of(JobRow)
-_ESCAPED_NUL: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job to accept. Its id is fixed when it is made, so that accepting it twice is accepting it once."""
+    """A job to accept. Its id is fixed when it is made, so that accepting it twice is accepting it once.
+
+    Raises:
+        ValueError: a field out of its limits, which are those of `JobItem`.
+    """
 
     uri: str
     head: str | None = None
@@ -41,39 +42,22 @@ class NewJob:
     id: str = field(default_factory=uuid7)
 
     def __post_init__(self) -> None:
+        item = checked_item({name: getattr(self, name) for name in JobItem.model_fields})
+        object.__setattr__(self, "metadata", item.metadata)
         if self.key is not None:
             object.__setattr__(self, "id", keyed_id(self.tenant, self.key))
 
+    @classmethod
+    def of(cls, fields: object, **fixed: Any) -> NewJob:
+        """The job that somebody's mapping of its fields asks for; `fixed` is what the mapping may not name: an id.
 
-def check_new(job: NewJob) -> None:
-    """Refuses what a database could not store; a caller may ask per job, so that one does not spoil the others.
-
-    Raises:
-        ValueError: an empty, overlong or unstorable text, a URI with credentials, a priority outside 0 to 9, metadata
-            that is not JSON.
-    """
-    for name in ("uri", "head", "tenant", "content_type", "key"):
-        text = getattr(job, name)
-        if text is not None and (len(text) > MAX_URI_LENGTH or not is_plain(text)):
-            raise ValueError(f"job not accepted: {name} has over {MAX_URI_LENGTH} characters, a NUL or half of one")
-    if not job.uri:
-        raise ValueError("job not accepted: uri is empty")
-    if redact(job.uri) != job.uri:
-        raise ValueError("job not accepted: its uri carries a password or a signature, which would be kept for ever")
-    if not 0 <= job.priority <= 9:
-        raise ValueError(f"job not accepted: priority must be 0 to 9, not {job.priority}")
-    if job.metadata:
-        _check_metadata(job.metadata)
-
-
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    try:
-        written = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
-        written.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"job not accepted: metadata is not JSON: {error}") from None
-    if _ESCAPED_NUL.search(written):
-        raise ValueError("job not accepted: metadata holds a NUL")
+        Raises:
+            ValueError: no mapping, an unknown field, or one out of its limits.
+        """
+        if isinstance(fields, Mapping) and "uri" in fields and fields.keys() <= JobItem.model_fields.keys():
+            return cls(**fields, **fixed)
+        checked_item(fields)
+        raise AssertionError("what is no job's fields is refused")
 
 
 def accept(session: Session, jobs: Sequence[NewJob]) -> list[str]:
@@ -81,11 +65,9 @@ def accept(session: Session, jobs: Sequence[NewJob]) -> list[str]:
 
     Raises:
         IdConflictError: a key that was used before, or twice here, for different jobs; the transaction must end.
-        ValueError: a job that cannot be stored; see `check_new`.
     """
     rows: dict[str, dict[str, Any]] = {}
     for job in jobs:
-        check_new(job)
         row = _values(job)
         if rows.setdefault(job.id, row)["payload_sha256"] != row["payload_sha256"]:
             raise _conflict(row)
@@ -106,12 +88,12 @@ def _values(job: NewJob) -> dict[str, Any]:
         "content_type": job.content_type,
         "priority": job.priority,
         "queue": queue_for(job.priority),
-        "metadata": dict(job.metadata),
+        "metadata": job.metadata,
     }
 
 
 def _payload_sha256(job: NewJob) -> str:
-    fields = [job.uri, job.head, job.tenant, job.content_type, job.priority, dict(job.metadata)]
+    fields = [job.uri, job.head, job.tenant, job.content_type, job.priority, job.metadata]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

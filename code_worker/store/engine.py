@@ -21,7 +21,14 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from code_worker.disk import make_private
 from code_worker.errors import ConfigurationError
 from code_worker.logs import get_logger
-from code_worker.store.faults import DbFault, classify, translate
+from code_worker.store.faults import (
+    DbFault,
+    classify,
+    commit_unknown,
+    is_read_only,
+    loses_connection,
+    translate,
+)
 
 __all__ = ["MAX_TRIES", "Session", "Store", "open_store"]
 
@@ -74,26 +81,37 @@ class Store:
 
         `work` may thus run several times, and once more after a commit whose answer was lost: what it writes must
         be the same each time (ids made outside, inserts that ignore what is there). It returns plain values, no
-        rows bound to the session. `write=False` only spares SQLite's write lock.
+        rows bound to the session. `write=False`, for work that only reads, spares SQLite's write lock.
 
         Raises:
-            StoreUnavailableError: the database did not answer, or stayed busy, five times.
+            StoreUnavailableError: the database did not answer, stayed busy five times, or only reads.
+            CommitUnknownError: the answer to a commit was lost, and no later try told what became of it.
             StoreFullError: its disk is full.
-            StoreError: it refused (a constraint or trigger), or it was not migrated.
+            StoreRefusedError: a constraint or trigger, or a value that it cannot hold.
+            StoreError: its user lacks a right, or it was not migrated.
         """
         return self._run(self._writer if write else self.engine, work)
 
     def _run(self, bind: Engine, work: Callable[[Session], T]) -> T:
+        unknown = False
         for tried in range(1, MAX_TRIES + 1):
+            committing = False
             try:
                 with Session(bind, expire_on_commit=False, autoflush=False) as session, session.begin():
-                    return work(session)
+                    result = work(session)
+                    committing = bind is self._writer
             except SQLAlchemyError as error:
                 fault = classify(error)
+                unknown = unknown or (committing and loses_connection(error))
+                if is_read_only(error):
+                    # The pool's connections lead to the same server; its address may lead to another one by now.
+                    self.engine.dispose()
                 if fault is not DbFault.RETRY or tried == MAX_TRIES:
-                    raise translate(error, fault) from error
+                    raise commit_unknown(error) if unknown else translate(error, fault) from error
                 wait_s = _FIRST_WAIT_S * 2**tried * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not secrecy
                 _log.info("transaction_retried", tried=tried, wait_s=round(wait_s, 3), error=type(error).__name__)
+            else:
+                return result
             time.sleep(wait_s)
         raise AssertionError("unreachable")
 

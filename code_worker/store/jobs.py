@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from code_worker.store.accepting import ACCEPT_GRACE_S, NewJob, accept, check_new
+from code_worker.store.accepting import ACCEPT_GRACE_S, NewJob, accept
 from code_worker.store.claims import Fault, attempts_of, claim, exhausted, put_back, release_owner, renew
 from code_worker.store.doorbells import DueJob, due, mark_published, queue_wait_s, ring_empty, unpublish
 from code_worker.store.joblist import JobFilter, JobInfo, counts, get, list_jobs, oldest_unfinished_s, retry
@@ -16,7 +16,6 @@ __all__ = [
     "NewJob",
     "accept",
     "attempts_of",
-    "check_new",
     "claim",
     "counts",
     "due",

@@ -213,11 +213,14 @@ def resume_source(session: Session, source: str) -> None:
     session.execute(delete(_PAUSES).where(_PAUSES.c.source == source))
 
 
-def dead_letter(session: Session, *, task: str, body: str, error: str) -> str:
-    """Keeps a message that could not be read, without credentials and cut at 64 KiB; returns its id."""
-    letter_id = uuid7()
+def dead_letter(session: Session, *, task: str, body: str, error: str, letter_id: str | None = None) -> str:
+    """Keeps a message that could not be read, without credentials and cut at 64 KiB; returns its id.
+
+    With a `letter_id` made outside the transaction, one that is repeated after a lost answer keeps it once.
+    """
+    letter_id = letter_id or uuid7()
     row = {"id": letter_id, "task": task, "body": plain(redact(body), _MAX_BODY), "error": plain(error, _MAX_TEXT)}
-    session.execute(_LETTERS.insert().values(row))
+    session.execute(insert_into(session, DeadLetterRow).on_conflict_do_nothing().values(row))
     return letter_id
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID, uuid5
 
-from code_worker.errors import IdConflictError, MessageError
+from code_worker.errors import IdConflictError, MessageError, StoreError, StoreRefusedError
 from code_worker.logs import get_logger
 from code_worker.queues import MODERATE, SUSPECTS_PER_MESSAGE, chunks, parse_message
 from code_worker.store import jobs, workers
+from code_worker.store.ids import uuid7
 
 if TYPE_CHECKING:
     from code_worker.store.engine import Store
     from code_worker.worker.node import Node
 
-__all__ = ["bury", "handle_message"]
+__all__ = ["accept_items", "bury", "handle_message"]
 
 log = get_logger(__name__)
 _LOCKED_FOR_S = (0.05, 0.25)
@@ -35,7 +36,7 @@ def handle_message(node: Node, message: object, message_id: str) -> bool:
         bury(node.store, message, str(error))
         return True
     if items:
-        job_ids = [*job_ids, *node.ledger.outlast(lambda: _accept(node.store, items, message_id))]
+        job_ids = [*job_ids, *node.ledger.outlast(lambda: accept_items(node.store, items, message_id))]
     if job_ids and node.stopping:
         return False
     # Nearly always all are fresh, and asking for their attempts first would be a transaction more for each message.
@@ -72,24 +73,41 @@ def _suspects(node: Node, attempts: Mapping[str, int]) -> Iterator[tuple[list[st
         yield [job], limit, True
 
 
-def _accept(store: Store, items: Sequence[Mapping[str, Any]], message_id: str) -> list[str]:
-    """Writes rows for a producer that reaches only the broker; one that conflicts or cannot be stored is buried.
+def accept_items(store: Store, items: Sequence[object], message_id: str) -> list[str]:
+    """Writes rows for a producer that reaches only the broker and returns their ids; a bad item spoils no other.
 
-    Ids follow from the message, so that its second delivery brings no second job.
+    Once this returns, each item has a row or is kept with the messages that could not be read, so that its message
+    may be acknowledged. Ids follow from the message: its second delivery brings no second job.
+
+    Raises:
+        StoreError: the database is away, only reads, or is not as it must be; no item is to blame, and the message
+            must go back.
     """
     accepted: list[str] = []
+    refused: list[tuple[object, str]] = []
     for place, item in enumerate(items):
         try:
-            new = jobs.NewJob(**item, id=str(uuid5(_MESSAGES, f"{message_id} {place}")))
+            new = jobs.NewJob.of(item, id=str(uuid5(_MESSAGES, f"{message_id} {place}")))
             accepted += store.run(lambda session, new=new: jobs.accept(session, [new]))  # type: ignore[misc]
-        except (IdConflictError, ValueError) as error:
-            reason = "id_conflict: " if isinstance(error, IdConflictError) else ""
-            bury(store, {"items": [item]}, f"{reason}{error}")
+        except IdConflictError as error:
+            refused.append((item, f"id_conflict: {error}"))
+        except (ValueError, StoreRefusedError) as error:
+            refused.append((item, str(error)))
+        except StoreError:
+            raise
+        except Exception as error:
+            # Celery acknowledges a message whose task failed: whatever went wrong, this item has no other place.
+            log.exception("item_not_accepted")
+            refused.append((item, f"{type(error).__name__}: {error}"))
+    # Last, so that an item is not kept once more by each try that ends before this.
+    for item, reason in refused:
+        bury(store, {"items": [item]}, reason)
     return accepted
 
 
 def bury(store: Store, message: object, error: str) -> None:
     """Keeps a message that cannot be read, for somebody to look at."""
     body = json.dumps(message, default=repr)
-    store.run(lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error))
+    letter = uuid7()
+    store.run(lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error, letter_id=letter))
     log.error("message_refused", error=error)

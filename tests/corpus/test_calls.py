@@ -12,7 +12,7 @@ import pytest
 from code_worker.client import Client
 from code_worker.data.labelling import Labelled
 from code_worker.errors import CodeWorkerError, ImageRejectedError
-from code_worker.queues import parse_message
+from code_worker.queues import checked_item, parse_message
 from code_worker.settings import FileSettings, Settings
 from code_worker.store import labels as statements
 from code_worker.store.engine import Store
@@ -83,8 +83,10 @@ def test_a_flood_of_the_same_label_from_one_labeller_is_one_row(store: Store) ->
 @pytest.mark.parametrize("name", expected("message"))
 def test_a_message_ends_as_listed(name: str) -> None:
     try:
-        parse_message(json.loads(messages()[name]))
-    except CodeWorkerError as error:
+        _, items = parse_message(json.loads(messages()[name]))
+        for item in items:
+            checked_item(item)
+    except (CodeWorkerError, ValueError) as error:
         end = error_end(error)
     else:
         end = "read"

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 __all__ = ["TcpProxy"]
@@ -23,6 +24,7 @@ class _Link:
     client: socket.socket
     server: socket.socket
     swallow: threading.Event = field(default_factory=threading.Event)
+    cut_at_answer: bool = False
     resetting: bool = False
     readers: int = 2
 
@@ -41,11 +43,13 @@ class _Link:
 
 
 class TcpProxy:
-    """Passes everything on to a port of this machine until it is told otherwise."""
+    """Passes everything on to a port or a Unix socket of this machine until it is told otherwise."""
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target: int | Path) -> None:
         self.connections = 0
-        self._target = ("127.0.0.1", target_port)
+        self.cut = threading.Event()
+        self._target = target
+        self._marker: bytes | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._links: set[_Link] = set()
         self._lock = threading.Lock()
@@ -87,6 +91,14 @@ class TcpProxy:
         """New connections are closed at once; those that are open stay."""
         self._refusing = refusing
 
+    def cut_at_answer_to(self, marker: bytes) -> None:
+        """Passes on what holds `marker`, once; at the answer it cuts that connection, and no new one comes about.
+
+        The server has done what it was asked then, and whoever asked does not know.
+        """
+        self.cut.clear()
+        self._marker = marker
+
     def _open(self) -> list[_Link]:
         with self._lock:
             return list(self._links)
@@ -101,7 +113,7 @@ class TcpProxy:
             try:
                 if self._refusing:
                     raise ConnectionRefusedError
-                link = _Link(client, socket.create_connection(self._target, timeout=120))
+                link = _Link(client, self._connect())
             except OSError:
                 client.close()
                 continue
@@ -111,11 +123,30 @@ class TcpProxy:
             for here, there in ((link.client, link.server), (link.server, link.client)):
                 threading.Thread(target=self._carry, args=(link, here, there), daemon=True).start()
 
+    def _connect(self) -> socket.socket:
+        if isinstance(self._target, int):
+            return socket.create_connection(("127.0.0.1", self._target), timeout=120)
+        made = socket.socket(socket.AF_UNIX)
+        made.connect(str(self._target))
+        return made
+
+    def _cuts(self, link: _Link, here: socket.socket, data: bytes) -> bool:
+        """Whether this is the answer at which to cut; notes the question that it will be the answer to."""
+        if here is link.server:
+            return link.cut_at_answer
+        if self._marker is not None and self._marker in data:
+            self._marker, link.cut_at_answer = None, True
+        return False
+
     def _carry(self, link: _Link, here: socket.socket, there: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := here.recv(_CHUNK):
                 if link.swallow.is_set():
                     continue
+                if self._cuts(link, here, data):
+                    self.refuse()
+                    self.cut.set()
+                    break
                 there.sendall(data)
                 if self._bytes_per_s:
                     time.sleep(len(data) / self._bytes_per_s)

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
-import psycopg
 import pytest
 from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError
@@ -19,7 +18,6 @@ from sqlalchemy.exc import DBAPIError
 from code_worker.errors import ConfigurationError, StoreError, StoreFullError, StoreUnavailableError
 from code_worker.store import engine, jobs
 from code_worker.store.engine import MAX_TRIES, Session, Store, open_store
-from code_worker.store.faults import DbFault, classify
 from code_worker.store.models import JobRow, db_now, db_now_plus
 from code_worker.types import JobState
 from tests.faults.rows import Seen, row
@@ -272,33 +270,6 @@ def test_a_database_without_tables_says_how_to_make_them(database_url: str) -> N
 def test_a_bug_of_ours_keeps_its_own_type(store: Store) -> None:
     with pytest.raises(DBAPIError):
         store.run(lambda session: session.execute(text("SELEC 1")))
-
-
-@pytest.mark.parametrize(
-    ("error", "fault"),
-    [
-        (psycopg.errors.SerializationFailure, DbFault.RETRY),
-        (psycopg.errors.DeadlockDetected, DbFault.RETRY),
-        (psycopg.errors.TooManyConnections, DbFault.RETRY),
-        (psycopg.errors.AdminShutdown, DbFault.RETRY),
-        (psycopg.errors.CrashShutdown, DbFault.RETRY),
-        (psycopg.errors.CannotConnectNow, DbFault.RETRY),
-        (psycopg.errors.ConnectionFailure, DbFault.RETRY),
-        (psycopg.errors.LockNotAvailable, DbFault.RETRY),
-        (psycopg.OperationalError, DbFault.RETRY),
-        (psycopg.errors.DiskFull, DbFault.FULL),
-        (psycopg.errors.InvalidPassword, DbFault.UNAVAILABLE),
-        (psycopg.errors.QueryCanceled, DbFault.UNAVAILABLE),
-        (psycopg.errors.UndefinedTable, DbFault.UNMIGRATED),
-        (psycopg.errors.UniqueViolation, DbFault.REFUSED),
-        (psycopg.errors.SyntaxError, DbFault.BUG),
-        (psycopg.errors.NumericValueOutOfRange, DbFault.BUG),
-    ],
-)
-def test_each_state_of_postgresql_has_its_disposition(error: type[psycopg.Error], fault: DbFault) -> None:
-    wrapped = DBAPIError.instance("", {}, error(), psycopg.Error)
-    assert isinstance(wrapped, DBAPIError)
-    assert classify(wrapped) is fault
 
 
 _WRITER = """
