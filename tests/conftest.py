@@ -23,6 +23,7 @@ from code_worker.machine import usable_cores
 from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
 from tests.durations import Durations
+from tests.faults.proxy import TcpProxy
 from tests.faults.rows import (  # noqa: F401 - hooks and fixtures of the fault matrix, whose rows lie in all directories
     bar,
     choose_rows,
@@ -191,6 +192,14 @@ def store(request: pytest.FixtureRequest) -> Store:
 @pytest.fixture
 def postgres_url(postgres_server: PostgresServer) -> str:
     return postgres_server.new_database()
+
+
+@pytest.fixture
+def lossy_postgres(postgres_server: PostgresServer, postgres_store: Store) -> Iterator[tuple[TcpProxy, str]]:
+    """A proxy that may lose answers, and the URL of `postgres_store`'s database by way of it."""
+    with TcpProxy(postgres_server.socket) as proxy:
+        url = postgres_store.engine.url.set(host="127.0.0.1", port=proxy.port, query={})
+        yield proxy, url.render_as_string(hide_password=False)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from code_worker.releases.manifest import MANIFEST_NAME, Source, read_manifest, 
 from code_worker.releases.registry import Registry
 from code_worker.settings import RoleSettings, Settings
 from code_worker.store import releases
-from code_worker.store.engine import Store
+from code_worker.store.engine import Store, open_store
+from tests.faults.proxy import TcpProxy
 from tests.faults.rows import Seen, row
 from tests.fork_server import forking_python
 from tests.release_parts import write_plain_release
@@ -100,6 +102,50 @@ def test_promote_and_rollback_move_the_champion_and_tell_who_and_why(
         (b, a, "bob", "better"),
         (a, None, "ann", "first"),
     ]
+
+
+def test_moves_whose_answers_are_lost_are_made_once_and_tell_what_was_before(
+    lossy_postgres: tuple[TcpProxy, str],
+    postgres_store: Store,
+    artifacts: LocalArtifacts,
+    plugins: Plugins,
+    three: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    proxy, url = lossy_postgres
+    monkeypatch.setattr("code_worker.store.engine.time.sleep", lambda _: proxy.refuse(refusing=False))
+    with closing(open_store(url)) as store:
+        registry = Registry(store, artifacts, plugins, RoleSettings())
+        a, b, c = (registry.add(directory) for directory in three)
+        registry.promote(a, by="ann")
+
+        def losing(act: Callable[[], str | None]) -> str | None:
+            proxy.cut_at_answer_to(b"COMMIT")
+            told = act()
+            assert proxy.cut.is_set()
+            return told
+
+        assert losing(lambda: registry.promote(b, by="ann")) == a
+        assert losing(lambda: registry.challenge(c, by="ann")) is None
+        assert losing(lambda: registry.withdraw(by="ann")) == c
+        assert losing(lambda: registry.rollback(by="ann")) == a
+    assert history(postgres_store) == [(a, b, "ann", ""), (b, a, "ann", ""), (a, None, "ann", "")]
+
+
+def test_what_is_retired_at_the_moment_of_its_promotion_is_not_promoted(
+    registry: Registry, store: Store, three: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (registry.add(directory) for directory in three[:2])
+    registry.promote(a, by="ann")
+
+    def retire(point: str) -> None:
+        if point == "before_promotion":
+            assert store.run(lambda session: releases.retire(session, b, "erased"))
+
+    monkeypatch.setattr("code_worker.releases.registry.failpoint", retire)
+    with pytest.raises(StoreError, match="must not be promoted: erased"):
+        registry.promote(b, by="ann")
+    assert registry.champion() == a
 
 
 def test_promoting_the_champion_again_is_no_move(registry: Registry, store: Store, three: list[Path]) -> None:

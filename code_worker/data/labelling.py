@@ -176,16 +176,19 @@ class Labeller:
         Returns:
             How many statements said something new.
         """
+        tries: list[int] = []
 
-        def write(session: Session) -> int:
+        def write(session: Session) -> None:
             kept_images.note_kept(session, images)
             added = labels.add(session, new)
             labels.note_imported(session, rows or {})
             if added:
                 _audit(session, new, added, actor, file)
-            return added
+            tries.append(added)
 
-        return self._store.run(write)
+        self._store.run(write)
+        # A try whose commit's answer was lost did add them, and the next one found nothing new.
+        return max(tries)
 
     def imported(self, keys: Sequence[str]) -> dict[str, str]:
         """Content hashes of the images of rows that were read before, by the row's key."""
@@ -219,6 +222,8 @@ class Labeller:
                 f"{uri} holds other bytes now ({image.sha256}) than those meant ({sha256}), of which no copy is "
                 "kept: label the URI itself to speak of what is there now"
             )
+        # First the row: a copy that no row names would be found by nobody, by no erasure either.
+        self._store.run(partial(kept_images.note_kept, images=[image]))
         self._kept.put(data)
         return Found(image, uri)
 

@@ -217,12 +217,14 @@ class Registry:
         self.load_to_judge(release)
         failpoint("before_promotion")
 
-        def move(session: Session) -> str | None:
-            previous = releases.move_alias(session, CHAMPION, release, by=by, reason=reason)
-            failpoint("mid_promotion")
-            return previous
+        tries: list[str | None] = []
 
-        before = self._store.run(move)
+        def move(session: Session) -> None:
+            tries.append(releases.move_alias(session, CHAMPION, release, by=by, reason=reason))
+            failpoint("mid_promotion")
+
+        self._store.run(move)
+        before = _before(tries, release)
         failpoint("after_promotion")
         log.info("champion_moved", release=release, before=before, by=by)
         return before
@@ -235,16 +237,9 @@ class Registry:
             ArtifactError, PluginError: it cannot be loaded any more; the champion stays.
         """
         require(self._roles, by, Role.OPERATOR, "roll back")
-        wanted = self._previous_champion()
+        move, wanted = self._last_promotion()
         self.load_to_judge(wanted)
-
-        def take_back(session: Session) -> str:
-            found = releases.rollback(session, CHAMPION, by=by, reason=reason)
-            if found != wanted:
-                raise StoreError("the champion was moved by somebody else just now: look at it and try again")
-            return found
-
-        self._store.run(take_back)
+        self._store.run(lambda session: releases.rollback(session, CHAMPION, by=by, reason=reason, move=move))
         log.info("champion_rolled_back", release=wanted, by=by)
         return wanted
 
@@ -258,14 +253,18 @@ class Registry:
         """
         require(self._roles, by, Role.OPERATOR, "choose a challenger")
         self._load_with_heads(release)
-        before = self._store.run(lambda session: releases.challenge(session, release, by=by, reason=reason))
+        tries: list[str | None] = []
+        self._store.run(lambda session: tries.append(releases.challenge(session, release, by=by, reason=reason)))
+        before = _before(tries, release)
         log.info("challenger_moved", release=release, before=before, by=by)
         return before
 
     def withdraw(self, *, by: str, reason: str = "") -> str | None:
         """Leaves the champion without a challenger; returns the one that was, or None."""
         require(self._roles, by, Role.OPERATOR, "withdraw the challenger")
-        before = self._store.run(lambda session: releases.drop_alias(session, CHALLENGER, by=by, reason=reason))
+        tries: list[str | None] = []
+        self._store.run(lambda session: tries.append(releases.drop_alias(session, CHALLENGER, by=by, reason=reason)))
+        before = _before(tries, None)
         if before is not None:
             log.info("challenger_withdrawn", release=before, by=by, reason=reason)
         return before
@@ -278,23 +277,32 @@ class Registry:
             ArtifactError: the release has no head, or its status forbids it.
         """
         status = self.show(release).info.status
-        if status != "ready":
+        if status != releases.READY:
             raise ArtifactError(f"{release} must not be promoted: {status}")
         return self._load_with_heads(release)
 
-    def _previous_champion(self) -> str:
+    def _last_promotion(self) -> tuple[int, str]:
+        """Number of the last move of the champion that stands, and the release before it."""
         history = self._store.run(lambda session: releases.moves(session, CHAMPION), write=False)
         undone = {move.undoes for move in history}
         standing = [move for move in history if move.undoes is None and move.id not in undone]
         if not standing or standing[0].previous_id is None:
             raise StoreError("no champion before this one: nothing to roll back to")
-        return standing[0].previous_id
+        return standing[0].id, standing[0].previous_id
 
     def _load_with_heads(self, release: str) -> LoadedRelease:
         loaded = self.load(release)
         if not loaded.heads:
             raise ArtifactError(f"{release} has no head and cannot judge: import it again with --heads DIR")
         return loaded
+
+
+def _before(tries: Sequence[str | None], now: str | None) -> str | None:
+    """Where an alias that points to `now` pointed before, by what each try of its move found.
+
+    A try whose commit's answer was lost did move it, and the next one found it moved.
+    """
+    return next((found for found in reversed(tries) if found != now), now)
 
 
 def _pointing_to(release: str, aliases: dict[str, str]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from code_worker.store.faults import (
     loses_connection,
     translate,
 )
+from code_worker.store.ids import Clock, uuid7
 
 __all__ = ["MAX_TRIES", "Session", "Store", "open_store"]
 
@@ -62,11 +63,26 @@ class Store:
         # SQLite takes and gives back its read lock for free; on PostgreSQL BEGIN and COMMIT are two journeys more.
         lone = {} if self.dialect == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
         self._looker = engine.execution_options(**lone)
+        self._clock = Clock()
+        if self.dialect == "postgresql":
+            event.listen(engine, "connect", self._read_clock)
 
     @property
     def url(self) -> str:
         """Where it is, password included: never log it."""
         return self.engine.url.render_as_string(hide_password=False)
+
+    def new_id(self) -> str:
+        """A new id in the order of the database's time: whatever this machine's clock says, later ids are greater."""
+        return uuid7(self._clock.now_ns())
+
+    def _read_clock(self, connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+        cursor = connection.cursor()
+        cursor.execute("SELECT extract(epoch FROM clock_timestamp())::float8")
+        (there_s,) = cursor.fetchone() or (time.time(),)
+        cursor.close()
+        connection.rollback()
+        self._clock.agree(there_s)
 
     def look(self, work: Callable[[Session], T]) -> T:
         """As `run`, for work that reads, with one statement: it needs no transaction.

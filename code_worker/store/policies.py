@@ -64,10 +64,12 @@ def put(
     note: str = "",
     evidence: Mapping[str, Any] | None = None,
     release_id: str | None = None,
+    policy_id: str | None = None,
 ) -> PolicyRow:
     """Puts thresholds in force for a tenant and content type, as the next version.
 
-    Calibrated ones name the release whose scores they were drawn by.
+    Calibrated ones name the release whose scores they were drawn by. With a `policy_id` made outside the transaction,
+    one that is repeated after a lost answer makes one version.
 
     Raises:
         ValueError: not 0 ≤ low ≤ high ≤ 1, or an empty name, which would mean every one.
@@ -77,10 +79,12 @@ def put(
         raise ValueError(f"thresholds must be 0 <= low <= high <= 1, not {low} and {high}")
     if "" in {tenant, content_type}:
         raise ValueError("tenant and content type must not be empty")
+    if policy_id is not None and (before := get(session, policy_id)) is not None:
+        return before
     scope = (_POLICIES.c.tenant == (tenant or ""), _POLICIES.c.content_type == (content_type or ""))
     last = session.scalar(select(func.max(_POLICIES.c.version)).where(*scope))
     row = {
-        "id": uuid7(),
+        "id": policy_id or uuid7(),
         "tenant": tenant or "",
         "content_type": content_type or "",
         "version": (last or 0) + 1,
@@ -96,11 +100,14 @@ def put(
     made = session.execute(written).mappings().one_or_none()
     if made is None:
         raise StoreError("the policy was changed by somebody else just now: look at it and try again")
-    details = {name: row[name] for name in ("tenant", "content_type", "version", "head", "low", "high", "release_id")}
-    audit.record(
-        session, actor=by, action="policy.put", subject=str(row["id"]), details={**details, "note": audit.blank(note)}
-    )
+    _audit(session, row)
     return _policy(made)
+
+
+def _audit(session: Session, row: Mapping[str, Any]) -> None:
+    details = {name: row[name] for name in ("tenant", "content_type", "version", "head", "low", "high", "release_id")}
+    details["note"] = audit.blank(row["note"])
+    audit.record(session, actor=row["created_by"], action="policy.put", subject=str(row["id"]), details=details)
 
 
 def in_force(session: Session) -> list[PolicyRow]:

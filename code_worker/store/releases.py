@@ -18,6 +18,7 @@ from code_worker.store.sql import insert_into, insert_new, table_of
 __all__ = [
     "CHALLENGER",
     "CHAMPION",
+    "READY",
     "AliasMove",
     "ReleaseInfo",
     "add",
@@ -36,7 +37,8 @@ __all__ = [
 
 CHAMPION: Final = "champion"
 CHALLENGER: Final = "challenger"
-_READY: Final = "ready"
+READY: Final = "ready"
+"""Status of a release that may judge; any other says why it may not."""
 _ACTIONS: Final = {CHAMPION: "release.promote", CHALLENGER: "release.challenge"}
 _RELEASES = table_of(ReleaseRow)
 _ALIASES = table_of(AliasRow)
@@ -82,7 +84,7 @@ def add(
     manifest: Mapping[str, Any],
     source: str,
     by: str,
-    status: str = _READY,
+    status: str = READY,
 ) -> bool:
     """Registers a release; returns False when it was registered before, which changes nothing.
 
@@ -199,14 +201,26 @@ def drop_alias(session: Session, name: str, *, by: str, reason: str = "") -> str
     return before
 
 
-def rollback(session: Session, name: str, *, by: str, reason: str) -> str:
+def rollback(session: Session, name: str, *, by: str, reason: str, move: int | None = None) -> str:
     """Takes back the last move that still stands and returns the release that the alias points to now.
 
     A rollback is no move to be taken back in turn: rolling back twice goes two moves back, never to and fro.
 
+    Args:
+        session: the unit of work.
+        name: the alias.
+        by: who does it.
+        reason: why.
+        move: the move that is meant; it is taken back once, however often this is repeated after a lost answer.
+
     Raises:
-        StoreError: no move is left to take back, its release was the first, or the one before was retired.
+        StoreError: no move is left to take back, its release was the first, the one before was retired, or it is not
+            the one that is meant.
     """
+    if move is not None:
+        own = (_MOVES.c.undoes == move, _MOVES.c.by == by, _MOVES.c.reason == reason)
+        if (done := session.scalar(select(_MOVES.c.release_id).where(*own))) is not None:
+            return str(done)
     now = session.scalar(select(_ALIASES.c.release_id).where(_ALIASES.c.name == name).with_for_update())
     undone = select(_MOVES.c.undoes).where(_MOVES.c.alias == name, _MOVES.c.undoes.is_not(None))
     last = session.execute(
@@ -217,6 +231,8 @@ def rollback(session: Session, name: str, *, by: str, reason: str) -> str:
     ).one_or_none()
     if now is None or last is None or last.previous_id is None:
         raise StoreError(f"{name} pointed nowhere before: nothing to roll back to")
+    if move not in {None, last.id}:
+        raise StoreError(f"the {name} was moved by somebody else just now: look at it and try again")
     _move(session, name, last.previous_id, previous_id=now, undoes=last.id, by=by, reason=reason)
     return str(last.previous_id)
 
@@ -240,7 +256,7 @@ def _move(
 ) -> None:
     # The alias is locked already, and the release after it, in this order everywhere. Its status is read anew: it may
     # have been retired since somebody made sure that it loads, and its files with it.
-    if (status := session.scalar(_lock_of(release_id))) != _READY:
+    if (status := session.scalar(_lock_of(release_id))) != READY:
         raise StoreError(f"{name} cannot be {release_id}: {status}")
     session.execute(
         update(_ALIASES)

@@ -122,7 +122,7 @@ def replace_live(session: Session, new: Sequence[Verdict]) -> Collection[str]:
         for ids in chunks((verdict.job_id for verdict in some), IN_LIST):
             free.update(session.scalars(_next_revision(ids, revision)))
     verdicts.write(session, [verdict for verdict in new if verdict.job_id in free])
-    # Not what was inserted just now: an earlier run of this transaction may have been committed unheard.
+    # Of those as well that an earlier run of this transaction wrote and committed unheard.
     written: set[str] = set()
     for own in chunks([verdict.id for verdict in new], IN_LIST):
         written.update(session.scalars(select(_VERDICTS.c.job_id).where(_VERDICTS.c.id.in_(own))))

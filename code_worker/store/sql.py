@@ -77,7 +77,8 @@ def insert_new(
         fresh: a column whose values nothing else in the database has.
 
     Returns:
-        Values of `fresh` in the rows that were written; empty without `fresh`.
+        Values of `fresh` in those of the rows that are there now, written by this call or by an earlier run of its
+        transaction, whose answer was lost; empty without `fresh`.
     """
     if not values:
         return set()
@@ -96,12 +97,14 @@ def _insert_many(
 ) -> set[str]:
     statement = insert_into(session, row).on_conflict_do_nothing(index_elements=same)
     session.connection().execute(statement.values(constants) if constants else statement, values)
-    if fresh is None:
-        return set()
-    column, written = table_of(row).c[fresh], set[str]()
-    for some in chunks([value[fresh] for value in values], IN_LIST):
-        written.update(session.scalars(select(column).where(column.in_(some))))
-    return written
+    return set() if fresh is None else _there(session, row, fresh, {value[fresh] for value in values})
+
+
+def _there(session: Session, row: type[Base], column: str, values: Iterable[str]) -> set[str]:
+    found, which = set[str](), table_of(row).c[column]
+    for some in chunks(values, IN_LIST):
+        found.update(session.scalars(select(which).where(which.in_(some))))
+    return found
 
 
 def _insert_as_json(
@@ -119,7 +122,9 @@ def _insert_as_json(
     if fresh is None:
         session.execute(statement, listed)
         return set()
-    return set(session.scalars(statement.returning(table_of(row).c[fresh]), listed))
+    written = set(session.scalars(statement.returning(table_of(row).c[fresh]), listed))
+    # Nearly always all are; what is not may be another's row, or our own from a run whose answer was lost.
+    return written | _there(session, row, fresh, {value[fresh] for value in values} - written)
 
 
 @cache

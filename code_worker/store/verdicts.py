@@ -55,8 +55,8 @@ _EQUAL: Final = ("outcome", "label", "reason", "tenant", "content_type", "releas
 def write(session: Session, verdicts: Sequence[Verdict]) -> list[str]:
     """Writes verdicts and finishes their jobs; a job that has a verdict of that revision keeps it.
 
-    Returns the ids of the jobs whose verdict this call wrote, in the order given. After a commit whose answer was
-    lost the retried transaction finds them written and returns none.
+    Returns the ids of the jobs whose verdict is the one given, in the order given; with ids made outside the
+    transaction also when it is repeated after a commit whose answer was lost.
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for verdict in verdicts:

@@ -12,7 +12,6 @@ from code_worker.errors import IdConflictError, MessageError, StoreError, StoreR
 from code_worker.logs import get_logger
 from code_worker.queues import MODERATE, SUSPECTS_PER_MESSAGE, chunks, parse_message
 from code_worker.store import jobs, workers
-from code_worker.store.ids import uuid7
 
 if TYPE_CHECKING:
     from code_worker.store.engine import Store
@@ -108,6 +107,6 @@ def accept_items(store: Store, items: Sequence[object], message_id: str) -> list
 def bury(store: Store, message: object, error: str) -> None:
     """Keeps a message that cannot be read, for somebody to look at."""
     body = json.dumps(message, default=repr)
-    letter = uuid7()
+    letter = store.new_id()
     store.run(lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error, letter_id=letter))
     log.error("message_refused", error=error)

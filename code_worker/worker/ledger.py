@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from code_worker.errors import StoreUnavailableError
@@ -53,7 +54,8 @@ class Ledger:
             StoreError: the ledger does not take it; the leases lapse instead.
         """
         detail = "the batch ended in an error of the worker"
-        worn_out, again = self._split([JobFault(job, RejectReason.INTERNAL, detail) for job in claimed])
+        faults, again = self._split([JobFault(job, RejectReason.INTERNAL, detail) for job in claimed])
+        worn_out = self._with_ids(faults)
 
         def write(session: Session) -> None:
             verdicts.write(session, worn_out)
@@ -70,7 +72,7 @@ class Ledger:
             StoreUnavailableError: it stayed away; the leases lapse and the sweeper rings again.
         """
         worn_out, again = self._split(judged.faults)
-        rows = [*judged.verdicts, *worn_out]
+        rows = self._with_ids([*judged.verdicts, *worn_out])
         sources = sorted({fault.source: fault for fault in judged.faults if fault.source}.items())
         keep = self._settings.store_embeddings and judged.embeddings
         longest_s = self._settings.backoff_max_s
@@ -96,7 +98,8 @@ class Ledger:
         def write(session: Session) -> list[Job]:
             found = jobs.exhausted(session, max_attempts=self._settings.max_attempts, limit=limit)
             detail = f"{self._settings.max_attempts} attempts ended without a result"
-            verdicts.write(session, [rejected_job(job, RejectReason.QUARANTINED, detail) for job in found])
+            rejected = [rejected_job(job, RejectReason.QUARANTINED, detail) for job in found]
+            verdicts.write(session, self._with_ids(rejected))
             return found
 
         found = self.store.run(write)
@@ -116,6 +119,10 @@ class Ledger:
                 log.warning("store_unavailable", error=str(error))
                 progress()
                 time.sleep(random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+
+    def _with_ids(self, made: Sequence[Verdict]) -> list[Verdict]:
+        """Before the transaction, so that one that is repeated after a lost answer knows its own verdicts."""
+        return [replace(verdict, id=self.store.new_id()) for verdict in made]
 
     def _split(self, faults: Sequence[JobFault]) -> tuple[list[Verdict], list[jobs.Fault]]:
         """Faults that end the job now, and those that let it try again later."""

@@ -37,6 +37,7 @@ def put_policy(
         ValueError, StoreError: see there.
     """
     require(settings.roles, by, Role.OPERATOR, "set thresholds")
+    policy_id = store.new_id()
     return store.run(
         lambda session: policies.put(
             session,
@@ -49,5 +50,6 @@ def put_policy(
             note=note,
             evidence=evidence,
             release_id=release_id,
+            policy_id=policy_id,
         )
     )

@@ -20,7 +20,6 @@ from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.roles import Role, current_user, require
 from code_worker.store import audit, embeddings, kept_images, policies, rescoring
-from code_worker.store.ids import uuid7
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -160,7 +159,7 @@ def _written(rejudged: Rejudged) -> set[str]:
 
 
 def _write(store: Store, rejudged: Rejudged, encoder_sha256: str, *, keep: bool) -> Collection[str]:
-    new = [replace(verdict, id=uuid7()) for _, verdict in rejudged.pairs]
+    new = [replace(verdict, id=store.new_id()) for _, verdict in rejudged.pairs]
 
     def write(session: Session) -> Collection[str]:
         if keep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,14 +13,21 @@ import pytest
 from code_worker.client import Client
 from code_worker.data.kept import open_kept
 from code_worker.data.labelling import Labeller
-from code_worker.errors import DatasetError, ImageRejectedError, StorageError
+from code_worker.errors import (
+    CommitUnknownError,
+    DatasetError,
+    ImageRejectedError,
+    StorageError,
+    StoreUnavailableError,
+)
 from code_worker.roles import current_user
 from code_worker.settings import S3Settings
 from code_worker.store import kept_images
-from code_worker.store.engine import Store
+from code_worker.store.engine import Store, open_store
 from code_worker.store.ids import uuid7
 from code_worker.types import ImageFacts
 from tests.data.label_acts import Place, sha256_of
+from tests.faults.proxy import TcpProxy
 from tests.servers import S3Server
 from tests.store.acts import accept, claim, judged, rejected, write
 
@@ -196,3 +204,50 @@ def test_the_client_labels(place: Place) -> None:
     assert (done.new, client.label(path, "fake", generator="sdxl", by="alice").new) == (True, False)
     client.close()
     assert place.statements()[0].source == "api"
+
+
+def test_a_copy_is_never_kept_without_a_row_that_names_it(
+    lossy_postgres: tuple[TcpProxy, str], postgres_store: Store, tmp_path: Path
+) -> None:
+    proxy, url = lossy_postgres
+    with closing(open_store(url)) as store:
+        place = Place(tmp_path, store)
+        first, second = place.image("a.png"), place.image("b.png", 2)
+        proxy.cut_at_answer_to(b"INTO labels")
+        with pytest.raises(StoreUnavailableError):
+            place.labeller.label(first, "fake", by="rob")
+        assert proxy.cut.is_set()
+        with pytest.raises(StoreUnavailableError):
+            place.labeller.label(second, "fake", by="rob")
+    hashes = place.copies()
+    assert hashes == {sha256_of(first)}, "of the second nothing could be noted, and nothing was kept"
+    assert set(postgres_store.run(lambda session: kept_images.kept(session, hashes))) == hashes
+
+
+def test_a_label_whose_answer_is_lost_may_be_said_again(lossy_postgres: tuple[TcpProxy, str], tmp_path: Path) -> None:
+    proxy, url = lossy_postgres
+    with closing(open_store(url)) as store:
+        place = Place(tmp_path, store)
+        path = place.image("a.png")
+        place.labeller.find(path)
+        proxy.cut_at_answer_to(b"INTO labels", b"COMMIT")
+        with pytest.raises(CommitUnknownError, match="all of it was written, or nothing"):
+            place.labeller.label(sha256_of(path), "fake", by="rob")
+        assert proxy.cut.is_set()
+        proxy.refuse(refusing=False)
+        assert not place.labeller.label(path, "fake", by="rob").new
+        assert len(place.statements()) == 1
+
+
+def test_a_label_whose_answer_is_lost_for_a_moment_is_told_as_new(
+    lossy_postgres: tuple[TcpProxy, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, url = lossy_postgres
+    monkeypatch.setattr("code_worker.store.engine.time.sleep", lambda _: proxy.refuse(refusing=False))
+    with closing(open_store(url)) as store:
+        place = Place(tmp_path, store)
+        sha256 = place.labeller.find(place.image("a.png")).image.sha256
+        proxy.cut_at_answer_to(b"INTO labels", b"COMMIT")
+        assert place.labeller.label(sha256, "fake", by="rob").new
+        assert proxy.cut.is_set()
+        assert len(place.statements()) == 1

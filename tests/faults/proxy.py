@@ -49,7 +49,7 @@ class TcpProxy:
         self.connections = 0
         self.cut = threading.Event()
         self._target = target
-        self._marker: bytes | None = None
+        self._markers: list[bytes] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._links: set[_Link] = set()
         self._lock = threading.Lock()
@@ -91,13 +91,13 @@ class TcpProxy:
         """New connections are closed at once; those that are open stay."""
         self._refusing = refusing
 
-    def cut_at_answer_to(self, marker: bytes) -> None:
-        """Passes on what holds `marker`, once; at the answer it cuts that connection, and no new one comes about.
+    def cut_at_answer_to(self, *markers: bytes) -> None:
+        """Passes on what holds the markers, in this order; at the answer to the last it cuts that connection.
 
-        The server has done what it was asked then, and whoever asked does not know.
+        No new one comes about then. The server has done what it was asked, and whoever asked does not know.
         """
         self.cut.clear()
-        self._marker = marker
+        self._markers = list(markers)
 
     def _open(self) -> list[_Link]:
         with self._lock:
@@ -134,8 +134,9 @@ class TcpProxy:
         """Whether this is the answer at which to cut; notes the question that it will be the answer to."""
         if here is link.server:
             return link.cut_at_answer
-        if self._marker is not None and self._marker in data:
-            self._marker, link.cut_at_answer = None, True
+        if self._markers and self._markers[0] in data:
+            del self._markers[0]
+            link.cut_at_answer = not self._markers
         return False
 
     def _carry(self, link: _Link, here: socket.socket, there: socket.socket) -> None:

@@ -7,8 +7,10 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError
 
 from code_worker.errors import ConfigurationError, StoreError, StoreFullError, StoreUnavailableError
-from code_worker.store import engine, jobs
+from code_worker.store import engine, health, jobs
 from code_worker.store.engine import MAX_TRIES, Session, Store, open_store
+from code_worker.store.ids import uuid7, uuid7_floor
 from code_worker.store.models import JobRow, db_now, db_now_plus
 from code_worker.types import JobState
 from tests.faults.rows import Seen, row
@@ -111,6 +114,18 @@ def test_the_databases_clock_compares_with_stored_times(store: Store) -> None:
         return (*map(bool, row), found == [job_id])
 
     assert store.run(compare, write=False) == (True,) * 5
+
+
+def test_ids_are_in_the_order_of_the_databases_time_whatever_this_machines_clock_says(
+    postgres_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    postgres_store.run(jobs.counts, write=False)
+    before = postgres_store.new_id()
+    ahead_ns = time.time_ns() + 3600 * 10**9
+    monkeypatch.setattr("code_worker.store.ids.time.time_ns", lambda: ahead_ns)
+    there = postgres_store.run(health.server_time, write=False)
+    after = postgres_store.new_id()
+    assert before < after < uuid7_floor(there + timedelta(minutes=5)) < uuid7()
 
 
 @row(

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from code_worker.client import Client
 from code_worker.errors import CommitUnknownError, StoreError, StoreRefusedError, StoreUnavailableError
 from code_worker.settings import Settings
-from code_worker.store import jobs, policies
-from code_worker.store.engine import Store, open_store
+from code_worker.store import jobs, policies, releases, verdicts, workers
+from code_worker.store.engine import Session, Store, open_store
 from code_worker.store.faults import SQLSTATES, DbFault, classify, loses_connection
+from code_worker.store.ids import uuid7
 from code_worker.types import JobState
 from tests.faults.proxy import TcpProxy
 from tests.servers import PostgresServer
-from tests.store.acts import accept
+from tests.store.acts import accept, judged
 
 _STATES = sorted(
     (kind.sqlstate, kind)
@@ -147,24 +151,16 @@ def test_a_value_that_no_index_holds_is_refused(postgres_store: Store) -> None:
 
 
 @pytest.fixture
-def proxied(postgres_server: PostgresServer, postgres_store: Store) -> Iterator[tuple[TcpProxy, str]]:
-    """A proxy before the server, and the URL of the test's database by way of it."""
-    with TcpProxy(postgres_server.socket) as proxy:
-        url = postgres_store.engine.url.set(host="127.0.0.1", port=proxy.port, query={})
-        yield proxy, url.render_as_string(hide_password=False)
-
-
-@pytest.fixture
-def client(proxied: tuple[TcpProxy, str], tmp_path: Path) -> Iterator[Client]:
-    settings = Settings(data_dir=tmp_path, database_url=proxied[1], broker_url="redis://127.0.0.1:1/0")
+def client(lossy_postgres: tuple[TcpProxy, str], tmp_path: Path) -> Iterator[Client]:
+    settings = Settings(data_dir=tmp_path, database_url=lossy_postgres[1], broker_url="redis://127.0.0.1:1/0")
     with closing(Client(settings)) as made:
         yield made
 
 
 def test_a_commit_whose_answer_is_lost_is_said_to_be_unknown_and_the_key_tells(
-    client: Client, proxied: tuple[TcpProxy, str], postgres_store: Store
+    client: Client, lossy_postgres: tuple[TcpProxy, str], postgres_store: Store
 ) -> None:
-    proxy, _ = proxied
+    proxy, _ = lossy_postgres
     proxy.cut_at_answer_to(b"COMMIT")
     with pytest.raises(CommitUnknownError, match="the same key") as raised:
         client.enqueue("s3://b/a.jpg", tenant="acme", key="post-1")
@@ -178,9 +174,9 @@ def test_a_commit_whose_answer_is_lost_is_said_to_be_unknown_and_the_key_tells(
 
 
 def test_a_lost_answer_that_a_later_try_makes_up_for_is_no_error(
-    client: Client, proxied: tuple[TcpProxy, str], postgres_store: Store, monkeypatch: pytest.MonkeyPatch
+    client: Client, lossy_postgres: tuple[TcpProxy, str], postgres_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy, _ = proxied
+    proxy, _ = lossy_postgres
     proxy.cut_at_answer_to(b"COMMIT")
     monkeypatch.setattr("code_worker.store.engine.time.sleep", lambda _: proxy.refuse(refusing=False))
     job = client.enqueue("s3://b/a.jpg")
@@ -190,12 +186,79 @@ def test_a_lost_answer_that_a_later_try_makes_up_for_is_no_error(
 
 
 def test_a_connection_that_is_cut_before_the_commit_accepted_nothing(
-    client: Client, proxied: tuple[TcpProxy, str], postgres_store: Store
+    client: Client, lossy_postgres: tuple[TcpProxy, str], postgres_store: Store
 ) -> None:
-    proxy, _ = proxied
+    proxy, _ = lossy_postgres
     proxy.cut_at_answer_to(b"INSERT INTO jobs")
     with pytest.raises(StoreUnavailableError, match="does not answer") as raised:
         client.enqueue("s3://b/a.jpg")
     assert proxy.cut.is_set()
     assert not isinstance(raised.value, CommitUnknownError)
     assert postgres_store.run(jobs.counts)[JobState.ACCEPTED] == 0
+
+
+def _champion_of_two(session: Session) -> None:
+    for release in ("r1", "r2", "r3"):
+        manifest = {"heads": {"linear": {}}}
+        releases.add(
+            session, id=release, manifest_sha256=release, location=release, manifest=manifest, source="s", by="ann"
+        )
+    for release in ("r1", "r2"):
+        releases.move_alias(session, "champion", release, by="ann", reason="")
+    jobs.accept(session, [_JOB])
+
+
+_JOB = jobs.NewJob("s3://b/judged.jpg")
+_IDS = [uuid7() for _ in range(3)]
+ACTS: dict[str, tuple[Callable[[Session], object], str, Any]] = {
+    "a policy": (
+        lambda session: policies.put(session, low=0.4, high=0.6, by="ann", policy_id=_IDS[0]).version,
+        "SELECT count(*) FROM policies",
+        1,
+    ),
+    "a promotion": (
+        lambda session: releases.move_alias(session, "champion", "r3", by="ann", reason="better"),
+        "SELECT count(*) FROM alias_moves WHERE release_id = 'r3'",
+        "r3",
+    ),
+    "a rollback": (
+        lambda session: releases.rollback(session, "champion", by="ann", reason="worse", move=2),
+        "SELECT count(*) FROM alias_moves WHERE undoes IS NOT NULL",
+        "r1",
+    ),
+    "a retired release": (
+        lambda session: releases.retire(session, "r3", "erased"),
+        "SELECT count(*) FROM releases WHERE status = 'erased'",
+        True,
+    ),
+    "a verdict": (
+        lambda session: verdicts.write(session, [replace(judged(_JOB.id), id=_IDS[1])]),
+        "SELECT count(*) FROM verdicts",
+        [_JOB.id],
+    ),
+    "a dead letter": (
+        lambda session: workers.dead_letter(session, task="t", body="b", error="e", letter_id=_IDS[2]),
+        "SELECT count(*) FROM dead_letters",
+        _IDS[2],
+    ),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_what_is_repeated_after_a_lost_answer_is_done_once_and_told_as_done(
+    act: str, lossy_postgres: tuple[TcpProxy, str], postgres_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, count, told = ACTS[act]
+    proxy, url = lossy_postgres
+    postgres_store.run(_champion_of_two)
+    entries = postgres_store.run(lambda session: session.scalar(text("SELECT count(*) FROM audit")))
+    monkeypatch.setattr("code_worker.store.engine.time.sleep", lambda _: proxy.refuse(refusing=False))
+    with closing(open_store(url)) as store:
+        proxy.cut_at_answer_to(b"COMMIT")
+        assert store.run(work) == told
+        assert proxy.cut.is_set()
+    done, after = postgres_store.run(
+        lambda session: (session.scalar(text(count)), session.scalar(text("SELECT count(*) FROM audit")))
+    )
+    assert done == 1
+    assert after - entries <= 1, "and audited once"
