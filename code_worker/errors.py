@@ -209,7 +209,7 @@ class TransientError(CodeWorkerError):
 
 
 class SourceCredentialsError(TransientError):
-    """Credentials that are wrong or expired: `source` (e.g. `s3`) is paused until they work again."""
+    """Credentials or settings with which nothing can be read: `source` (e.g. `s3://bucket`) is paused meanwhile."""
 
     def __init__(self, source: str, detail: str = "") -> None:
         self.source = source

@@ -66,6 +66,12 @@ class WorkerSettings(Section):
         120, ge=5, description="A batch that makes no step for so long makes the watchdog end the process."
     )
     max_attempts: int = Field(3, ge=1, description="Claims that may end in a dead worker before quarantine.")
+    max_denied: int | None = Field(
+        20,
+        ge=1,
+        description="Images of one bucket that are denied in a row, none readable in between, before the bucket is "
+        "paused instead; unset (`null`): each is rejected by itself, however many.",
+    )
     max_faults: int = Field(12, ge=1, description="Transient faults before the job is rejected with the last one.")
     backoff_s: float = Field(2.0, gt=0, description="First wait after a transient fault; doubles, jittered.")
     backoff_max_s: float = Field(900.0, gt=0, description="Longest wait after a transient fault.")

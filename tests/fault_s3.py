@@ -156,8 +156,12 @@ def drip_header(handler: _Handler) -> None:
         handler.wfile.flush()
 
 
-def error(status: int, code: str, message: str = "told to fail", **headers: str) -> Behaviour:
-    body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
+def error(
+    status: int, code: str, message: str = "told to fail", argument_name: str = "", **headers: str
+) -> Behaviour:
+    argument = f"<ArgumentName>{argument_name}</ArgumentName>" if argument_name else ""
+    text = f"<Error><Code>{code}</Code><Message>{message}</Message>{argument}</Error>"
+    body = f'<?xml version="1.0"?>{text}'.encode()
 
     def behave(handler: _Handler) -> None:
         extra = {name.replace("_", "-"): value for name, value in headers.items()}

@@ -29,7 +29,7 @@ from code_worker.worker.doctor import Check, Status, examine, services
 from code_worker.worker.doctor.check import bounded, hung
 from code_worker.worker.embedded import EmbeddedBroker
 from code_worker.worker.supervisor import Supervisor
-from tests.servers import RedisServer, S3Server, free_port
+from tests.servers import RedisServer, free_port
 
 Find = Callable[..., list[Check]]
 
@@ -208,17 +208,6 @@ def test_clocks_that_disagree_are_warned_of_and_then_a_fault(there_s: float, sta
 
 def test_an_answer_that_took_long_is_no_wrong_clock() -> None:
     assert services.clock("broker", 1001.0, asked_s=1000.0, answered_s=1120.0).status is Status.OK
-
-
-def test_each_bucket_is_tried(find: Find, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("CODE_WORKER_S3__BUCKETS", '["doctor-there", "doctor-gone"]')
-    s3_server.client().create_bucket(Bucket="doctor-there")
-    there, gone = find("s3")
-    assert there == Check("s3", Status.OK, "s3://doctor-there can be listed")
-    assert gone.status is Status.FAIL
-    assert "s3://doctor-gone" in gone.message
 
 
 def test_a_missing_image_directory_is_a_fault(find: Find, tmp_path: Path) -> None:

@@ -225,7 +225,6 @@ def test_without_checksum_mode_none_is_asked_for_and_none_compared() -> None:
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
     [
-        (fault.error(404, "NoSuchBucket"), RejectReason.NOT_FOUND),
         (fault.error(404, "NoSuchKey"), RejectReason.NOT_FOUND),
         (fault.error(403, "AccessDenied"), RejectReason.ACCESS_DENIED),
         (fault.page(403, "forbidden"), RejectReason.ACCESS_DENIED),
@@ -241,6 +240,49 @@ def test_what_the_object_itself_is_refused_for_is_asked_once(
     assert error.reason is reason
     assert len(server.requests) == 1
     seen(requests=len(server.requests), reason=error.reason)
+
+
+@row("F22", injection="what no object of the bucket can pass: {code}", expected="the source pauses, with a hint")
+@pytest.mark.parametrize(
+    ("code", "status", "hint"),
+    [
+        ("InvalidArgument", 400, "CODE_WORKER_S3__CHECKSUM_MODE=false"),
+        ("NotImplemented", 501, "CODE_WORKER_S3__CHECKSUM_MODE=false"),
+        ("NoSuchBucket", 404, "__PATH_STYLE"),
+        ("InvalidBucketName", 400, "__PATH_STYLE"),
+        ("IllegalLocationConstraintException", 400, "__REGION"),
+    ],
+)
+def test_what_no_object_of_the_bucket_can_pass_blames_the_source(
+    code: str, status: int, hint: str, seen: Seen
+) -> None:
+    error, server = ending(fault.error(status, code))
+    assert isinstance(error, SourceCredentialsError)
+    assert error.source == "s3://bucket"
+    assert hint in error.detail
+    seen(requests=len(server.requests), reason=error.reason)
+
+
+@pytest.mark.parametrize(
+    ("script", "blamed"),
+    [
+        ([fault.error(400, "InvalidArgument", argument_name="versionId")], "image"),
+        ([fault.error(400, "InvalidArgument", argument_name="x-amz-checksum-mode")], "source"),
+        ([fault.error(400, "InvalidArgument"), fault.whole()], "image"),
+        ([fault.error(400, "InvalidArgument"), fault.error(404, "NoSuchKey")], "image"),
+        ([fault.error(400, "InvalidArgument"), fault.error(400, "InvalidArgument")], "source"),
+    ],
+)
+def test_a_version_that_cannot_be_is_told_from_a_request_that_nobody_may_make(
+    script: list[Behaviour], blamed: str
+) -> None:
+    with FaultServer(*script) as server, source_of(server) as source:
+        kind = ImageRejectedError if blamed == "image" else SourceCredentialsError
+        with pytest.raises(kind) as raised:
+            source.fetch(f"{URI}?versionId=odd")
+    assert len(server.requests) == len(script)
+    if blamed == "image":
+        assert raised.value.reason is RejectReason.NOT_FOUND
 
 
 def test_a_denial_says_that_the_object_may_be_missing() -> None:

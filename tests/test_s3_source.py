@@ -161,21 +161,14 @@ def test_an_object_outside_the_list_is_refused_without_a_request(
         assert caught.value.reason is RejectReason.SOURCE_NOT_ALLOWED  # type: ignore[attr-defined]
 
 
-def test_missing_keys_versions_and_buckets_are_not_found(
-    s3_server: S3Server, bucket: str, make_sources: MakeSources
-) -> None:
+def test_missing_keys_and_versions_are_not_found(s3_server: S3Server, bucket: str, make_sources: MakeSources) -> None:
     put(s3_server, bucket, "a", b"x")
     client = s3_server.client()
     put(s3_server, bucket, "gone", b"x")
     client.delete_object(Bucket=bucket, Key="gone")
     client.close()
-    sources = make_sources(bucket, "no-such-bucket")
-    for uri in (
-        f"s3://{bucket}/absent",
-        f"s3://{bucket}/gone",
-        f"s3://{bucket}/a?versionId=0000000000",
-        "s3://no-such-bucket/a",
-    ):
+    sources = make_sources(bucket)
+    for uri in (f"s3://{bucket}/absent", f"s3://{bucket}/gone", f"s3://{bucket}/a?versionId=0000000000"):
         assert refusal(sources, uri) is RejectReason.NOT_FOUND
 
 
@@ -236,10 +229,12 @@ def test_listing_outside_the_list_is_refused_at_once(bucket: str, make_sources: 
         assert caught.value.reason is RejectReason.SOURCE_NOT_ALLOWED
 
 
-def test_listing_a_missing_bucket_is_not_found(make_sources: MakeSources) -> None:
-    with pytest.raises(ImageRejectedError) as caught:
-        list(make_sources("no-such-bucket").list("s3://no-such-bucket/a"))
-    assert caught.value.reason is RejectReason.NOT_FOUND
+def test_a_missing_bucket_blames_no_object(make_sources: MakeSources) -> None:
+    sources = make_sources("no-such-bucket")
+    for ask in (lambda: sources.fetch("s3://no-such-bucket/a"), lambda: list(sources.list("s3://no-such-bucket/a"))):
+        with pytest.raises(SourceCredentialsError, match="no such bucket") as caught:
+            ask()
+        assert caught.value.source == "s3://no-such-bucket"
 
 
 @pytest.mark.parametrize(

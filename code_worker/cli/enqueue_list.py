@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from code_worker.errors import ConfigurationError, ImageRejectedError, StoreError, StoreUnavailableError
+from code_worker.errors import (
+    ConfigurationError,
+    ImageRejectedError,
+    SourceCredentialsError,
+    StoreError,
+    StoreUnavailableError,
+)
 from code_worker.queues import chunks
 
 if TYPE_CHECKING:
@@ -62,7 +68,7 @@ def prefix_lines(settings: Settings, prefix: str) -> Iterator[Line]:
     try:
         for uri in sources.list(prefix):
             yield Line(uri, {"uri": uri})
-    except ImageRejectedError as error:
+    except (ImageRejectedError, SourceCredentialsError) as error:
         raise ConfigurationError(f"cannot list {prefix}: {error}") from error
     finally:
         sources.close()

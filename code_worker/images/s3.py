@@ -233,7 +233,7 @@ class _Download:
             try:
                 response = self._client.get_object(**request)
             except _BOTO_ERRORS as error:
-                raise _translated(error, self._location) from None
+                raise self._refusal(error, request) from None
             # Another try must give the rest of the same object, not of one that took its place.
             request |= _pin(response)
             try:
@@ -244,6 +244,26 @@ class _Download:
             else:
                 return Fetched(data, _plain(response.get("ETag")), response.get("VersionId"))
         raise AssertionError("body_attempts is at least 1")
+
+    def _refusal(self, error: Exception, request: dict[str, Any]) -> ImageRejectedError | TransientError:
+        """Our error; a version that cannot be is told from an argument that the server takes from nobody.
+
+        Both are InvalidArgument. A server that does not say which one it means is asked without the version.
+        """
+        if not isinstance(error, ClientError) or not _is_argument(error) or "VersionId" not in request:
+            return _translated(error, self._location)
+        named = error.response["Error"].get("ArgumentName")
+        if str(named).casefold() == "versionid" or (named is None and not self._is_refused_anyway(request)):
+            return Fault.NOT_FOUND.error(self._location.source, str(self._location), "InvalidArgument (versionId)")
+        return _translated(error, self._location)
+
+    def _is_refused_anyway(self, request: dict[str, Any]) -> bool:
+        try:
+            answer = self._client.get_object(**{name: request[name] for name in request if name != "VersionId"})
+        except _BOTO_ERRORS as error:
+            return _is_argument(error)
+        answer["Body"].close()
+        return False
 
     def _read(self, response: GetObjectOutputTypeDef) -> bytes:
         chunks: list[bytes] = []
@@ -285,6 +305,10 @@ class _Download:
 def _pin(response: GetObjectOutputTypeDef) -> dict[str, str]:
     pin = {"IfMatch": response.get("ETag"), "VersionId": response.get("VersionId")}
     return {name: value for name, value in pin.items() if value}
+
+
+def _is_argument(error: Exception) -> bool:
+    return isinstance(error, ClientError) and _code(error)[0] == "InvalidArgument"
 
 
 def _plain(etag: str | None) -> str | None:

@@ -26,10 +26,20 @@ class Fault(Enum):
     CHECKSUM = (TransientError, RejectReason.CHECKSUM_MISMATCH, "the body differs from its checksum")
     FAILED = (TransientError, RejectReason.FETCH_FAILED, "the server or the way to it failed")
     CREDENTIALS = (SourceCredentialsError, RejectReason.FETCH_FAILED, "credentials are missing, wrong or expired")
+    NO_BUCKET = (
+        SourceCredentialsError,
+        RejectReason.FETCH_FAILED,
+        "the server has no such bucket; check CODE_WORKER_S3__ENDPOINT_URL, __REGION and __PATH_STYLE",
+    )
+    REFUSED = (
+        SourceCredentialsError,
+        RejectReason.FETCH_FAILED,
+        "the server refuses what every request holds; try CODE_WORKER_S3__CHECKSUM_MODE=false, then __PATH_STYLE",
+    )
     MISCONFIGURED = (
         SourceCredentialsError,
         RejectReason.FETCH_FAILED,
-        "endpoint, region or other settings are wrong",
+        "the server cannot be used so; check CODE_WORKER_S3__ENDPOINT_URL, __REGION and __PATH_STYLE",
     )
 
     def __init__(self, kind: type[ImageRejectedError | TransientError], reason: RejectReason, meaning: str) -> None:
@@ -57,11 +67,15 @@ def _rows(table: Mapping[Fault, str]) -> dict[str, Fault]:
 
 CODES: Final = _rows(
     {
-        # The second line: names that no object and no version can have.
+        # The second line: names that no object can have.
         Fault.NOT_FOUND: """
-            NoSuchKey NoSuchVersion NoSuchBucket NotFound MethodNotAllowed NoSuchAccessPoint
-            InvalidArgument InvalidBucketName InvalidURI KeyTooLongError InvalidObjectName
+            NoSuchKey NoSuchVersion NotFound MethodNotAllowed
+            InvalidURI KeyTooLongError InvalidObjectName
         """,
+        # These and the next: no object of the bucket can pass, so none is to blame.
+        Fault.NO_BUCKET: "NoSuchBucket NoSuchAccessPoint InvalidBucketName",
+        # InvalidArgument: Backblaze B2 so refuses the header that asks for checksums; see `S3Source` on versions.
+        Fault.REFUSED: "InvalidArgument NotImplemented UnsupportedArgument",
         # An object encrypted with a key that is gone, off or not ours is closed as well.
         Fault.DENIED: """
             AccessDenied AccessForbidden AllAccessDisabled Forbidden UnauthorizedAccess UnauthorizedAccessError
@@ -83,7 +97,7 @@ CODES: Final = _rows(
         Fault.MISCONFIGURED: """
             AuthorizationHeaderMalformed DeviceNotActiveError EndpointNotFound IllegalLocationConstraintException
             IncorrectEndpoint InvalidAddressingHeader InvalidHostHeader InvalidHttpMethod InvalidRegion
-            InvalidTransferAcceleration MissingHostHeader NotDeviceOwnerError NotImplemented PermanentRedirect
+            InvalidTransferAcceleration MissingHostHeader NotDeviceOwnerError PermanentRedirect
             Redirect ServerSideEncryptionNotSupported UnsupportedSignature
         """,
         # First what overload and outages look like; then what cannot answer a read, where a later try is the least
@@ -119,7 +133,7 @@ CODES: Final = _rows(
             RequestTorrentOfBucketError ResponseInterrupted RestoreAlreadyInProgress
             ServerSideEncryptionConfigurationNotFoundError TooManyAccessPoints TooManyBuckets
             TooManyMultiRegionAccessPointregionsError TooManyMultiRegionAccessPoints TooManyParts UnexpectedContent
-            UnexpectedIPError UnresolvableGrantByEmailAddress UnsupportedArgument UnsupportedMediaType
+            UnexpectedIPError UnresolvableGrantByEmailAddress UnsupportedMediaType
             UserKeyMustBeSpecified
         """,
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Final
 
 from sqlalchemy import RowMapping, Select, func, literal, select, tuple_, update
 from sqlalchemy.orm import Session
@@ -13,14 +13,16 @@ from sqlalchemy.orm import Session
 from code_worker.errors import StoreError
 from code_worker.queues import chunks
 from code_worker.store.accepting import ACCEPT_GRACE_S
-from code_worker.store.ids import as_uuid, valid_uuids
-from code_worker.store.models import JobRow, db_now, db_now_plus
+from code_worker.store.ids import as_uuid, uuid7_floor, valid_uuids
+from code_worker.store.models import JobRow, VerdictRow, db_now, db_now_plus
 from code_worker.store.sql import IN_LIST, among, table_of
-from code_worker.types import JobState
+from code_worker.types import JobState, RejectReason
 
-__all__ = ["JobFilter", "JobInfo", "counts", "get", "list_jobs", "oldest_unfinished_s", "retry"]
+__all__ = ["JobFilter", "JobInfo", "counts", "get", "list_jobs", "oldest_unfinished_s", "retry", "retry_denied"]
 
 _JOBS = table_of(JobRow)
+_VERDICTS = table_of(VerdictRow)
+_CLOCKS_DIFFER: Final = timedelta(minutes=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,3 +166,24 @@ def retry(session: Session, ids: Sequence[str]) -> list[str]:
         )
         again.update(session.scalars(statement))
     return [job_id for job_id in wanted if job_id in again]
+
+
+def retry_denied(session: Session, source: str, *, since: datetime, limit: int = 10_000) -> list[str]:
+    """Has the jobs judged again whose live verdict, given since then, says that the source denied their image.
+
+    Returns their ids; the sweeper publishes them.
+    """
+    prefix = f"{source}/"
+    denied = (
+        select(_VERDICTS.c.job_id)
+        .join(_JOBS, (_JOBS.c.id == _VERDICTS.c.job_id) & (_JOBS.c.revision == _VERDICTS.c.revision))
+        .where(
+            _VERDICTS.c.reason == RejectReason.ACCESS_DENIED.value,
+            # For the index; ids are in the order of time, as near as clocks agree.
+            _VERDICTS.c.id >= uuid7_floor(since - _CLOCKS_DIFFER),
+            _VERDICTS.c.created_at >= since,
+            func.substr(_VERDICTS.c.uri, 1, len(prefix)) == prefix,
+        )
+        .limit(limit)
+    )
+    return retry(session, list(session.scalars(denied)))

@@ -5,7 +5,16 @@ from __future__ import annotations
 from code_worker.store.accepting import ACCEPT_GRACE_S, NewJob, accept
 from code_worker.store.claims import Fault, attempts_of, claim, exhausted, put_back, release_owner, renew
 from code_worker.store.doorbells import DueJob, due, mark_published, queue_wait_s, ring_empty, unpublish
-from code_worker.store.joblist import JobFilter, JobInfo, counts, get, list_jobs, oldest_unfinished_s, retry
+from code_worker.store.joblist import (
+    JobFilter,
+    JobInfo,
+    counts,
+    get,
+    list_jobs,
+    oldest_unfinished_s,
+    retry,
+    retry_denied,
+)
 
 __all__ = [
     "ACCEPT_GRACE_S",
@@ -29,6 +38,7 @@ __all__ = [
     "release_owner",
     "renew",
     "retry",
+    "retry_denied",
     "ring_empty",
     "unpublish",
 ]

@@ -179,12 +179,18 @@ def drop_lease(session: Session, name: str, owner: str) -> None:
 
 
 def pause_source(
-    session: Session, source: str, *, seconds: float, detail: str, longest_s: float | None = None
-) -> None:
-    """Leaves a source alone for a while; within ten minutes of the last pause it is the same trouble.
+    session: Session,
+    source: str,
+    *,
+    seconds: float,
+    detail: str,
+    longest_s: float | None = None,
+    began_s: float = 0.0,
+) -> datetime:
+    """Leaves a source alone for a while and returns when the trouble began.
 
-    With `longest_s` the pause is as long as the trouble has lasted so far, but not longer than that and not shorter
-    than `seconds`.
+    Within ten minutes of the last pause it is the same trouble; a new one began `began_s` ago. With `longest_s` the
+    pause is as long as the trouble has lasted so far, but not longer than that and not shorter than `seconds`.
     """
     if longest_s is not None:
         lasted = select(_PAUSES.c.since, db_now().label("now")).where(
@@ -193,14 +199,18 @@ def pause_source(
         for since, now in session.execute(lasted):
             seconds = max(seconds, min(longest_s, (now - since).total_seconds()))
     said = {"until": db_now_plus(seconds), "detail": plain(detail, _MAX_TEXT)}
-    since = case((_PAUSES.c.until < db_now_plus(-_SAME_TROUBLE_S), db_now()), else_=_PAUSES.c.since)
-    statement = insert_into(session, SourcePauseRow).values(source=source, **said)
-    session.execute(statement.on_conflict_do_update(index_elements=["source"], set_={**said, "since": since}))
+    began = db_now_plus(-began_s)
+    since = case((_PAUSES.c.until < db_now_plus(-_SAME_TROUBLE_S), began), else_=_PAUSES.c.since)
+    statement = insert_into(session, SourcePauseRow).values(source=source, since=began, **said)
+    updated = statement.on_conflict_do_update(index_elements=["source"], set_={**said, "since": since})
+    started: datetime = session.execute(updated.returning(_PAUSES.c.since)).scalar_one()
+    return started
 
 
-def paused_sources(session: Session) -> dict[str, SourcePause]:
-    """Sources that rest now, by name."""
-    query = select(_PAUSES, db_now().label("now")).where(_PAUSES.c.until > db_now()).order_by(_PAUSES.c.source)
+def paused_sources(session: Session, *, lately: bool = False) -> dict[str, SourcePause]:
+    """Sources that rest now, by name; with `lately` also those whose trouble a success has not ended yet."""
+    ends_after = db_now_plus(-_SAME_TROUBLE_S) if lately else db_now()
+    query = select(_PAUSES, db_now().label("now")).where(_PAUSES.c.until > ends_after).order_by(_PAUSES.c.source)
     found: dict[str, SourcePause] = {}
     for row in session.execute(query).mappings():
         left_s = (row["until"] - row["now"]).total_seconds()
@@ -208,9 +218,10 @@ def paused_sources(session: Session) -> dict[str, SourcePause]:
     return found
 
 
-def resume_source(session: Session, source: str) -> None:
-    """Ends the trouble of a source."""
-    session.execute(delete(_PAUSES).where(_PAUSES.c.source == source))
+def resume_source(session: Session, source: str) -> datetime | None:
+    """Ends the trouble of a source and returns when it began; None when there was none, or it was paused anew."""
+    over = delete(_PAUSES).where(_PAUSES.c.source == source, _PAUSES.c.until <= db_now())
+    return session.scalar(over.returning(_PAUSES.c.since))
 
 
 def dead_letter(session: Session, *, task: str, body: str, error: str, letter_id: str | None = None) -> str:

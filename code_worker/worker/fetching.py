@@ -1,10 +1,10 @@
-"""Sources as a worker uses them: left alone by all while their credentials fail, by this worker while they do."""
+"""Sources as a worker uses them: left alone by all while they refuse, by this worker while they fail."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,8 +16,9 @@ from code_worker.types import RejectReason
 if TYPE_CHECKING:
     from code_worker.images.source import Fetched
     from code_worker.moderation.judge import Fetcher
+    from code_worker.types import Verdict
 
-__all__ = ["GuardedSources"]
+__all__ = ["Denials", "Denied", "GuardedSources"]
 
 log = get_logger(__name__)
 FAILURES: Final = 8
@@ -28,6 +29,8 @@ LONGEST_REST_S: Final = 15.0
 
 _OF_THE_SOURCE: Final = frozenset({RejectReason.FETCH_FAILED, RejectReason.FETCH_TIMEOUT})
 """A body that is damaged or ends too early may be so of one object alone."""
+_READABLE: Final = frozenset({RejectReason.TOO_LARGE_BYTES, RejectReason.ARCHIVED, RejectReason.CONTENT_CHANGED})
+"""Refusals that come after the permission to read; with facts of the bytes there is no doubt."""
 
 
 @dataclass(slots=True)
@@ -46,7 +49,7 @@ class GuardedSources:
     failures in a row one image at a time is tried, at growing distances, until one arrives.
 
     Attributes:
-        paused: sources whose credentials do not work, by name, and for how many seconds more; set from the ledger.
+        paused: sources that refuse whatever is asked, by name, and for how many seconds more; set from the ledger.
     """
 
     def __init__(self, sources: Fetcher, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,7 +67,7 @@ class GuardedSources:
         """
         name = source_name(uri)
         if (left_s := self.paused.get(name)) is not None:
-            raise SourcePausedError(name, left_s, "its credentials do not work")
+            raise SourcePausedError(name, left_s, "it refuses whatever is asked")
         self._admit(name)
         try:
             fetched = self._sources.fetch(uri)
@@ -107,3 +110,72 @@ class GuardedSources:
             breaker.closed_until = self._clock() + breaker.rest_s
         if first:
             log.error("source_failing", source=name, reason=error.reason.value, detail=error.detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """A bucket that denies all that is asked of it.
+
+    Attributes:
+        source: the bucket, such as `s3://uploads`.
+        jobs: those of a batch that it denied; not to be held against their images.
+        began_s: seconds since the first image of the row.
+    """
+
+    source: str
+    jobs: frozenset[str]
+    began_s: float
+
+
+@dataclass(slots=True)
+class _Row:
+    length: int = 0
+    began: float = 0.0
+
+
+class Denials:
+    """Counts what each bucket denied in a row, so that a closed bucket is told from closed images; thread-safe.
+
+    One answer that only who may read gets ends a row; that an image is not there says nothing.
+    """
+
+    def __init__(self, limit: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._rows: dict[str, _Row] = {}
+
+    def look(self, verdicts: Sequence[Verdict], suspected: Collection[str]) -> tuple[list[Denied], set[str]]:
+        """What a batch says of its buckets.
+
+        Args:
+            verdicts: the batch's, denied ones not yet written.
+            suspected: sources that were paused of late: of these one denial is enough.
+
+        Returns:
+            Buckets that deny everything, and sources that let something be read.
+        """
+        denied: dict[str, set[str]] = {}
+        readable: set[str] = set()
+        for verdict in verdicts:
+            if verdict.reason is RejectReason.ACCESS_DENIED:
+                denied.setdefault(source_name(verdict.uri), set()).add(verdict.job_id)
+            elif verdict.facts is not None or verdict.reason in _READABLE:
+                readable.add(source_name(verdict.uri))
+        closed = []
+        with self._lock:
+            for source in readable:
+                self._rows.pop(source, None)
+            for source, jobs in denied.items():
+                if source not in readable and self._is_closed(source, len(jobs), source in suspected):
+                    row = self._rows.pop(source)
+                    closed.append(Denied(source, frozenset(jobs), self._clock() - row.began))
+        return closed, readable
+
+    def _is_closed(self, source: str, images: int, suspected: bool) -> bool:
+        # Of files each has its own permissions.
+        if self._limit is None or not source.startswith("s3://"):
+            return False
+        row = self._rows.setdefault(source, _Row(began=self._clock()))
+        row.length += images
+        return suspected or row.length >= self._limit

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from code_worker.errors import StoreUnavailableError
@@ -15,6 +16,7 @@ from code_worker.moderation.faults import JobFault
 from code_worker.moderation.verdicts import rejected_job
 from code_worker.store import embeddings, jobs, verdicts, workers
 from code_worker.types import Job, RejectReason, Verdict
+from code_worker.worker.fetching import Denials
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -30,6 +32,24 @@ T = TypeVar("T")
 _PAUSE_S = 30.0
 """First pause of a source whose credentials do not work; it grows with the trouble."""
 _OUTAGE_S = 60.0
+_BEFORE = timedelta(seconds=_OUTAGE_S + 5)
+"""How much earlier than it was noted a trouble may have begun: a batch may have waited for the database."""
+_CLOSED = "every image in a row was denied; check the bucket's policy: workers need s3:GetObject"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a batch says of its sources.
+
+    Attributes:
+        to_pause: name, why, and for how many seconds it has been so.
+        held: jobs that a closed bucket denied; their images are not to blame.
+        readable: sources on trial of which something could be read.
+    """
+
+    to_pause: Sequence[tuple[str, str, float]]
+    held: frozenset[str]
+    readable: Sequence[str]
 
 
 class Ledger:
@@ -38,7 +58,10 @@ class Ledger:
     def __init__(self, store: Store, settings: WorkerSettings, owner: str) -> None:
         self.store = store
         self.owner = owner
+        self.troubled: Collection[str] = ()
+        """Sources that were paused of late, on trial since their pause is over."""
         self._settings = settings
+        self._denials = Denials(settings.max_denied)
 
     def claim(self, job_ids: Sequence[str], *, below: int) -> list[Job]:
         """Takes those of the jobs that are free and had fewer than `below` attempts, with a lease."""
@@ -72,25 +95,57 @@ class Ledger:
             StoreUnavailableError: it stayed away; the leases lapse and the sweeper rings again.
         """
         worn_out, again = self._split(judged.faults)
-        rows = self._with_ids([*judged.verdicts, *worn_out])
-        sources = sorted({fault.source: fault for fault in judged.faults if fault.source}.items())
+        seen = self._see_sources(judged)
+        again += [self._put_back(job) for job in sorted(seen.held)]
+        rows = self._with_ids([one for one in (*judged.verdicts, *worn_out) if one.job_id not in seen.held])
         keep = self._settings.store_embeddings and judged.embeddings
-        longest_s = self._settings.backoff_max_s
 
-        def write(session: Session) -> None:
+        def write(session: Session) -> set[str]:
             verdicts.write(session, rows)
             jobs.put_back(session, again, owner=self.owner)
             if keep:
                 embeddings.keep(session, encoder_sha256, judged.embeddings)
-            for source, fault in sources:
-                workers.pause_source(session, source, seconds=_PAUSE_S, longest_s=longest_s, detail=fault.detail)
+            works_again = self._note_sources(session, seen)
             failpoint("before_verdict_commit")
+            return works_again
 
-        self.outlast(lambda: self.store.run(write), progress)
+        works_again = self.outlast(lambda: self.store.run(write), progress)
         log.debug("verdicts_committed", jobs=[verdict.job_id for verdict in rows])
         failpoint("after_verdict_commit")
-        for source, fault in sources:
-            log.error("source_paused", source=source, detail=fault.detail)
+        for source, detail, _ in seen.to_pause:
+            log.error("source_paused", source=source, detail=detail)
+        for source in works_again:
+            log.info("source_works_again", source=source)
+
+    def _see_sources(self, judged: Judged) -> _Seen:
+        closed, readable = self._denials.look(judged.verdicts, self.troubled)
+        refused = {fault.source: fault.detail for fault in judged.faults if fault.source}
+        return _Seen(
+            # In one order in all workers, so that none waits for another in a circle.
+            sorted(
+                [
+                    *((source, detail, 0.0) for source, detail in refused.items()),
+                    *((each.source, _CLOSED, each.began_s) for each in closed),
+                ]
+            ),
+            frozenset[str]().union(*(each.jobs for each in closed)),
+            sorted(readable.intersection(self.troubled)),
+        )
+
+    def _note_sources(self, session: Session, seen: _Seen) -> set[str]:
+        """Pauses and ends pauses; what was denied since the trouble began is judged again, at its end once more."""
+        longest_s = self._settings.backoff_max_s
+        for source, detail, began_s in seen.to_pause:
+            since = workers.pause_source(
+                session, source, seconds=_PAUSE_S, longest_s=longest_s, detail=detail, began_s=began_s
+            )
+            jobs.retry_denied(session, source, since=since - _BEFORE)
+        works_again = set()
+        for source in seen.readable:
+            if (began := workers.resume_source(session, source)) is not None:
+                jobs.retry_denied(session, source, since=began - _BEFORE)
+                works_again.add(source)
+        return works_again
 
     def quarantine(self, limit: int = 1000) -> int:
         """Ends jobs whose every attempt ended in a dead worker, before anything touches their image again."""
@@ -119,6 +174,10 @@ class Ledger:
                 log.warning("store_unavailable", error=str(error))
                 progress()
                 time.sleep(random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+
+    def _put_back(self, job_id: str) -> jobs.Fault:
+        delay_s = _PAUSE_S * random.uniform(1.0, 1.5)  # noqa: S311 - jitter
+        return jobs.Fault(job_id, RejectReason.ACCESS_DENIED, _CLOSED, delay_s, blame=False)
 
     def _with_ids(self, made: Sequence[Verdict]) -> list[Verdict]:
         """Before the transaction, so that one that is repeated after a lost answer knows its own verdicts."""

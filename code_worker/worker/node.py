@@ -139,12 +139,13 @@ class Node:
     def follow(self) -> None:
         """Takes over what changed in the store: policies, pauses, the champion."""
         rows, paused = self.store.run(
-            lambda session: (policies.in_force(session), workers.paused_sources(session)), write=False
+            lambda session: (policies.in_force(session), workers.paused_sources(session, lately=True)), write=False
         )
         self._policies = PolicyBook(
             Policy(row.id, row.low, row.high, row.head, row.tenant, row.content_type) for row in rows
         )
-        self._guarded.paused = {name: pause.left_s for name, pause in paused.items()}
+        self._guarded.paused = {name: pause.left_s for name, pause in paused.items() if pause.left_s > 0}
+        self.ledger.troubled = frozenset(paused)
         before = self.runtimes.release
         self.runtimes.follow()
         if self.runtimes.release != before:

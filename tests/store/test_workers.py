@@ -78,9 +78,22 @@ def test_a_source_rests_until_its_time_and_keeps_the_start_of_its_trouble(store:
     assert after.until > before.until
     pause(-1, "lapsed")
     assert store.run(workers.paused_sources) == {}
+    lately = store.run(lambda session: workers.paused_sources(session, lately=True))
+    assert lately["s3://b"].left_s < 0
     pause(60, "again")
-    store.run(lambda session: workers.resume_source(session, "s3://b"))
-    assert store.run(workers.paused_sources) == {}
+    assert store.run(lambda session: workers.resume_source(session, "s3://b")) is None, "its pause is not over"
+    assert store.run(workers.paused_sources).keys() == {"s3://b"}
+    pause(-1, "lapsed")
+    assert store.run(lambda session: workers.resume_source(session, "s3://b")) == before.since
+    assert store.run(lambda session: workers.paused_sources(session, lately=True)) == {}
+
+
+def test_a_trouble_may_have_begun_before_it_was_noted(store: Store) -> None:
+    pause = partial(workers.pause_source, source="s3://b", seconds=30, detail="", began_s=50)
+    began = store.run(pause)
+    paused = store.run(workers.paused_sources)["s3://b"]
+    assert paused.since == began == store.run(pause)
+    assert (paused.until - began).total_seconds() == pytest.approx(80, abs=2)
 
 
 @pytest.mark.parametrize(("lapsed_s", "same"), [(60, True), (3600, False)])

@@ -126,10 +126,11 @@ def jobs(settings: Settings) -> Iterator[Check]:
 
 
 def pauses(settings: Settings) -> Iterator[Check]:
-    """Sources that are left alone because their credentials do not work."""
+    """Sources that are left alone because they refuse whatever is asked."""
     paused = _ask(settings, fleet.paused_sources)
     for name, pause in paused.items():
         text = f"{name} is paused since {pause.since:%Y-%m-%d %H:%M} UTC: {pause.detail}"
-        yield Check("sources", Status.WARN, text, "mend its credentials; it is tried again by itself")
+        hint = "mend what it says, see `code-worker doctor s3`; it is tried again by itself"
+        yield Check("sources", Status.WARN, text, hint)
     if not paused:
         yield Check("sources", Status.OK, "none is paused")

@@ -25,6 +25,7 @@ _FIXED: Final = {
     "valkey": {(7, 2): 11, (8, 0): 6, (8, 1): 4},
 }
 """CVE-2025-49844 (a Lua script takes the server over): the patch level of each series that has the fix."""
+_NO_OBJECT: Final = "code-worker-doctor-asks-for-what-is-not-there"
 _SKEW_WARN_S: Final = 5.0
 _SKEW_FAIL_S: Final = 60.0
 
@@ -157,17 +158,29 @@ def object_store(settings: Settings) -> Iterator[Check]:
 
 
 def _bucket(sources: Sources, prefix: str) -> Check:
+    """Lists, and reads as a worker does: the same client, the same headers."""
     try:
-        next(sources.list(f"{prefix}/"), None)
+        first = next(sources.list(f"{prefix}/"), None)
     except ImageRejectedError as error:
         if error.reason is RejectReason.ACCESS_DENIED:
-            return Check(
-                "s3",
-                Status.WARN,
-                f"{prefix} may not be listed: {error.detail}",
-                "allow s3:ListBucket for `enqueue --prefix`; s3:GetObject is what workers need",
-            )
+            return _read(sources, prefix, None, f"{prefix} may not be listed: {error.detail}")
         return Check("s3", Status.FAIL, f"{prefix}: {error}", "create it, or take it out of CODE_WORKER_S3__BUCKETS")
     except TransientError as error:
         return Check("s3", Status.FAIL, f"{prefix}: {error}", "see the CODE_WORKER_S3__… settings")
-    return Check("s3", Status.OK, f"{prefix} can be listed")
+    return _read(sources, prefix, first)
+
+
+def _read(sources: Sources, prefix: str, first: str | None, unlisted: str = "") -> Check:
+    """Whether the first object can be read; where none is known, what is said of one that cannot be there."""
+    try:
+        sources.fetch(first or f"{prefix}/{_NO_OBJECT}")
+    except ImageRejectedError as error:
+        if error.reason is RejectReason.ACCESS_DENIED and not unlisted:
+            return Check("s3", Status.FAIL, f"{prefix} may be listed, not read: {error.detail}", "allow s3:GetObject")
+    except TransientError as error:
+        return Check("s3", Status.FAIL, f"{prefix}: {error}", "see the CODE_WORKER_S3__… settings")
+    if unlisted:
+        hint = "allow s3:ListBucket for `enqueue --prefix`; s3:GetObject is what workers need"
+        return Check("s3", Status.WARN, unlisted, hint)
+    text = f"{prefix} can be listed{' and read' if first else '; it holds nothing to read'}"
+    return Check("s3", Status.OK, text)
