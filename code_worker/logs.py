@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 import warnings
 from collections.abc import MutableMapping
+from types import TracebackType
 from typing import Any
 
 import structlog
 
-__all__ = ["configure_logging", "get_logger", "redact"]
+__all__ = ["configure_logging", "get_logger", "log_uncaught", "redact"]
 
 _SECRETS = (
     # What comes before keeps the search linear: a message of somebody's may be megabytes of letters.
@@ -72,6 +74,27 @@ def configure_logging(level: str = "info", form: str = "auto") -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     for noisy in ("alembic", "botocore", "urllib3", "kombu", "amqp", "PIL"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+def log_uncaught() -> None:
+    """From now on what nobody catches in this process, on any thread, is a record like all others.
+
+    Python's own way writes a traceback of many lines between those of a log that machines read.
+    """
+    log = get_logger(__name__)
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+        else:
+            log.critical("uncaught_error", exc_info=(kind, error, trace))
+
+    def on_thread(raised: threading.ExceptHookArgs) -> None:
+        if raised.exc_value is not None and not isinstance(raised.exc_value, SystemExit):
+            uncaught(raised.exc_type, raised.exc_value, raised.exc_traceback)
+
+    sys.excepthook = uncaught
+    threading.excepthook = on_thread
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -24,6 +27,23 @@ from code_worker.logs import redact
 )
 def test_passwords_and_signatures_are_blanked(said: str, logged: str) -> None:
     assert redact(said) == logged
+
+
+def test_what_nobody_catches_is_a_record_on_every_thread() -> None:
+    program = (
+        "import threading\n"
+        "from code_worker.logs import configure_logging, log_uncaught\n"
+        "configure_logging('info', 'json'); log_uncaught()\n"
+        "thread = threading.Thread(target=lambda: 1 / 0); thread.start(); thread.join()\n"
+        "raise LookupError('redis://:s3cret@h')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    on_thread, last = map(json.loads, ended.stderr.splitlines())
+    assert on_thread["event"] == last["event"] == "uncaught_error"
+    assert "ZeroDivisionError" in on_thread["exception"]
+    assert "LookupError" in last["exception"]
+    assert "s3cret" not in ended.stderr
 
 
 @pytest.mark.parametrize("part", ["x", "x://", "x://y:", "x://y:z/", "Signature="])

@@ -16,7 +16,7 @@ from code_worker.queues import MODERATE, NORMAL, QUEUES, REFIT, RETRAIN, SWEEP, 
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.host import Host
 from code_worker.worker.learning import register_learning
-from code_worker.worker.refusals import refuse_to_start
+from code_worker.worker.refusals import check_content, refuse_to_start
 from code_worker.worker.schedule import beat_entries
 from code_worker.worker.tasks import register_tasks
 from code_worker.worker.transport import report_unreadable_to
@@ -57,10 +57,11 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     70, since threads cannot be stopped.
 
     Raises:
-        ConfigurationError: called twice on one app, or a schedule that is no cron line.
+        ConfigurationError: called twice on one app, an app that accepts no JSON, or a schedule that is no cron line.
     """
     if app in _HOSTS:
         raise ConfigurationError(f"code_worker is installed in the app {app.main!r} already")
+    check_content(app)
     settings = settings or load_settings()
     scheduled = beat_entries(settings)
     host = Host(app, settings)

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from typing import Any
 
 from celery import signals
+from redbeat.decoder import RedBeatJSONEncoder
+from redbeat.schedulers import RedBeatScheduler, get_redis
 
 from code_worker.broker import is_redis
 from code_worker.errors import CodeWorkerError, ConfigurationError
-from code_worker.logs import configure_logging, get_logger, redact
+from code_worker.logs import configure_logging, get_logger, log_uncaught, redact
 from code_worker.settings import load_settings
 from code_worker.worker.app import create_app
 from code_worker.worker.lifeline import die_with_parent
 
-__all__ = ["main"]
+__all__ = ["KeptScheduler", "main"]
 
 log = get_logger(__name__)
+
+
+class KeptScheduler(RedBeatScheduler):  # type: ignore[misc]  # redbeat ships no types
+    """redbeat's scheduler, which puts back what Redis lost or somebody changed of the entries that settings name.
+
+    redbeat stores them once, at its start. One that then waits for the lock of a dead predecessor, while Redis loses
+    its data, would tick for ever without anything to send.
+    """
+
+    def tick(self, *args: Any, **kwargs: Any) -> float:
+        """One look at what is due, after one whether everything that should be there is."""
+        self._put_back()
+        wait_s: float = super().tick(*args, **kwargs)
+        return wait_s
+
+    def _put_back(self) -> None:
+        wanted = self.app.redbeat_conf.schedule
+        entries = {name: self._maybe_entry(name, entry) for name, entry in wanted.items()}
+        with get_redis(self.app).pipeline() as pipe:
+            for entry in entries.values():
+                pipe.hget(entry.key, "definition")
+                pipe.zscore(self.app.redbeat_conf.schedule_key, entry.key)
+            answers = pipe.execute()
+        stored = dict(zip(entries, zip(answers[::2], answers[1::2], strict=True), strict=True))
+        lost = [name for name, (definition, score) in stored.items() if definition is None or score is None]
+        changed = [name for name in stored if name not in lost and stored[name][0] != _definition(entries[name])]
+        if not lost and not changed:
+            return
+        self.setup_schedule()
+        if len(lost) == len(wanted):
+            log.error("schedule_empty", put_back=lost)
+        else:
+            log.warning("schedule_differed", lost=lost, changed=changed)
+
+
+def _definition(entry: Any) -> str:
+    """As redbeat stores it."""
+    names = ("name", "task", "args", "kwargs", "options", "schedule", "enabled")
+    return json.dumps({name: getattr(entry, name) for name in names}, cls=RedBeatJSONEncoder)
 
 
 def main() -> int:
@@ -24,6 +67,7 @@ def main() -> int:
     try:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
+        log_uncaught()
         signals.setup_logging.connect(_keep_logging, weak=False)
         app = create_app(settings)
     except ConfigurationError as error:
@@ -33,10 +77,14 @@ def main() -> int:
         log.error("beat_failed", error=redact(str(error)))  # noqa: TRY400 - as above
         return 1
     if is_redis(settings.resolved_broker_url):
-        app.conf.beat_scheduler = "redbeat.RedBeatScheduler"
+        app.conf.beat_scheduler = "code_worker.worker.beat:KeptScheduler"
     else:
         app.conf.beat_schedule_filename = str(settings.data_path / "run" / "beat-schedule")
-    app.Beat(loglevel=settings.log_level.upper(), quiet=True, redirect_stdouts=False).run()
+    try:
+        app.Beat(loglevel=settings.log_level.upper(), quiet=True, redirect_stdouts=False).run()
+    except Exception as error:  # noqa: BLE001 - the outermost frame; Celery has logged it with its traceback
+        log.critical("beat_died", error=redact(f"{type(error).__name__}: {error}"))
+        return 1
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from celery import signals
 
 from code_worker.errors import CodeWorkerError, ConfigurationError, StoreError, StoreUnavailableError
-from code_worker.logs import configure_logging, get_logger, redact
+from code_worker.logs import configure_logging, get_logger, log_uncaught, redact
 from code_worker.queues import QUEUES, SWEEP_QUEUE
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.app import create_app, host_of
@@ -45,6 +45,7 @@ def run_to_end(work: Callable[[Settings], int]) -> int:
     try:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
+        log_uncaught()
         # Connected, this signal keeps Celery from arranging logging of its own.
         signals.setup_logging.connect(_keep_logging, weak=False)
         return work(settings)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -24,6 +25,7 @@ from code_worker.settings import Settings
 from code_worker.store.engine import Store
 from code_worker.types import Outcome
 from code_worker.worker.app import create_app, install
+from code_worker.worker.refusals import refuse_to_start
 from tests.servers import RedisServer
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
 
@@ -81,6 +83,31 @@ def test_install_adds_and_takes_nothing_away(settings: Settings) -> None:
     assert set(app.conf.beat_schedule) == {"theirs", "code_worker.sweep"}
     assert app.conf.task_serializer == "yaml"
     assert app.conf.broker_transport == REDIS_TRANSPORT
+
+
+@pytest.mark.parametrize("accepted", [["pickle"], ["yaml"], ["application/x-msgpack"], []])
+def test_an_app_that_accepts_no_json_is_refused(settings: Settings, accepted: list[str]) -> None:
+    app = Celery("theirs", broker="redis://127.0.0.1:1/0", set_as_current=False)
+    app.conf.accept_content = accepted
+    with pytest.raises(ConfigurationError, match=r"'theirs' accepts .* no JSON.*add 'json'"):
+        install(app, settings)
+    assert MODERATE not in app.tasks
+
+
+@pytest.mark.parametrize("accepted", [["json", "pickle"], ["application/json"], None])
+def test_an_app_that_accepts_json_among_others_is_not(settings: Settings, accepted: list[str] | None) -> None:
+    app = Celery("theirs", broker="redis://127.0.0.1:1/0", set_as_current=False)
+    app.conf.accept_content = accepted
+    assert MODERATE in install(app, settings).tasks
+
+
+def test_a_worker_of_an_app_that_stopped_accepting_json_does_not_start(settings: Settings) -> None:
+    app = install(Celery("theirs", broker="redis://127.0.0.1:1/0", set_as_current=False), settings)
+    app.conf.broker_transport_options = {"visibility_timeout": 600}
+    app.conf.accept_content = ["yaml"]
+    with pytest.raises(SystemExit) as ended:
+        refuse_to_start(SimpleNamespace(app=app, pool_cls="threads"), settings)
+    assert ended.value.code == 2
 
 
 def test_enqueue_rings_through_the_app_that_was_installed_in(
