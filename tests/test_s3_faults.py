@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from code_worker.errors import ImageRejectedError, SourceCredentialsError, TransientError
-from code_worker.images.s3 import S3Source
+from code_worker.images.s3 import S3Source, _Download, parse_location
 from code_worker.settings import S3Settings
 from code_worker.types import RejectReason
 from tests import fault_s3 as fault
@@ -283,6 +283,17 @@ def test_a_version_that_cannot_be_is_told_from_a_request_that_nobody_may_make(
     assert len(server.requests) == len(script)
     if blamed == "image":
         assert raised.value.reason is RejectReason.NOT_FOUND
+
+
+def test_hurrying_a_download_whose_connection_is_gone_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with FaultServer(fault.whole()) as server, source_of(server) as source:
+        client = source._shared_client(parse_location(URI))
+        download = _Download(client, parse_location(URI), source._settings, 10**6, source._slots)
+        download._body = client.get_object(Bucket="bucket", Key="a.jpg")["Body"]
+        download._body.read()
+        download._body.close()
+        download._hurry()
+    assert not caplog.records
 
 
 def test_a_denial_says_that_the_object_may_be_missing() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from botocore.compat import set_socket_timeout
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
@@ -17,6 +17,7 @@ from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.s3_errors import Fault, fault_of_code, fault_of_exception
 from code_worker.images.source import Fetched
 from code_worker.object_store import is_anonymous, new_client
+from code_worker.machine import wait_for
 from code_worker.types import RejectReason
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class _Download:
 
     Timeouts of sockets count from one packet to the next: a server that drips, or a name server that hangs, would
     hold the caller for ever. So the caller waits for the thread, not for the network, and leaves when time is up;
-    the thread ends with its next read.
+    the thread ends with its next read. Time in which this process stood still is not the server's.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class _Download:
         self._settings = settings
         self._max_bytes = max_bytes
         self._slots = slots
-        self._deadline = time.monotonic() + settings.object_timeout_s
+        self._late = False
         self._done = threading.Event()
         self._body: StreamingBody | None = None
         self._fetched: Fetched | None = None
@@ -206,13 +207,14 @@ class _Download:
             raise TransientError(
                 RejectReason.FETCH_FAILED, f"{self._location}: no thread left to fetch with"
             ) from error
-        self._done.wait(max(0.0, self._deadline - time.monotonic()))
+        wait_for(self._done, self._settings.object_timeout_s)
         if self._fetched is not None:
             return self._fetched
         if self._error is not None:
             raise self._error
+        self._late = True
         self._hurry()
-        raise self._late()
+        raise self._lateness()
 
     def _run(self) -> None:
         try:
@@ -239,7 +241,7 @@ class _Download:
             try:
                 data = self._read(response)
             except _BOTO_ERRORS as error:
-                if not left or self._is_late() or _fault(error) not in _BODY_FAULTS:
+                if not left or self._late or _fault(error) not in _BODY_FAULTS:
                     raise _translated(error, self._location) from None
             else:
                 return Fetched(data, _plain(response.get("ETag")), response.get("VersionId"))
@@ -276,8 +278,8 @@ class _Download:
                 chunks.append(chunk)
                 total += len(chunk)
                 self._check_size(total)
-                if self._is_late():
-                    raise self._late()
+                if self._late:
+                    raise self._lateness()
         return b"".join(chunks)
 
     def _check_size(self, size: int) -> None:
@@ -286,17 +288,15 @@ class _Download:
                 RejectReason.TOO_LARGE_BYTES, f"{self._location} is over {self._max_bytes} bytes"
             )
 
-    def _is_late(self) -> bool:
-        return time.monotonic() > self._deadline
-
     def _hurry(self) -> None:
         """Makes the next receive fail instead of waiting for its own timeout."""
         if (body := self._body) is not None:
-            # The connection may be gone, or the body complete, at this very moment.
+            # The connection may be gone, or the body complete, at this very moment. The body's own method of that
+            # name would then log an error, which it is not.
             with suppress(AttributeError, OSError, ValueError):
-                body.set_socket_timeout(0.001)
+                set_socket_timeout(body._raw_stream, 0.001)  # type: ignore[attr-defined]  # noqa: SLF001 - see above
 
-    def _late(self) -> TransientError:
+    def _lateness(self) -> TransientError:
         return TransientError(
             RejectReason.FETCH_TIMEOUT, f"{self._location}: not read within {self._settings.object_timeout_s:g} s"
         )

@@ -21,6 +21,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from code_worker.disk import make_private
 from code_worker.errors import ConfigurationError
 from code_worker.logs import get_logger
+from code_worker.machine import ServerClock
 from code_worker.store.faults import (
     DbFault,
     classify,
@@ -29,7 +30,7 @@ from code_worker.store.faults import (
     loses_connection,
     translate,
 )
-from code_worker.store.ids import Clock, uuid7
+from code_worker.store.ids import uuid7
 
 __all__ = ["MAX_TRIES", "Session", "Store", "open_store"]
 
@@ -63,7 +64,7 @@ class Store:
         # SQLite takes and gives back its read lock for free; on PostgreSQL BEGIN and COMMIT are two journeys more.
         lone = {} if self.dialect == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
         self._looker = engine.execution_options(**lone)
-        self._clock = Clock()
+        self._clock = ServerClock()
         if self.dialect == "postgresql":
             event.listen(engine, "connect", self._read_clock)
 
@@ -74,7 +75,7 @@ class Store:
 
     def new_id(self) -> str:
         """A new id in the order of the database's time: whatever this machine's clock says, later ids are greater."""
-        return uuid7(self._clock.now_ns())
+        return uuid7(self._clock.now_s())
 
     def _read_clock(self, connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
         cursor = connection.cursor()

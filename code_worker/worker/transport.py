@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from kombu.transport import redis as kombu_redis
+from kombu.transport import virtual
+from kombu.utils.json import dumps
 from kombu.utils.scheduling import round_robin_cycle
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from code_worker.logs import get_logger
+from code_worker.machine import ServerClock, uptime_s
 from code_worker.queues import QUEUES
 
 __all__ = ["QueuesInOrder", "RedisTransport", "call_when_lost", "report_unreadable_to", "take_lost_channels"]
@@ -23,6 +26,7 @@ __all__ = ["QueuesInOrder", "RedisTransport", "call_when_lost", "report_unreadab
 log = get_logger(__name__)
 Undertaker = Callable[[str, str], object]
 _SILENCE_LOOK_S = 5.0
+_LOOK_AT_CLOCK_S = 60.0
 _SILENCE_S = 10.0
 """How much later than it promised Redis may answer."""
 _undertakers: list[Undertaker] = []
@@ -97,6 +101,42 @@ class _Message(kombu_redis.Channel.Message):  # type: ignore[misc]  # kombu ship
             super().requeue()
 
 
+class _QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
+    """Keeps account of unacknowledged messages by the clock of Redis.
+
+    kombu takes this machine's: one an hour ahead would date its messages so that nobody restores them for an hour
+    after it died, and would itself take everybody else's for abandoned.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._clock = ServerClock()
+        self._look_at_s = 0.0
+
+    def append(self, message: Any, delivery_tag: str) -> None:
+        """As kombu's, with the time of Redis."""
+        delivery = message.delivery_info
+        kept = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])  # noqa: SLF001 - as kombu does
+        now_s = self._now_s()
+        with self.pipe_or_acquire() as pipe:
+            pipe.zadd(self.unacked_index_key, {delivery_tag: now_s}).hset(self.unacked_key, delivery_tag, kept)
+            pipe.execute()
+        virtual.QoS.append(self, message, delivery_tag)
+
+    def restore_visible(self, *args: Any, **kwargs: Any) -> None:
+        """As kombu's, which takes the timeout off this machine's time; what that is ahead goes into the timeout."""
+        self.visibility_timeout = self.channel.visibility_timeout + time.time() - self._now_s()
+        super().restore_visible(*args, **kwargs)
+
+    def _now_s(self) -> float:
+        if uptime_s() >= self._look_at_s:
+            with self.channel.conn_or_acquire() as client:
+                seconds, micros = client.time()
+            self._clock.agree(seconds + micros / 1e6)
+            self._look_at_s = uptime_s() + _LOOK_AT_CLOCK_S
+        return self._clock.now_s()
+
+
 class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no types
     """Channel that reports a lost connection as what it is.
 
@@ -113,6 +153,7 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no typ
         return params
 
     Message = _Message
+    QoS = _QoS
 
     asked_at = 0.0
     """When the queues were asked last, of the monotonic clock."""
