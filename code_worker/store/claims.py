@@ -18,7 +18,7 @@ from code_worker.store.models import JobRow, db_now, db_now_plus
 from code_worker.store.sql import among, plain, table_of, unindexed
 from code_worker.types import Job, RejectReason
 
-__all__ = ["Fault", "attempts_of", "claim", "exhausted", "put_back", "release_owner", "renew"]
+__all__ = ["Fault", "attempts_of", "claim", "claimed_unheard", "exhausted", "put_back", "release_owner", "renew"]
 
 _JOBS = table_of(JobRow)
 _STATE = unindexed(_JOBS.c.state)
@@ -87,6 +87,24 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
     )
     claimed = {row.id: Job(**row._asdict()) for row in session.execute(statement)}
     return [claimed[job_id] for job_id in wanted if job_id in claimed]
+
+
+def claimed_unheard(session: Session, ids: Sequence[str], *, owner: str, within_s: float) -> list[Job]:
+    """Those of the jobs that the owner has claimed within so many seconds, in the order of `ids`.
+
+    For a claim that is repeated after a commit whose answer was lost: what it took then is no longer free.
+    """
+    wanted = valid_uuids(ids)
+    rows = session.execute(
+        select(*_JOB_COLUMNS).where(
+            among(session, _JOBS.c.id, wanted),
+            _STATE == "running",
+            _JOBS.c.owner == owner,
+            _JOBS.c.claimed_at > db_now_plus(-within_s),
+        )
+    )
+    found = {row.id: Job(**row._asdict()) for row in rows}
+    return [found[job_id] for job_id in wanted if job_id in found]
 
 
 def attempts_of(session: Session, ids: Sequence[str]) -> dict[str, int]:

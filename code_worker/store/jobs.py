@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from code_worker.store.accepting import ACCEPT_GRACE_S, NewJob, accept
-from code_worker.store.claims import Fault, attempts_of, claim, exhausted, put_back, release_owner, renew
+from code_worker.store.claims import (
+    Fault,
+    attempts_of,
+    claim,
+    claimed_unheard,
+    exhausted,
+    put_back,
+    release_owner,
+    renew,
+)
 from code_worker.store.doorbells import DueJob, due, mark_published, queue_wait_s, ring_empty, unpublish
 from code_worker.store.joblist import (
     JobFilter,
@@ -26,6 +35,7 @@ __all__ = [
     "accept",
     "attempts_of",
     "claim",
+    "claimed_unheard",
     "counts",
     "due",
     "exhausted",

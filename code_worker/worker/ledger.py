@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
 from code_worker.errors import StoreUnavailableError
@@ -63,12 +64,23 @@ class Ledger:
         self._settings = settings
         self._denials = Denials(settings.max_denied)
 
-    def claim(self, job_ids: Sequence[str], *, below: int) -> list[Job]:
-        """Takes those of the jobs that are free and had fewer than `below` attempts, with a lease."""
+    def claim(self, job_ids: Sequence[str], *, below: int, held: Callable[[], Sequence[str]] = tuple) -> list[Job]:
+        """Takes those of the jobs that are free and had fewer than `below` attempts, with a lease.
+
+        `held` tells which jobs this process works on: others that it is said to have, a claim took whose answer was
+        lost, and left to lapse they would count as those of a worker that died.
+        """
         lease_s, limit = self._settings.lease_s, min(below, self._settings.max_attempts)
-        return self.store.run(
-            lambda session: jobs.claim(session, job_ids, owner=self.owner, lease_s=lease_s, max_attempts=limit)
-        )
+        tries = count(1)
+
+        def take(session: Session) -> list[Job]:
+            taken = jobs.claim(session, job_ids, owner=self.owner, lease_s=lease_s, max_attempts=limit)
+            if next(tries) > 1:
+                others = set(job_ids).difference(held(), (job.id for job in taken))
+                taken += jobs.claimed_unheard(session, sorted(others), owner=self.owner, within_s=_OUTAGE_S)
+            return taken
+
+        return self.store.run(take)
 
     def give_back(self, claimed: Sequence[Job]) -> None:
         """Ends claims of which nothing came; a fault each, but no attempt: the worker lives and says so.

@@ -108,7 +108,7 @@ class Node:
             if runtime is None:
                 self.store.run(lambda session: jobs.mark_published(session, job_ids, wait_s=_NO_RELEASE_WAIT_S))
                 return frozenset(job_ids)
-            claimed = self.ledger.claim(job_ids, below=below)
+            claimed = self.ledger.claim(job_ids, below=below, held=self.in_flight.jobs)
             log.debug("jobs_claimed", jobs=[job.id for job in claimed])
             failpoint("after_claim")
             if not claimed:

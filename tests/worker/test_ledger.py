@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import pytest
 
 from code_worker.moderation.judge import Judged
 from code_worker.settings import WorkerSettings
 from code_worker.store import verdicts, workers
-from code_worker.store.engine import Store
+from code_worker.store.engine import Store, open_store
 from code_worker.store.models import JobRow, SourcePauseRow, db_now_plus
 from code_worker.store.sql import table_of
 from code_worker.types import ImageFacts, Job, JobState, Outcome, RejectReason, Verdict
 from code_worker.worker.ledger import Ledger
+from tests.faults.proxy import TcpProxy
 from tests.store.acts import accept, info
 
 LIMIT = 5
@@ -155,3 +157,20 @@ def test_without_a_limit_each_is_rejected_by_itself(sqlite_store: Store) -> None
     worker = Ledger(sqlite_store, WorkerSettings(max_denied=None), "worker")
     ids = batch(worker, uris(30), DENIED)
     assert states(sqlite_store, ids) == {JobState.DONE}
+
+
+def test_a_claim_whose_answer_is_lost_is_a_claim(
+    lossy_postgres: tuple[TcpProxy, str], postgres_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, url = lossy_postgres
+    monkeypatch.setattr("code_worker.store.engine.time.sleep", lambda _: proxy.refuse(refusing=False))
+    ids = accept(postgres_store, *uris(4))
+    with closing(open_store(url)) as store:
+        worker = ledger(store)
+        (held,) = worker.claim(ids[:1], below=3)
+        proxy.cut_at_answer_to(b"UPDATE jobs", b"COMMIT")
+        claimed = worker.claim(ids, below=3, held=lambda: [held.id])
+        assert proxy.cut.is_set()
+    assert [job.id for job in claimed] == ids[1:]
+    assert {job.attempts for job in claimed} == {1}
+    assert states(postgres_store, ids) == {JobState.RUNNING}
