@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from code_worker.errors import ImageRejectedError
-from code_worker.images.damage import PILLOW_ERRORS, reason_for
+from code_worker.images import pillow
+from code_worker.images.damage import reason_for
 from code_worker.images.decode import decode
+from code_worker.images.readers import PILLOW_ERRORS, UnsupportedImageError
 from code_worker.settings import LimitSettings
 from code_worker.types import RejectReason
-from tests.image_files import animation, encoded, pixels, png
+from tests.image_files import animation, encoded, pixels, png, tiff
 
 LIMITS = LimitSettings()
 PICTURE = pixels(300, 260)
@@ -60,14 +62,47 @@ def test_the_detail_names_the_format_and_what_pillow_said() -> None:
 
 
 def test_memory_that_a_damaged_length_asks_for_is_corrupt() -> None:
-    assert reason_for(MemoryError(), "bmp", WHOLE["bmp"]) is RejectReason.CORRUPT
+    assert reason_for(MemoryError(), "bmp", WHOLE["bmp"], ran_out=False) is RejectReason.CORRUPT
     assert MemoryError in PILLOW_ERRORS
 
 
 def test_warnings_turned_into_errors_do_not_change_who_is_to_blame() -> None:
-    warning = Image.DecompressionBombWarning("large")
-    assert reason_for(warning, "gif", WHOLE["gif"]) is RejectReason.TOO_MANY_PIXELS
-    assert reason_for(UserWarning("Corrupt EXIF data"), "jpeg", WHOLE["jpeg"]) is RejectReason.CORRUPT
+    warning = pillow.Image.DecompressionBombWarning("large")
+    assert reason_for(warning, "gif", WHOLE["gif"], ran_out=False) is RejectReason.TOO_MANY_PIXELS
+    other = UserWarning("Corrupt EXIF data")
+    assert reason_for(other, "jpeg", WHOLE["jpeg"], ran_out=False) is RejectReason.CORRUPT
+
+
+@pytest.mark.parametrize("words", ["", "image file is truncated", "unsupported", "cannot handle 12-bit layers"])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_the_words_of_an_error_decide_nothing(kind: str, words: str) -> None:
+    data = WHOLE[kind]
+    for error in (OSError(words), SyntaxError(words), EOFError(words)):
+        assert reason_for(error, kind, data, ran_out=False) is RejectReason.CORRUPT
+    unsupported = UnsupportedImageError(words)
+    assert reason_for(unsupported, kind, data, ran_out=False) is RejectReason.UNSUPPORTED_FORMAT
+    if kind != "png":
+        assert reason_for(OSError(words), kind, data, ran_out=True) is RejectReason.TRUNCATED
+
+
+def _bmp(at: int, value: int) -> bytes:
+    return WHOLE["bmp"][:at] + bytes((value,)) + WHOLE["bmp"][at + 1 :]
+
+
+UNSUPPORTED = {
+    "a filter method": png(9, 9)[:27] + b"\1" + png(9, 9)[28:],
+    "a kind of colour": png(9, 9, colour=5),
+    "a header of another size": _bmp(14, 41),
+    "a depth": _bmp(28, 17),
+    "a compression": _bmp(30, 4),
+    "twelve bits": WHOLE["jpeg"].replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c", 1),
+    "a photometric interpretation": tiff({256: (3, [9]), 257: (3, [9]), 258: (3, [8]), 262: (3, [77])}, b"x"),
+}
+
+
+@pytest.mark.parametrize("what", UNSUPPORTED)
+def test_what_is_not_read_is_told_from_what_is_damaged(what: str) -> None:
+    assert reason(UNSUPPORTED[what]) is RejectReason.UNSUPPORTED_FORMAT
 
 
 SIGNATURES = [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"MM\0+", b"RIFF\0\0\0\0WEBPVP8X"]

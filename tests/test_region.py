@@ -171,11 +171,10 @@ def test_damage_has_the_same_end_as_with_pillow_alone(form: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_rows_below_the_crop_are_left_out(kind: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_tiff_below_the_crop_are_left_out(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = pixels(300, 700)
     wide = np.asarray(picture.convert("L")).astype(np.uint16) * 257
-    data = encoded(Image.fromarray(wide) if mode == "I;16" else picture.convert(mode), kind)
+    data = encoded(Image.fromarray(wide) if mode == "I;16" else picture.convert(mode), "TIFF")
     ends = ends_of_tiles(monkeypatch)
     np.testing.assert_array_equal(decode(data, LIMITS)[0], reference(data))
     assert max(ends) == 462
@@ -186,8 +185,8 @@ def ends_of_tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ends: list[int] = []
     leave_out = region.leave_out_rows_below
 
-    def look(data: bytes, image: Any, bottom: int) -> None:
-        leave_out(data, image, bottom)
+    def look(image: Any, size: int, bottom: int) -> None:
+        leave_out(image, size, bottom)
         ends.extend(tile.extents[3] for tile in image.tile)
 
     monkeypatch.setattr("code_worker.images.decode.leave_out_rows_below", look)
@@ -218,10 +217,11 @@ def frames() -> bytes:
         lambda: turned(pixels(300, 700)),
         interlaced,
         frames,
+        lambda: encoded(pixels(300, 700), "PNG"),
         lambda: encoded(pixels(300, 700), "TIFF", compression="tiff_lzw"),
         lambda: encoded(pixels(300, 700), "BMP"),
     ],
-    ids=["turned", "interlaced", "animated", "compressed", "bmp"],
+    ids=["turned", "interlaced", "animated", "png", "compressed", "bmp"],
 )
 def test_other_files_are_decoded_whole(data: Callable[[], bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     ends = ends_of_tiles(monkeypatch)
@@ -234,6 +234,12 @@ def test_a_png_damaged_below_the_crop_is_refused_all_the_same() -> None:
     data[-200] ^= 0xFF
     assert "corrupt" in str(same_as_pillow_alone(bytes(data)))
     assert "truncated" in str(same_as_pillow_alone(bytes(data[:-300])))
+
+
+def test_a_jpeg_whose_end_is_followed_by_another_scan_is_pillows(asked: list[bool]) -> None:
+    data = encoded(pixels(300, 900), "JPEG")
+    assert "corrupt" in str(same_as_pillow_alone(data[:-2] + data[data.index(b"\xff\xda") :]))
+    assert asked == [False]
 
 
 def test_threads_decode_side_by_side(asked: list[bool]) -> None:

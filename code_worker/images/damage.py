@@ -2,71 +2,39 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from typing import Final
 
-from PIL import Image
-
+from code_worker.images.pillow import Image
+from code_worker.images.readers import UnsupportedImageError
 from code_worker.images.tiff import tiff_ends
 from code_worker.types import RejectReason
 
-__all__ = ["PILLOW_ERRORS", "is_cut_short", "reason_for", "webp_size"]
+__all__ = ["is_cut_short", "reason_for", "webp_size"]
 
-PILLOW_ERRORS: Final = (
-    OSError,  # the documented one; also UnidentifiedImageError and the codecs' own status texts
-    SyntaxError,  # a header that a reader does not accept
-    EOFError,  # an animation without a frame
-    ValueError,  # text and profile bombs, negative offsets, UnicodeDecodeError in a text chunk
-    LookupError,  # a read past the end (IndexError), a code without a meaning (KeyError)
-    TypeError,  # a tag of another type than the reader counts on, or absent
-    AttributeError,  # as above
-    ArithmeticError,  # an offset beyond a C integer, a rational with denominator zero
-    AssertionError,  # readers assert what a header made them believe
-    RuntimeError,  # a call in an order that only a broken file brings about; RecursionError
-    SystemError,  # C code without a message
-    BufferError,  # as above
-    MemoryError,  # a size no header within the limits can ask for: a damaged length inside the file
-    struct.error,  # a field cut short
-    zlib.error,  # a compressed chunk
-    Image.DecompressionBombError,
-    Warning,  # a process may have turned warnings into errors; Pillow warns about the file, nothing else
-)
-"""What reading a hostile file can raise inside Pillow. Missing on purpose: ImportError and NameError, which tell of a
-broken installation, and whatever is no Exception."""
-
-_UNSUPPORTED: Final = ("unsupported", "unknown", "cannot handle", "invalid dimensions", "not identified by")
-_RAN_OUT: Final = (IndexError, EOFError, struct.error)
 _PNG_END: Final = b"IEND\xaeB`\x82"
 _JPEG_END: Final = b"\xff\xd9"
 _DECIDED_BY_STRUCTURE: Final = frozenset({"png", "tiff", "webp"})
 
 
-def reason_for(error: BaseException, kind: str, data: bytes) -> RejectReason:
-    """Reason that fits best why Pillow refused a file.
+def reason_for(error: BaseException, kind: str, data: bytes, *, ran_out: bool) -> RejectReason:
+    """Reason that fits best why Pillow refused a file: by the error's type and the file's structure, never by words.
 
     PNG, TIFF and WebP tell by their own structure whether bytes are missing at the end: a damaged length makes
-    Pillow run past the end of a file that is whole. For the others the reader's words decide.
+    Pillow run past the end of a file that is whole. Of the others those are cut short whose end Pillow went beyond.
 
     Args:
         error: What Pillow raised, one of `PILLOW_ERRORS`.
         kind: Format by signature, such as `png`.
         data: The file.
+        ran_out: Whether Pillow wanted more than it holds.
     """
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return RejectReason.TOO_MANY_PIXELS
-    text = str(error).lower()
-    if kind == "png" and "not identified by this driver" in text:
-        return RejectReason.UNSUPPORTED_FORMAT
-    if is_cut_short(kind, data) or (kind not in _DECIDED_BY_STRUCTURE and _says_cut_short(error, text)):
+    if is_cut_short(kind, data) or (ran_out and kind not in _DECIDED_BY_STRUCTURE):
         return RejectReason.TRUNCATED
-    if any(words in text for words in _UNSUPPORTED):
+    if isinstance(error, UnsupportedImageError):
         return RejectReason.UNSUPPORTED_FORMAT
     return RejectReason.CORRUPT
-
-
-def _says_cut_short(error: BaseException, text: str) -> bool:
-    return "truncated" in text or isinstance(error.__cause__ or error, _RAN_OUT)
 
 
 def is_cut_short(kind: str, data: bytes) -> bool:

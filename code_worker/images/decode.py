@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image
 
 from code_worker.errors import ImageRejectedError, TransientError
-from code_worker.images.damage import PILLOW_ERRORS, is_cut_short, reason_for, webp_size
+from code_worker.images.damage import reason_for, webp_size
 from code_worker.images.memory import jpeg_buffer_bytes, pillow_bytes, taking
-from code_worker.images.readers import FORMATS, kind_of, open_image, scans_of
+from code_worker.images.pillow import TiffImagePlugin
+from code_worker.images.readers import FORMATS, PILLOW_ERRORS, ImageBytes, kind_of, open_image, scans_of
 from code_worker.images.region import jpeg_region, leave_out_rows_below, webp_region
 from code_worker.images.tiff import tiff_tile_size
 from code_worker.types import IMAGE_SIZE, ImageFacts, RejectReason
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
+    from PIL import ImageFile
 
     from code_worker.images.region import Box
     from code_worker.settings import LimitSettings
@@ -38,9 +40,9 @@ def decode(data: bytes, limits: LimitSettings, *, sha256: str | None = None) -> 
     """Reads the central 224×224 pixels of an image at its native resolution.
 
     The result is the one of `PIL.Image.open(…).convert("RGB")` and torchvision's `CenterCrop(224)`, byte for byte;
-    what lies outside the crop is not decoded where that changes no pixel (see `region`), and the crop is taken before
-    the colours are converted. A side under 224 is padded with zeros. EXIF orientation and alpha are ignored, an
-    animation is its first frame.
+    what these refuse is refused. What lies outside the crop is not decoded where that changes neither (see `region`),
+    and the crop is taken before the colours are converted. A side under 224 is padded with zeros. EXIF orientation
+    and alpha are ignored, an animation is its first frame. No switch of Pillow's that the process has set counts.
 
     Args:
         data: The file.
@@ -74,13 +76,10 @@ def _centre_of(data: bytes, image: ImageFile.ImageFile, limits: LimitSettings) -
         with taking(jpeg_buffer_bytes(image, data), limits.max_decode_bytes):
             if (pixels := _inside(jpeg_region, data, image)) is not None:
                 return pixels
-        if is_cut_short("jpeg", data):
-            # As Pillow would say once it had decoded all there is.
-            raise OSError("image file is truncated (it has no end)")
     with taking(pillow_bytes(image, data), limits.max_decode_bytes), _pixels_let_go(image):
         if image.format == "WEBP" and (pixels := _inside(webp_region, data, image)) is not None:
             return pixels
-        leave_out_rows_below(data, image, _span(image.height)[1])
+        leave_out_rows_below(image, len(data), _span(image.height)[1])
         return centre(image)
 
 
@@ -131,7 +130,8 @@ def decode_whole(data: bytes, limits: LimitSettings) -> Image.Image:
         needed = pillow_bytes(image, data) + 2 * _RGB_BYTES * image.width * image.height
         with taking(min(needed, limits.max_decode_bytes), limits.max_decode_bytes), _pixels_let_go(image):
             image.load()
-            return _as_rgb(image.copy())
+            pixels = np.asarray(_as_rgb(image))
+    return Image.fromarray(pixels)
 
 
 @contextmanager
@@ -147,8 +147,9 @@ def _opened(data: bytes, limits: LimitSettings) -> Iterator[ImageFile.ImageFile]
     # Pillow makes room for a WebP's whole canvas on opening it.
     if kind == "webp" and (size := webp_size(data)) is not None:
         _check_size(size, limits)
+    file = ImageBytes(data)
     try:
-        with open_image(kind, data) as image:
+        with open_image(kind, file) as image:
             _check_size(image.size, limits)
             if kind == "jpeg":
                 _check_scans(image, data)
@@ -158,7 +159,7 @@ def _opened(data: bytes, limits: LimitSettings) -> Iterator[ImageFile.ImageFile]
     except PILLOW_ERRORS as error:
         if isinstance(error, MemoryError) and _is_short(limits.max_decode_bytes):
             raise TransientError(RejectReason.INTERNAL, "no memory left to decode an image in") from error
-        raise ImageRejectedError(reason_for(error, kind, data), _detail(kind, error)) from error
+        raise ImageRejectedError(reason_for(error, kind, data, ran_out=file.ran_out), _detail(kind, error)) from error
 
 
 def _is_short(size: int) -> bool:

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
-from PIL import TiffImagePlugin
-
 from code_worker.errors import ImageRejectedError
+from code_worker.images.pillow import TiffImagePlugin
 from code_worker.images.readers import scans_of
 from code_worker.types import RejectReason
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import TYPE_CHECKING, Final
 
-from PIL import (
+from code_worker.errors import ImageRejectedError
+from code_worker.images.pillow import (
     BmpImagePlugin,
     GifImagePlugin,
+    Image,
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
 )
-
-from code_worker.errors import ImageRejectedError
 from code_worker.images.tiff import check_tiff_parts
 from code_worker.types import RejectReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FORMATS", "kind_of", "open_image", "scans_of"]
+__all__ = ["FORMATS", "PILLOW_ERRORS", "ImageBytes", "UnsupportedImageError", "kind_of", "open_image", "scans_of"]
 
 _PREFIX_BYTES: Final = 16
 _MOST_STEPS: Final = 65_000
@@ -32,16 +33,46 @@ _MOST_STEPS_OF_DECODING: Final = 150_000
 """Two for each run of a packed BMP, which Pillow unpacks in Python while every other thread waits."""
 _SLACK_BYTES: Final = 1 << 20
 _PHOTOSHOP: Final = b"Photoshop 3.0\0"
-_PHOTOSHOP_ITEM_BYTES: Final = 12
+_PHOTOSHOP_ITEM: Final = b"8BIM"
 _EXIF: Final = b"Exif\0\0"
-_EXIF_STEPS: Final = 5
+_COPIED_PER_STEP: Final = 1 << 14
+"""Bytes that are copied in the time of one step, about 1.5 µs."""
+_DECODER_BLOCK: Final = 65_536
+_PNG_FILTER_AT: Final = 27
 _MPF_FRAMES: Final = 0xB001
 _ULTRA_HDR: Final = b' hdrgm:Version="'
 _SCAN: Final = b"\xff\xda"
 _END: Final = b"\xff\xd9"
 
 
-class _Steps(io.BytesIO):
+class UnsupportedImageError(ValueError):
+    """A header that is there, and asks for what Pillow's reader of the format does not read."""
+
+
+PILLOW_ERRORS: Final = (
+    OSError,  # the documented one; also UnidentifiedImageError and the codecs' own status texts
+    SyntaxError,  # a header that a reader does not accept
+    EOFError,  # an animation without a frame
+    ValueError,  # ours, too; text and profile bombs, negative offsets, UnicodeDecodeError in a text chunk
+    LookupError,  # a read past the end (IndexError), a code without a meaning (KeyError)
+    TypeError,  # a tag of another type than the reader counts on, or absent
+    AttributeError,  # as above
+    ArithmeticError,  # an offset beyond a C integer, a rational with denominator zero
+    AssertionError,  # readers assert what a header made them believe
+    RuntimeError,  # a call in an order that only a broken file brings about; RecursionError
+    SystemError,  # C code without a message
+    BufferError,  # as above
+    MemoryError,  # a size no header within the limits can ask for: a damaged length inside the file
+    struct.error,  # a field cut short
+    zlib.error,  # a compressed chunk
+    Image.DecompressionBombError,
+    Warning,  # a process may have turned warnings into errors; Pillow warns about the file, nothing else
+)
+"""What reading a hostile file can raise inside Pillow. Missing on purpose: ImportError and NameError, which tell of a
+broken installation, and whatever is no Exception."""
+
+
+class ImageBytes(io.BytesIO):
     """A file that refuses whoever goes through it in too many pieces, or takes more from its header than it holds.
 
     Pillow walks chunks, segments and directories in Python, a few reads for each: millions of empty ones would take
@@ -53,19 +84,30 @@ class _Steps(io.BytesIO):
         self._steps = _MOST_STEPS
         # Of a TIFF Pillow reads the directory twice.
         self._left = 2 * len(data) + _SLACK_BYTES
-        self._exif_segments = 0
+        self._exif_bytes = 0
+        self._in_header = True
+        self._ran_out = False
+
+    @property
+    def ran_out(self) -> bool:
+        """Whether Pillow wanted bytes that would have to follow the last one."""
+        return self._ran_out
 
     def read(self, size: int | None = -1, /) -> bytes:
+        """As any file's, within the bounds above."""
         found = super().read(size)
         self._steps -= 1
         if found.startswith(_PHOTOSHOP):
             # Each item of such a segment is a step of Pillow's as well.
-            self._steps -= len(found) // _PHOTOSHOP_ITEM_BYTES
+            self._steps -= _photoshop_items(found, self._steps)
         elif found.startswith(_EXIF):
             # Pillow copies all that it has of them whenever one is added.
-            self._exif_segments += 1
-            self._steps -= _EXIF_STEPS * self._exif_segments
+            self._exif_bytes += len(found)
+            self._steps -= self._exif_bytes // _COPIED_PER_STEP
         self._left -= len(found)
+        # A header is read in pieces of known length, pixels in blocks until there are enough.
+        if size and size > 0 and len(found) < (size if self._in_header else 1):
+            self._ran_out = True
         if self._steps < 0:
             raise ImageRejectedError(RejectReason.CORRUPT, "the file is cut into too many parts")
         if self._left < 0:
@@ -76,13 +118,71 @@ class _Steps(io.BytesIO):
         """What follows may be read as often as decoding wants it: that is bounded by the pixels."""
         self._steps = _MOST_STEPS_OF_DECODING
         self._left = 1 << 62
+        self._in_header = False
 
 
-class _Jpeg(JpegImagePlugin.JpegImageFile):
+def _photoshop_items(segment: bytes, most: int) -> int:
+    """Items that Pillow finds in an image resource block, `most` + 1 where there are more."""
+    at, count = len(_PHOTOSHOP), 0
+    while count <= most and segment.startswith(_PHOTOSHOP_ITEM, at):
+        count += 1
+        try:
+            at += 7 + segment[at + 6]
+            at += at & 1
+            at += 4 + struct.unpack_from(">L", segment, at)[0]
+            at += at & 1
+        except (IndexError, struct.error):
+            break
+    return count
+
+
+class _Reader(ImageFile.ImageFile):
+    """What the readers share: of a header that Pillow refuses its type says whether another reader might take it."""
+
+    def _open(self) -> None:
+        try:
+            super()._open()  # type: ignore[safe-super]  # Pillow's reader of the format comes next
+        except PILLOW_ERRORS as error:
+            if self._is_of_unknown_kind():
+                raise UnsupportedImageError(str(error)) from error
+            raise
+        if not self.mode or min(self.size) < 1:
+            raise UnsupportedImageError(f"{self.width}×{self.height} pixels of a kind that is not read")
+
+    def _is_of_unknown_kind(self) -> bool:
+        """Whether a header that was refused has told its size, and then a kind of pixels without a mode in Pillow."""
+        return self.size != (0, 0) and not self.mode
+
+
+class _Jpeg(_Reader, JpegImagePlugin.JpegImageFile):
     """Of EXIF only Pillow's resolution would be read, by way of a directory without bounds: nobody asks for it."""
 
     def _read_dpi_from_exif(self) -> None:
         pass
+
+
+class _Png(_Reader, PngImagePlugin.PngImageFile):
+    def _is_of_unknown_kind(self) -> bool:
+        # The filter method, which ends the header; Pillow refuses all but 0 before it has a size.
+        return isinstance(self.fp, ImageBytes) and self.fp.getvalue()[_PNG_FILTER_AT : _PNG_FILTER_AT + 1] > b"\0"
+
+
+class _Gif(_Reader, GifImagePlugin.GifImageFile):
+    def _is_of_unknown_kind(self) -> bool:
+        return False  # all GIFs are of one kind
+
+
+class _Bmp(_Reader, BmpImagePlugin.BmpImageFile):
+    def _is_of_unknown_kind(self) -> bool:
+        return True  # a header of another version, depth, compression, layout or palette: no other is refused
+
+
+class _Tiff(_Reader, TiffImagePlugin.TiffImageFile):
+    pass
+
+
+class _WebP(_Reader, WebPImagePlugin.WebPImageFile):
+    pass
 
 
 def _jpeg(file: io.BytesIO, name: str) -> ImageFile.ImageFile:
@@ -110,18 +210,18 @@ def _frames_of(index: bytes) -> int:
 
 def _tiff(file: io.BytesIO, name: str) -> ImageFile.ImageFile:
     check_tiff_parts(file.getvalue())
-    return TiffImagePlugin.TiffImageFile(file, name)
+    return _Tiff(file, name)
 
 
 # Image.open() would turn every failed header into "cannot identify image file" and apply a process-wide pixel
 # limit of its own; the readers themselves say what is wrong, and our limits are the only ones.
 _READERS: Final[dict[str, tuple[Callable[[bytes], bool | str], Callable[[io.BytesIO, str], ImageFile.ImageFile]]]] = {
     "jpeg": (lambda prefix: prefix.startswith(b"\xff\xd8\xff"), _jpeg),
-    "png": (lambda prefix: prefix.startswith(b"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
-    "gif": (lambda prefix: prefix.startswith((b"GIF87a", b"GIF89a")), GifImagePlugin.GifImageFile),
-    "bmp": (lambda prefix: prefix.startswith(b"BM"), BmpImagePlugin.BmpImageFile),
+    "png": (lambda prefix: prefix.startswith(b"\x89PNG\r\n\x1a\n"), _Png),
+    "gif": (lambda prefix: prefix.startswith((b"GIF87a", b"GIF89a")), _Gif),
+    "bmp": (lambda prefix: prefix.startswith(b"BM"), _Bmp),
     "tiff": (lambda prefix: prefix.startswith(tuple(TiffImagePlugin.PREFIXES)), _tiff),
-    "webp": (lambda prefix: prefix[:4] == b"RIFF" and prefix[8:15] == b"WEBPVP8", WebPImagePlugin.WebPImageFile),
+    "webp": (lambda prefix: prefix[:4] == b"RIFF" and prefix[8:15] == b"WEBPVP8", _WebP),
 }
 FORMATS: Final = tuple(_READERS)
 """What is judged, told by content and never by name."""
@@ -142,14 +242,14 @@ def kind_of(data: bytes) -> str:
     raise ImageRejectedError(RejectReason.UNSUPPORTED_FORMAT, f"none of {', '.join(FORMATS)}")
 
 
-def open_image(kind: str, data: bytes) -> ImageFile.ImageFile:
+def open_image(kind: str, file: ImageBytes) -> ImageFile.ImageFile:
     """The image with its header read and nothing decoded.
 
     Raises:
         ImageRejectedError: a header that would cost too much to read.
-        Exception: one of `damage.PILLOW_ERRORS`, as Pillow raises them.
+        UnsupportedImageError: a header that asks for what is not read.
+        Exception: another one of `PILLOW_ERRORS`, as Pillow raises them.
     """
-    file = _Steps(data)
     image = _READERS[kind][1](file, "")
     file.header_is_read()
     return image

@@ -1,15 +1,12 @@
 """The centre of an image without the rest of it, where that changes no pixel; Pillow decodes all others whole.
 
-Four ways, each exact: an optional extension decodes one rectangle of a JPEG; of a WebP the rectangle is cut from
-libwebp's own canvas; of a PNG and of an uncompressed TIFF the rows below the crop are left out. A file that Pillow
-would refuse for what lies outside the crop must stay refused, so each way first makes sure that the file is whole to
-its end.
+Three ways, each exact: an optional extension decodes one rectangle of a JPEG; of a WebP the rectangle is cut from
+libwebp's own canvas; of an uncompressed TIFF the rows below the crop are left out. Each takes a file or declines it,
+and refuses none: what Pillow makes of a file that is not whole is left to Pillow.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["jpeg_region", "leave_out_rows_below", "region_decoder", "region_function", "webp_region"]
 
 _EXTENSION: Final = "code_worker_jpeg"
-_PNG_HEADER: Final = 8
 _ORIENTATION: Final = 0x0112
 _JPEG_MODES: Final = frozenset({"L", "RGB"})
 
@@ -90,18 +86,17 @@ def webp_region(data: bytes, image: ImageFile.ImageFile, box: Box) -> NDArray[np
     return np.ascontiguousarray(canvas[top:bottom, left:right, :3])
 
 
-def leave_out_rows_below(data: bytes, image: ImageFile.ImageFile, bottom: int) -> None:
-    """Has Pillow stop at row `bottom` of a PNG or of an uncompressed TIFF, if it may: the rows below stay black.
+def leave_out_rows_below(image: ImageFile.ImageFile, size: int, bottom: int) -> None:
+    """Has Pillow stop at row `bottom` of an uncompressed TIFF, if it may: the rows below stay black.
 
-    Of a PNG only where it is not interlaced, not animated, and every chunk of pixels has its checksum: inflating the
-    rest could then find no more than an encoder's error. Of a TIFF only where every strip lies inside the file.
+    Only where every strip lies inside the file of `size` bytes: plain rows hold nothing else that Pillow could
+    refuse. A PNG is read to its end. Its rows are one stream, and only inflating all of it tells whether Pillow
+    refuses it; checksums of the chunks say nothing about an encoder's error.
     """
     # Others are not asked whether they are animated: a GIF would be read on to its second frame.
-    if bottom >= image.height or image.format not in {"PNG", "TIFF"} or getattr(image, "is_animated", False):
+    if bottom >= image.height or image.format != "TIFF" or getattr(image, "is_animated", False):
         return
-    if image.format == "PNG" and len(image.tile) == 1 and not image.info.get("interlace") and _is_whole_png(data):
-        image.tile = [_shortened(image.tile[0], bottom)]
-    elif image.format == "TIFF" and _is_whole_raw(image, len(data)):
+    if _is_whole_raw(image, size):
         image.tile = [_shortened(tile, bottom) for tile in image.tile if _extents(tile)[1] < bottom]
 
 
@@ -112,24 +107,6 @@ def _shortened(tile: Any, bottom: int) -> Any:
 
 def _extents(tile: Any) -> Box:
     return cast("Box", tile.extents)
-
-
-def _is_whole_png(data: bytes) -> bool:
-    """Whether the chunks follow each other to an IEND, those with pixels unharmed (PNG, third edition, §5.3)."""
-    view, at = memoryview(data), _PNG_HEADER
-    while at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        end = at + 12 + length
-        if end > len(data):
-            return False
-        if kind == b"IEND":
-            return True
-        if kind == b"IDAT":
-            (checksum,) = struct.unpack_from(">I", data, end - 4)
-            if zlib.crc32(view[at + 4 : end - 4]) != checksum:
-                return False
-        at = end
-    return False
 
 
 def _is_whole_raw(image: ImageFile.ImageFile, size: int) -> bool:

@@ -87,7 +87,8 @@ def check_tiff_parts(data: bytes) -> None:
     if directory.begin > len(data):
         return
     for entry in directory:
-        if entry.tag in _PARTS and entry.values > _MOST_PARTS:
+        # Of one that the file does not hold Pillow makes nothing.
+        if entry.tag in _PARTS and entry.values > _MOST_PARTS and entry.at + entry.size <= len(data):
             raise ImageRejectedError(RejectReason.CORRUPT, f"tiff: {entry.values} strips or tiles")
 
 

@@ -85,8 +85,8 @@ def _parts() -> Iterator[tuple[str, bytes]]:
     yield "parts_jpeg_segments", jpeg[:2] + b"\xff\xef\0\2" * 2_000_000 + jpeg[2:]
     yield "parts_jpeg_fill_bytes", jpeg[:2] + b"\xff" * 5_000_000 + jpeg[2:]
     yield "parts_jpeg_junk", jpeg[:20] + bytes(5_000_000) + jpeg[20:]
-    exif = b"\xff\xe1" + struct.pack(">H", 108) + b"Exif\0\0" + bytes(100)
-    yield "parts_jpeg_exif", jpeg[:2] + exif * 300 + jpeg[2:]
+    exif = b"\xff\xe1" + struct.pack(">H", 65_008) + b"Exif\0\0" + bytes(65_000)
+    yield "parts_jpeg_exif", jpeg[:2] + exif * 200 + jpeg[2:]
     yield "parts_jpeg_scans", _scans(300, 4_000)
     yield "parts_bmp_runs", _runs(2_000_000)
     yield "parts_tiff_tiles", _tiles(200_000)

@@ -54,29 +54,40 @@ static void set_errors(struct jpeg_decompress_struct *info, Errors *errors) {
     errors->manager.output_message = stay_silent;
 }
 
-/* Whether the file goes on to its end-of-image marker: Pillow refuses one that is cut short, wherever the cut lies. */
-static int ends_properly(const unsigned char *data, size_t size) {
+typedef struct {
+    int scans;           /* 0: the file does not go on to its end-of-image marker */
+    int first_has;       /* components of the first scan */
+    int ends_with_first; /* the marker follows the first scan's pixels at once */
+} Course;
+
+/* How the file goes on to its end-of-image marker: Pillow may refuse one that is cut short, wherever the cut lies. */
+static Course course_of(const unsigned char *data, size_t size) {
+    const Course none = {0, 0, 0};
+    Course course = none;
     size_t at = 2;
-    int scans = 0;
     while (at + 4 <= size) {
-        if (data[at] != 0xFF) return 0;
+        if (data[at] != 0xFF) return none;
         unsigned char marker = data[at + 1];
         if (marker == 0xFF) { /* a fill byte */
             at++;
             continue;
         }
-        if (marker < 0xC0 || (marker >= 0xD0 && marker <= 0xD9)) return 0;
+        if (marker < 0xC0 || (marker >= 0xD0 && marker <= 0xD9)) return none;
         size_t length = ((size_t)data[at + 2] << 8) | data[at + 3];
-        if (length < 2 || at + 2 + length > size) return 0;
+        if (length < 2 || at + 2 + length > size) return none;
+        if (marker == 0xDA && course.scans == 0) course.first_has = length > 2 ? data[at + 4] : 0;
         at += 2 + length;
         if (marker != 0xDA) continue;
-        if (++scans > MAX_SCANS) return 0;
+        if (++course.scans > MAX_SCANS) return none;
         for (;;) { /* entropy-coded bytes up to a marker that is neither a stuffed byte nor a restart */
             const unsigned char *found = at < size ? memchr(data + at, 0xFF, size - at) : NULL;
-            if (found == NULL || (size_t)(found - data) + 1 >= size) return 0;
+            if (found == NULL || (size_t)(found - data) + 1 >= size) return none;
             at = (size_t)(found - data);
             unsigned char next = data[at + 1];
-            if (next == 0xD9) return 1;
+            if (next == 0xD9) {
+                course.ends_with_first = course.scans == 1;
+                return course;
+            }
             if (next == 0xFF) {
                 at++;
             } else if (next == 0x00 || (next >= 0xD0 && next <= 0xD7)) {
@@ -86,7 +97,13 @@ static int ends_properly(const unsigned char *data, size_t size) {
             }
         }
     }
-    return 0;
+    return none;
+}
+
+/* Whether libjpeg has read all of the file before it gives the first row, or nothing is left that it could refuse: when
+ * Pillow is done with the rows of an image of one scan, it has libjpeg read on to the end. */
+static int is_read_through(const struct jpeg_decompress_struct *info, Course course) {
+    return course.ends_with_first || info->progressive_mode || course.first_has < info->num_components;
 }
 
 /* Grey, or three colours with the common samplings; the rest was never compared and is declined. */
@@ -128,6 +145,8 @@ static void read_box(struct jpeg_decompress_struct *info, Box box, JDIMENSION fi
 
 /* 1 when `out` holds the box, 0 when the file is declined. Runs without the interpreter's lock. */
 static int decode(const unsigned char *data, size_t size, Box box, unsigned char *out) {
+    Course course = course_of(data, size);
+    if (course.scans == 0) return 0;
     struct jpeg_decompress_struct info;
     Errors errors;
     /* Both change between setjmp and longjmp. */
@@ -139,7 +158,8 @@ static int decode(const unsigned char *data, size_t size, Box box, unsigned char
         lib.create(&info, JPEG_LIB_VERSION, sizeof info);
         lib.mem_src(&info, data, (unsigned long)size);
         lib.read_header(&info, 1);
-        if (is_common(&info) && box.left + box.width <= info.image_width && box.top + box.height <= info.image_height) {
+        if (is_common(&info) && is_read_through(&info, course) && box.left + box.width <= info.image_width &&
+            box.top + box.height <= info.image_height) {
             info.out_color_space = info.num_components == 1 ? JCS_GRAYSCALE : JCS_RGB;
             lib.start(&info);
             JDIMENSION first = box.left > MARGIN ? box.left - MARGIN : 0;
@@ -175,7 +195,7 @@ static PyObject *decode_region(PyObject *module, PyObject *args) {
         unsigned char *out = (unsigned char *)PyBytes_AsString(made);
         int whole;
         Py_BEGIN_ALLOW_THREADS
-        whole = ends_properly(data.buf, (size_t)data.len) && decode(data.buf, (size_t)data.len, box, out);
+        whole = decode(data.buf, (size_t)data.len, box, out);
         Py_END_ALLOW_THREADS
         if (!whole) {
             Py_DECREF(made);
