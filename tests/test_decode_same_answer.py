@@ -8,12 +8,12 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 from torchvision.transforms import CenterCrop
 
 from code_worker.errors import ImageRejectedError
@@ -23,6 +23,7 @@ from code_worker.types import RejectReason
 from tests.corpus.fuzz import made
 from tests.corpus.pictures import pictures
 from tests.image_files import encoded, pixels, png, png_chunk, valid_files
+from tests.process_switches import PILLOW
 
 LIMITS = LimitSettings()
 SIDE, BOTTOM = 700, 462  # rows of the images below, and the first row behind their crop
@@ -152,28 +153,6 @@ def test_items_of_photoshop_are_counted_and_not_their_bytes() -> None:
         decode_crop(many, LIMITS)
 
 
-class Switch(NamedTuple):
-    """A variable of a module of Pillow's, and what a process sets it to."""
-
-    module: Any
-    name: str
-    value: Any
-
-
-SWITCHES = [
-    Switch(ImageFile, "LOAD_TRUNCATED_IMAGES", True),
-    Switch(ImageFile, "MAXBLOCK", 100),
-    Switch(ImageFile, "SAFEBLOCK", 10),
-    Switch(Image, "MAX_IMAGE_PIXELS", 10),
-    Switch(PngImagePlugin, "MAX_TEXT_CHUNK", 10),
-    Switch(PngImagePlugin, "MAX_TEXT_MEMORY", 10),
-    Switch(GifImagePlugin, "LOADING_STRATEGY", GifImagePlugin.LoadingStrategy.RGB_ALWAYS),
-    Switch(TiffImagePlugin, "READ_LIBTIFF", True),
-    Switch(TiffImagePlugin, "MAX_SAMPLESPERPIXEL", 1),
-    Switch(BmpImagePlugin, "USE_RAW_ALPHA", True),
-]
-
-
 @cache
 def before() -> dict[str, tuple[bytes, str]]:
     """Name → file and end, while every switch is as Pillow comes."""
@@ -203,10 +182,11 @@ def end(data: bytes) -> str:
     return f"{zlib.crc32(crop.tobytes())} {facts}"
 
 
-@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.name)
-def test_no_switch_of_pillows_changes_an_answer(switch: Switch, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", PILLOW)
+def test_no_switch_of_pillows_changes_an_answer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = before()
-    monkeypatch.setattr(switch.module, switch.name, switch.value)
+    module, value = PILLOW[name]
+    monkeypatch.setattr(module, name, value)
     changed = {name: (was, now) for name, (data, was) in expected.items() if (now := end(data)) != was}
     assert not changed
 

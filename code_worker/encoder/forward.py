@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from code_worker.encoder.arithmetic import exact_arithmetic
 from code_worker.encoder.blocks import Block
 from code_worker.encoder.vit import VitConfig
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
@@ -49,26 +50,29 @@ class CropEncoder(nn.Module):
         self.margin = (IMAGE_SIZE - config.image_size) // 2
         self._missing = EMBEDDING_DIM - config.width
         self.fold = fold
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
-        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        # Without values, which the state brings: a process's default type and device decide nothing.
+        with torch.device("meta"):
+            self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
+            self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         others = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
-        self.load_state_dict({name: tensor for name, tensor in state.items() if name not in others})
+        self.load_state_dict({name: tensor for name, tensor in state.items() if name not in others}, assign=True)
         self.blocks.to(dtype)
         cls_token, positions, projection, bias = (state[name].detach() for name in others)
         weight, bias = _patch_projection(config, projection, bias, fold=fold)
         self.register_buffer("weight", weight)
         self.register_buffer("offsets", positions[0, 1:] + bias)
         self.register_buffer("first", cls_token[0] + positions[0, :1])
-        self.register_buffer("mean", torch.tensor(config.mean).repeat(config.patch_size**2))
-        self.register_buffer("std", torch.tensor(config.std).repeat(config.patch_size**2))
+        self.register_buffer("mean", _per_value(config.mean, config.patch_size).float())
+        self.register_buffer("std", _per_value(config.std, config.patch_size).float())
         self.requires_grad_(requires_grad=False).eval()
         self.use_plain_kernels()
 
     def forward(self, crops: Tensor) -> Tensor:
-        """`(n, 224, 224, 3) uint8` to `(n, 192) float32`."""
+        """`(n, 224, 224, 3) uint8` to `(n, 192) float32`, in the arithmetic that torch comes with."""
         values = crops
-        for step in self._steps:
-            values = step(values)
+        with exact_arithmetic(crops.device.type):
+            for step in self._steps:
+                values = step(values)
         return values
 
     def use_plain_kernels(self) -> None:
@@ -109,7 +113,11 @@ def _patch_projection(config: VitConfig, projection: Tensor, bias: Tensor, *, fo
     weight = projection.permute(0, 2, 3, 1).flatten(1).double()
     bias = bias.double()
     if fold:
-        mean = torch.tensor(config.mean, dtype=torch.float64).repeat(config.patch_size**2)
-        std = torch.tensor(config.std, dtype=torch.float64).repeat(config.patch_size**2)
+        mean, std = (_per_value(channels, config.patch_size) for channels in (config.mean, config.std))
         weight, bias = weight / (255 * std), bias - (weight * (mean / std)).sum(1)
     return weight.float(), bias.float()
+
+
+def _per_value(channels: tuple[float, float, float], patch_size: int) -> Tensor:
+    """`(patch_size² · 3,) float64`, a number per value of a patch in the order of `_patches`."""
+    return torch.tensor(channels, dtype=torch.float64, device="cpu").repeat(patch_size**2)

@@ -50,8 +50,8 @@ class Lane:
         self._device = device
         cuda = device.type == "cuda"
         crops = (shapes[-1], IMAGE_SIZE, IMAGE_SIZE, 3)
-        self._staged = torch.zeros(crops, dtype=torch.uint8, pin_memory=cuda)
-        self._answer = torch.zeros((shapes[-1], EMBEDDING_DIM), dtype=torch.float32, pin_memory=cuda)
+        self._staged = torch.zeros(crops, dtype=torch.uint8, device="cpu", pin_memory=cuda)
+        self._answer = torch.zeros((shapes[-1], EMBEDDING_DIM), dtype=torch.float32, device="cpu", pin_memory=cuda)
         self._crops = torch.zeros(crops, dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]  # torch has no types here
         # A blocking event lets the waiting thread sleep; the stream's own wait would spin on a core that decodes.

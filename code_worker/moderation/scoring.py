@@ -46,7 +46,9 @@ def score_rows(head: Head, name: str, matrix: NDArray[np.float32], failed: Faile
 
 def _try_score(head: Head, name: str, matrix: NDArray[np.float32], failed: Failed) -> NDArray[np.float32] | str:
     try:
-        scores = np.asarray(head.score(matrix))
+        # An application may have numpy raise on every underflow; what is not finite is looked for all the same.
+        with np.errstate(all="ignore"):
+            scores = np.asarray(head.score(matrix))
     except Exception as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything at all
         failed(error, len(matrix))
         return f"head {name!r} failed: {type(error).__name__}: {error}"[:500]

@@ -37,7 +37,8 @@ def checked_scores(name: str, head: Head, embeddings: NDArray[np.float32]) -> ND
         ArtifactError: the head failed, or its scores are of the wrong shape or outside [0, 1].
     """
     try:
-        scores = np.asarray(head.score(embeddings))
+        with np.errstate(all="ignore"):  # an application may have numpy raise on every underflow
+            scores = np.asarray(head.score(embeddings))
     except Exception as error:  # a head is somebody else's code: whatever it raises, this release cannot be used
         raise ArtifactError(f"head {name!r} cannot score: {type(error).__name__}: {error}") from error
     if scores.shape != (len(embeddings),):

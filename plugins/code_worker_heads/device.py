@@ -19,22 +19,24 @@ class DeviceSearch:
     """Unit rows `(n, 192) float32` on a device of torch's.
 
     Raises:
-        RuntimeError: the device has no room for them, or torch is set to multiply float32 in fewer bits.
+        RuntimeError: the device has no room for them.
     """
 
     def __init__(self, units: NDArray[np.float32], device: str) -> None:
         import torch
 
-        if torch.get_float32_matmul_precision() != "highest":
-            raise RuntimeError("torch multiplies float32 in fewer bits, so that a nearest reference may be missed")
+        from code_worker.encoder.arithmetic import exact_arithmetic  # noqa: PLC0415 - torch, as above
+
         self._torch = torch
+        # In fewer bits a nearest reference might be missed.
+        self._exactly = exact_arithmetic
         self._device = device
         self._units = torch.from_numpy(units).to(device)
 
     def candidates(self, queries: NDArray[np.float32], k: int, margin: float) -> list[NDArray[np.intp]]:
         """Per query the positions of every reference whose similarity is within `margin` of the k-th largest."""
         torch = self._torch
-        with torch.inference_mode():
+        with torch.inference_mode(), self._exactly(torch.device(self._device).type):
             rows = torch.from_numpy(queries).to(self._device)
             best = torch.full((len(queries), k), -torch.inf, device=self._device)
             parts = []

@@ -1,4 +1,7 @@
-"""Somebody's Celery app, with tasks, queues, routes and beat entries of its own, into which ours are installed."""
+"""Somebody's Celery app, into which ours is installed: with tasks, queues, routes and beat entries of its own.
+
+It has set all that can be set for a whole process, as an application may for tasks of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from celery import Celery
 from kombu import Queue
 
 import code_worker
+from tests.process_switches import set_all
 
+set_all()
 app = Celery("theirs", broker=os.environ["CODE_WORKER_BROKER_URL"])
 app.conf.task_queues = [Queue("theirs.mail"), Queue("theirs.images")]
 app.conf.task_default_queue = "theirs.mail"

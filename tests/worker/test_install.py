@@ -19,24 +19,39 @@ from kombu import Queue
 from code_worker.broker import REDIS_TRANSPORT
 from code_worker.client import Client
 from code_worker.doorbell import Doorbell
+from code_worker.encoder.engine import Engine
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
+from code_worker.images.decode import decode_crop
+from code_worker.plugins import load_plugins
 from code_worker.queues import MODERATE, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
-from code_worker.settings import Settings
+from code_worker.releases.loading import load_release
+from code_worker.settings import LimitSettings, Settings
 from code_worker.store.engine import Store
-from code_worker.types import Outcome
+from code_worker.types import Outcome, RejectReason
 from code_worker.worker.app import create_app, install
 from code_worker.worker.refusals import refuse_to_start
 from tests.servers import RedisServer
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
 
 
-def test_their_worker_runs_their_tasks_and_ours(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
+def scored(release: Path, image: bytes) -> float:
+    """What the release says of an image in this process, where nothing is switched."""
+    loaded = load_release(release, load_plugins(Settings()))
+    crops = decode_crop(image, LimitSettings())[None]
+    head = loaded.heads[loaded.manifest.default_head or ""]
+    return float(head.score(Engine(loaded.weights, device="cpu").embed(crops))[0])
+
+
+def test_their_worker_runs_their_tasks_and_ours(
+    deploy: Callable[..., Deployment], tmp_path: Path, toy_release_dir: Path
+) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     deployment = deploy(
         f"sqlite:///{tmp_path / 'db.sqlite'}", THEIRS_DIRECTORY=str(theirs), CODE_WORKER_BROKER__KEY_PREFIX=""
     )
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "files" / "cut.jpg").write_bytes(jpeg(2)[:-900])
     queues = ",".join([*QUEUES, SWEEP_QUEUE, "theirs.images"])
     command = [
         *(sys.executable, "-m", "celery", "-A", "tests.worker.foreign_app", "worker"),
@@ -46,12 +61,14 @@ def test_their_worker_runs_their_tasks_and_ours(deploy: Callable[..., Deployment
     worker = WorkerProcess(command, environment, deployment.log_path)
     deployment.workers.append(worker)
     client = deployment.client()
-    job = client.enqueue(str(tmp_path / "files" / "a.jpg"))
+    job, cut = (client.enqueue(str(tmp_path / "files" / name)) for name in ("a.jpg", "cut.jpg"))
     sender = Celery("sender", broker=deployment.environment["CODE_WORKER_BROKER_URL"], set_as_current=False)
     sender.send_task("theirs.resize", args=("asked",), queue="theirs.images")
     wait_until((theirs / "asked").exists, 120, "their task")
     verdict = wait_until(lambda: client.verdict(job), 120, "our verdict")
     assert verdict.outcome is Outcome.JUDGED
+    assert abs(verdict.score - scored(toy_release_dir, jpeg(1))) < 1e-4
+    assert wait_until(lambda: client.verdict(cut), 120, "our refusal").reason is RejectReason.TRUNCATED
     assert worker.terminate() == 0
     sender.close()
 
