@@ -14,6 +14,7 @@ from code_worker.data.examples import FAKE, REAL, Example, Skipped
 from code_worker.data.names import generator_slug, numbered_generator, printable
 from code_worker.data.reading import Held
 from code_worker.errors import ConfigurationError, DatasetError
+from code_worker.telemetry import silent_import
 
 if TYPE_CHECKING:
     from code_worker.data.urls import UrlSource
@@ -95,12 +96,13 @@ def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
 
 def _rows(what: str, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     try:
-        import datasets  # noqa: PLC0415 - an extra, and seconds to import
+        with silent_import():
+            import datasets  # noqa: PLC0415 - an extra, and seconds to import
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{what} is read with datasets: pip install 'code-worker[data]'") from error
     from huggingface_hub import errors  # noqa: PLC0415 - comes with datasets
 
-    # Else it tells a counter on the internet of each file, also of those on this disk.
+    # If the process had imported it before, it would tell a counter on the internet of each file, those here as well.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
     # The hub's client changed its HTTP library more than once; this is the base class of whichever it uses.

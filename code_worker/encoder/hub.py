@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, errors, snapshot_download
-
 from code_worker.errors import ArtifactError, ConfigurationError
+from code_worker.telemetry import silent_import
+
+with silent_import():
+    from huggingface_hub import constants, errors, snapshot_download
 
 __all__ = ["HUB_PREFIX", "download"]
 

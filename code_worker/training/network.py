@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from code_worker.encoder.blocks import VisionTransformer
 from code_worker.encoder.vit import VitConfig
 from code_worker.encoder.weights import EncoderWeights
+from code_worker.telemetry import silent_import
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,8 @@ _GAIN, _SLOPE, _MOST = 0.1, 1.8, 8.0
 
 def build_vit(config: VitConfig) -> nn.Module:
     """The timm model of a configuration, freshly initialised, without classifier, in evaluation mode."""
-    from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415 - takes longer than torch itself
+    with silent_import():  # of the hub's client
+        from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415 - takes longer than torch itself
 
     model: nn.Module = VisionTransformer(
         img_size=config.image_size,

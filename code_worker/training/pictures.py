@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from code_worker.telemetry import import_without_home
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -32,7 +34,8 @@ def draw_embeddings(
 
     Of more than 1,500 images a seeded choice is drawn.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415 - as above, and an extra
+    with import_without_home():
+        from matplotlib.figure import Figure  # noqa: PLC0415 - as above, and an extra
 
     chosen = np.random.default_rng(seed).permutation(len(groups))[:_MOST]
     plane, names = project(embeddings[chosen], seed=seed), np.array(groups)[chosen]

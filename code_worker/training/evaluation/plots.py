@@ -7,15 +7,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from code_worker.data.examples import FAKE, REAL
+from code_worker.telemetry import import_without_home
 from code_worker.training.evaluation.groups import UNNAMED
 from code_worker.training.metrics import calibration
 from code_worker.training.pictures import project
+
+with import_without_home():
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
