@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from code_worker.queues import REFIT, RETRAIN
+from code_worker.store import migrate
+from code_worker.store.engine import open_store
 from code_worker.types import Outcome
 from tests.fork_server import ADDRESS_ENV, CHILDREN_ENV
-from tests.servers import RedisServer
+from tests.servers import RedisServer, S3Server
 from tests.training.learning import build_champion, label_world
-from tests.worker.conftest import bucket, deploy  # noqa: F401 - fixtures
-from tests.worker.harness import Deployment, decided, jpeg
+from tests.worker.harness import Deployment, decided, environment_in, jpeg, promote_release
 from tests.worker.learning_deployment import LearningDeployment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,13 +100,23 @@ def ports_of(*urls: str) -> set[int]:
     return {int(url.rpartition(":")[2].partition("/")[0]) for url in urls}
 
 
+@pytest.fixture
+def deployment(
+    world: World, redis_server: RedisServer, s3_server: S3Server, toy_release_dir: Path, tmp_path: Path
+) -> Iterator[Deployment]:
+    url = f"sqlite:///{tmp_path / 'db.sqlite'}"
+    environment = environment_in(tmp_path, url, redis_server.url) | s3_server.environment | world.environment
+    made = Deployment(environment, tmp_path / "workers.log")
+    with closing(open_store(url)) as store:
+        migrate.upgrade(store)
+    promote_release(made, toy_release_dir)
+    yield made
+    made.close()
+
+
 def test_a_worker_and_doctor_tell_nobody(
-    world: World,
-    deploy: Callable[..., Deployment],
-    redis_server: RedisServer,
-    tmp_path: Path,  # noqa: F811 - as above
+    world: World, deployment: Deployment, redis_server: RedisServer, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    deployment = deploy(f"sqlite:///{tmp_path / 'db.sqlite'}", **world.environment)
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(1))
     worker = deployment.worker("worker", module="code_worker")
     client = deployment.client()
@@ -113,8 +125,7 @@ def test_a_worker_and_doctor_tell_nobody(
     found = [json.loads(line) for line in ran(world, "doctor", "--json", **deployment.environment).splitlines()]
     assert {one["name"] for one in found} >= {"broker", "database"}
     assert worker.terminate() == 0
-    s3 = deployment.environment["CODE_WORKER_S3__ENDPOINT_URL"]
-    world.check(ports_of(redis_server.url, s3))
+    world.check(ports_of(redis_server.url, s3_server.url))
 
 
 @pytest.fixture
