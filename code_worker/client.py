@@ -128,6 +128,7 @@ class Client:
         generator: str | None = None,
         by: str | None = None,
         collection: str | None = None,
+        group: str | None = None,
         note: str = "",
         at: datetime | None = None,
     ) -> Labelled:
@@ -141,6 +142,8 @@ class Client:
             generator: what made a fake one, if known.
             by: who says so; unset: the user that this process runs as.
             collection: where the image came from: a data set, a channel.
+            group: record or post that the image belongs to, such as the id of a post or of the prompt that made it:
+                its images are learned from together, or not at all.
             note: free text.
             at: when it was said; unset: now.
 
@@ -156,7 +159,7 @@ class Client:
             CommitUnknownError: the database did not say whether it wrote the statement; saying it again is safe.
         """
         return self._labeller().label(
-            target, label, generator=generator, by=by, collection=collection, note=note, at=at
+            target, label, generator=generator, by=by, collection=collection, group=group, note=note, at=at
         )
 
     def _accept(self, new: list[jobs.NewJob]) -> list[str]:

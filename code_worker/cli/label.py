@@ -20,6 +20,7 @@ __all__ = ["label"]
 @click.argument("label_", metavar="real|fake", type=click.Choice(["real", "fake"]))
 @click.option("--generator", help="What made a fake one, if you know.")
 @click.option("--collection", help="Where the image came from: a data set, a channel.")
+@click.option("--group", help="Record or post that the image belongs to: its images stay in one part of the labels.")
 @click.option("--by", help="Who says so; unset: you.")
 @click.option("--note", default="", help="Free text.")
 @json_option
@@ -29,6 +30,7 @@ def label(
     label_: str,
     generator: str | None,
     collection: str | None,
+    group: str | None,
     by: str | None,
     note: str,
     as_json: bool,
@@ -51,6 +53,7 @@ def label(
                 by=who() if by is None else by,
                 generator=generator,
                 collection=collection,
+                group=group,
                 note=note,
                 source="cli",
                 actor=who(),

@@ -31,7 +31,7 @@ __all__ = ["labels"]
 F = TypeVar("F", bound=Callable[..., Any])
 _STATEMENT = (
     *("at", "label", "generator", "by", "uri", "sha256"),
-    *("collection", "source", "note", "job_id", "id", "created_at"),
+    *("collection", "group", "source", "note", "job_id", "id", "created_at"),
 )
 _RESOLVED = (
     *("sha256", "uri", "label", "generator", "collection"),

@@ -128,7 +128,11 @@ def _split_row(name: str, part: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(plan: Plan) -> dict[str, Any]:
     counts = plan.snapshot
-    left_out = f"{counts['undecided']} undecided by the rule, {counts['unkept']} without a kept copy"
+    between = sum(counts["left_out"].get("split", {}).values())
+    left_out = (
+        f"{counts['undecided']} undecided by the rule, {counts['unkept']} without a kept copy, "
+        f"{between} near images of different parts"
+    )
     training = plan.training
     steps = (
         None

@@ -1,13 +1,21 @@
-"""The split of all labelled images into training, validation and hold-out: decided by group, with a secret."""
+"""Which labelled images may be learned from: the rule of the split, and the last check before anything is learned."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Iterable
-from typing import Final, Literal, Protocol, get_args
+from typing import Protocol
 
 from code_worker.errors import TrainingError
+from code_worker.store.splits import (
+    HOLDOUT_SHARE,
+    SPLITS,
+    VALIDATION_SHARE,
+    Split,
+    is_holdout,
+    recorded_split,
+    split_in_share,
+    split_of,
+)
 
 __all__ = [
     "HOLDOUT_SHARE",
@@ -21,21 +29,6 @@ __all__ = [
     "split_of",
 ]
 
-Split = Literal["train", "validation", "holdout"]
-"""`train` is learned from, `validation` chooses among what was learned, `holdout` is what the gate asks."""
-
-SPLITS: Final[tuple[Split, ...]] = get_args(Split)
-HOLDOUT_SHARE: Final = 0.2
-VALIDATION_SHARE: Final = 0.125
-"""Of what is not held out: a tenth of all."""
-
-# Changing one of these would let a later release learn from what an earlier one was measured on.
-_SALT: Final = b"code_worker hold-out 1\0"
-_HOLDOUT_PURPOSE: Final = b"code_worker hold-out 2\0"
-_VALIDATION_PURPOSE: Final = b"code_worker validation 1\0"
-_HOLDOUT_BORDER: Final = 2**64 // 5
-_VALIDATION_BORDER: Final = 2**64 // 8
-
 
 class Placed(Protocol):
     """An image and the part that was recorded for it."""
@@ -47,49 +40,6 @@ class Placed(Protocol):
     @property
     def split(self) -> Split | None:
         """As the snapshot recorded it; None: by the rule of releases before groups."""
-
-
-def split_of(group: str, secret: bytes) -> Split:
-    """The part that a new group of images belongs to: of all groups a fifth is held out, a tenth is for validation.
-
-    HMAC-SHA256 (RFC 2104) of the group's key: without the secret nobody can tell the part of a group that they have
-    not seen.
-
-    Args:
-        group: the group's key.
-        secret: of the installation, at least 32 random bytes.
-    """
-    if _keyed(secret, _HOLDOUT_PURPOSE, group) < _HOLDOUT_BORDER:
-        return "holdout"
-    return split_in_share(group, secret)
-
-
-def split_in_share(group: str, secret: bytes) -> Split:
-    """The part of a group that is known not to be held out: `train` or, for an eighth of them, `validation`."""
-    return "validation" if _keyed(secret, _VALIDATION_PURPOSE, group) < _VALIDATION_BORDER else "train"
-
-
-def _keyed(secret: bytes, purpose: bytes, group: str) -> int:
-    if len(secret) < 32:
-        raise ValueError(f"the secret has {len(secret)} bytes, at least 32 are needed")
-    digest = hmac.digest(secret, purpose + group.encode(), "sha256")
-    return int.from_bytes(digest[:8], "big")
-
-
-def is_holdout(sha256: str) -> bool:
-    """The rule of releases before groups: a fifth of all images, by the hash of their bytes.
-
-    It still tells the part of images that were labelled then, and of snapshots that did not record it.
-    """
-    digest = hashlib.sha256(_SALT + bytes.fromhex(sha256)).digest()
-    return int.from_bytes(digest[:8], "big") < _HOLDOUT_BORDER
-
-
-def recorded_split(sha256: str, split: Split | None) -> Split:
-    """The part that was recorded; where none was, the one by the rule of releases before groups."""
-    if split is not None:
-        return split
-    return "holdout" if is_holdout(sha256) else "train"
 
 
 def refuse_holdout(items: Iterable[Placed]) -> None:

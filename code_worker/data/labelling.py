@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Final
 from code_worker.data.kept import KeptImages, open_kept
 from code_worker.errors import DatasetError
 from code_worker.images.decode import inspect
+from code_worker.images.phash import perceptual_hash
 from code_worker.images.source import Sources
 from code_worker.roles import Role, current_user, require
-from code_worker.store import audit, jobs, kept_images, labels, verdicts
+from code_worker.store import audit, image_groups, jobs, kept_images, labels, verdicts
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
 
@@ -84,6 +85,7 @@ class Labeller:
         by: str | None = None,
         generator: str | None = None,
         collection: str | None = None,
+        group: str | None = None,
         note: str = "",
         source: str = "api",
         at: datetime | None = None,
@@ -97,6 +99,7 @@ class Labeller:
             by: who says so; unset: the user that this process runs as.
             generator: what made a fake one, if known.
             collection: where the image came from, if known.
+            group: record or post that the image belongs to; its images are learned from together, or not at all.
             note: free text.
             source: by which way it is said; `review` settles the image, which takes a reviewer.
             at: when it was said; unset: now.
@@ -118,6 +121,7 @@ class Labeller:
             source=source,
             generator=generator,
             collection=collection,
+            group=group,
             note=note,
             at=at,
         )
@@ -166,6 +170,8 @@ class Labeller:
     ) -> int:
         """Writes statements, the images they are about and rows that were read, in one transaction.
 
+        The images are put into their groups in it, too.
+
         Args:
             new: statements, in the order said.
             images: every image that they name and that `find` gave.
@@ -179,8 +185,14 @@ class Labeller:
         tries: list[int] = []
 
         def write(session: Session) -> None:
+            image_groups.lock(session)
+            old = kept_images.kept(session, [image.sha256 for image in images])
             kept_images.note_kept(session, images)
+            for image in images:
+                if image.sha256 in old and image.phash is not None:
+                    kept_images.note_hash(session, image.sha256, image.phash)
             added = labels.add(session, new)
+            image_groups.place(session, _named(new), old=old.keys())
             labels.note_imported(session, rows or {})
             if added:
                 _audit(session, new, added, actor, file)
@@ -236,7 +248,8 @@ class Labeller:
 
     def _inspected(self, data: bytes, uri: str) -> KeptImage:
         facts = inspect(data, self._limits)
-        return KeptImage(facts.sha256, facts.size_bytes, facts.format, facts.width, facts.height, uri)
+        phash = kept_images.bits(perceptual_hash(data, self._limits))
+        return KeptImage(facts.sha256, facts.size_bytes, facts.format, facts.width, facts.height, uri, phash)
 
 
 def absolute(target: str) -> str:
@@ -244,6 +257,14 @@ def absolute(target: str) -> str:
     if "://" in target or target.startswith("file:"):
         return target
     return str(Path(target).absolute())
+
+
+def _named(new: Sequence[NewLabel]) -> dict[str, str | None]:
+    """Content hashes in the order said, and the first name of a group that was given for each."""
+    named: dict[str, str | None] = {}
+    for one in new:
+        named[one.sha256] = named.get(one.sha256) or one.group
+    return named
 
 
 def _audit(session: Session, new: Sequence[NewLabel], added: int, actor: str, file: LabelFile | None) -> None:

@@ -117,15 +117,23 @@ def inspect(data: bytes, limits: LimitSettings, *, sha256: str | None = None) ->
         return _facts(data, image, sha256)
 
 
-def decode_whole(data: bytes, limits: LimitSettings) -> Image.Image:
+def decode_whole(data: bytes, limits: LimitSettings, *, least_side: int | None = None) -> Image.Image:
     """The whole image at its native resolution as RGB, for those who transform it before they crop it.
 
     Its centre is what `decode` gives.
+
+    Args:
+        data: The file.
+        limits: What it may cost.
+        least_side: A JPEG may be decoded at a half, a quarter or an eighth of its size, as long as both sides keep
+            so many pixels: for those who shrink it anyway.
 
     Raises:
         ImageRejectedError, TransientError: as `decode`.
     """
     with _opened(data, limits) as image:
+        if least_side is not None and image.format in _JPEG:
+            image.draft(None, (least_side, least_side))
         # Whoever works on whole images has chosen them: one that takes more than all the memory has it for itself.
         needed = pillow_bytes(image, data) + 2 * _RGB_BYTES * image.width * image.height
         with taking(min(needed, limits.max_decode_bytes), limits.max_decode_bytes), _pixels_let_go(image):

@@ -44,7 +44,11 @@ __all__ = [
 _LABELS = table_of(LabelRow)
 _ROWS = table_of(ImportedRow)
 _MAX_NAME: Final = 200
-_LIMITS: Final = {"by": _MAX_NAME, "generator": _MAX_NAME, "collection": _MAX_NAME, "source": 300, "note": 2000}
+_LIMITS: Final = {
+    **dict.fromkeys(("by", "generator", "collection", "group"), _MAX_NAME),
+    "source": 300,
+    "note": 2000,
+}
 _HEX: Final = frozenset("0123456789abcdef")
 _PAGE: Final = 5000
 _CLOCKS_DIFFER: Final = timedelta(days=1)
@@ -65,6 +69,7 @@ class NewLabel:
         job_id: job it was labelled by.
         note: free text.
         at: when it was said; None: now.
+        group: record or post that the image belongs to, if any; no part of what is said, see `image_groups`.
         from_file: it was read from a file, which may be read again: said without a time, it is said only once.
 
     Raises:
@@ -81,6 +86,7 @@ class NewLabel:
     job_id: str | None = None
     note: str = ""
     at: datetime | None = None
+    group: str | None = None
     from_file: bool = False
     id: str = field(default_factory=uuid7)
 
@@ -131,6 +137,7 @@ class Statement:
     note: str
     at: datetime
     created_at: datetime
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +215,7 @@ def _says_nothing_new(new: NewLabel, before: Sequence[Said]) -> bool:
 
 
 def _row(new: NewLabel, before: Sequence[Said], now: datetime) -> dict[str, Any]:
-    columns = ("id", "sha256", "label", "generator", "collection", "by", "source", "uri", "job_id", "note")
+    columns = ("id", "sha256", "label", "generator", "collection", "by", "source", "uri", "job_id", "note", "group")
     return {
         **{name: getattr(new, name) for name in columns},
         "fingerprint": _fingerprint(new, before),

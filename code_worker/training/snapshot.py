@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from code_worker.data.examples import FAKE, REAL
 from code_worker.data.holdout import SPLITS, Split, is_holdout, recorded_split
 from code_worker.errors import DatasetError
-from code_worker.store import kept_images, labels, runs, snapshots
+from code_worker.store import image_groups, labels, runs, snapshots
 from code_worker.store.ids import uuid7
 from code_worker.training.trust import LeftOut, cap_shares
 
@@ -62,7 +62,8 @@ class Snapshot:
         contradicted: members of which labellers differ, decided by the rule.
         undecided: labelled images that the rule left undecided; they are not members.
         unkept: labelled images of which no copy is kept; they are not members.
-        left_out: why (`share`, `duplicates`, `golden`) → by whom → labelled images that are not members.
+        left_out: why → by whom → labelled images that are not members. Why is `split` where an image is near images
+            of different parts, else `share`, `duplicates` or `golden`.
         id: of the frozen snapshot, or of the one to be.
     """
 
@@ -100,8 +101,8 @@ class Snapshot:
 
     @property
     def digest(self) -> str:
-        """Of what is known of which image, whether new or not: equal digests teach the same."""
-        known = [[one.sha256, one.label, one.generator, one.collection] for one in self.members]
+        """Of what is known of which image and of its part, whether new or not: equal digests teach the same."""
+        known = [[one.sha256, one.label, one.generator, one.collection, one.split] for one in self.members]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def counts(self) -> dict[str, Any]:
@@ -140,8 +141,9 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
     resolved = labels.resolve(
         session, rule=settings.rule, trusted=settings.trusted, ignored=frozenset(settings.ignored)
     )
-    kept = kept_images.kept(session, (label.sha256 for label in resolved))
+    places = image_groups.places(session, (label.sha256 for label in resolved))
     before = _learned_before(session)
+    kept = [(label, places[label.sha256]) for label in resolved if label.sha256 in places]
     members = [
         Member(
             sha256=label.sha256,
@@ -150,18 +152,21 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
             collection=label.collection,
             new=before.get(label.sha256) != number,
             by=label.by,
-            split=recorded_split(label.sha256, None),
+            split=place.split,
+            group=place.group,
         )
-        for label in resolved
-        if label.sha256 in kept
+        for label, place in kept
+        if place.split is not None
     ]
+    between = Counter(label.by for label, place in kept if place.split is None)
     disputed = {conflict.sha256 for conflict in labels.conflicts(session)}
     taken = Snapshot(
         rule=settings.rule,
         members=tuple(sorted(members, key=lambda member: member.sha256)),
         contradicted=len(disputed & {member.sha256 for member in members}),
         undecided=len(disputed - {label.sha256 for label in resolved}),
-        unkept=len(resolved) - len(members),
+        unkept=len(resolved) - len(kept),
+        left_out={"split": between} if between else {},
     )
     return taken.without("share", *cap_shares(taken.members, settings.max_share, settings.trusted))
 

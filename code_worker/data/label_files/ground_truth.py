@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, BinaryIO, Final
 
 from code_worker.data.label_files.lines import numbered_lines
@@ -49,7 +50,9 @@ def _rows(place: str, entry: Mapping[str, Any], words: Words, base: str) -> list
         raise RowError("no image classification is in it")
     # Jobs may be chained, each with a question of its own.
     about = [job for job in jobs if any(map(words.known, _classes(job)))] or jobs
-    return [_row(place, located(reference, base), job, words) for job in about]
+    # A field of this name that a labelling job made is its answer.
+    group = None if f"group{_SUFFIX}" in entry else text_of(entry, "group")
+    return [replace(_row(place, located(reference, base), job, words), group=group) for job in about]
 
 
 def _jobs(entry: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

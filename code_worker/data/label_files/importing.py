@@ -125,6 +125,7 @@ def _draft(row: Row, name: str, by: str, collection: str | None) -> _Draft | str
             source=f"file:{name}",
             generator=row.generator,
             collection=row.collection or collection,
+            group=row.group,
             uri=row.uri,
             note=row.note or "",
             at=row.at,
@@ -139,6 +140,8 @@ def _key(row: Row, label: NewLabel) -> str:
     """Of all that a row says; without a time the same words in another file are another statement."""
     when = label.source if label.at is None else label.at.timestamp()
     said = [row.uri, row.sha256, label.by, *label.content, when]
+    if label.group is not None:
+        said.append(label.group)  # a row without one keeps the key that it had before there were groups
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

@@ -61,6 +61,7 @@ def _row(place: str, data: Mapping[str, Any], annotation: Mapping[str, Any], wor
             uri=located(_address(data), base),
             label=meaning.label,
             generator=meaning.generator,
+            group=text_of(data, "group"),
             by=_annotator(annotation.get("completed_by")),
             at=moment(text_of(annotation, "updated_at") or text_of(annotation, "created_at")),
         )
@@ -84,7 +85,7 @@ def _annotator(who: object) -> str | None:
 
 
 def _address(data: Mapping[str, Any]) -> str:
-    texts = [name for name, value in data.items() if isinstance(value, str)]
+    texts = [name for name, value in data.items() if isinstance(value, str) and name != "group"]
     name = next((name for name in _IMAGE if name in texts), texts[0] if len(texts) == 1 else None)
     if name is None:
         raise RowError(f"none of its data is called {', '.join(_IMAGE)}: {', '.join(map(str, data))[:200]}")

@@ -14,7 +14,7 @@ __all__ = ["FIELDS", "TARGETS", "Meaning", "Row", "RowError", "Words", "located"
 
 TARGETS: Final = ("uri", "image", "path", "sha256")
 """Names of the field that says which image is meant; the first that is there counts, `sha256` may stand beside it."""
-FIELDS: Final = (*TARGETS, "label", "generator", "collection", "by", "at", "note")
+FIELDS: Final = (*TARGETS, "label", "generator", "collection", "group", "by", "at", "note")
 _SHOWN: Final = 60
 
 
@@ -31,7 +31,7 @@ class Row:
         uri: which image; or None, and `sha256` says it.
         sha256: content hash that it must have, if the row names one.
         label: `real` or `fake`.
-        generator, collection, by, note: as the row says; None where it says nothing.
+        generator, collection, group, by, note: as the row says; None where it says nothing.
         at: when it was said, if the row says so.
         problem: why it cannot be used; then nothing else holds.
     """
@@ -42,6 +42,7 @@ class Row:
     label: str = ""
     generator: str | None = None
     collection: str | None = None
+    group: str | None = None
     by: str | None = None
     note: str | None = None
     at: datetime | None = None
@@ -146,6 +147,7 @@ def row_of(place: str, fields: Mapping[str, Any], words: Words, base: str) -> Ro
             label=meaning.label,
             generator=text_of(fields, "generator") or meaning.generator,
             collection=text_of(fields, "collection"),
+            group=text_of(fields, "group"),
             by=text_of(fields, "by"),
             note=text_of(fields, "note"),
             at=moment(text_of(fields, "at")),

@@ -9,12 +9,14 @@ from code_worker.store.models.erasing import ErasedDigestRow, ErasureRow, Erasur
 from code_worker.store.models.fleet import DeadLetterRow, LeaseRow, PluginSeenRow, SourcePauseRow, WorkerRow
 from code_worker.store.models.learning import (
     GateComparisonRow,
+    ImageGroupRow,
     ImportedRow,
     KeptImageRow,
     LabelRow,
     RunMetricsRow,
     RunRow,
     ScheduleSlotRow,
+    SecretRow,
     ShadowScoreRow,
     SnapshotRow,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "ErasureRow",
     "ErasureTargetRow",
     "GateComparisonRow",
+    "ImageGroupRow",
     "ImportedRow",
     "JobRow",
     "KeptImageRow",
@@ -43,6 +46,7 @@ __all__ = [
     "RunMetricsRow",
     "RunRow",
     "ScheduleSlotRow",
+    "SecretRow",
     "ShadowScoreRow",
     "SnapshotRow",
     "SourcePauseRow",

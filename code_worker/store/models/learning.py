@@ -1,4 +1,4 @@
-"""Tables of the learning loop: labels, kept images, snapshots, training runs, schedule slots, shadow scores."""
+"""Tables of the learning loop: labels, images and their groups, snapshots, runs, schedule slots, shadow scores."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from code_worker.store.models.base import BIG_KEY, JSON_OBJECT, Base, UtcDateTim
 
 __all__ = [
     "GateComparisonRow",
+    "ImageGroupRow",
     "ImportedRow",
     "KeptImageRow",
     "LabelRow",
     "RunMetricsRow",
     "RunRow",
     "ScheduleSlotRow",
+    "SecretRow",
     "ShadowScoreRow",
     "SnapshotRow",
 ]
@@ -51,6 +53,7 @@ class LabelRow(Base):
     label: Mapped[str] = mapped_column(String(16), comment="real or fake.")
     generator: Mapped[str | None] = mapped_column(Text, comment="What made a fake one, if known.")
     collection: Mapped[str | None] = mapped_column(Text, comment="Where the image came from: a data set, a channel.")
+    group: Mapped[str | None] = mapped_column(Text, comment="Record or post that the image belongs to, if any.")
     by: Mapped[str] = mapped_column(Text, comment="Who says so.")
     source: Mapped[str] = mapped_column(Text, comment="By which way: api, cli, file:NAME.")
     uri: Mapped[str | None] = mapped_column(Text, comment="Where the image was when it was labelled.")
@@ -96,9 +99,53 @@ class KeptImageRow(Base):
     width: Mapped[int | None] = mapped_column(Integer, comment="Pixels.")
     height: Mapped[int | None] = mapped_column(Integer, comment="Pixels.")
     uri: Mapped[str] = mapped_column(Text, comment="Where it was read first.")
+    phash: Mapped[str | None] = mapped_column(
+        String(16), comment="Perceptual hash in hexadecimal; null: not computed, or it cannot be decoded."
+    )
+    band_0: Mapped[int | None] = mapped_column(Integer, comment="First 16 bits of the hash, for finding near ones.")
+    band_1: Mapped[int | None] = mapped_column(Integer, comment="The next 16.")
+    band_2: Mapped[int | None] = mapped_column(Integer, comment="The next 16.")
+    band_3: Mapped[int | None] = mapped_column(Integer, comment="The last 16.")
+    group_id: Mapped[str | None] = mapped_column(
+        String(64), comment="Its group; null: labelled before there were groups, and not looked at since."
+    )
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was kept.")
 
-    __table_args__ = ({"comment": "Copies in the dataset storage; source objects vanish."},)
+    __table_args__ = (
+        *(Index(f"ix_kept_images_band_{band}", f"band_{band}") for band in range(4)),
+        Index("ix_kept_images_phash_group_id", "phash", "group_id"),
+        Index("ix_kept_images_group_id_sha256", "group_id", "sha256"),
+        {"comment": "Copies in the dataset storage; source objects vanish."},
+    )
+
+
+class ImageGroupRow(Base):
+    """Images that are always in the same part of the labelled ones; the part is decided once."""
+
+    __tablename__ = "image_groups"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True, comment="HMAC-SHA256 of what it was made for.")
+    joins: Mapped[str | None] = mapped_column(String(64), comment="Group that this name or old image stands for.")
+    split: Mapped[str] = mapped_column(String(16), comment="train, validation, holdout, or none: left out of all.")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was decided.")
+
+    __table_args__ = (
+        CheckConstraint("split IN ('train', 'validation', 'holdout', 'none')", name="split"),
+        Index("ix_image_groups_joins", "joins"),
+        {"comment": "Which images are learned from, and which are only measured on."},
+    )
+
+
+class SecretRow(Base):
+    """A secret of this installation, made once."""
+
+    __tablename__ = "secrets"
+
+    name: Mapped[str] = mapped_column(Text, primary_key=True, comment="What it is for.")
+    value: Mapped[bytes] = mapped_column(LargeBinary, comment="Random bytes; never shown.")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was made.")
+
+    __table_args__ = ({"comment": "Secrets of this installation, such as the one that decides the hold-out."},)
 
 
 class SnapshotRow(Base):
