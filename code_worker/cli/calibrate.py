@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -145,9 +145,13 @@ def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calib
 
 
 def _labelled(store: Store) -> Labelled:
-    from code_worker.store.kept_images import kept  # noqa: PLC0415 - SQLAlchemy, only where there is a database
+    from code_worker.store.image_groups import places  # noqa: PLC0415 - SQLAlchemy, only where there is a database
 
-    return lambda hashes: store.run(lambda session: kept(session, hashes).keys(), write=False)
+    def labelled(hashes: Sequence[str]) -> set[str]:
+        found = store.run(lambda session: places(session, hashes), write=False)
+        return {sha256 for sha256, place in found.items() if place.split != "holdout"}
+
+    return labelled
 
 
 def _put(asked: _Asked, settings: Settings, store: Store, made: Calibration) -> PolicyRow:

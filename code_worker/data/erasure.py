@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from code_worker.data.holdout import is_holdout
 from code_worker.data.kept import open_kept
 from code_worker.data.leftovers import Leftovers
 from code_worker.errors import StoreError
@@ -325,8 +324,8 @@ class Eraser:
 
     def _concerned(self, hashes: set[str]) -> tuple[set[str], set[str]]:
         """Snapshots that have one of these images, and those of them that have one to learn from."""
-        found: dict[str, list[str]] = self._read(partial(erasing.snapshots_with, hashes=hashes))
-        learned = {snapshot for snapshot, some in found.items() if not all(map(is_holdout, some))}
+        found = self._read(partial(erasing.snapshots_with, hashes=hashes))
+        learned = {snapshot for snapshot, parts in found.items() if set(parts.values()) != {"holdout"}}
         return set(found), learned
 
     def _renew(self) -> None:

@@ -1,29 +1,36 @@
-"""The labelled store as a data set: every image that the rule decides, read from its kept copy."""
+"""The labelled store as a data set: every image that the rule decides, read from its kept copy, and its groups."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
+from code_worker.data.holdout import recorded_split
+from code_worker.errors import DatasetError, StorageError
+from code_worker.logs import get_logger
 
 if TYPE_CHECKING:
     from code_worker.data.kept import KeptImages
-    from code_worker.settings import LabelSettings
+    from code_worker.settings import LabelSettings, LimitSettings
     from code_worker.store.engine import Session, Store
+    from code_worker.store.image_groups import Place
     from code_worker.store.labels import Conflict, ResolvedLabel
 
-__all__ = ["HOLDOUT", "LABELS", "labelled_examples"]
+__all__ = ["HOLDOUT", "LABELS", "group_old_images", "labelled_examples"]
 
 LABELS = "labels:"
 """What the labelled store is called where a data set is asked for."""
 HOLDOUT = "holdout:"
 """What the part of it is called that is never learned from."""
+_PAGE: Final = 256
+log = get_logger(__name__)
 
 
 def labelled_examples(
-    store: Store, kept: KeptImages, rule: LabelSettings, *, skipped: list[Skipped]
+    store: Store, kept: KeptImages, rule: LabelSettings, *, skipped: list[Skipped], holdout: bool = False
 ) -> Iterator[Example]:
     """Images of the labelled store, by content hash.
 
@@ -32,18 +39,23 @@ def labelled_examples(
         kept: Copies of the images.
         rule: How contradicting labels are resolved.
         skipped: Takes images whose labels the rule leaves undecided.
+        holdout: Only those of the hold-out.
     """
-    from code_worker.store import labels as table  # noqa: PLC0415 - SQLAlchemy: not for who reads files only
+    from code_worker.store import image_groups  # noqa: PLC0415 - SQLAlchemy: not for who reads files only
+    from code_worker.store import labels as table  # noqa: PLC0415 - as above
 
-    def both(session: Session) -> tuple[list[ResolvedLabel], list[Conflict]]:
+    def read(session: Session) -> tuple[list[ResolvedLabel], list[Conflict], Mapping[str, Place]]:
         decided = table.resolve(session, rule=rule.rule, trusted=rule.trusted, ignored=rule.ignored)
-        return decided, table.conflicts(session)
+        places = image_groups.places(session, (one.sha256 for one in decided)) if holdout else {}
+        return decided, table.conflicts(session), places
 
-    decided, disputed = store.run(both, write=False)
+    decided, disputed, places = store.run(read, write=False)
     known = {label.sha256 for label in decided}
     reason = f"its labels contradict each other, and the rule {rule.rule!r} leaves it out"
     skipped.extend(Skipped(conflict.sha256, reason) for conflict in disputed if conflict.sha256 not in known)
     for label in decided:
+        if holdout and _part(label.sha256, places) != "holdout":
+            continue
         yield Example(
             key=label.sha256,
             label=FAKE if label.label == "fake" else REAL,
@@ -52,3 +64,52 @@ def labelled_examples(
             collection=label.collection,
             sha256=label.sha256,
         )
+
+
+def _part(sha256: str, places: Mapping[str, Place]) -> str | None:
+    return places[sha256].split if sha256 in places else recorded_split(sha256, None)
+
+
+def group_old_images(
+    store: Store, kept: KeptImages, limits: LimitSettings, *, threads: int, check: Callable[[], None]
+) -> None:
+    """Puts images that were labelled before there were groups into groups, so that near-duplicates follow them.
+
+    Each kept copy is read once, ever; one that is gone or cannot be decoded is in a group of its own.
+
+    Args:
+        store: The ledger; written to after every 256 images.
+        kept: Copies of the images.
+        limits: What an image may cost.
+        threads: Images read and decoded at the same time.
+        check: Called before each 256; what it raises ends the work, which goes on there the next time.
+
+    Raises:
+        StorageError: the storage cannot be read.
+        TransientError: no memory is left to decode an image in.
+    """
+    from code_worker.images.phash import perceptual_hash  # noqa: PLC0415 - numpy and Pillow, for runs alone
+    from code_worker.store import image_groups, kept_images  # noqa: PLC0415 - SQLAlchemy, likewise
+
+    def hashed(sha256: str) -> str | None:
+        try:
+            return kept_images.bits(perceptual_hash(kept.read(sha256), limits))
+        except StorageError:
+            raise
+        except DatasetError:
+            return None
+
+    def write(session: Session, found: Mapping[str, str | None]) -> None:
+        image_groups.lock(session)
+        for sha256, phash in found.items():
+            kept_images.note_hash(session, sha256, phash)
+        image_groups.place(session, dict.fromkeys(found), old=found.keys())
+
+    count = 0
+    with ThreadPoolExecutor(threads, thread_name_prefix="group") as pool:
+        while some := store.run(partial(image_groups.ungrouped, limit=_PAGE), write=False):
+            check()
+            store.run(partial(write, found=dict(zip(some, pool.map(hashed, some), strict=True))))
+            count += len(some)
+    if count:
+        log.info("old_images_grouped", images=count)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from code_worker.data.examples import Example, Skipped
-from code_worker.data.holdout import is_holdout
 from code_worker.data.hub import HUB_PREFIX, RealUrls, hub_examples, parquet_examples
 from code_worker.data.labelled import HOLDOUT, LABELS, labelled_examples
 from code_worker.data.manifests import manifest_examples
@@ -193,8 +192,8 @@ def _read_labels(source: str, asked: _Asked) -> Iterator[Example]:
 
     kept = open_kept(asked.settings)
     with _ledger(asked) as store:
-        examples = labelled_examples(store, kept, asked.settings.labels, skipped=asked.skipped)
-        yield from (one for one in examples if source == LABELS or is_holdout(str(one.sha256)))
+        rule, holdout = asked.settings.labels, source == HOLDOUT
+        yield from labelled_examples(store, kept, rule, skipped=asked.skipped, holdout=holdout)
 
 
 @contextmanager

@@ -42,7 +42,6 @@ __all__ = [
 REAL: Final = "real"
 _TRAINING_SEED: Final = 1
 _JUDGED_SEED: Final = 2
-# Chosen so that of those that are labelled no more and no less than a fifth falls into the hold-out.
 _NEWCOMER_SEED: Final = 6
 _FORMATS: Final = (
     ("JPEG", "jpg"),

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.queues import chunks
-from code_worker.store import audit, snapshots
+from code_worker.store import audit, image_groups, snapshots
 from code_worker.store.models import (
     DeadLetterRow,
     EmbeddingRow,
@@ -30,6 +30,7 @@ from code_worker.store.models import (
     db_now,
 )
 from code_worker.store.retention import rowcount
+from code_worker.store.splits import Split, recorded_split
 from code_worker.store.sql import IN_LIST, among, table_of
 
 __all__ = [
@@ -163,6 +164,7 @@ def _erase_letters(session: Session, words: Sequence[str]) -> int:
 def erase_images(session: Session, hashes: Sequence[str], entry: audit.Entry) -> Counter[str]:
     """Deletes all rows of images but those of jobs; copies in the storage are the caller's."""
     counts: Counter[str] = Counter()
+    image_groups.forget(session, hashes)
     with audit.removal(session, entry):
         for name, table in (("labels", _LABELS), ("imported_rows", _ROWS), ("kept_images", _KEPT)):
             counts[name] = rowcount(session.execute(delete(table).where(table.c.sha256.in_(hashes))))
@@ -183,13 +185,14 @@ def _encoders(session: Session) -> Iterator[str]:
         encoder = session.scalar(select(least).where(_EMBEDDINGS.c.encoder_sha256 > encoder))
 
 
-def snapshots_with(session: Session, hashes: Collection[str]) -> dict[str, list[str]]:
-    """Snapshots that have one of these images, with those that each has."""
-    found: dict[str, list[str]] = {}
+def snapshots_with(session: Session, hashes: Collection[str]) -> dict[str, dict[str, Split]]:
+    """Snapshots that have one of these images, with those that each has and the part that it recorded for them."""
+    found: dict[str, dict[str, Split]] = {}
     for snapshot in list(session.scalars(select(_SNAPSHOTS.c.id).order_by(_SNAPSHOTS.c.id))):
         rows = snapshots.unpack(snapshots.members(session, snapshot))
-        if mine := [row["sha256"] for row in rows if row["sha256"] in hashes]:
-            found[snapshot] = mine
+        mine = (row for row in rows if row["sha256"] in hashes)
+        if parts := {row["sha256"]: recorded_split(row["sha256"], row.get("split")) for row in mine}:
+            found[snapshot] = parts
     return found
 
 

@@ -15,13 +15,14 @@ from typing import Final, cast
 from sqlalchemy import delete, exists, select, update
 from sqlalchemy.orm import Session
 
+from code_worker.errors import StoreError
 from code_worker.queues import chunks
 from code_worker.store.kept_images import is_near, near
-from code_worker.store.models import ImageGroupRow, KeptImageRow, SecretRow, db_now
+from code_worker.store.models import ImageGroupRow, KeptImageRow, SecretRow
 from code_worker.store.splits import SPLITS, Split, is_holdout, keyed_digest, recorded_split, split_in_share, split_of
 from code_worker.store.sql import IN_LIST, insert_new, table_of
 
-__all__ = ["Place", "forget", "lock", "place", "places", "ungrouped"]
+__all__ = ["Place", "begin_with", "forget", "lock", "place", "places", "ungrouped"]
 
 _GROUPS = table_of(ImageGroupRow)
 _KEPT = table_of(KeptImageRow)
@@ -70,6 +71,17 @@ def places(session: Session, hashes: Iterable[str]) -> dict[str, Place]:
                 group = _group_id(secret, _of_bytes(row.sha256))
                 found[row.sha256] = Place(group, _old_split(secret, row.sha256, group))
     return found
+
+
+def begin_with(session: Session, secret: bytes) -> None:
+    """Makes a known value the secret, for what must come out the same everywhere: the demonstration, tests.
+
+    Raises:
+        StoreError: there is one already: groups were decided with it.
+    """
+    insert_new(session, SecretRow, [{"name": _NAME, "value": secret}], same=["name"])
+    if _read_secret(session) != secret:
+        raise StoreError("the secret that decides the hold-out is made once and cannot be replaced")
 
 
 def lock(session: Session) -> None:
@@ -266,14 +278,14 @@ def _old_split(secret: bytes, sha256: str, group_id: str) -> Split:
 
 
 def _read_secret(session: Session) -> bytes | None:
-    return session.scalar(select(_SECRETS.c.value).where(_SECRETS.c.name == _NAME))
+    value = session.scalar(select(_SECRETS.c.value).where(_SECRETS.c.name == _NAME))
+    return None if value is None else bytes(value)
 
 
 def _locked(session: Session) -> bytes:
     """The secret, its row locked until the transaction ends; made by whoever comes first."""
     statement = select(_SECRETS.c.value).where(_SECRETS.c.name == _NAME).with_for_update()
     if (value := session.scalar(statement)) is None:
-        fresh = {"name": _NAME, "value": secrets.token_bytes(_BYTES)}
-        insert_new(session, SecretRow, [fresh], same=["name"], constants={"created_at": db_now()})
+        insert_new(session, SecretRow, [{"name": _NAME, "value": secrets.token_bytes(_BYTES)}], same=["name"])
         value = session.execute(statement).scalar_one()
     return bytes(value)

@@ -14,7 +14,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, CursorResult, Table, delete, exists, func, select
 from sqlalchemy.orm import Session
 
-from code_worker.store import audit
+from code_worker.store import audit, image_groups
 from code_worker.store.ids import uuid7_floor
 from code_worker.store.models import (
     DeadLetterRow,
@@ -128,6 +128,7 @@ def forget_labels(session: Session, hashes: Sequence[str], days: float) -> int:
     still = sorted(set(session.scalars(select(_LABELS.c.sha256).where(among_these, *_unspoken_of(session, days)))))
     if not still:
         return 0
+    image_groups.forget(session, still)
     with audit.removal(session, _entry(session, "labels", days, len(still))):
         count = rowcount(session.execute(delete(_LABELS).where(_LABELS.c.sha256.in_(still))))
         session.execute(delete(_ROWS).where(_ROWS.c.sha256.in_(still)))

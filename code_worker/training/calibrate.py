@@ -13,7 +13,6 @@ import numpy as np
 
 from code_worker._version import __version__
 from code_worker.data.examples import FAKE, REAL
-from code_worker.data.holdout import is_holdout
 from code_worker.errors import DatasetError, UnknownHeadError
 from code_worker.releases.golden import checked_scores
 from code_worker.training.embed import Embedded, Keep, Known, embed_examples
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Goal", "Labelled", "calibrate"]
 
 Labelled = Callable[[Sequence[str]], AbstractSet[str]]
-"""Content hashes → those that are in the labelled store, from which a retrain takes what it learns."""
+"""Content hashes → those in the labelled store that are not held out, from which a retrain takes what it learns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +158,7 @@ def _tool(runtime: Runtime, head: str, goal: Goal) -> dict[str, Any]:
 
 def _learned(examples: Iterable[Example], labelled: Labelled | None) -> set[str]:
     """Contents that a retrain may have learned from."""
-    hashes = [one.sha256 for one in examples if one.sha256 is not None and not is_holdout(one.sha256)]
+    hashes = [one.sha256 for one in examples if one.sha256 is not None]
     return set(labelled(hashes)) if labelled is not None and hashes else set()
 
 

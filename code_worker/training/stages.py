@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from code_worker.data.labelled import group_old_images
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
 from code_worker.releases.manifest import Thresholds
@@ -107,6 +108,7 @@ class Stages:
             self.report["snapshot"] = taken.counts()
             return taken
         self._enter("snapshot")
+        self._group_old_images()
         labels = self.attempt.settings.labels
         taken = self.attempt.parts.store.run(lambda session: snapshots.take(session, labels), write=False)
         # Embeddings are asked for only where a run may be due.
@@ -123,6 +125,11 @@ class Stages:
 
         self.attempt.held.write(freeze)
         return taken
+
+    def _group_old_images(self) -> None:
+        parts, threads = self.attempt.parts, self.attempt.settings.worker.fetch_threads
+        check = self.attempt.held.check
+        group_old_images(parts.store, parts.kept, parts.settings.limits, threads=threads, check=check)
 
     def _without_golden(self, taken: Snapshot) -> Snapshot:
         """What the golden set holds is not learned from, whoever labelled it."""

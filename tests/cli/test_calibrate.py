@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.holdout import is_holdout
 from code_worker.data.labelling import Labeller
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings
-from code_worker.store import policies, schedule
+from code_worker.store import image_groups, policies, schedule
 from code_worker.store.engine import Store
 from code_worker.training.recalibrate import recalibrate
 from code_worker.worker.learning import Learning
@@ -93,12 +92,14 @@ def test_of_your_own_labels_only_the_hold_out_counts_unless_told_otherwise(
     sqlite_cli: Cli, sqlite_store: Store, champion: str, tree: Path, tmp_path: Path
 ) -> None:
     settings = Settings(data_dir=tmp_path / "data", files={"roots": [tree]})  # type: ignore[arg-type]
+    sqlite_store.run(lambda session: image_groups.begin_with(session, bytes(32)))
     with closing(Labeller(settings, sqlite_store)) as labeller:
         labelled = [
             labeller.label(str(path), "real" if "/real/" in str(path) else "fake", by="alice").sha256
             for path in sorted(tree.rglob("*.png"))
         ]
-    held = [sha256 for sha256 in labelled if is_holdout(sha256)]
+    places = sqlite_store.run(lambda session: image_groups.places(session, labelled), write=False)
+    held = [sha256 for sha256, place in places.items() if place.split == "holdout"]
     assert 0 < len(held) < 60
     whole = sqlite_cli("calibrate", "--max-fpr", "0.05", "--all", "--json", "--dry-run").records[0]["evidence"]
     assert (whole["source"], whole["real"], whole["fake"]) == ("labels:", 30, 30)

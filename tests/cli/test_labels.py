@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from code_worker.store import image_groups
 from code_worker.store.engine import Store
 from tests.cli.conftest import Cli
 from tests.data.label_acts import Place, sha256_of
@@ -205,3 +206,20 @@ def test_a_reviewer_settles_what_is_contradicted(labelling: Cli, place: Place) -
     assert labelling("labels", "settle", path, "fake").stdout.startswith(f"settled before: fake: {path}")
     assert labelling("labels", "conflicts").stdout == "no conflicts\n"
     assert labelling("labels", "settle", path, "real", "--generator", "sdxl").status == 2
+
+
+def test_a_group_is_said_imported_and_exported(labelling: Cli, place: Place, tmp_path: Path) -> None:
+    pictures = [place.image(f"{seed}.png", seed, side=64) for seed in range(3)]
+    labelling("label", pictures[0], "real", "--group", "post 7")
+    table = tmp_path / "labels.csv"
+    table.write_text(f"uri,label,group\n{pictures[1]},fake,post 7\n{pictures[2]},fake,\n")
+    labelling("labels", "import", str(table))
+    exported = labelling("labels", "export", "--statements").records
+    assert {Path(one["uri"]).name: one["group"] for one in exported} == {
+        "0.png": "post 7",
+        "1.png": "post 7",
+        "2.png": None,
+    }
+    hashes = [sha256_of(path) for path in pictures]
+    found = place.store.run(lambda session: image_groups.places(session, hashes), write=False)
+    assert found[hashes[0]] == found[hashes[1]]

@@ -33,9 +33,9 @@ def problems(found: list[Row]) -> list[tuple[str, str]]:
 
 def test_csv_takes_every_field(file: Path) -> None:
     content = (
-        "\ufeffURI, Label ,generator,collection,by,at,note,extra\n"
-        's3://b/a.jpg,fake,sdxl,ads,alice,2026-01-31T12:00:00+01:00,"two\nlines, quoted ""so""",x\n'
-        "b.jpg,Real,,,,2026-01-31,,\n"
+        "\ufeffURI, Label ,generator,collection,group,by,at,note,extra\n"
+        's3://b/a.jpg,fake,sdxl,ads,post 7,alice,2026-01-31T12:00:00+01:00,"two\nlines, quoted ""so""",x\n'
+        "b.jpg,Real,,,,,2026-01-31,,\n"
     )
     first, second = rows(file, content)
     assert first == Row(
@@ -44,6 +44,7 @@ def test_csv_takes_every_field(file: Path) -> None:
         label="fake",
         generator="sdxl",
         collection="ads",
+        group="post 7",
         by="alice",
         at=datetime(2026, 1, 31, 11, tzinfo=UTC),
         note='two\nlines, quoted "so"',
@@ -352,3 +353,17 @@ def test_ground_truth_names_the_bad_line_and_reads_the_others(file: Path, bad: o
 def test_a_form_can_be_forced(file: Path) -> None:
     (row,) = rows(file, '{"source-ref": "a.png", "uri": "a.png", "label": "real"}\n', form="jsonl")
     assert row.label == "real"
+
+
+def test_label_studio_and_ground_truth_say_which_group_an_image_belongs_to(file: Path) -> None:
+    answer = {"completed_by": 1, "result": [{"value": {"choices": ["real"]}}]}
+    task = {"id": 1, "data": {"photo": "s3://b/a.jpg", "group": "post 7"}, "annotations": [answer]}
+    (row,) = rows(file, json.dumps([task]))
+    assert (row.uri, row.group) == ("s3://b/a.jpg", "post 7")
+    made = {"class-name": "real", "type": "groundtruth/image-classification", "job-name": "j"}
+    entry = {"source-ref": "s3://b/a.jpg", "origin": 0, "origin-metadata": made, "group": 7}
+    (row,) = rows(file, json.dumps(entry))
+    assert (row.label, row.group) == ("real", "7")
+    asked = {"source-ref": "s3://b/a.jpg", "group": 0, "group-metadata": made}
+    (row,) = rows(file, json.dumps(asked))
+    assert (row.label, row.group) == ("real", None), "the answer of a labelling job of that name is no group"

@@ -7,12 +7,16 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from code_worker.client import Client
 from code_worker.data.kept import open_kept
 from code_worker.data.labelling import Labeller
+from code_worker.demo.photographs import Photographs
 from code_worker.errors import (
     CommitUnknownError,
     DatasetError,
@@ -22,12 +26,13 @@ from code_worker.errors import (
 )
 from code_worker.roles import current_user
 from code_worker.settings import S3Settings
-from code_worker.store import kept_images
+from code_worker.store import image_groups, kept_images
 from code_worker.store.engine import Store, open_store
 from code_worker.store.ids import uuid7
 from code_worker.types import ImageFacts
 from tests.data.label_acts import Place, sha256_of
 from tests.faults.proxy import TcpProxy
+from tests.image_files import encoded
 from tests.servers import S3Server
 from tests.store.acts import accept, claim, judged, rejected, write
 
@@ -251,3 +256,53 @@ def test_a_label_whose_answer_is_lost_for_a_moment_is_told_as_new(
         assert place.labeller.label(sha256, "fake", by="rob").new
         assert proxy.cut.is_set()
         assert len(place.statements()) == 1
+
+
+def places(place: Place, *hashes: str) -> list[image_groups.Place]:
+    found = place.store.run(lambda session: image_groups.places(session, hashes), write=False)
+    return [found[sha256] for sha256 in hashes]
+
+
+def saved(place: Place, name: str, image: Image.Image, kind: str, **options: Any) -> str:
+    (place.photos / name).write_bytes(encoded(image, kind, **options))
+    return str(place.photos / name)
+
+
+def test_a_copy_in_another_form_and_size_is_in_the_same_part(store: Store, tmp_path: Path) -> None:
+    place, picture = Place(tmp_path, store), Image.fromarray(Photographs().crop(np.random.default_rng(1)))
+    half = picture.resize((picture.width // 2, picture.height // 2))
+    files = [
+        saved(place, "a.png", picture, "PNG"),
+        saved(place, "a.jpg", picture, "JPEG", quality=60),
+        saved(place, "half.webp", half, "WEBP", quality=75),
+    ]
+    (place.photos / "more.png").write_bytes((place.photos / "a.png").read_bytes() + b"bytes of the labeller's choice")
+    files.append(str(place.photos / "more.png"))
+    hashes = [place.labeller.label(path, "real", by="alice").sha256 for path in files]
+    assert len(set(hashes)) == 4
+    assert len(set(places(place, *hashes))) == 1
+
+
+def test_a_real_image_and_what_was_made_of_it_are_together_if_the_caller_says_so(place: Place) -> None:
+    pictures = [Image.fromarray(Photographs().crop(np.random.default_rng(seed))) for seed in range(12)]
+    files = [saved(place, f"{number}.png", picture, "PNG") for number, picture in enumerate(pictures)]
+    hashes = [place.labeller.label(path, "fake", by="alice", group="prompt 17").sha256 for path in files]
+    assert len(set(places(place, *hashes))) == 1
+    assert {said.group for said in place.statements()} == {"prompt 17"}
+    alone = saved(place, "alone.png", Image.fromarray(Photographs().crop(np.random.default_rng(99))), "PNG")
+    other = place.labeller.label(alone, "real", by="alice").sha256
+    assert places(place, other)[0].group != places(place, hashes[0])[0].group
+
+
+def test_an_image_that_cannot_be_decoded_is_labelled_and_in_a_group_of_its_own(place: Place) -> None:
+    path = place.image("a.png", side=64)
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: len(data) // 2])
+    done = place.labeller.label(path, "real", by="alice")
+    assert places(place, done.sha256)[0].split is not None
+
+
+@pytest.mark.parametrize("group", ["", "x" * 201, "nul\0"])
+def test_a_group_that_cannot_be_stored_is_refused_before_anything_is_fetched(place: Place, group: str) -> None:
+    with pytest.raises(ValueError, match="group"):
+        place.labeller.label("/nowhere/a.png", "real", by="alice", group=group)

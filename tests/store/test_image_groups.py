@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+import pytest
 from sqlalchemy import func, select, update
 
+from code_worker.errors import StoreError
 from code_worker.images.phash import perceptual_hash
 from code_worker.settings import LimitSettings
 from code_worker.store import image_groups, kept_images
@@ -207,6 +209,12 @@ def test_nobody_without_the_secret_can_tell_a_part(store: Store) -> None:
     same = sum(one == other for one, other in zip(first, again, strict=True))
     assert 150 * 0.3 < same < 150 * 0.8  # 0.7² + 0.1² + 0.2² = 0.54, six standard deviations each way
     assert len(again) == len(hashes)
+
+
+def test_a_secret_that_decided_something_cannot_be_replaced(store: Store) -> None:
+    put(store, "image", HASH)
+    with pytest.raises(StoreError, match="made once and cannot be replaced"):
+        store.run(lambda session: image_groups.begin_with(session, bytes(32)))
 
 
 def test_the_secret_is_made_once_however_many_come_first(store: Store) -> None:

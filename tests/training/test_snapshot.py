@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from code_worker.data.examples import FAKE
-from code_worker.data.holdout import is_holdout
+from code_worker.data.holdout import SPLITS, is_holdout
 from code_worker.errors import DatasetError, TrainingError
 from code_worker.plugins import load_plugins
 from code_worker.settings import LabelSettings, ScheduleSettings, Settings
 from code_worker.store import labels, releases, runs
-from code_worker.store.engine import Store
+from code_worker.store import snapshots as table
+from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
 from code_worker.store.labels import NewLabel
+from code_worker.store.models import ImageGroupRow, KeptImageRow
+from code_worker.store.sql import table_of
 from code_worker.training import snapshot as snapshots
 from code_worker.training.job import Item
 from code_worker.training.refit import fit_heads, plan_heads
@@ -44,7 +48,9 @@ def test_a_snapshot_counts_by_split_label_and_generator(store: Store, settings: 
     assert sum(part["new_real"] + part["new_fake"] for part in parts) == 63
 
 
-def test_the_holdout_is_chosen_by_content_alone(store: Store, settings: Settings) -> None:
+def test_the_holdout_of_what_was_labelled_before_there_were_groups_is_by_content_alone(
+    store: Store, settings: Settings
+) -> None:
     label_world(settings, store, real=30, old=20, new=10)
     taken = take(store, settings)
     assert all(is_holdout(member.sha256) for member in taken.holdout)
@@ -146,3 +152,52 @@ def test_an_item_of_a_training_job_is_recognised_as_held_out() -> None:
     inside = next(f"{number:064x}" for number in range(100) if is_holdout(f"{number:064x}"))
     with pytest.raises(TrainingError, match=inside):
         refuse_holdout([Item(path="a.png", label=0, sha256=inside)])
+
+
+def put(store: Store, hashes: list[str], split: str) -> None:
+    """Moves images into a group of their own in this part, as no way through the code could."""
+    groups, kept = table_of(ImageGroupRow), table_of(KeptImageRow)
+
+    def write(session: Session) -> None:
+        session.execute(groups.insert().values(id=split * 2, split=split))
+        session.execute(kept.update().where(kept.c.sha256.in_(hashes)).values(group_id=split * 2))
+
+    store.run(write)
+
+
+def test_the_part_of_an_image_is_that_of_its_group_and_recorded(store: Store, settings: Settings) -> None:
+    hashes = label(settings, store, pictures(REAL, 12), "real")
+    for number, split in enumerate(("train", "validation", "holdout")):
+        put(store, hashes[number * 3 : number * 3 + 3], split)
+    taken = take(store, settings)
+    parts = {split: {one.sha256 for one in taken.members if one.split == split} for split in SPLITS}
+    assert parts["train"] >= set(hashes[:3])
+    assert parts["validation"] == set(hashes[3:6]) == {one.sha256 for one in taken.validation}
+    assert parts["holdout"] >= set(hashes[6:9])
+    assert {one.sha256 for one in taken.training_share} == parts["train"] | parts["validation"]
+    assert {one.group for one in taken.validation} == {"validationvalidation"}
+    store.run(lambda session: snapshots.freeze(session, taken))
+    put(store, hashes[:9], "none")
+    assert store.run(lambda session: snapshots.load(session, taken.id)) == taken, "what was recorded stays"
+    assert take(store, settings).digest != taken.digest
+
+
+def test_what_is_between_two_parts_is_no_member_and_counted_by_who_labelled_it(
+    store: Store, settings: Settings
+) -> None:
+    hashes = label(settings, store, pictures(REAL, 6), "real")
+    put(store, hashes[:2], "none")
+    taken = take(store, settings)
+    assert {one.sha256 for one in taken.members} == set(hashes[2:])
+    assert (taken.counts()["left_out"], taken.unkept) == ({"split": {"alice": 2}}, 0)
+
+
+def test_a_snapshot_from_before_parts_were_recorded_is_split_by_content(store: Store, settings: Settings) -> None:
+    label(settings, store, pictures(REAL, 12), "real")
+    taken = take(store, settings)
+    rows = [{k: v for k, v in asdict(one).items() if k not in {"split", "group"}} for one in taken.members]
+    packed = table.pack(rows)
+    store.run(lambda session: table.add(session, id=taken.id, digest="", rule="", counts={}, members=packed))
+    loaded = store.run(lambda session: snapshots.load(session, taken.id))
+    assert [one.holdout for one in loaded.members] == [is_holdout(one.sha256) for one in taken.members]
+    assert not loaded.validation
