@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from code_worker.training.evaluation.compare import Compared
     from code_worker.training.paired import Difference
 
-__all__ = ["METRICS", "PAGE", "prepare_directory", "print_report", "write_reports"]
+__all__ = ["METRICS", "PAGE", "prepare_directory", "print_report", "say_learned", "write_reports"]
 
 METRICS: Final = "metrics.json"
 PAGE: Final = "report.html"
@@ -83,6 +83,7 @@ def print_report(report: Mapping[str, Any], compared: Sequence[Compared] = ()) -
     click.echo(
         f"real below {deployed['low']:g}, fake from {deployed['high']:g} (policy {deployed['policy']}); percent"
     )
+    say_learned(data)
     for head in release["heads"]:
         for condition in plan["conditions"]:
             click.echo(f"\n{head}, {condition}")
@@ -98,6 +99,17 @@ def print_report(report: Mapping[str, Any], compared: Sequence[Compared] = ()) -
         click.echo(f"skipped {one['key']}: {one['reason']}", err=True)
     if report["skipped"]:
         click.echo(f"{len(report['skipped'])} skipped", err=True)
+
+
+def say_learned(data: Mapping[str, Any]) -> None:
+    """Says which images were left out, on stdout, and what nobody recorded, in red on stderr."""
+    from code_worker.training.evaluation.describe import learned_lines  # noqa: PLC0415 - numpy, not for --help
+
+    said, warned = learned_lines(data)
+    for line in said:
+        click.echo(line)
+    for line in warned:
+        click.secho(line, fg="red", err=True)
 
 
 def published_lines(report: Mapping[str, Any], head: str) -> list[str]:

@@ -304,6 +304,12 @@ def learned(session: Session) -> Run | None:
     return _one(session, _RUNS.c.candidate.in_(champions), _RUNS.c.snapshot_id.is_not(None))
 
 
+def made(session: Session, release: str) -> list[Run]:
+    """Runs that made this release; none if it was imported, or registered by hand."""
+    statement = select(*_COLUMNS).where(_RUNS.c.candidate == release).order_by(_RUNS.c.id)
+    return [_run(row) for row in session.execute(statement).mappings()]
+
+
 def concluded(session: Session, *, kind: str, digest: str) -> Run | None:
     """The last run of this kind that came to a judgement on a snapshot of this digest."""
     alike = select(_SNAPSHOTS.c.id).where(_SNAPSHOTS.c.digest == digest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from code_worker.settings import LabelSettings, ScheduleSettings
     from code_worker.store.engine import Session
 
-__all__ = ["Member", "Snapshot", "check_classes", "freeze", "is_holdout", "load", "shortages", "take"]
+__all__ = [
+    "Learned",
+    "Member",
+    "Snapshot",
+    "check_classes",
+    "freeze",
+    "is_holdout",
+    "learned_by",
+    "load",
+    "shortages",
+    "take",
+]
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
@@ -214,6 +225,36 @@ def load(session: Session, snapshot_id: str) -> Snapshot:
 def _member(row: Mapping[str, Any]) -> Member:
     """Older snapshots recorded no split: theirs was by content hash."""
     return Member(**{**row, "split": recorded_split(row["sha256"], row.get("split"))})
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What releases learned from, and those that their encoders go back to.
+
+    Attributes:
+        images: content hashes that one of them learned from or was chosen on.
+        unknown: releases of which nothing here says what they learned from: imported, or made elsewhere.
+    """
+
+    images: frozenset[str]
+    unknown: tuple[str, ...]
+
+
+def learned_by(session: Session, releases: Iterable[str]) -> Learned:
+    """What these releases learned from, as far as the runs that made them are recorded."""
+    waiting, images, unknown = list(dict.fromkeys(releases)), set[str](), set[str]()
+    seen = set(waiting)
+    while waiting:
+        release = waiting.pop()
+        made = [run for run in runs.made(session, release) if snapshots.get(session, run.snapshot_id or "")]
+        if not made:
+            unknown.add(release)
+        for run in made:
+            images.update(one.sha256 for one in load(session, run.snapshot_id or "").training_share)
+            if run.base_release is not None and run.base_release not in seen:
+                seen.add(run.base_release)
+                waiting.append(run.base_release)
+    return Learned(frozenset(images), tuple(sorted(unknown)))
 
 
 def check_classes(snapshot: Snapshot) -> None:

@@ -3,19 +3,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
 from code_worker.cli.validate import PRESETS
+from code_worker.cli.validate_report import say_learned
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.releases.toy import build_toy_release
 from code_worker.settings import Settings
-from code_worker.store.engine import Store
+from code_worker.store.engine import Session, Store
+from code_worker.store.models import ImageGroupRow, KeptImageRow
+from code_worker.store.sql import table_of
 from code_worker.training import robustness
+from code_worker.training.retrain import Learner
+from code_worker.training.snapshot import load
 from tests.cli.conftest import Cli
 from tests.cli.labelled_tree import write_tree
 from tests.toy_release import toy_crops, write_toy_release
+from tests.training.learning import build_champion, label_world, learning_settings, promote_champion
 
 QUICK = ("--bootstrap", "20")
 
@@ -189,3 +196,64 @@ def test_a_directory_that_cannot_be_written_is_refused_before_the_work(
     ran = validate("validate", str(tree), "--release", validate.env["TOY"], "--out", str(tmp_path / "file"))
     assert ran.status == 2
     assert "--out" in ran.stderr
+
+
+@pytest.fixture(scope="module")
+def champion_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_champion(tmp_path_factory.mktemp("champion") / "release")
+
+
+def test_of_your_own_images_those_that_a_release_learned_from_do_not_count(
+    sqlite_cli: Cli, sqlite_store: Store, champion_dir: Path, tmp_path: Path
+) -> None:
+    sqlite_cli.env["CODE_WORKER_DEVICE"] = "cpu"
+    settings = learning_settings(Path(sqlite_cli.env["CODE_WORKER_DATA_DIR"]))
+    champion = promote_champion(settings, sqlite_store, champion_dir)
+    label_world(settings, sqlite_store, real=30, old=20, new=20)
+    ask = ("--head", "linear", "--bootstrap", "0")
+    ran = sqlite_cli("validate", "labels:", *ask)
+    assert f"nothing here says what {champion} learned from" in ran.stderr
+    assert "left out" not in ran.stdout
+    run = Learner(settings, sqlite_store).learn("refit", by="alice", force=True)
+    assert run is not None
+    assert run.snapshot_id is not None
+    taken = sqlite_store.run(lambda session: load(session, str(run.snapshot_id)), write=False)
+    fair = ("validate", "labels:", "--release", str(run.candidate), *ask)
+    (report,) = sqlite_cli(*fair, "--json").records
+    assert report["data"]["images"] == len(taken.holdout)
+    assert report["data"]["learned"] == {"left_out": len(taken.training_share), "unknown": [champion]}
+    (few,) = sqlite_cli(*fair, "--limit", "5", "--json").records
+    assert few["data"]["images"] == 5, "the limit is on what counts"
+    ran = sqlite_cli("validate", "labels:", *ask, "--release", champion, "--against", str(run.candidate))
+    assert f"{len(taken.training_share)} images left out: a release" in ran.stdout
+    ran = sqlite_cli("validate", "holdout:", *ask, "--release", str(run.candidate), "--out", str(tmp_path / "out"))
+    assert "left out" not in ran.stdout + ran.stderr
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"nothing here says what {champion} learned from" in page
+    _move(sqlite_store, [one.sha256 for one in taken.train[:2]], "holdout")
+    ran = sqlite_cli("validate", "holdout:", *ask, "--release", str(run.candidate))
+    assert "2 images left out: a release, or one that it was trained from, learned from them" in ran.stderr
+    _move(sqlite_store, [one.sha256 for one in taken.holdout], "train")
+    ran = sqlite_cli("validate", "holdout:", *ask, "--release", str(run.candidate))
+    assert ran.status == 1
+    assert f"{run.candidate} learned from all 2 images of it" in ran.stderr
+
+
+def _move(store: Store, hashes: list[str], split: str) -> None:
+    """Moves images into another part, as no way through the code does."""
+    groups, kept = table_of(ImageGroupRow), table_of(KeptImageRow)
+
+    def write(session: Session) -> None:
+        session.execute(groups.insert().values(id=split, split=split))
+        session.execute(kept.update().where(kept.c.sha256.in_(hashes)).values(group_id=split))
+
+    store.run(write)
+
+
+def test_what_nobody_knows_is_said_in_red(capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"source": "labels:", "learned": {"left_out": 3, "unknown": ["r-1"]}}
+    with click.Context(click.Command("validate"), color=True).scope():
+        say_learned(data)
+    said, warned = capsys.readouterr()
+    assert said == "3 images left out: a release, or one that it was trained from, learned from them\n"
+    assert warned.startswith("\x1b[31mnothing here says what r-1 learned from")

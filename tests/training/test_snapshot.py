@@ -23,7 +23,7 @@ from code_worker.store.sql import table_of
 from code_worker.training import snapshot as snapshots
 from code_worker.training.job import Item
 from code_worker.training.refit import fit_heads, plan_heads
-from code_worker.training.snapshot import Snapshot
+from code_worker.training.snapshot import Learned, Snapshot, learned_by
 from tests.training.learning import NEW, OLD, REAL, held_out, label, label_world, learning_settings, pictures
 
 
@@ -201,3 +201,37 @@ def test_a_snapshot_from_before_parts_were_recorded_is_split_by_content(store: S
     loaded = store.run(lambda session: snapshots.load(session, taken.id))
     assert [one.holdout for one in loaded.members] == [is_holdout(one.sha256) for one in taken.members]
     assert not loaded.validation
+
+
+def taught(store: Store, taken: Snapshot, release: str, base: str | None) -> None:
+    """A run that made this release from that one, by this snapshot."""
+    run_id = uuid7()
+
+    def learn(session: Session) -> None:
+        run = runs.start(session, id=run_id, kind="refit", by="a", owner="a:1", config={}, base_release=base)
+        assert run is not None
+        snapshots.freeze(session, taken)
+        runs.note(session, run.lease, snapshot_id=taken.id, candidate=release)
+        runs.finish(session, run.lease, "rejected")
+
+    store.run(learn)
+
+
+def test_what_a_release_learned_from_is_known_back_to_where_nothing_is_recorded(
+    store: Store, settings: Settings
+) -> None:
+    first = label(settings, store, pictures(REAL, 12), "real")
+    put(store, first[:3], "holdout")
+    put(store, first[3:], "validation")
+    taught(store, take(store, settings), "r-1", "r-imported")
+    second = label(settings, store, pictures(OLD, 3), "fake")
+    put(store, second, "train")
+    put(store, first[3:6], "none")
+    taught(store, take(store, settings), "r-2", "r-1")
+
+    def learned(*releases: str) -> Learned:
+        return store.run(lambda session: learned_by(session, releases), write=False)
+
+    assert learned("r-1") == Learned(frozenset(first[3:]), ("r-imported",))
+    assert learned("r-2") == Learned(frozenset(first[3:] + second), ("r-imported",))
+    assert learned("r-imported", "r-elsewhere") == Learned(frozenset(), ("r-elsewhere", "r-imported"))

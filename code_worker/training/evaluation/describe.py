@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from code_worker.data.examples import FAKE, REAL
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from code_worker.data.examples import Example, Skipped
     from code_worker.moderation.runtime import Runtime
 
-__all__ = ["describe_data", "describe_release", "nothing_usable"]
+__all__ = ["describe_data", "describe_release", "learned_lines", "nothing_usable"]
 
 
 def describe_release(runtime: Runtime, heads: Sequence[str], *, toy: bool) -> dict[str, Any]:
@@ -45,6 +45,23 @@ def describe_data(source: str, examples: Sequence[Example]) -> dict[str, Any]:
         "generators": dict(sorted(generators.items())),
         "collections": dict(sorted(collections.items())),
     }
+
+
+def learned_lines(data: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What a report says of images that a release learned from: in passing, and in red."""
+    if not (learned := data.get("learned")):
+        return [], []
+    said: list[str] = []
+    warned: list[str] = []
+    if count := learned["left_out"]:
+        line = f"{count} images left out: a release, or one that it was trained from, learned from them"
+        (warned if data["source"] == "holdout:" else said).append(line)
+    if learned["unknown"]:
+        warned.append(
+            f"nothing here says what {' and '.join(learned['unknown'])} learned from (imported, or made elsewhere): "
+            "these images may be among it, and figures on what was learned are too good"
+        )
+    return said, warned
 
 
 def nothing_usable(source: str, skipped: Sequence[Skipped]) -> str:

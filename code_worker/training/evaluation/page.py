@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import jinja2
 
 from code_worker.training.evaluation import plots
+from code_worker.training.evaluation.describe import learned_lines
 from code_worker.training.evaluation.evaluate import published_table
 from code_worker.training.evaluation.thumbnails import worst_mistakes
 
@@ -75,6 +76,7 @@ def render_page(
     deployed = report["plan"]["thresholds"]["deployed"]
     thresholds = (deployed["low"], deployed["high"])
     heads = list(report["release"]["heads"])
+    said, warned = learned_lines(report["data"])
     alarms, misses = worst_mistakes(lead, thresholds, limits, thumbnails=thumbnails)
     return _environment().get_template(_TEMPLATE).render(
         report=report,
@@ -92,6 +94,8 @@ def render_page(
         rows=[_every_figure(row) for row in report["results"]],
         skipped=report["skipped"][:_MOST_SKIPPED],
         missed=missed,
+        left_out=said,
+        warned=warned,
         compared=_compared(compared, lead),
         against=against,
     )  # fmt: skip
