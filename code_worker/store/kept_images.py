@@ -18,8 +18,8 @@ __all__ = ["NEAR_BITS", "KeptImage", "bits", "is_near", "kept", "near", "note_ha
 NEAR_BITS: Final = 6
 """Images whose perceptual hashes differ in at most so many of 64 bits are near-duplicates of each other.
 
-Copies of whole photographs, re-encoded down to JPEG 30 and resized down to a half, differ in up to 4; pieces of
-different photographs in 32 on average, and none of 20,000 pairs in so few (`tests/test_phash.py` measures both).
+So near are copies of whole photographs that were re-encoded down to JPEG 30 or resized down to a half; pieces of
+different photographs differ in 32 bits on average, and none of 12,000 pairs is as near (`tests/test_phash.py`).
 """
 
 _BANDS: Final = 4

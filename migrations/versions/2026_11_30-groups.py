@@ -12,6 +12,8 @@ depends_on = None
 
 TIME = sa.DateTime(timezone=True)
 BANDS = ("First 16 bits of the hash, for finding near ones.", "The next 16.", "The next 16.", "The last 16.")
+ONCE = ("image_groups", "secrets")
+"""Tables whose rows are never changed; a trigger refuses UPDATE."""
 ADDED = ("phash", "band_0", "band_1", "band_2", "band_3", "group_id")
 
 
@@ -42,6 +44,8 @@ def upgrade() -> None:
         comment="Which images are learned from, and which are only measured on.",
     )
     op.create_index("ix_image_groups_joins", "image_groups", ["joins"])
+    for table in ONCE:
+        refuse_update(table)
     op.add_column("labels", sa.Column("group", sa.Text(), comment="Record or post that the image belongs to, if any."))
     op.add_column(
         "kept_images",
@@ -65,6 +69,19 @@ def upgrade() -> None:
         op.create_index(f"ix_kept_images_band_{band}", "kept_images", [f"band_{band}"])
     op.create_index("ix_kept_images_phash_group_id", "kept_images", ["phash", "group_id"])
     op.create_index("ix_kept_images_group_id_sha256", "kept_images", ["group_id", "sha256"])
+
+
+def refuse_update(table: str) -> None:
+    if op.get_context().dialect.name == "postgresql":
+        op.execute(
+            f"CREATE TRIGGER {table}_immutable BEFORE UPDATE ON {table} "
+            "FOR EACH ROW EXECUTE FUNCTION code_worker_refuse_update()"
+        )
+    else:
+        op.execute(
+            f"CREATE TRIGGER {table}_immutable BEFORE UPDATE ON {table} "
+            f"BEGIN SELECT RAISE(ABORT, '{table} are immutable'); END"
+        )
 
 
 def downgrade() -> None:

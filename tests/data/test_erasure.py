@@ -12,9 +12,21 @@ from sqlalchemy import inspect, make_url, text
 
 from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.kept import open_kept
+from code_worker.data.labelled import group_old_images
 from code_worker.errors import ArtifactError, NotAllowedError, RunLostError, StorageError, StoreError
 from code_worker.settings import RoleSettings, Settings
-from code_worker.store import audit, embeddings, erasures, jobs, kept_images, labels, runs, shadow, workers
+from code_worker.store import (
+    audit,
+    embeddings,
+    erasures,
+    image_groups,
+    jobs,
+    kept_images,
+    labels,
+    runs,
+    shadow,
+    workers,
+)
 from code_worker.store import snapshots as snapshot_table
 from code_worker.store.engine import Session, Store
 from code_worker.store.erasures import Receipt
@@ -198,6 +210,17 @@ def test_a_job_goes_with_its_image(store: Store, settings: Settings) -> None:
     assert erase(settings, store, job=job_id).counts["images"] == 1
     assert erase(settings, store, job=waiting).counts.get("images", 0) == 0
     assert rows_with(store, sha256, job_id, waiting, "waits.png") == set()
+
+
+def test_group_and_perceptual_hash_of_an_image_go_with_it(store: Store, settings: Settings) -> None:
+    old = keep(settings, store, next(held_out(NEW, 1, wanted=False)), "fake", group="post 4711")
+    group_old_images(store, open_kept(settings), settings.limits, threads=1, check=lambda: None)
+    phash = store.run(lambda session: kept_images.kept(session, [old]))[old].phash
+    place = store.run(lambda session: image_groups.places(session, [old]))[old]
+    assert rows_with(store, place.group, str(phash)) == {"kept_images", "image_groups"}
+    assert rows_with(store, "post 4711") == {"labels"}
+    erase(settings, store, sha256=old)
+    assert rows_with(store, place.group, str(phash), "post 4711") == set()
 
 
 def test_what_is_older_than_a_day_and_was_not_spoken_of_since_goes(store: Store, settings: Settings) -> None:

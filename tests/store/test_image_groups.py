@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text
 
 from code_worker.errors import StoreError
 from code_worker.images.phash import perceptual_hash
@@ -202,13 +202,21 @@ def test_nobody_without_the_secret_can_tell_a_part(store: Store) -> None:
     def begin_anew(session: Session) -> None:
         session.execute(groups.delete())
         session.execute(kept.delete())
-        session.execute(update(secret).values(value=b"another secret of 32 bytes......"))
+        session.execute(secret.delete())
+        image_groups.begin_with(session, b"another secret of 32 bytes......")
 
     store.run(begin_anew)
     again = splits(store, *(put(store, f"{n}", group=f"post {n}") for n in range(150)))
     same = sum(one == other for one, other in zip(first, again, strict=True))
     assert 150 * 0.3 < same < 150 * 0.8  # 0.7² + 0.1² + 0.2² = 0.54, six standard deviations each way
     assert len(again) == len(hashes)
+
+
+@pytest.mark.parametrize("change", ["image_groups SET split = 'train'", "secrets SET name = 'other'"])
+def test_the_database_refuses_to_change_what_was_decided(store: Store, change: str) -> None:
+    put(store, "image", HASH)
+    with pytest.raises(StoreError, match="are immutable"):
+        store.run(lambda session: session.execute(text(f"UPDATE {change}")))
 
 
 def test_a_secret_that_decided_something_cannot_be_replaced(store: Store) -> None:

@@ -6,13 +6,27 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import func, select
 
-from code_worker.store import audit, embeddings, jobs, kept_images, labels, retention, runs, schedule, shadow, workers
+from code_worker.store import (
+    audit,
+    embeddings,
+    image_groups,
+    jobs,
+    kept_images,
+    labels,
+    retention,
+    runs,
+    schedule,
+    shadow,
+    workers,
+)
 from code_worker.store import verdicts as verdict_store
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7, uuid7_floor
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
+from code_worker.store.models import ImageGroupRow
 from code_worker.store.shadow import ShadowScore
 from tests.store.acts import HASH, accept, claim, judged, write
 
@@ -132,6 +146,7 @@ def test_images_go_with_all_that_was_said_of_them_unless_somebody_spoke_since(st
         return labels.add(session, said)
 
     store.run(label)
+    store.run(lambda session: image_groups.place(session, {HASH: "a post", OTHER: "another"}))
     moment = age()
     store.run(lambda session: labels.add(session, [NewLabel(OTHER, "fake", "bob", "api")]))
     old = store.run(lambda session: retention.old_images(session, days_since(moment), 10), write=False)
@@ -139,6 +154,7 @@ def test_images_go_with_all_that_was_said_of_them_unless_somebody_spoke_since(st
     assert store.run(lambda session: retention.forget_labels(session, [HASH, OTHER], days_since(moment))) == 1
     assert {one.sha256 for one in store.run(lambda session: labels.list_labels(session, limit=9))} == {OTHER}
     assert set(store.run(lambda session: kept_images.kept(session, [HASH, OTHER]))) == {OTHER}
+    assert store.run(lambda session: session.scalar(select(func.count()).select_from(ImageGroupRow))) == 1
     assert store.run(lambda session: labels.imported(session, ["1" * 64, "2" * 64])) == {"2" * 64: OTHER}
 
 

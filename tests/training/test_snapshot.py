@@ -152,6 +152,9 @@ def test_an_item_of_a_training_job_is_recognised_as_held_out() -> None:
     inside = next(f"{number:064x}" for number in range(100) if is_holdout(f"{number:064x}"))
     with pytest.raises(TrainingError, match=inside):
         refuse_holdout([Item(path="a.png", label=0, sha256=inside)])
+    refuse_holdout([Item(path="a.png", label=0, sha256=inside, split="train")])
+    with pytest.raises(TrainingError, match="f" * 64):
+        refuse_holdout([Item(path="a.png", label=0, sha256="f" * 64, split="holdout")])
 
 
 def put(store: Store, hashes: list[str], split: str) -> None:

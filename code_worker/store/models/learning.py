@@ -120,7 +120,7 @@ class KeptImageRow(Base):
 
 
 class ImageGroupRow(Base):
-    """Images that are always in the same part of the labelled ones; the part is decided once."""
+    """Images that are always in the same part of the labelled ones; a trigger refuses UPDATE."""
 
     __tablename__ = "image_groups"
 
@@ -137,7 +137,7 @@ class ImageGroupRow(Base):
 
 
 class SecretRow(Base):
-    """A secret of this installation, made once."""
+    """A secret of this installation, made once; a trigger refuses UPDATE."""
 
     __tablename__ = "secrets"
 
