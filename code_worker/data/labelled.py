@@ -32,7 +32,7 @@ log = get_logger(__name__)
 def labelled_examples(
     store: Store, kept: KeptImages, rule: LabelSettings, *, skipped: list[Skipped], holdout: bool = False
 ) -> Iterator[Example]:
-    """Images of the labelled store, by content hash.
+    """Images of the labelled store, by content hash; those of one group have the same `group`.
 
     Args:
         store: The ledger; asked once, in one transaction.
@@ -46,15 +46,15 @@ def labelled_examples(
 
     def read(session: Session) -> tuple[list[ResolvedLabel], list[Conflict], Mapping[str, Place]]:
         decided = table.resolve(session, rule=rule.rule, trusted=rule.trusted, ignored=rule.ignored)
-        places = image_groups.places(session, (one.sha256 for one in decided)) if holdout else {}
-        return decided, table.conflicts(session), places
+        return decided, table.conflicts(session), image_groups.places(session, (one.sha256 for one in decided))
 
     decided, disputed, places = store.run(read, write=False)
     known = {label.sha256 for label in decided}
     reason = f"its labels contradict each other, and the rule {rule.rule!r} leaves it out"
     skipped.extend(Skipped(conflict.sha256, reason) for conflict in disputed if conflict.sha256 not in known)
     for label in decided:
-        if holdout and _part(label.sha256, places) != "holdout":
+        place = places.get(label.sha256)
+        if holdout and _part(label.sha256, place) != "holdout":
             continue
         yield Example(
             key=label.sha256,
@@ -62,12 +62,13 @@ def labelled_examples(
             read=partial(kept.read, label.sha256),
             generator=label.generator,
             collection=label.collection,
+            group=None if place is None else place.group,
             sha256=label.sha256,
         )
 
 
-def _part(sha256: str, places: Mapping[str, Place]) -> str | None:
-    return places[sha256].split if sha256 in places else recorded_split(sha256, None)
+def _part(sha256: str, place: Place | None) -> str | None:
+    return recorded_split(sha256, None) if place is None else place.split
 
 
 def group_old_images(

@@ -8,7 +8,9 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
 from code_worker.data.open import open_examples, siblings_are_neighbours
@@ -16,6 +18,8 @@ from code_worker.data.pack import Packed, bring_together, pack
 from code_worker.data.reading import Held
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
 from code_worker.settings import LimitSettings, Settings
+from code_worker.store.engine import Store
+from tests.data.label_acts import Place
 from tests.data.shard_files import picture, published_record, write_shard
 
 
@@ -186,3 +190,17 @@ def test_a_directory_with_something_in_it_is_not_touched(tmp_path: Path) -> None
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigurationError):
             packed([example(2)], place)
+
+
+def test_images_of_the_labelled_store_keep_their_groups(sqlite_store: Store, tmp_path: Path) -> None:
+    place, rng = Place(tmp_path, sqlite_store), np.random.default_rng(0)
+    for number in range(6):
+        path = place.photos / f"{number}.png"
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((64, 64)).save(path)
+        place.labeller.label(str(path), "fake" if number % 2 else "real", by="alice", group=f"post {number // 2}")
+    found = list(open_examples("labels:", settings=place.settings, skipped=[], store=sqlite_store))
+    assert len({one.group for one in found}) == 3
+    pack(bring_together(found), tmp_path / "out", limits=LimitSettings(), skipped=[])
+    assert sorted((str(one.sha256), one.group) for one in opened(tmp_path / "out")) == sorted(
+        (str(one.sha256), one.group) for one in found
+    )
