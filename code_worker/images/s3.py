@@ -16,8 +16,8 @@ from urllib3.exceptions import HTTPError
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.s3_errors import Fault, fault_of_code, fault_of_exception
 from code_worker.images.source import Fetched
-from code_worker.object_store import is_anonymous, new_client
 from code_worker.machine import wait_for
+from code_worker.object_store import is_anonymous, new_client
 from code_worker.types import RejectReason
 
 if TYPE_CHECKING:

@@ -231,13 +231,6 @@ def promote(
     return True
 
 
-def made(session: Session, release: str) -> Run | None:
-    """The run whose candidate a release is; None where none made it here."""
-    statement = select(*_COLUMNS).where(_RUNS.c.candidate == release).order_by(_RUNS.c.created_at).limit(1)
-    row = session.execute(statement).mappings().one_or_none()
-    return None if row is None else _run(row)
-
-
 def let_go(session: Session, lease: Lease) -> None:
     """Leaves the run to the next process, which needs not wait; an attempt that ends in order does not count.
 

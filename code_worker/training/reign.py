@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from code_worker.store import comparisons, runs
+from code_worker.store import snapshots as table
 from code_worker.training import snapshot as snapshots
 from code_worker.training.opinions import PolicyRule
 from code_worker.training.spending import Comparison, Spending, spend
@@ -35,17 +36,23 @@ class Taught:
 
 def taught(session: Session, release: str) -> Taught:
     """Follows a release back through the runs that made it and those it descends from."""
-    heads: tuple[Member, ...] | None = None
+    heads: dict[str, Member] | None = None
     encoder: set[str] = set()
-    at: str | None = release
-    while at is not None and (run := runs.made(session, at)) is not None and run.snapshot_id is not None:
-        members = snapshots.load(session, run.snapshot_id).training_share
-        if at == release:
-            heads = tuple(members)
-        if run.kind == "retrain":
-            encoder |= {member.sha256 for member in members}
-        at = run.base_release
-    return Taught(heads, frozenset(encoder))
+    waiting, seen = [release], {release}
+    while waiting:
+        at = waiting.pop()
+        for run in runs.made(session, at):
+            if run.snapshot_id is None or table.get(session, run.snapshot_id) is None:
+                continue
+            members = {member.sha256: member for member in snapshots.load(session, run.snapshot_id).training_share}
+            if at == release:
+                heads = {**(heads or {}), **members}
+            if run.kind == "retrain":
+                encoder |= members.keys()
+            if run.base_release is not None and run.base_release not in seen:
+                seen.add(run.base_release)
+                waiting.append(run.base_release)
+    return Taught(None if heads is None else tuple(heads.values()), frozenset(encoder))
 
 
 def spend_on(session: Session, *, run_id: str, champion: str, candidate: str, images: int, error: float) -> Spending:

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "2026_11_30_gate_comparisons"
-down_revision = "2026_11_28_retention"
+down_revision = "2026_11_30_calibrated_on"
 branch_labels = None
 depends_on = None
 
