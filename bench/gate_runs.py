@@ -1,11 +1,12 @@
-"""The gate: runs on clean labels, and on labels of which 30 % of one class are wrong; how many of each are promoted.
+"""Whole runs before the gate, on clean and on wrong labels; what was promoted, and what that cost old generators.
 
-    python -m bench.gate DIRECTORY [--trials 20] [--kind refit] [--json FILE]
+    python -m bench.gate_runs DIRECTORY [--trials 20] [--kind refit] [--json FILE]
 
 The starter is the champion, its heads fitted on all toy generators but one: one that its encoder sees, for refits, or
 one that it never learned, for retrains. Each trial draws images of a pool by its own seed, among them that one's,
 labels them (rightly, or with 30 % of the reals or of the fakes called the other), and runs the same `Learner` as a
-schedule does, in a deployment of its own. Exit status 1 when anything was promoted on wrong labels.
+schedule does, in a deployment of its own. Whatever is promoted is measured beside the champion on 500 images of each
+old generator and as many reals that nobody labelled. Exit status 1 when anything was promoted on wrong labels.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bench.toy_data import write_records
 from code_worker.data.kept import open_kept
 from code_worker.demo.artefacts import GENERATORS, NEWCOMERS
 from code_worker.demo.starter_release import build_starter_release
+from code_worker.encoder.engine import Engine
 from code_worker.images.decode import decode
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
@@ -36,19 +38,27 @@ from code_worker.store.engine import Session, Store, open_store
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
 from code_worker.training.encoded import open_encoder
+from code_worker.training.metrics import right
+from code_worker.training.paired import difference_limits
 from code_worker.training.retrain import Learner
 from code_worker.training.snapshot import Member
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from code_worker.releases.loading import LoadedRelease
+    from code_worker.store.runs import Run
     from code_worker.training.job import Item
 
 SIZE = 232
 WRONG = 0.3
-OLD_POOL, NEW_POOL = 360, 150
-OLD, NEW = 240, 100
+OLD_POOL, NEW_POOL = 900, 300
+OLD, NEW = 600, 200
 """Records of a trial, each a real image and a generated one."""
 EVERYONE = {**GENERATORS, **NEWCOMERS}
 FITTED = 24
+UNLABELLED = 500
+"""Images of each old generator, and as many reals, by which what was promoted is measured."""
 CASES = {"clean": None, "wrong reals": 0, "wrong fakes": 1}
 
 
@@ -59,6 +69,7 @@ class Pool:
     directory: Path
     old: list[Item]
     new: list[Item]
+    unlabelled: list[Item]
 
     def settings(self, database: Path) -> Settings:
         """Settings of a deployment that shares images and releases with the others."""
@@ -73,7 +84,7 @@ class Pool:
 
 def main() -> None:
     """Runs the trials and prints a table."""
-    parser = argparse.ArgumentParser(prog="bench.gate")
+    parser = argparse.ArgumentParser(prog="bench.gate_runs")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--kind", choices=["refit", "retrain"], default="refit")
@@ -93,10 +104,22 @@ def main() -> None:
     for case in CASES:
         states = Counter(one["state"] for one in found if one["case"] == case)
         print(f"{case:<12} {dict(states)}")
+    _print_cost([one["cost"] for one in found if one["cost"] and one["case"] == "clean"])
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if any(one["state"] == "promoted" for one in found if one["case"] != "clean"):
         raise SystemExit("promoted on wrong labels")
+
+
+def _print_cost(costs: list[dict[str, Any]]) -> None:
+    """Mean and worst change of each group over what was promoted."""
+    for name in sorted({name for cost in costs for name in cost}):
+        rows = [cost[name] for cost in costs]
+        worst = min(rows, key=lambda row: row["change"])
+        print(
+            f"{name:<18} {len(rows)} promoted, mean change {np.mean([row['change'] for row in rows]):+.3f}, worst "
+            f"{worst['change']:+.3f} (95 % {worst['low']:+.3f} to {worst['high']:+.3f})"
+        )
 
 
 def make_pool(directory: Path, generator: str, fitted: int) -> Pool:
@@ -106,7 +129,10 @@ def make_pool(directory: Path, generator: str, fitted: int) -> Pool:
     old = write_records(directory / "old", album, OLD_POOL, seed=41, size=SIZE, generators=known)
     newcomer = {generator: EVERYONE[generator]}
     new = write_records(directory / "new", album, NEW_POOL, seed=42, size=SIZE, generators=newcomer)
-    pool = Pool(directory, old, new)
+    apart = write_records(
+        directory / "unlabelled", album, UNLABELLED * len(known), seed=43, size=SIZE, generators=known
+    )
+    pool = Pool(directory, old, new, apart)
     settings = pool.settings(directory / "template.db")
     plugins = load_plugins(settings)
     kept = open_kept(settings)
@@ -152,6 +178,8 @@ def trial(pool: Pool, seed: int, case: str, kind: str) -> dict[str, Any]:
         run = Learner(settings, store).learn(kind, by="bench", force=True)
         if run is None:
             raise SystemExit("no run was begun")
+        seconds = round(time.monotonic() - began, 1)
+        cost = _cost(pool, settings, store, run) if run.state == "promoted" else {}
     shutil.rmtree(place / "runs", ignore_errors=True)
     return {
         "seed": seed,
@@ -159,8 +187,33 @@ def trial(pool: Pool, seed: int, case: str, kind: str) -> dict[str, Any]:
         "state": run.state,
         "reasons": list(run.reasons),
         "noise": [noise["share"] for noise in run.report.get("gate", {}).get("noise", ())],
-        "seconds": round(time.monotonic() - began, 1),
+        "cost": cost,
+        "seconds": seconds,
     }
+
+
+def _cost(pool: Pool, settings: Settings, store: Store, run: Run) -> dict[str, Any]:
+    """Change of accuracy by group on images that nobody labelled, with 95 % limits."""
+    registry = open_registry(settings, store=store, plugins=load_plugins(settings))
+    labels = np.array([item.label for item in pool.unlabelled], np.int8)
+    crops = np.stack([decode(Path(item.path).read_bytes(), settings.limits)[0] for item in pool.unlabelled])
+    before, after = (_right(registry.load(str(name)), crops, labels) for name in (run.base_release, run.candidate))
+    changes = after.astype(np.int8) - before.astype(np.int8)
+    names = np.array([item.generator or "real" for item in pool.unlabelled])
+    found = {}
+    for name in sorted(set(names)):
+        of_group = changes[names == name]
+        low, high = difference_limits(of_group, np.full(len(of_group), 1 / len(of_group)), 0.025)
+        found[name] = {"n": len(of_group), "change": float(of_group.mean()), "low": low, "high": high}
+    return found
+
+
+def _right(release: LoadedRelease, crops: NDArray[np.uint8], labels: NDArray[np.int8]) -> NDArray[np.bool_]:
+    engine = Engine(release.weights, device="cpu")
+    embeddings = np.concatenate([engine.embed(crops[i : i + 64]) for i in range(0, len(crops), 64)])
+    thresholds = release.manifest.thresholds
+    scores = release.heads[release.manifest.default_head or "linear"].score(embeddings)
+    return right(labels, scores, (thresholds.low, thresholds.high))
 
 
 def _label(session: Session, new: list[NewLabel]) -> None:

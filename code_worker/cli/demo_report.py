@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.text import Text
@@ -80,6 +80,7 @@ def _print_lesson(lesson: Lesson) -> None:
     click.echo(f"The gate: {run.state}")
     for reason in run.reasons:
         click.echo(f"  {reason}")
+    _print_knowledge(run.report.get("gate", {}))
     print_title("Before and after", "the same images, judged by the first champion and by what the gate let pass")
     rows = [
         {
@@ -94,6 +95,35 @@ def _print_lesson(lesson: Lesson) -> None:
     print_table(rows, _CHANGES, empty="nothing was judged")
     if run.state != "promoted":
         click.echo("\nNothing changed: the champion of the first act judges on, and nothing was judged again.")
+
+
+def _print_knowledge(gate: Mapping[str, Any]) -> None:
+    """What the gate could know of each group; a small hold-out hides much."""
+    rows = [
+        {
+            "made by": change["group"],
+            "images": change["n"],
+            "right before": f"{change['champion']:.1%}",
+            "right after": f"{change['candidate']:.1%}",
+            "loss that would have shown": "none"
+            if (loss := change["detectable"]) is None
+            else f"{100 * loss:.0f} points",
+        }
+        for change in gate.get("changes", ())
+        if change["condition"] == "clean" and change["figure"] == "accuracy" and "new" not in change["group"]
+    ]
+    margin = max((loss["margin"] for loss in gate.get("losses", ())), default=0.0)
+    if rows:
+        print_title(
+            "What the gate could know",
+            f"by what was only measured on; it let pass what may have lost up to {100 * margin:.0f} points, since so "
+            "few images cannot exclude the 2 points that are the default",
+        )
+        print_table(rows, tuple(rows[0]), empty="")
+
+
+def _points(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.0f} points"
 
 
 def _print_checks(found: Iterable[tuple[str, bool]]) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from code_worker.client import Client
 from code_worker.demo.images import Broken, Picture, broken_pictures, crops_of, pictures, training_pictures
-from code_worker.demo.learning import SETTINGS, Lesson, Stage, learn
+from code_worker.demo.learning import MORE_PAIRS, SETTINGS, Lesson, Stage, learn
 from code_worker.demo.place import own_environment
 from code_worker.demo.s3 import LocalS3
 from code_worker.demo.starter_release import build_starter_release
@@ -62,8 +62,10 @@ def run_demo(place: Place, count: int, step: Step, bar: Bar, *, learning: bool =
     with own_environment(environment), s3:
         settings = load_settings()
         pairs = _PAIRS[-1] if learning else max(_PAIRS[0], min(_PAIRS[-1], count // 2))
-        with step(f"cut {count} images from two photographs, and {2 * pairs} others to learn from"):
-            good, learned = list(pictures(count)), list(training_pictures(pairs))
+        more = MORE_PAIRS if learning else 0
+        with step(f"cut {count} images from two photographs, and {2 * (pairs + more)} others to learn from"):
+            good, others = list(pictures(count)), list(training_pictures(pairs + more))
+        learned = others[: 2 * pairs]
         with closing(open_store(settings.resolved_database_url)) as store:
             result = _install_release(place, settings, store, learned, step)
             with step("put half of them into S3 and half into files, broken ones among them"):
@@ -73,7 +75,7 @@ def run_demo(place: Place, count: int, step: Step, bar: Bar, *, learning: bool =
                 stage = Stage(place, running, store, client)
                 _judge(stage, result, step, bar)
                 if learning:
-                    result.lesson = learn(stage, learned, step, bar)
+                    result.lesson = learn(stage, others, step, bar)
     return result
 
 
