@@ -27,7 +27,7 @@ from code_worker.training.gate import decide
 from code_worker.training.golden_set import GoldenSet, load_golden
 from code_worker.training.opinions import CrossFitted
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
-from code_worker.training.reign import Taught, policy_rules, spend_on, taught
+from code_worker.training.reign import Taught, policy_rules, scope_of, spend_on, taught
 from code_worker.training.run_report import write_report
 from code_worker.training.train_encoder import Lacks, train_encoder
 from code_worker.training.trust import drop_floods
@@ -365,9 +365,19 @@ class Stages:
             self._see(release.weights, release.encoder_sha256, taken).rows,
         )
 
+    def _stale_policies(self, candidate: str, *, challenge: bool) -> list[str]:
+        """Thresholds in force that another release's scores drew, once this one is the champion."""
+        if challenge:
+            return []
+        stale = self.attempt.parts.store.run(lambda session: policies.stale(session, candidate), write=False)
+        names = [scope_of(row) for row in stale]
+        self.report["stale_policies"] = names
+        hint = "`code-worker calibrate --after-promote` draws them again"
+        return [f"thresholds of {name} were drawn by another release's scores: {hint}" for name in names]
+
     def _move_alias(self, candidate: str, champion: str | None, decision: GateDecision) -> bool:
         challenge = not self.attempt.settings.gate.promote
-        reasons = list(decision.reasons)
+        reasons = [*decision.reasons, *self._stale_policies(candidate, challenge=challenge)]
         if challenge:
             reasons.append("it became the challenger: CODE_WORKER_GATE__PROMOTE is off")
         return self.attempt.parts.store.run(

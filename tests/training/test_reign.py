@@ -11,8 +11,8 @@ from code_worker.data.holdout import Split
 from code_worker.plugins import load_plugins
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import Settings
-from code_worker.store import comparisons
-from code_worker.store.engine import Store
+from code_worker.store import comparisons, policies
+from code_worker.store.engine import Session, Store
 from code_worker.store.policies import PolicyRow
 from code_worker.training.comparison import Side
 from code_worker.training.crossfit import cross_fitted, more_images
@@ -67,10 +67,9 @@ def test_the_gate_asks_each_rule_of_production_once() -> None:
 
 def test_the_encoder_learns_from_nothing_that_chooses_and_neither_is_held_out() -> None:
     kinds = (None, "sdxl")
-    enough = [
-        member(n, kinds[n % 2], split)
-        for n, split in enumerate(["train"] * 60 + ["validation"] * 20 + ["holdout"] * 20)
-    ]  # type: ignore[arg-type]
+    parts: tuple[tuple[Split, int], ...] = (("train", 60), ("validation", 20), ("holdout", 20))
+    splits = [split for split, count in parts for _ in range(count)]
+    enough = [member(n, kinds[n % 2], split) for n, split in enumerate(splits)]
     learned, validation = validation_parts(Snapshot("latest", tuple(enough)))
     assert {one.split for one in learned} == {"train"}
     assert {one.split for one in validation} == {"validation"}
@@ -136,3 +135,22 @@ def test_what_a_refitted_champion_learned_is_its_runs_snapshot(tmp_path, sqlite_
         counts[part][kind] for part in ("train", "validation") for kind in ("real", "fake")
     )
     assert known.encoder == frozenset(), "a refit teaches the encoder nothing"
+
+
+def test_a_promotion_names_policies_that_another_releases_scores_drew(tmp_path, sqlite_store: Store) -> None:  # type: ignore[no-untyped-def]
+    settings = learning_settings(tmp_path / "data")
+    champion = promote_champion(settings, sqlite_store, build_champion(tmp_path / "release"))
+    label_world(settings, sqlite_store)
+
+    def put(session: Session) -> None:
+        policies.put(session, low=0.4, high=0.6, tenant="acme", by="test", release_id=champion)
+        policies.put(session, low=0.4, high=0.6, tenant="by hand", by="test")
+
+    sqlite_store.run(put)
+    ended = Learner(settings, sqlite_store).learn("refit", by="test", force=True)
+    assert ended is not None
+    assert ended.state == "promoted", ended.reasons
+    assert ended.report["stale_policies"] == ["tenant acme"]
+    assert any("thresholds of tenant acme were drawn by another release's scores" in one for one in ended.reasons)
+    conditions = {change["condition"] for change in ended.report["gate"]["changes"]}
+    assert "clean at the policy of tenant acme; tenant by hand" in conditions
