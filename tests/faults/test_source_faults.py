@@ -103,11 +103,17 @@ def test_a_bucket_that_is_down_holds_up_no_other(deploy: Deploy, sqlite_url: str
 @pytest.mark.nightly
 @row(
     "F22",
-    injection="ExpiredToken on one bucket for 8 s, another works",
+    injection="{code} on one bucket for 8 s, another works",
     expected="the bucket pauses and is told of, no job rejected, the other undisturbed, all done afterwards",
 )
-def test_expired_credentials_pause_a_bucket_and_blame_nobody(deploy: Deploy, sqlite_url: str, seen: Seen) -> None:
-    buckets = Buckets(fault.error(400, "ExpiredToken"))
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(400, "ExpiredToken"), (403, "AccessDenied"), (404, "NoSuchBucket"), (400, "InvalidArgument")],
+)
+def test_what_a_bucket_refuses_everybody_pauses_it_and_blames_no_image(
+    deploy: Deploy, sqlite_url: str, seen: Seen, status: int, code: str
+) -> None:
+    buckets = Buckets(fault.error(status, code))
     with FaultServer(buckets) as server:
         deployment = deploy(sqlite_url, **settings_of(server))
         deployment.worker()
