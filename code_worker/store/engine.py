@@ -30,7 +30,7 @@ from code_worker.store.faults import (
     loses_connection,
     translate,
 )
-from code_worker.store.ids import uuid7
+from code_worker.store.ids import NEW_ID, uuid7
 
 __all__ = ["MAX_TRIES", "Session", "Store", "open_store"]
 
@@ -114,7 +114,7 @@ class Store:
         for tried in range(1, MAX_TRIES + 1):
             committing = False
             try:
-                with Session(bind, expire_on_commit=False, autoflush=False) as session, session.begin():
+                with self._session(bind) as session, session.begin():
                     result = work(session)
                     committing = bind is self._writer
             except SQLAlchemyError as error:
@@ -131,6 +131,9 @@ class Store:
                 return result
             time.sleep(wait_s)
         raise AssertionError("unreachable")
+
+    def _session(self, bind: Engine) -> Session:
+        return Session(bind, expire_on_commit=False, autoflush=False, info={NEW_ID: self.new_id})
 
     def close(self) -> None:
         """Closes the pooled connections; a later `run` would open new ones."""

@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.store import audit, releases
-from code_worker.store.ids import as_uuid, uuid7
+from code_worker.store.ids import as_uuid
 from code_worker.store.models import PolicyRecord
-from code_worker.store.sql import insert_into, table_of
+from code_worker.store.sql import insert_into, new_id, table_of
 
 __all__ = ["PolicyRow", "get", "history", "in_force", "put", "redrawable", "stale"]
 
@@ -84,7 +84,7 @@ def put(
     scope = (_POLICIES.c.tenant == (tenant or ""), _POLICIES.c.content_type == (content_type or ""))
     last = session.scalar(select(func.max(_POLICIES.c.version)).where(*scope))
     row = {
-        "id": policy_id or uuid7(),
+        "id": policy_id or new_id(session),
         "tenant": tenant or "",
         "content_type": content_type or "",
         "version": (last or 0) + 1,

@@ -10,9 +10,8 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, case, func, select
 from sqlalchemy.orm import Session
 
-from code_worker.store.ids import uuid7
 from code_worker.store.models import LabelRow, ShadowScoreRow, VerdictRow
-from code_worker.store.sql import insert_new, table_of
+from code_worker.store.sql import insert_new, new_id, table_of
 from code_worker.types import Label, ShadowScore
 
 __all__ = ["Disagreement", "ShadowFilter", "Tally", "add", "disagreements", "labelled", "last", "tally"]
@@ -68,7 +67,7 @@ class Disagreement:
 
 def add(session: Session, scores: Sequence[ShadowScore]) -> None:
     """Writes what a challenger said; of a job, revision and release only the first counts."""
-    rows = [{"id": uuid7(), **asdict(score)} for score in scores]
+    rows = [{"id": new_id(session), **asdict(score)} for score in scores]
     rows.sort(key=lambda row: (row["job_id"], row["revision"]))
     insert_new(session, ShadowScoreRow, rows, same=["job_id", "revision", "release"])
 

@@ -14,9 +14,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
 
 from code_worker.queues import chunks
+from code_worker.store.ids import NEW_ID, uuid7
 from code_worker.store.models import Base
 
-__all__ = ["IN_LIST", "among", "insert_into", "insert_new", "is_plain", "plain", "table_of", "unindexed"]
+__all__ = ["IN_LIST", "among", "insert_into", "insert_new", "is_plain", "new_id", "plain", "table_of", "unindexed"]
 
 IN_LIST: Final = 1000
 """Ids in one `IN (…)`: well under both databases' limits on parameters, and few enough statements."""
@@ -39,6 +40,12 @@ def among(session: Session, column: ColumnElement[str], ids: Iterable[str]) -> C
     # Without a type of its own the parameter is an array at once; text would be cast anew for every row looked at.
     listed = cast(literal("{" + ",".join(ids) + "}", NullType()), postgresql.ARRAY(Uuid(as_uuid=False)))
     return column == func.any(listed)
+
+
+def new_id(session: Session) -> str:
+    """A new id in the order of the database's time, as `Store.new_id`; for rows of which a retry may make others."""
+    made: str = session.info.get(NEW_ID, uuid7)()
+    return made
 
 
 def unindexed(column: ColumnElement[str]) -> ColumnElement[str]:

@@ -14,9 +14,9 @@ from sqlalchemy.orm import Session
 from code_worker.errors import StoreError
 from code_worker.queues import chunks
 from code_worker.store.engine import Store
-from code_worker.store.ids import as_uuid, uuid7
+from code_worker.store.ids import as_uuid
 from code_worker.store.models import JobRow, VerdictRow, db_now
-from code_worker.store.sql import IN_LIST, among, insert_new, plain, table_of, unindexed
+from code_worker.store.sql import IN_LIST, among, insert_new, new_id, plain, table_of, unindexed
 from code_worker.types import ImageFacts, Label, Outcome, Provenance, RejectReason, Verdict
 
 __all__ = ["VerdictFilter", "from_row", "get", "list_verdicts", "live", "stream", "write"]
@@ -60,7 +60,7 @@ def write(session: Session, verdicts: Sequence[Verdict]) -> list[str]:
     """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for verdict in verdicts:
-        rows.setdefault((verdict.job_id, verdict.revision), _values(verdict))
+        rows.setdefault((verdict.job_id, verdict.revision), _values(verdict, verdict.id or new_id(session)))
     in_order = [rows[key] for key in sorted(rows)]
     written = insert_new(session, VerdictRow, in_order, same=["job_id", "revision"], fresh="id")
     _finish(session, sorted({job_id for job_id, _ in rows}))
@@ -87,10 +87,10 @@ def _finish(session: Session, job_ids: Sequence[str]) -> None:
         )
 
 
-def _values(verdict: Verdict) -> dict[str, Any]:
+def _values(verdict: Verdict, verdict_id: str) -> dict[str, Any]:
     facts, provenance = verdict.facts, verdict.provenance
     return {
-        "id": verdict.id or uuid7(),
+        "id": verdict_id,
         "job_id": verdict.job_id,
         "revision": verdict.revision,
         "outcome": verdict.outcome.value,

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.logs import redact
-from code_worker.store.ids import as_uuid, uuid7
+from code_worker.store.ids import as_uuid
 from code_worker.store.models import (
     DeadLetterRow,
     LeaseRow,
@@ -24,7 +24,7 @@ from code_worker.store.models import (
     db_now,
     db_now_plus,
 )
-from code_worker.store.sql import insert_into, plain, table_of
+from code_worker.store.sql import insert_into, new_id, plain, table_of
 
 __all__ = [
     "DeadLetter",
@@ -229,7 +229,7 @@ def dead_letter(session: Session, *, task: str, body: str, error: str, letter_id
 
     With a `letter_id` made outside the transaction, one that is repeated after a lost answer keeps it once.
     """
-    letter_id = letter_id or uuid7()
+    letter_id = letter_id or new_id(session)
     row = {"id": letter_id, "task": task, "body": plain(redact(body), _MAX_BODY), "error": plain(error, _MAX_TEXT)}
     session.execute(insert_into(session, DeadLetterRow).on_conflict_do_nothing().values(row))
     return letter_id

@@ -22,7 +22,6 @@ from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.roles import Role, require
 from code_worker.store import runs, schedule
-from code_worker.store.ids import uuid7
 from code_worker.training import snapshot as snapshots
 from code_worker.training.attempt import Attempt, Listener, Parts
 from code_worker.training.lease import Held, owner_name
@@ -172,7 +171,7 @@ class Learner:
     def _begin(self, kind: str, *, by: str, force: bool, slot: DueSlot | None) -> runs.Run | None:
         if kind not in KINDS:
             raise ConfigurationError(f"{kind!r} is no kind of run; one of {', '.join(KINDS)}")
-        chosen, owner, champion = uuid7(), owner_name(), self._parts.registry.champion()
+        chosen, owner, champion = self._store.new_id(), owner_name(), self._parts.registry.champion()
         config = {"training": self._settings.training.model_dump(mode="json"), "force": force}
 
         def begin(session: Session) -> runs.Run | None:

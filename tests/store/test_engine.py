@@ -22,6 +22,7 @@ from code_worker.store import engine, health, jobs
 from code_worker.store.engine import MAX_TRIES, Session, Store, open_store
 from code_worker.store.ids import uuid7, uuid7_floor
 from code_worker.store.models import JobRow, db_now, db_now_plus
+from code_worker.store.sql import new_id
 from code_worker.types import JobState
 from tests.faults.rows import Seen, row
 from tests.servers import free_port
@@ -125,7 +126,8 @@ def test_ids_are_in_the_order_of_the_databases_time_whatever_this_machines_clock
     monkeypatch.setattr("code_worker.store.ids.time.time_ns", lambda: ahead_ns)
     there = postgres_store.run(health.server_time, write=False)
     after = postgres_store.new_id()
-    assert before < after < uuid7_floor(there + timedelta(minutes=5)) < uuid7()
+    within = postgres_store.run(new_id)
+    assert before < after < within < uuid7_floor(there + timedelta(minutes=5)) < uuid7()
 
 
 @row(
