@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from code_worker.errors import ConfigurationError
 from code_worker.plugins import load_plugins
 from code_worker.releases.crops import seeded_crops
 from code_worker.releases.loading import LoadedRelease, load_release
-from code_worker.releases.verify import verify
+from code_worker.releases.verify import flips_at_most, verify
 from code_worker.settings import Settings
 from code_worker.types import EMBEDDING_TOLERANCE
 
@@ -68,6 +69,21 @@ def test_flipped_labels_fail_and_are_counted(loaded: LoadedRelease) -> None:
     assert report.heads["alternating"].flips_per_10000 == 10_000
     assert report.heads["alternating"].score_error == 1
     assert not report.passed
+
+
+@pytest.mark.parametrize(
+    ("flips", "images"), [(0, 1), (0, 256), (1, 256), (3, 10_000), (0, 30_000), (40, 41), (9, 9)]
+)
+def test_what_a_number_of_crops_proves_is_the_limit_of_clopper_and_pearson(flips: int, images: int) -> None:
+    expected = binomtest(flips, images, alternative="less").proportion_ci(0.95, "exact").high
+    assert flips_at_most(flips, images) == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_a_flip_three_in_n_are_not_exceeded(loaded: LoadedRelease) -> None:
+    assert all(flips_at_most(0, images) <= 3 / images for images in (3, 8, 256, 10_000, 30_000))
+    assert flips_at_most(0, 30_000) < 1 / 10_000 < flips_at_most(0, 29_000)
+    report = verify(loaded, engine="torch", device="cpu", images=3)
+    assert report.heads["linear"].at_most_per_10000 == pytest.approx(10_000 * (1 - 0.05 ** (1 / 3)), rel=1e-5)
 
 
 def test_no_images_are_refused(loaded: LoadedRelease) -> None:
