@@ -62,7 +62,13 @@ class _Asked:
 @click.argument("source")
 @click.option("--release", metavar="ID|DIR", help="Release to measure; unset: the champion.")
 @click.option("--head", "heads", multiple=True, help="Head to measure; unset: all. May be given again.")
-@click.option("--preset", "presets", multiple=True, type=click.Choice(PRESETS), help="What is done to the images.")
+@click.option(
+    "--preset",
+    "presets",
+    multiple=True,
+    type=click.Choice(PRESETS),
+    help="What is done to the images; unset: nothing, or d3 where all are of a variant.",
+)
 @click.option("--tenant", help="Measure at the thresholds in force for this tenant.")
 @click.option("--content-type", help="Measure at the thresholds in force for this content type.")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory for metrics.json and report.html.")
@@ -96,6 +102,7 @@ def validate(**words: Any) -> None:
     skipped: list[Skipped] = []
     try:
         examples, learned = _fair(asked, settings, _read(asked, settings, skipped))
+        asked = replace(asked, presets=asked.presets or _preset_of(examples))
         evaluation, judging = _measure(asked, settings, examples, skipped)
         compared = _compared(asked, settings, examples, evaluation)
     except CodeWorkerError:
@@ -162,6 +169,12 @@ def _release_id(store: Store, release: str | None) -> str | None:
     return release_id(hash_file(manifest).sha256) if manifest.is_file() else release
 
 
+def _preset_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """A data set that comes in variants, as D³'s test set does, is measured in each of them."""
+    in_variants = bool(examples) and all(one.variant is not None for one in examples)
+    return ("d3",) if in_variants else PRESETS[:1]
+
+
 def _measure(
     asked: _Asked, settings: Settings, examples: Sequence[Example], skipped: Sequence[Skipped]
 ) -> tuple[Evaluation, tuple[str, ...]]:
@@ -197,7 +210,7 @@ def _plan(asked: _Asked, measured: Measured, heads: tuple[str, ...], *, resample
 
     return Plan(
         heads=heads,
-        presets=asked.presets or PRESETS[:1],
+        presets=asked.presets,
         deployed=measured.policies.find(asked.tenant, asked.content_type, measured.runtime.default_policy),
         resamples=asked.bootstrap if resamples is None else resamples,
         seed=asked.seed,

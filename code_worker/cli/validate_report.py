@@ -113,11 +113,11 @@ def say_learned(data: Mapping[str, Any]) -> None:
 
 
 def published_lines(report: Mapping[str, Any], head: str) -> list[str]:
-    """`key: real fake all`, a line for each condition and generator."""
+    """`key: real  fake  all`, a line for each condition and generator, rounded as the published script rounds."""
     from code_worker.training.evaluation.evaluate import published_table  # noqa: PLC0415 - numpy, not for --help
 
     return [
-        f"{key}: {'  '.join('-' if share is None else f'{share:.2f}' for share in shares)}"
+        f"{key}: {'  '.join('-' if share is None else str(round(share, 2)) for share in shares)}"
         for key, *shares in published_table(report, head)
     ]
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["IMAGE_SUFFIXES", "PUBLISHED_GENERATORS", "generator_slug", "numbered_generator", "printable"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "PUBLISHED_GENERATORS",
+    "PUBLISHED_VARIANTS",
+    "generator_slug",
+    "numbered_generator",
+    "printable",
+]
 
 IMAGE_SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
 )
 PUBLISHED_GENERATORS: Final = ("deepfloyd-if", "sd-1.4", "sd-2.1", "sd-xl")
 """D³'s gen_0 to gen_3, where a record does not say otherwise in its `model_gen*` fields."""
+PUBLISHED_VARIANTS: Final = ("augm", "no_augm")
+"""The two forms of D³'s test set, in the order in which they are published."""
 
 _SD_XL: Final = re.compile(r"(?:stable-diffusion-xl|sd-?xl)(?:-base)?(?:-1\.0)?")
 _SD: Final = re.compile(r"(?:stable-diffusion|sd)-?v?(\d)[-.](\d)(?:-base)?")

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.names import IMAGE_SUFFIXES, numbered_generator, printable
+from code_worker.data.names import IMAGE_SUFFIXES, PUBLISHED_VARIANTS, numbered_generator, printable
 from code_worker.data.reading import FromSource
 from code_worker.errors import DatasetError, ImageRejectedError, TransientError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["bucket_examples", "tree_examples"]
 
 _GEN: Final = re.compile(r"gen_?(\d{1,4})")
-_VARIANTS: Final = frozenset({"augm", "no_augm"})
+_VARIANTS: Final = frozenset(PUBLISHED_VARIANTS)
 _SPLITS: Final = frozenset({"train", "val", "valid", "validation", "test"})
 _RANKS: Final[tuple[dict[str, int], ...]] = (
     {"0_real": REAL, "1_fake": FAKE},

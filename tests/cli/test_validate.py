@@ -23,6 +23,7 @@ from code_worker.training.snapshot import load
 from tests.cli.conftest import Cli
 from tests.cli.labelled_tree import write_tree
 from tests.toy_release import toy_crops, write_toy_release
+from tests.training.labelled_noise import noise_files
 from tests.training.learning import build_champion, label_world, learning_settings, promote_champion
 
 QUICK = ("--bootstrap", "20")
@@ -63,7 +64,7 @@ def test_tables_say_how_good_the_release_is_and_what_was_skipped(validate: Cli, 
     assert [line[:4] for line in lines if line[:1] == ["all"]] == [["all", "20", "10", "10"]] * 3
     assert ["generator", "doubler", "15", "10", "5"] in [line[:5] for line in lines]
     assert ["collection", "camera", "10", "10", "0"] in [line[:5] for line in lines]
-    assert "clean_enlarger: 90.00  80.00  86.67" in ran.stdout
+    assert "clean_enlarger: 90.0  80.0  86.67" in ran.stdout
     assert "stray.png" in ran.stderr
     assert "broken.png: unsupported_format" in ran.stderr
     assert "2 skipped" in ran.stderr
@@ -136,6 +137,35 @@ def test_a_preset_adds_its_conditions(validate: Cli, tree: Path) -> None:
     (report,) = validate(*ask, "--preset", "delivery", "--preset", "d3", "--limit", "8").records
     assert report["plan"]["conditions"] == ["clean", "768px_q60", "512px_q40", "no_augm", "augm"]
     assert report["data"]["images"] <= 8
+
+
+def test_the_test_tree_of_d3_gives_the_eight_pairs_of_the_published_script(validate: Cli, tmp_path: Path) -> None:
+    made = noise_files(20, 5)
+    reals, fakes = ([data for data, label in made if label == kind] for kind in (0, 1))
+    for variant in ("no_augm", "augm"):
+        for place, kind in enumerate(("real", "gen_0", "gen_1", "gen_2", "gen_3")):
+            for number in range(2):
+                # Of two images that gen_2 made before its augmentation, one looks like a real one.
+                odd = (variant, kind, number) == ("augm", "gen_2", 1)
+                data = reals[9] if odd else (fakes if place else reals)[2 * (place % 4) + number]
+                path = tmp_path / variant / kind / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+    ask = ("validate", str(tmp_path), "--release", validate.env["TOY"], "--head", "linear", "--bootstrap", "0")
+    lines = validate(*ask).stdout.splitlines()
+    begin = lines.index("linear at 0.5, in the published form (real fake all)")
+    assert lines[begin + 1 : begin + 9] == [
+        "augm_gen0_and_real: 100.0  100.0  100.0",
+        "augm_gen_1: 100.0  100.0  100.0",
+        "augm_gen_2: 100.0  50.0  75.0",
+        "augm_gen_3: 100.0  100.0  100.0",
+        "no_augm_gen0_and_real: 100.0  100.0  100.0",
+        "no_augm_gen_1: 100.0  100.0  100.0",
+        "no_augm_gen_2: 100.0  100.0  100.0",
+        "no_augm_gen_3: 100.0  100.0  100.0",
+    ]
+    (clean,) = validate(*ask, "--preset", "clean", "--json").records
+    assert clean["plan"]["conditions"] == ["clean"]
 
 
 def test_the_champion_and_the_policy_in_force_are_measured(

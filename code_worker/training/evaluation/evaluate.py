@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from code_worker._version import __version__
+from code_worker.data.names import PUBLISHED_GENERATORS, PUBLISHED_VARIANTS
 from code_worker.errors import DatasetError, UnknownHeadError
 from code_worker.releases.golden import checked_scores
 from code_worker.training.embed import Embedded, Keep, Known, embed_examples
@@ -250,14 +251,28 @@ def _figures(
 def published_table(
     report: Mapping[str, Any], head: str
 ) -> list[tuple[str, float | None, float | None, float | None]]:
-    """The published form: for each condition and generator, accuracy on reals, fakes and both in percent, at 0.5."""
-    lines = []
+    """The published form: for each condition and generator, accuracy on reals, fakes and both in percent, at 0.5.
+
+    D³'s eight pairs come first, under the keys and in the order of the published script (`validate_d3.py`): the
+    reals and gen_0 to gen_3 under `augm`, then under `no_augm`. Others are called after condition and generator.
+    """
+    found: dict[tuple[int, int], tuple[str, float | None, float | None, float | None]] = {}
     for row in report["results"]:
         if row["head"] == head and row["kind"] == "generator":
             shares = (row["published"][name] for name in ("real_accuracy", "fake_accuracy", "accuracy"))
             real, fake, both = (None if share is None else 100 * share["value"] for share in shares)
-            lines.append((f"{row['condition']}_{row['name']}", real, fake, both))
-    return lines
+            place, key = _published_pair(row["condition"], row["name"])
+            found[place, len(found)] = (key, real, fake, both)
+    return [line for _, line in sorted(found.items())]
+
+
+def _published_pair(condition: str, generator: str) -> tuple[int, str]:
+    """Place and key in the published table."""
+    if condition not in PUBLISHED_VARIANTS or generator not in PUBLISHED_GENERATORS:
+        return len(PUBLISHED_VARIANTS) * len(PUBLISHED_GENERATORS), f"{condition}_{generator}"
+    number = PUBLISHED_GENERATORS.index(generator)
+    place = PUBLISHED_VARIANTS.index(condition) * len(PUBLISHED_GENERATORS) + number
+    return place, f"{condition}_gen_{number}" if number else f"{condition}_gen0_and_real"
 
 
 def _deployed(plan: Plan, runtime: Runtime) -> tuple[float, float]:
