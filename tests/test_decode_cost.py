@@ -16,7 +16,7 @@ from code_worker.errors import ImageRejectedError
 from code_worker.images import decode as decoding
 from code_worker.images.decode import decode, decode_crop
 from code_worker.images.memory import _Room, pillow_bytes, taking
-from code_worker.images.readers import kind_of, open_image
+from code_worker.images.readers import ImageBytes, kind_of, open_image
 from code_worker.settings import LimitSettings
 from code_worker.types import RejectReason
 from tests.corpus.bombs import _scans
@@ -142,7 +142,7 @@ def test_more_than_all_of_it_is_refused_at_once() -> None:
     ],
 )  # fmt: skip
 def test_what_decoding_takes_is_told_by_the_header(data: bytes, expected: int) -> None:
-    with open_image(kind_of(data), data) as image:
+    with open_image(kind_of(data), ImageBytes(data)) as image:
         assert pillow_bytes(image, data) == expected
 
 
@@ -171,7 +171,7 @@ except TransientError as error:
 
 
 def test_a_length_that_asks_for_too_much_is_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(kind: str, data: bytes) -> None:
+    def ask(kind: str, file: ImageBytes) -> None:
         bytearray(1 << 62)
 
     monkeypatch.setattr(decoding, "open_image", ask)
