@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -22,7 +23,7 @@ from code_worker.settings import LimitSettings
 from code_worker.types import RejectReason
 from tests.corpus.fuzz import made
 from tests.corpus.pictures import pictures
-from tests.image_files import encoded, pixels, png, png_chunk, valid_files
+from tests.image_files import encoded, pixels, png, png_chunk, tiff, valid_files
 from tests.process_switches import PILLOW
 
 LIMITS = LimitSettings()
@@ -199,6 +200,33 @@ def test_no_filter_of_warnings_changes_an_answer(action: Any) -> None:
         changed = {name: (was, now) for name, (data, was) in expected.items() if (now := end(data)) != was}
     assert not changed
     assert not heard
+
+
+class Heard(logging.Handler):
+    """What comes to the handlers of the whole process; pytest's own also hears loggers that keep to themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def test_pillow_logs_nothing_of_a_file(capfd: pytest.CaptureFixture[str]) -> None:
+    side = {256: (3, [9]), 257: (3, [9]), 258: (3, [8]), 262: (3, [1]), 277: (3, [60_000])}
+    root, heard = logging.getLogger(), Heard()
+    level = root.level
+    root.addHandler(heard)
+    root.setLevel(logging.DEBUG)
+    try:
+        end(tiff(side | {273: (4, [8]), 279: (4, [1])}, b"x"))
+        end(ODD["png_plain"])
+    finally:
+        root.setLevel(level)
+        root.removeHandler(heard)
+    assert heard.records == []
+    assert capfd.readouterr().err == ""
 
 
 def test_switches_do_change_what_pillow_itself_answers(monkeypatch: pytest.MonkeyPatch) -> None:

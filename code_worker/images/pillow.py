@@ -5,13 +5,14 @@ USE_RAW_ALPHA`, `GifImagePlugin.LOADING_STRATEGY` and the like are variables of 
 or a plugin may set them for itself, at any time and from any thread; the same bytes must give the same answer all the
 same. So the Python modules of the installed Pillow are imported a second time, as a package of another name, and keep
 the values that Pillow comes with. The compiled modules, which have no such switches, are the same ones. Pillow's
-warnings about a file are dropped: warning filters are the whole process's, too.
+warnings about a file are dropped, as filters of warnings are the whole process's, too, and so are its log records.
 
 Images opened by way of this module are no instances of `PIL.Image.Image`; `decode` hands out none of them.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -58,6 +59,10 @@ def _copy() -> None:
         raise ImportError(f"Pillow cannot be imported from {PIL.__file__}")
     sys.modules[_NAME] = package = module_from_spec(spec)
     spec.loader.exec_module(package)
+    # What Pillow says of a file is in its verdict; these loggers are below ours, and hear each chunk at level debug.
+    logger = logging.getLogger(_NAME)
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
     for name in _COMPILED:
         sys.modules[f"{_NAME}.{name}"] = import_module(f"PIL.{name}")
 
