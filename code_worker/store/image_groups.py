@@ -32,6 +32,7 @@ _BYTES: Final = 32
 _KEY_PURPOSE: Final = b"code_worker group 1\0"
 _LEFT_OUT: Final = "none"
 _LOOKED_AT: Final = 8
+"""Equal images among which one is sought that was not labelled before there were groups."""
 
 
 @dataclass(frozen=True, slots=True)
