@@ -219,6 +219,10 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         None, description="SQLAlchemy URL (`postgresql+psycopg://…`); unset: SQLite in the data directory."
     )
+    database_pooler: Literal["transaction"] | None = Field(
+        None,
+        description="`transaction`: PgBouncer or another pooler is in between, in that mode; unset: none.",
+    )
     broker_url: SecretStr | None = Field(
         None, description="Redis URL; unset: the embedded server that `code-worker up` runs in the data directory."
     )
@@ -308,7 +312,10 @@ class Settings(BaseSettings):
     def resolved_database_url(self) -> str:
         """Database URL in use, password included: never log it."""
         if self.database_url is not None:
-            return self.database_url.get_secret_value()
+            url = self.database_url.get_secret_value()
+            if self.database_pooler is None or url.startswith("sqlite"):
+                return url
+            return f"{url}{'&' if '?' in url else '?'}pooler={self.database_pooler}"
         return f"sqlite:///{self.data_path / 'code_worker.db'}"
 
     @property

@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import random
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -32,22 +34,30 @@ from code_worker.store.faults import (
 )
 from code_worker.store.ids import NEW_ID, uuid7
 
-__all__ = ["MAX_TRIES", "Session", "Store", "open_store"]
+__all__ = ["MAX_TRIES", "POOLER", "TRANSACTION", "Session", "Store", "open_store"]
 
 T = TypeVar("T")
 
 MAX_TRIES: Final = 5
 _FIRST_WAIT_S: Final = 0.05
 _BEGIN: Final = "code_worker_begin"
+_PREPARE: Final = "prepare_threshold"
+_OPTION: Final = re.compile(r"(?:-c\s*|--)([\w.-]+)=((?:\\.|[^\s\\])*)")
+POOLER: Final = "pooler"
+TRANSACTION: Final = "transaction"
+"""`pooler=transaction` in a URL: what is behind it gives each transaction another connection."""
 _SQLITE_PRAGMAS: Final = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA busy_timeout = 30000",
     "PRAGMA synchronous = NORMAL",
     "PRAGMA foreign_keys = ON",
 )
-_POSTGRESQL_OPTIONS: Final = (
-    "-c timezone=UTC -c statement_timeout=15000 -c lock_timeout=5000 -c idle_in_transaction_session_timeout=30000"
-)
+_SESSION: Final = {
+    "timezone": "UTC",
+    "statement_timeout": "15000",
+    "lock_timeout": "5000",
+    "idle_in_transaction_session_timeout": "30000",
+}
 
 _JSON: Final = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
@@ -55,14 +65,20 @@ _log = get_logger(__name__)
 
 
 class Store:
-    """One database; safe to share between threads, not across a fork."""
+    """One database; safe to share between threads, not across a fork.
 
-    def __init__(self, engine: Engine) -> None:
+    `pooled`: a pooler gives each transaction another connection, on which nothing may be left.
+    """
+
+    def __init__(self, engine: Engine, *, url: URL | None = None, pooled: bool = False) -> None:
         self.engine = engine
+        self._url = url or engine.url
         self.dialect = engine.dialect.name
+        self.pooled = pooled
         self._writer = engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
         # SQLite takes and gives back its read lock for free; on PostgreSQL BEGIN and COMMIT are two journeys more.
-        lone = {} if self.dialect == "sqlite" else {"isolation_level": "AUTOCOMMIT"}
+        # Behind a pooler a statement without a transaction would have none of our limits.
+        lone = {} if self.dialect == "sqlite" or pooled else {"isolation_level": "AUTOCOMMIT"}
         self._looker = engine.execution_options(**lone)
         self._clock = ServerClock()
         if self.dialect == "postgresql":
@@ -70,8 +86,8 @@ class Store:
 
     @property
     def url(self) -> str:
-        """Where it is, password included: never log it."""
-        return self.engine.url.render_as_string(hide_password=False)
+        """Where it is, as `open_store` was told, password included: never log it."""
+        return self._url.render_as_string(hide_password=False)
 
     def new_id(self) -> str:
         """A new id in the order of the database's time: whatever this machine's clock says, later ids are greater."""
@@ -154,7 +170,7 @@ def open_store(url: str, *, threads: int = 8) -> Store:
     if kind in {"sqlite", "sqlite+pysqlite"}:
         return Store(_open_sqlite(parsed, threads))
     if kind in {"postgres", "postgresql", "postgresql+psycopg"}:
-        return Store(_open_postgresql(parsed.set(drivername="postgresql+psycopg"), threads))
+        return _open_postgresql(parsed.set(drivername="postgresql+psycopg"), threads)
     raise ConfigurationError(f"database_url: {kind} is not supported; use sqlite:///… or postgresql+psycopg://…")
 
 
@@ -173,25 +189,71 @@ def _make_engine(url: URL, threads: int, pool_timeout_s: float, connect_args: Ma
     )
 
 
-def _open_postgresql(url: URL, threads: int) -> Engine:
-    own = url.query.get("options", "")
-    return _make_engine(
-        url,
-        threads,
-        10,
-        {
-            "application_name": "code_worker",
-            "connect_timeout": 5,
-            "keepalives": 1,
-            "keepalives_idle": 30,
-            "keepalives_interval": 10,
-            "keepalives_count": 3,
-            # Keepalives are silent while data is unacknowledged: without this a vanished host holds a thread.
-            "tcp_user_timeout": 15_000,
-            # The URL's own options come last, so that they win.
-            "options": f"{_POSTGRESQL_OPTIONS} {own if isinstance(own, str) else ' '.join(own)}".strip(),
-        },
-    )
+def _open_postgresql(url: URL, threads: int) -> Store:
+    own, typed = _read_parameters(url)
+    limits: dict[str, Any] = {
+        "application_name": "code_worker",
+        "connect_timeout": 5,
+        "keepalives": 1,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        # Keepalives are silent while data is unacknowledged: without this a vanished host holds a thread.
+        "tcp_user_timeout": 15_000,
+    }
+    # What the URL says wins.
+    given = {**{name: value for name, value in limits.items() if name not in own.query}, **typed}
+    options = _joined(url.query.get("options", ()))
+    if POOLER not in url.query:
+        ours = " ".join(f"-c {name}={value}" for name, value in _SESSION.items())
+        return Store(_make_engine(own, threads, 10, {**given, "options": f"{ours} {options}".strip()}), url=url)
+    # A statement prepared on one of the pooler's connections is unknown to the next, or another's of the same name.
+    engine = _make_engine(own, threads, 10, {"prepare_threshold": None, **given})
+    event.listen(engine, "begin", partial(_set_for_transaction, wanted={**_SESSION, **_read_options(options)}))
+    return Store(engine, url=url, pooled=True)
+
+
+def _read_parameters(url: URL) -> tuple[URL, dict[str, int | None]]:
+    """The URL with those parameters that libpq reads, and the one that psycopg wants as a number.
+
+    Raises:
+        ConfigurationError: neither of them knows one.
+    """
+    from psycopg.pq import Conninfo  # noqa: PLC0415 - SQLite needs none of it
+
+    known = {option.keyword.decode() for option in Conninfo.get_defaults()} | {_PREPARE, POOLER}
+    if unknown := sorted(set(url.query) - known):
+        raise ConfigurationError(f"database_url: PostgreSQL's client library has no parameter {', '.join(unknown)}")
+    if _joined(url.query.get(POOLER, TRANSACTION)) != TRANSACTION:
+        raise ConfigurationError(f"database_url: {POOLER} is {TRANSACTION}, or left out")
+    typed: dict[str, int | None] = {}
+    if (threshold := _joined(url.query.get(_PREPARE, ()))) != "":
+        if threshold.lower() != "none" and not threshold.isdecimal():
+            raise ConfigurationError(f"database_url: {_PREPARE} is a number, or none")
+        typed[_PREPARE] = None if threshold.lower() == "none" else int(threshold)
+    return url.difference_update_query((_PREPARE, POOLER, "options")), typed
+
+
+def _joined(values: str | Sequence[str]) -> str:
+    return values if isinstance(values, str) else " ".join(values)
+
+
+def _read_options(options: str) -> dict[str, str]:
+    """Settings in `-c name=value` form by name, as the server reads them when it is reached without a pooler.
+
+    Raises:
+        ConfigurationError: something else, which cannot be set for a transaction.
+    """
+    if not re.fullmatch(rf"\s*(?:{_OPTION.pattern}\s*)*", options):
+        raise ConfigurationError("database_url: behind a pooler options are of the form -c name=value")
+    return {name.replace("-", "_"): re.sub(r"\\(.)", r"\1", value) for name, value in _OPTION.findall(options)}
+
+
+def _set_for_transaction(connection: Connection, *, wanted: Mapping[str, str]) -> None:
+    calls = ", ".join(f"set_config(:name{number}, :value{number}, true)" for number in range(len(wanted)))
+    values = {f"name{number}": name for number, name in enumerate(wanted)}
+    values |= {f"value{number}": value for number, value in enumerate(wanted.values())}
+    connection.execute(text(f"SELECT {calls}"), values)
 
 
 def _open_sqlite(url: URL, threads: int) -> Engine:

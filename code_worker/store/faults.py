@@ -21,6 +21,10 @@ from code_worker.logs import redact
 
 __all__ = ["SQLSTATES", "DbFault", "classify", "commit_unknown", "is_read_only", "loses_connection", "translate"]
 
+_POOLER_STATES: Final = frozenset({"26000", "42P05"})
+"""A prepared statement that is not there, or is there already: the connection is another one than a moment ago."""
+_POOLER_HINT: Final = "a pooler in transaction mode is in between: set CODE_WORKER_DATABASE_POOLER=transaction"
+
 
 class DbFault(Enum):
     """What to do about a database error."""
@@ -144,10 +148,18 @@ _ERRORS: Final[Mapping[DbFault, tuple[type[StoreError], str]]] = {
 }
 
 
+def _meets_pooler(error: SQLAlchemyError) -> bool:
+    """Whether a pooler is in between that the settings do not name; it knows few parameters of a connection."""
+    cause = getattr(error, "orig", None)
+    return getattr(cause, "sqlstate", None) in _POOLER_STATES or "unsupported startup parameter" in str(cause)
+
+
 def translate(error: SQLAlchemyError, fault: DbFault) -> Exception:
     """Our error for theirs; a bug of ours keeps its own type. No statement or parameter is quoted."""
     if fault is DbFault.BUG:
         return error
+    if _meets_pooler(error):
+        return StoreUnavailableError(f"the database cannot be used as it is: {_first_line(error)}; {_POOLER_HINT}")
     kind, text = _ERRORS[fault]
     return kind(text.format(_first_line(error)))
 

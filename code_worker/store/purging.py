@@ -46,6 +46,10 @@ def purge(store: Store) -> None:
 
 def _vacuum(store: Store) -> None:
     with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if store.pooled:
+            # The limit is set within our transactions alone, and what is set here another's connection would keep.
+            connection.execute(text(f"VACUUM {_TABLES}"))
+            return
         connection.execute(text("SET statement_timeout = 0"))
         connection.execute(text(f"VACUUM {_TABLES}"))
         # The connection goes back to the pool; its next user wants the limit again.
