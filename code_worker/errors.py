@@ -200,7 +200,12 @@ class ImageRejectedError(CodeWorkerError):
 
 
 class TransientError(CodeWorkerError):
-    """A fault that time may cure; `reason` is what the verdict will say if it never does."""
+    """A fault that time may cure; `reason` is what the verdict will say if it never does.
+
+    `detail` may name the object. `cause` never does: it is for logs, and for what is kept of a whole source.
+    """
+
+    cause: str = ""
 
     def __init__(self, reason: RejectReason, detail: str = "") -> None:
         self.reason = reason

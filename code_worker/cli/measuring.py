@@ -67,13 +67,14 @@ def open_measured(settings: Settings, release: str | None) -> Iterator[Measured]
 
 
 def _cache(store: Store, encoder_sha256: str, settings: Settings) -> tuple[Known, Keep | None]:
-    from code_worker.store import embeddings  # noqa: PLC0415 - SQLAlchemy, only where there is a database
+    from code_worker.store import embeddings, personal  # noqa: PLC0415 - SQLAlchemy, only where there is a database
 
+    since = store.run(personal.moment, write=False)
     known: Known = lambda hashes: store.run(  # noqa: E731 - a pair of one-liners that share what is above
         lambda session: embeddings.known(session, encoder_sha256, hashes), write=False
     )
     keep: Keep = lambda vectors: store.run(  # noqa: E731 - as above
-        lambda session: embeddings.keep(session, encoder_sha256, vectors)
+        lambda session: embeddings.keep(session, encoder_sha256, vectors, since=since)
     )
     return known, keep if settings.worker.store_embeddings else None
 

@@ -1,27 +1,31 @@
 """Erasure: everything that is kept of jobs and images goes, whatever dies on the way, and a receipt stays.
 
-What is to be erased is written down first and struck off piece by piece, so that whoever resumes finds what is left.
+The erasure is a row with its scope. Whoever takes it up, in whichever state it was left, deletes what is in scope
+now, spares what others share, and looks over all tables and the storage before it is called done.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from code_worker.data.kept import open_kept
-from code_worker.data.leftovers import Leftovers
-from code_worker.errors import StoreError
+from code_worker.data.leftovers import Leftovers, drop_copies
+from code_worker.data.unlearning import ALL, Unlearning
+from code_worker.errors import ArtifactError, StorageError, StoreError, StoreUnavailableError
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import open_artifacts
 from code_worker.roles import Role, require
-from code_worker.store import audit, erasing, erasures, releases, workers
-from code_worker.store.erasing import Scope
-from code_worker.store.erasures import IMAGE, JOB, TENANT, WAITING, Receipt
+from code_worker.store import audit, erasing, erasures, kept_images, letters, personal, releases, scopes, workers
+from code_worker.store.erasures import ERASED, IMAGE, JOB, TENANT, WAITING, Receipt
 from code_worker.store.ids import uuid7
 from code_worker.store.purging import purge
+from code_worker.store.scopes import Scope
+from code_worker.store.turns import LostTurnError, Turn
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
@@ -30,12 +34,14 @@ if TYPE_CHECKING:
 __all__ = ["Eraser", "Preview", "Scope"]
 
 log = get_logger(__name__)
+T = TypeVar("T")
 _ROLE: Final = "erasure"
-_ALL: Final = "*"
-"""Stands on a receipt for all releases, where their files are to be left."""
-_LEASE_S: Final = 300.0
 _PAGE: Final = 500
-_POLL_S: Final = 0.2
+_SCANNED: Final = 5000
+"""Rows of a table that is read through, in one transaction."""
+_LETTERS: Final = 100
+_POLL_S: Final = 0.5
+_LOOKS: Final = 20
 Say = Callable[[int], object]
 
 
@@ -60,10 +66,6 @@ class Preview:
     releases: Mapping[str, str] = field(default_factory=dict)
 
 
-class _BusyError(StoreError):
-    """Workers are judging some of it; the rest is erased."""
-
-
 def _unheard(_done: int) -> None:
     """Nobody listens."""
 
@@ -84,27 +86,37 @@ class Eraser:
         self._kept = open_kept(settings)
         self._artifacts = open_artifacts(settings)
         self._leftovers = Leftovers(settings, store)
-        self._owner = f"eraser-{uuid7()}"
+        self._turn = Turn(store, _ROLE, f"eraser-{uuid7()}", doing="erasing", wait_s=wait_s)
+        self._unlearning = Unlearning(store, self._turn)
 
     def preview(self, scope: Scope) -> Preview:
-        """What `erase` would do; writes nothing."""
-        jobs: set[str] = set()
-        images: set[str] = set()
-        for ids, hashes in self._found(scope):
+        """What `erase` would do; writes nothing.
+
+        Raises:
+            StoreError: nobody knows the job or tenant.
+        """
+        jobs, images = set[str](), {scope.sha256} if scope.sha256 is not None else set[str]()
+        self._read(partial(_require_known, scope=scope))
+        after: str | None = None
+        while ids := self._read(partial(scopes.job_page, scope=scope, after=after, limit=_PAGE)):
             jobs.update(ids)
+            # An image named by its hash is meant; what else its jobs judged in other revisions is not.
+            images |= set() if scope.sha256 else self._read(partial(scopes.images_of, job_ids=ids))
+            after = ids[-1]
+        images |= {sha256 for sha256, _ in self._read(partial(scopes.origin_page, scope=scope, limit=None))}
+        for hashes in self._spoken_of(scope):
             images.update(hashes)
-        others = self._read(partial(erasing.judged_for, hashes=images))
-        shared = {sha256 for sha256, job in others if job not in jobs}
+        shared = self._read(partial(scopes.shared, scope=scope, hashes=images))
         goes = images - shared
         said, copies = self._read(partial(erasing.counted, job_ids=jobs, hashes=goes))
-        _, learned = self._concerned(goes)
-        _, made = self._read(partial(erasing.learned_from, snapshot_ids=learned))
-        return Preview(len(jobs), len(goes), len(shared), said, copies, made)
+        return Preview(len(jobs), len(goes), len(shared), said, copies, self._unlearning.made_from(goes))
 
     def erase(
         self, scope: Scope, *, by: str, why: str = "", keep_releases: bool = False, say: Say = _unheard
     ) -> Receipt:
         """Erases what is in scope, and before it what earlier erasures left; returns the receipt.
+
+        An erasure of the same that is not finished is finished, and its receipt returned.
 
         Args:
             scope: what to forget.
@@ -115,23 +127,14 @@ class Eraser:
 
         Raises:
             NotAllowedError: they are no operator; nothing was done.
-            StoreError: somebody else is erasing, or workers are still judging some of it: do the same again.
+            StoreError: nobody knows the job or tenant, and nothing was done; or somebody else is erasing, or workers
+                are still judging some of it: do the same again.
             StorageError, ArtifactError: a copy or release cannot be deleted; likewise.
         """
         require(self._roles, by, Role.OPERATOR, "erase")
-        with self._turn():
-            erasure_id, salt = uuid7(), erasures.new_salt()
-
-            def begin(session: Session) -> None:
-                erasures.begin(session, id=erasure_id, scope=str(scope), by=by, why=why, salt=salt)
-                if keep_releases:
-                    erasures.note(session, erasure_id, releases={_ALL: {"how": "any", "files": "kept"}})
-                audit.record(session, actor=by, action="erasure.begin", subject=erasure_id)
-
-            self._store.run(begin)
-            self._collect(erasure_id, scope)
-            for receipt in self._read(erasures.still_open):
-                self._finish(receipt, say)
+        with self._turn:
+            erasure_id = self._open(scope, by=by, why=why, keep_releases=keep_releases)
+            self._finish_all(say)
             self.settle()
             return self._receipt(erasure_id)
 
@@ -143,15 +146,14 @@ class Eraser:
         """
         left = self._read(erasures.still_open)
         if left:
-            with self._turn():
-                for receipt in self._read(erasures.still_open):
-                    self._finish(receipt, _unheard)
+            with self._turn:
+                self._finish_all(_unheard)
         self.settle()
         return len(left)
 
     def settle(self) -> None:
         """Deletes files of releases that learned from what was erased, once no alias points to them."""
-        for receipt in self._read(erasures.list_receipts):
+        for receipt in self._read(lambda session: list(erasures.learned(session))):
             waiting = [name for name, facts in receipt.releases.items() if facts["files"] == WAITING]
             if done := {name: {"how": "learned", "files": "deleted"} for name in waiting if self._retire(name)}:
                 self._store.run(partial(erasures.note, erasure_id=receipt.id, releases=done))
@@ -167,57 +169,87 @@ class Eraser:
     def _read(self, work: Callable[[Session], Any]) -> Any:
         return self._store.run(work, write=False)
 
+    def _write(self, work: Callable[[Session], T]) -> T:
+        return self._turn.write(work)
+
     def _receipt(self, erasure_id: str) -> Receipt:
         found: Receipt | None = self._read(partial(erasures.get, erasure_id=erasure_id))
         if found is None:
             raise StoreError(f"no erasure {erasure_id}")
         return found
 
-    def _turn(self) -> _Turn:
-        return _Turn(self._store, self._owner)
+    def _open(self, scope: Scope, *, by: str, why: str, keep_releases: bool) -> str:
+        """Begins the erasure, or finds one of the same scope that is not finished."""
+        chosen, salt = uuid7(), erasures.new_salt()
 
-    def _found(self, scope: Scope) -> Iterator[tuple[list[str], set[str]]]:
-        """Jobs and images in scope, page by page."""
-        if scope.sha256 is not None:
-            yield [], {scope.sha256}
-        after: str | None = None
-        while ids := self._read(partial(erasing.job_page, scope=scope, after=after, limit=_PAGE)):
-            # An image named by its hash is meant; what else its jobs judged in other revisions is not.
-            images = set() if scope.sha256 else self._read(partial(erasing.images_of, job_ids=ids))
-            yield ids, images
-            after = ids[-1]
-        if (before := scope.before) is not None:
-            last = ""
-            while hashes := self._read(partial(erasing.spoken_of, before=before, after=last, limit=_PAGE)):
-                yield [], set(hashes)
-                last = hashes[-1]
+        def begin(session: Session) -> str:
+            for receipt in erasures.still_open(session):
+                if erasures.target_of(session, receipt.id) == scope.target():
+                    return receipt.id
+            _require_known(session, scope)
+            erasures.begin(session, id=chosen, scope=str(scope), target=scope.target(), by=by, why=why, salt=salt)
+            erasures.add_targets(session, chosen, TENANT, [scope.tenant] if scope.tenant is not None else [])
+            erasures.add_targets(session, chosen, IMAGE, [scope.sha256] if scope.sha256 is not None else [])
+            if keep_releases:
+                erasures.note(session, chosen, releases={ALL: {"how": "any", "files": "kept"}})
+            audit.record(session, actor=by, action="erasure.begin", subject=chosen)
+            return chosen
 
-    def _collect(self, erasure_id: str, scope: Scope) -> None:
-        """Writes down what is to be erased, with the digests that the receipt keeps of it."""
-        for ids, hashes in self._found(scope):
+        return self._write(begin)
 
-            def add(session: Session, ids: Sequence[str] = ids, hashes: set[str] = hashes) -> None:
-                erasures.add_targets(session, erasure_id, JOB, ids)
-                erasures.add_targets(session, erasure_id, IMAGE, hashes)
+    def _finish_all(self, say: Say) -> None:
+        """Each erasure that is open; one that cannot be finished now keeps no other from it."""
+        first: StoreError | StorageError | ArtifactError | None = None
+        for receipt in self._read(erasures.still_open):
+            try:
+                self._finish(receipt, say)
+            except (LostTurnError, StoreUnavailableError):
+                raise
+            except (StoreError, StorageError, ArtifactError) as error:
+                first = first or error
+        if first is not None:
+            raise first
 
-            self._store.run(add)
-        if (tenant := scope.tenant) is not None:
-            self._store.run(lambda session: erasures.add_targets(session, erasure_id, TENANT, [tenant]))
-        if scope.sha256 is None:
-            self._spare_shared(erasure_id)
+    def _finish(self, receipt: Receipt, say: Say) -> None:
+        """From wherever an earlier attempt ended; each step may be done again."""
+        scope = Scope.of(self._read(partial(erasures.target_of, erasure_id=receipt.id)))
+        late = 0
+        for _ in range(_LOOKS):
+            busy = self._erase_rows(receipt, scope, say)
+            self._leftovers.tidy(wait_s=self._wait_s)
+            if busy:
+                raise StoreError(f"{busy} of the jobs are being judged right now: do the same again in a minute")
+            self._enter(receipt, "last look")
+            if not (found := self._look(receipt, scope)).total():
+                return self._close(receipt, scope, late)
+            log.info("erasure_found_more", erasure=receipt.id, **found)
+            late += found.total()
+        raise StoreError(f"erasure {receipt.id}: what is erased is written again all the time; do the same again")
 
-    def _spare_shared(self, erasure_id: str) -> None:
-        """Images that a job out of scope judged too stay."""
-        for hashes in self._pages(erasure_id, IMAGE):
+    def _erase_rows(self, receipt: Receipt, scope: Scope, say: Say) -> int:
+        """All that is in scope now; returns how many jobs are left because they are being judged."""
+        busy = self._erase_jobs(receipt, scope, say)
+        self._erase_strays(receipt, scope)
+        self._erase_addresses(receipt)
+        self._write(workers.blank_pauses)
+        self._enter(receipt, "images")
+        for page in self._pages(receipt.id, IMAGE):
+            shared = self._write(partial(erasing.spare_shared, erasure_id=receipt.id, hashes=page, scope=scope))
+            self._write(partial(erasures.note, erasure_id=receipt.id, counts={"images_shared": shared}))
+        self._unlearning.forget(receipt, {sha256 for page in self._pages(receipt.id, IMAGE) for sha256 in page})
+        for page in self._pages(receipt.id, IMAGE):
+            self._write(partial(self._erase_images, receipt=receipt, scope=scope, hashes=page))
+            say(len(page))
+        self._note(receipt, {"copies": drop_copies(self._store, self._kept)})
+        self._note(receipt, {"dead_letters": self._erase_letters(receipt, scope)})
+        return busy
 
-            def spare(session: Session, hashes: list[str] = hashes) -> None:
-                judged = erasing.judged_for(session, hashes)
-                mine = erasures.targeted(session, erasure_id, JOB, {job for _, job in judged})
-                shared = {sha256 for sha256, job in judged if job not in mine}
-                erasures.drop_targets(session, erasure_id, IMAGE, shared, spared=True)
-                erasures.note(session, erasure_id, counts={"images_shared": len(shared)})
+    def _enter(self, receipt: Receipt, step: str) -> None:
+        self._write(partial(erasures.enter, erasure_id=receipt.id, step=step))
 
-            self._store.run(spare)
+    def _note(self, receipt: Receipt, counts: Mapping[str, int]) -> None:
+        if any(counts.values()):
+            self._write(partial(erasures.note, erasure_id=receipt.id, counts=counts))
 
     def _pages(self, erasure_id: str, kind: str) -> Iterator[list[str]]:
         after = ""
@@ -226,123 +258,142 @@ class Eraser:
         ):
             yield found
             after = found[-1]
-            self._renew()
 
-    def _finish(self, receipt: Receipt, say: Say) -> None:
-        """From wherever an earlier attempt ended; each step may be done again."""
-        self._erase_jobs(receipt, say)
-        hashes = {sha256 for page in self._pages(receipt.id, IMAGE) for sha256 in page}
-        self._forget_learning(receipt, hashes)
-        for page in self._pages(receipt.id, IMAGE):
-            copies = sum(self._kept.drop(sha256) for sha256 in page)
-            self._store.run(partial(self._erase_images, receipt=receipt, hashes=page, copies=copies))
-            say(len(page))
-        self._leftovers.tidy(wait_s=self._wait_s)
+    def _job_pages(self, receipt: Receipt, scope: Scope) -> Iterator[list[str]]:
+        if scope == Scope():
+            # Begun by a version that did not keep the scope: what it had listed is all that can be found.
+            for page in self._pages(receipt.id, JOB):
+                if there := sorted(self._write(partial(personal.left, jobs=page)).jobs):
+                    yield there
+            return
+        after: str | None = None
+        while ids := self._read(partial(scopes.job_page, scope=scope, after=after, limit=_PAGE)):
+            yield ids
+            after = ids[-1]
+
+    def _erase_jobs(self, receipt: Receipt, scope: Scope, say: Say) -> int:
+        self._enter(receipt, "jobs")
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            busy = 0
+            for page in self._job_pages(receipt, scope):
+                left = self._write(partial(self._erase_some, receipt=receipt, scope=scope, ids=page))
+                say(len(page) - len(left))
+                busy += len(left)
+            if not busy or time.monotonic() > deadline:
+                return busy
+            time.sleep(_POLL_S)
+
+    @staticmethod
+    def _erase_some(session: Session, *, receipt: Receipt, scope: Scope, ids: list[str]) -> list[str]:
+        done = erasing.erase_jobs(session, receipt.id, ids, scope=scope, actor=receipt.by)
+        if done.counts.total():
+            erasures.note(session, receipt.id, counts=done.counts)
+        return done.busy
+
+    def _erase_strays(self, receipt: Receipt, scope: Scope) -> None:
+        """What jobs in scope left that are gone themselves; and images of which only was spoken."""
+
+        def erase(found: list[tuple[str, str]]) -> None:
+            done = self._write(partial(erasing.erase_strays, erasure_id=receipt.id, found=found))
+            self._note(receipt, done.counts)
+
+        while found := self._read(partial(scopes.origin_page, scope=scope, limit=_PAGE)):
+            erase(found)
+        after: str | None = ""
+        while after is not None:
+            found, after = self._read(partial(scopes.stray_scores, scope=scope, after=after))
+            if found:
+                erase(found)
+        if scope.job is not None and (page := self._read(partial(_named_by, job_id=scope.job))):
+            self._write(partial(self._erase_some, receipt=receipt, scope=scope, ids=page))
+        for hashes in self._spoken_of(scope):
+            self._write(partial(erasures.add_targets, erasure_id=receipt.id, kind=IMAGE, values=hashes))
+
+    def _spoken_of(self, scope: Scope) -> Iterator[list[str]]:
+        if (before := scope.before) is None:
+            return
+        last = ""
+        while hashes := self._read(partial(scopes.spoken_of, before=before, after=last, limit=_PAGE)):
+            yield hashes
+            last = hashes[-1]
+
+    def _erase_addresses(self, receipt: Receipt) -> None:
+        """Labels and notes on copies that were made by the address of a job, not by its id."""
+        if not self._read(partial(erasures.targets, erasure_id=receipt.id, kind=erasures.URI, limit=1)):
+            return
+        self._enter(receipt, "addresses")
+        after: str | None = ""
+        while after is not None:
+            work = partial(erasing.erase_addresses, erasure_id=receipt.id, limit=_SCANNED, actor=receipt.by)
+            done, after = self._write(partial(work, after=after))
+            self._note(receipt, done.counts)
+        last: str | None = ""
+        while last is not None:
+            last = self._write(
+                partial(erasing.erase_copy_addresses, erasure_id=receipt.id, after=last, limit=_SCANNED)
+            )
+
+    @staticmethod
+    def _erase_images(session: Session, *, receipt: Receipt, scope: Scope, hashes: list[str]) -> None:
+        done = erasing.erase_images(session, receipt.id, hashes, scope=scope, actor=receipt.by)
+        erasures.note(session, receipt.id, counts=done.counts)
+
+    def _erase_letters(self, receipt: Receipt, scope: Scope) -> int:
+        count = 0
+        after: str | None = ""
+        while after is not None:
+            work = partial(letters.erase_letters, erasure_id=receipt.id, scope=scope, limit=_LETTERS)
+            some, after = self._write(partial(work, after=after))
+            count += some
+        return count
+
+    def _look(self, receipt: Receipt, scope: Scope) -> Counter[str]:
+        """Looks over all tables and the storage once more; what is found is on the list again."""
+        found: Counter[str] = Counter()
+        look = partial(erasing.rows_left, erasure_id=receipt.id, scope=scope)
+        for page in self._pages(receipt.id, JOB):
+            if rows := self._write(partial(look, hashes=[], job_ids=page)):
+                found["rows"] += rows
+                self._write(partial(self._erase_some, receipt=receipt, scope=scope, ids=page))
+        for page in self._pages(receipt.id, ERASED):
+            found["rows"] += self._write(partial(look, hashes=page, job_ids=[]))
+            again = [sha256 for sha256 in page if self._kept.exists(sha256)]
+            self._write(partial(kept_images.to_drop, hashes=again))
+            found["copies"] += len(again)
+        found["jobs"] += self._read(partial(scopes.jobs_left, scope=scope, accepted_until=receipt.created_at))
+        found["letters"] += self._erase_letters(receipt, scope)
+        return found
+
+    def _close(self, receipt: Receipt, scope: Scope, late: int) -> None:
         purge(self._store)
+        seen = {"rows": 0, "copies": 0, "jobs": 0, "letters": 0, "late": late}
+        if scope == Scope():
+            seen["scope_unknown"] = 1
 
         def close(session: Session) -> None:
-            erasures.finish(session, receipt.id)
+            erasures.finish(session, receipt.id, seen)
             done = erasures.get(session, receipt.id)
             counts = {} if done is None else dict(done.counts)
             audit.record(session, actor=receipt.by, action="erasure.done", subject=receipt.id, details=counts)
 
-        self._store.run(close)
+        self._write(close)
         # The notes of what was to be erased were rows as well.
         purge(self._store)
         log.info("erased", erasure=receipt.id, **self._receipt(receipt.id).counts)
 
-    def _erase_jobs(self, receipt: Receipt, say: Say) -> None:
-        deadline = time.monotonic() + self._wait_s
-        while True:
-            busy = 0
-            for page in self._pages(receipt.id, JOB):
-                left = self._store.run(partial(self._erase_some, receipt=receipt, ids=page))
-                say(len(page) - len(left))
-                busy += len(left)
-            if not busy:
-                return
-            if time.monotonic() > deadline:
-                raise _BusyError(f"{busy} of the jobs are being judged right now: do the same again in a minute")
-            time.sleep(_POLL_S)
 
-    def _erase_some(self, session: Session, *, receipt: Receipt, ids: list[str]) -> list[str]:
-        entry = self._entry(session, receipt, {"jobs": len(ids)})
-        counts, busy = erasing.erase_jobs(session, ids, entry)
-        erasures.drop_targets(session, receipt.id, JOB, set(ids) - set(busy))
-        erasures.note(session, receipt.id, counts=counts)
-        return busy
-
-    def _erase_images(self, session: Session, *, receipt: Receipt, hashes: list[str], copies: int) -> None:
-        counts = erasing.erase_images(session, hashes, self._entry(session, receipt, {"images": len(hashes)}))
-        erasures.drop_targets(session, receipt.id, IMAGE, hashes)
-        erasures.note(session, receipt.id, counts={**counts, "images": len(hashes), "copies": copies})
-
-    @staticmethod
-    def _entry(session: Session, receipt: Receipt, details: Mapping[str, int]) -> audit.Entry:
-        return audit.record(
-            session, actor=receipt.by, action="erasure.remove", subject=receipt.id, details=dict(details)
-        )
-
-    def _forget_learning(self, receipt: Receipt, hashes: set[str]) -> None:
-        """Out of snapshots and runs; a run under way that learns from it ends.
-
-        Noted first, forgotten then: once a snapshot has forgotten, nothing tells any more which release learned.
-        """
-        if not hashes:
-            return
-        concerned = self._note_learning(receipt, hashes)
-        for snapshot in concerned:
-            self._store.run(
-                partial(
-                    erasing.forget_in_snapshot,
-                    snapshot_id=snapshot,
-                    hashes=hashes,
-                    actor=receipt.by,
-                    subject=receipt.id,
-                )
-            )
-            self._renew()
-        why = "an image that it learned from was erased: begin another run"
-        for run in self._receipt(receipt.id).runs:
-            self._store.run(partial(erasing.end_run, run_id=run, reason=why))
-        self._store.run(partial(erasing.forget_in_runs, hashes=hashes))
-
-    def _note_learning(self, receipt: Receipt, hashes: set[str]) -> set[str]:
-        """Notes runs and releases on the receipt; returns the snapshots that have one of the images."""
-        touched, learned = self._concerned(hashes)
-        runs, _ = self._read(partial(erasing.learned_from, snapshot_ids=touched))
-        _, made = self._read(partial(erasing.learned_from, snapshot_ids=learned))
-        files = "kept" if _ALL in receipt.releases else WAITING
-        named = {
-            name: {"how": how, "files": files if how == "learned" else "kept"}
-            for name, how in made.items()
-            if name not in receipt.releases
-        }
-        counts = {"snapshots": len(touched), "runs": len(set(runs) - set(receipt.runs)), "releases": len(named)}
-        self._store.run(partial(erasures.note, erasure_id=receipt.id, counts=counts, releases=named, runs=runs))
-        return touched
-
-    def _concerned(self, hashes: set[str]) -> tuple[set[str], set[str]]:
-        """Snapshots that have one of these images, and those of them that have one to learn from."""
-        found = self._read(partial(erasing.snapshots_with, hashes=hashes))
-        learned = {snapshot for snapshot, parts in found.items() if set(parts.values()) != {"holdout"}}
-        return set(found), learned
-
-    def _renew(self) -> None:
-        if not self._store.run(partial(workers.take_lease, name=_ROLE, owner=self._owner, ttl_s=_LEASE_S)):
-            raise StoreError("another process took over the erasure: it goes on there")
+def _require_known(session: Session, scope: Scope) -> None:
+    """Refuses a job or tenant of which nothing is kept: most often its name is misspelt."""
+    if scopes.is_known(session, scope):
+        return
+    kind, value = (TENANT, scope.tenant) if scope.tenant is not None else (JOB, scope.job)
+    before = erasures.was_erased(session, kind, str(value))
+    why = f"; it was erased, see receipt {before[0].id}" if before else ": is it spelt as in its jobs?"
+    raise StoreError(f"nothing is kept of the {kind} {value!r}, so nothing was erased{why}")
 
 
-class _Turn:
-    """The role of the one who erases, for as long as a block lasts."""
-
-    def __init__(self, store: Store, owner: str) -> None:
-        self._store = store
-        self._owner = owner
-
-    def __enter__(self) -> None:
-        if not self._store.run(partial(workers.take_lease, name=_ROLE, owner=self._owner, ttl_s=_LEASE_S)):
-            raise StoreError("another process is erasing: wait until it is done")
-
-    def __exit__(self, *_: object) -> None:
-        self._store.run(partial(workers.drop_lease, name=_ROLE, owner=self._owner))
+def _named_by(session: Session, job_id: str) -> list[str]:
+    """The job's id, if labels or scores name it though it is gone."""
+    there = personal.left(session, jobs=[job_id]).jobs
+    return [job_id] if not there and scopes.images_of(session, [job_id]) else []

@@ -17,7 +17,7 @@ from code_worker.images.decode import inspect
 from code_worker.images.phash import perceptual_hash
 from code_worker.images.source import Sources
 from code_worker.roles import Role, current_user, require
-from code_worker.store import audit, image_groups, jobs, kept_images, labels, verdicts
+from code_worker.store import audit, image_groups, jobs, kept_images, labels, personal, verdicts
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Session, Store
 
-__all__ = ["Found", "LabelFile", "Labelled", "Labeller", "absolute"]
+__all__ = ["Found", "LabelFile", "Labelled", "Labeller", "Recorded", "absolute", "erased_meanwhile"]
 
 _HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
 _JOB: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -48,6 +48,14 @@ class Found:
     image: KeptImage
     uri: str
     job_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """How many statements said something new, and images of which none was written: they were erased meanwhile."""
+
+    added: int
+    erased: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +116,8 @@ class Labeller:
         Raises:
             ValueError: an argument that cannot be stored; nothing was fetched.
             NotAllowedError: whoever acts is no labeller, or none but a reviewer may do it; likewise.
-            DatasetError: no such job, no copy of such a hash, or other bytes than the job judged.
+            DatasetError: no such job, no copy of such a hash, or other bytes than the job judged; or job or image
+                were erased meanwhile.
             ImageRejectedError: the image may not be read, is not there, or is no image.
             TransientError: its source failed; try again.
         """
@@ -132,7 +141,10 @@ class Labeller:
             require(self._roles, actor, Role.REVIEWER, f"label in the name of {by}")
         found = self.find(target)
         new = replace(draft, sha256=found.image.sha256, uri=found.uri, job_id=found.job_id)
-        return Labelled(new.sha256, found.uri, self.record([new], [found.image], actor=actor) > 0)
+        recorded = self.record([new], actor=actor)
+        if recorded.erased:
+            raise erased_meanwhile(new.sha256)
+        return Labelled(new.sha256, found.uri, recorded.added > 0)
 
     def find(self, target: str, *, sha256: str | None = None) -> Found:
         """The image that a target names; a copy of it is kept afterwards, and only what is not kept is fetched.
@@ -162,45 +174,46 @@ class Labeller:
     def record(
         self,
         new: Sequence[NewLabel],
-        images: Sequence[KeptImage],
         rows: Mapping[str, str] | None = None,
         *,
         actor: str,
         file: LabelFile | None = None,
-    ) -> int:
-        """Writes statements, the images they are about and rows that were read, in one transaction.
+    ) -> Recorded:
+        """Writes statements about images that `find` gave, and rows that were read, in one transaction.
 
         The images are put into their groups in it, too.
 
         Args:
             new: statements, in the order said.
-            images: every image that they name and that `find` gave.
             rows: keys of a file's rows and the content hashes they turned out to mean.
             actor: who acts, for the audit.
             file: the file that they are from.
 
         Returns:
-            How many statements said something new.
+            How many statements said something new; and of which images nothing was written.
         """
-        tries: list[int] = []
+        tries: list[Recorded] = []
 
         def write(session: Session) -> None:
+            there = personal.left(
+                session, jobs=(one.job_id for one in new if one.job_id), images=(one.sha256 for one in new)
+            )
+            # `find` noted it: without that row the copy goes, or is gone.
+            kept = kept_images.kept(session, there.images)
+            some = [one for one in new if one.sha256 in kept and (one.job_id is None or one.job_id in there.jobs)]
+            written = {one.sha256 for one in some}
             image_groups.lock(session)
-            old = kept_images.kept(session, [image.sha256 for image in images])
-            kept_images.note_kept(session, images)
-            for image in images:
-                if image.sha256 in old and image.phash is not None:
-                    kept_images.note_hash(session, image.sha256, image.phash)
-            added = labels.add(session, new)
-            image_groups.place(session, _named(new), old=old.keys())
-            labels.note_imported(session, rows or {})
+            old = image_groups.labelled_before(session, written)
+            added = labels.add(session, some)
+            image_groups.place(session, _named(some), old=old)
+            labels.note_imported(session, {key: one for key, one in (rows or {}).items() if one in written})
             if added:
-                _audit(session, new, added, actor, file)
-            tries.append(added)
+                _audit(session, some, added, actor, file)
+            tries.append(Recorded(added, frozenset(one.sha256 for one in new) - written))
 
         self._store.run(write)
         # A try whose commit's answer was lost did add them, and the next one found nothing new.
-        return max(tries)
+        return replace(tries[-1], added=max(one.added for one in tries))
 
     def imported(self, keys: Sequence[str]) -> dict[str, str]:
         """Content hashes of the images of rows that were read before, by the row's key."""
@@ -211,21 +224,23 @@ class Labeller:
         self._sources.close()
 
     def _copy(self, sha256: str) -> Found:
-        if (image := self._known(sha256, uri=sha256)) is None:
+        if (image := self._known(sha256, sha256, self._moment())) is None:
             raise DatasetError(f"no copy of image {sha256} is kept: label it by its URI or by a job that judged it")
         return Found(image, image.uri)
 
     def _of_job(self, job_id: str) -> Found:
+        since = self._moment()
         verdict, job = self._store.run(
             lambda session: (verdicts.live(session, job_id), jobs.get(session, job_id)), write=False
         )
         if job is None:
             raise DatasetError(f"no job has the id {job_id}; a file of that name is written ./{job_id}")
-        found = self._at(job.uri, verdict.sha256 if verdict else None)
+        found = self._at(job.uri, verdict.sha256 if verdict else None, since=since, job_id=job.id)
         return replace(found, job_id=job.id)
 
-    def _at(self, uri: str, sha256: str | None) -> Found:
-        if sha256 is not None and (image := self._known(sha256, uri=uri)) is not None:
+    def _at(self, uri: str, sha256: str | None, *, since: datetime | None = None, job_id: str | None = None) -> Found:
+        since = since or self._moment()
+        if sha256 is not None and (image := self._known(sha256, uri, since, job_id)) is not None:
             return Found(image, uri)
         data = self._sources.fetch(uri).data
         image = self._inspected(data, uri)
@@ -234,22 +249,50 @@ class Labeller:
                 f"{uri} holds other bytes now ({image.sha256}) than those meant ({sha256}), of which no copy is "
                 "kept: label the URI itself to speak of what is there now"
             )
-        # First the row: a copy that no row names would be found by nobody, by no erasure either.
-        self._store.run(partial(kept_images.note_kept, images=[image]))
+        self._note(image, since, job_id)
         self._kept.put(data)
         return Found(image, uri)
 
-    def _known(self, sha256: str, *, uri: str) -> KeptImage | None:
+    def _known(self, sha256: str, uri: str, since: datetime, job_id: str | None = None) -> KeptImage | None:
+        """The image, if a copy of it is kept; None where it must be fetched."""
         if not self._kept.exists(sha256):
             return None
-        noted = self._store.run(partial(kept_images.kept, hashes=[sha256]), write=False)
+        noted = self._store.run(partial(kept_images.kept, hashes=[sha256]), write=False).get(sha256)
         # A storage may be older than the database, or shared with another one.
-        return noted.get(sha256) or self._inspected(self._kept.read(sha256), uri)
+        image = noted or self._inspected(self._kept.read(sha256), uri)
+        self._note(image, since, job_id)
+        # Asked again once it is noted: from here on nobody deletes it.
+        return image if self._kept.exists(sha256) else None
+
+    def _note(self, image: KeptImage, since: datetime, job_id: str | None) -> None:
+        """Before the copy is written: what becomes of the labeller, a row leads to it."""
+
+        def note(session: Session) -> bool:
+            if job_id is not None and not personal.left(session, jobs=[job_id]).jobs:
+                return False
+            noted = kept_images.note_kept(session, [image], since=since)
+            if noted and image.phash is not None:
+                kept_images.note_hash(session, image.sha256, image.phash)
+            return bool(noted)
+
+        if not self._store.run(note):
+            raise erased_meanwhile(image.sha256)
+
+    def _moment(self) -> datetime:
+        return self._store.look(personal.moment)
 
     def _inspected(self, data: bytes, uri: str) -> KeptImage:
         facts = inspect(data, self._limits)
         phash = kept_images.bits(perceptual_hash(data, self._limits))
         return KeptImage(facts.sha256, facts.size_bytes, facts.format, facts.width, facts.height, uri, phash)
+
+
+def erased_meanwhile(sha256: str) -> DatasetError:
+    """Why nothing was said of an image."""
+    return DatasetError(
+        f"image {sha256} or the job that judged it was erased while it was being labelled, or its copy is just being "
+        "deleted: nothing was written; what is still there can be labelled again in a minute"
+    )
 
 
 def absolute(target: str) -> str:

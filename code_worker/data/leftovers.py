@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from code_worker.data.kept import LocalKept
+from code_worker.data.kept import KeptImages, LocalKept
 from code_worker.errors import StorageError
 from code_worker.logs import get_logger
 from code_worker.queues import chunks
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Session, Store
 
-__all__ = ["Leftovers"]
+__all__ = ["Leftovers", "drop_copies"]
 
 log = get_logger(__name__)
 _LOCK: Final = "lock"
 _PAGE: Final = 1000
+_DROPPED: Final = 100
 _POLL_S: Final = 0.2
 _FRESH_S: Final = 600.0
 
@@ -49,18 +50,30 @@ class Leftovers:
         Raises:
             StorageError: one cannot be deleted, or its process did not leave it in time.
         """
-        receipts = self._store.run(erasures.list_receipts, write=False)
-        runs = sorted({run for receipt in receipts for run in receipt.runs})
-        releases = {
-            name for one in receipts for name, facts in one.releases.items() if facts.get("files") == "deleted"
-        }
         try:
+            runs, releases = self._named(_names(self._data / "runs"), _names(self._data / "cache" / "releases"))
             found = self._runs(runs, wait_s) + self._copies() + self._releases(releases)
         except OSError as error:
             raise StorageError(f"cannot tidy {self._data}: {error}") from error
         if found:
             log.info("leftovers_deleted", count=found)
         return found
+
+    def _named(self, runs: set[str], releases: set[str]) -> tuple[list[str], set[str]]:
+        """Those of these runs and releases, which are here, that receipts name."""
+        if not runs and not releases:
+            return [], set()
+
+        def look(session: Session) -> tuple[list[str], set[str]]:
+            named, deleted = set[str](), set[str]()
+            for one in erasures.learned(session):
+                named |= runs.intersection(one.runs)
+                deleted |= {
+                    name for name, facts in one.releases.items() if name in releases and facts["files"] == "deleted"
+                }
+            return sorted(named), deleted
+
+        return self._store.run(look, write=False)
 
     def _runs(self, runs: Iterable[str], wait_s: float) -> int:
         places = [place for run in runs if (place := self._data / "runs" / run).is_dir()]
@@ -91,6 +104,25 @@ class Leftovers:
     def _releases(self, releases: set[str]) -> int:
         cache = self._data / "cache" / "releases"
         return sum(LocalArtifacts(cache).drop(name) for name in releases if (cache / name).is_dir())
+
+
+def drop_copies(store: Store, kept: KeptImages) -> int:
+    """Deletes the files of copies whose rows are gone; returns how many there were.
+
+    Raises:
+        StorageError: one cannot be deleted; the next call goes on there.
+    """
+    count = 0
+    while hashes := store.run(lambda session: kept_images.copies_to_drop(session, limit=_DROPPED), write=False):
+        count += sum(kept.drop(sha256) for sha256 in hashes)
+        store.run(lambda session, some=hashes: kept_images.dropped(session, some))  # type: ignore[misc]
+    return count
+
+
+def _names(place: Path) -> set[str]:
+    with suppress(FileNotFoundError):
+        return {path.name for path in place.iterdir() if path.is_dir()}
+    return set()
 
 
 def _age_s(path: Path) -> float:

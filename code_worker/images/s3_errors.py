@@ -57,8 +57,12 @@ class Fault(Enum):
         """
         detail = f"{what}: {said}: {self.meaning}"
         if issubclass(self.kind, SourceCredentialsError):
-            return self.kind(source, detail)
-        return self.kind(self.reason, detail)
+            error: ImageRejectedError | TransientError = self.kind(source, detail)
+        else:
+            error = self.kind(self.reason, detail)
+        if isinstance(error, TransientError):
+            error.cause = f"{said}: {self.meaning}"
+        return error
 
 
 def _rows(table: Mapping[Fault, str]) -> dict[str, Fault]:

@@ -20,6 +20,7 @@ class JobFault:
         source: the source whose credentials failed, else None.
         blame: whether the fault counts towards the job's limit; a paused source is nobody's fault.
         wait_s: for how long trying again is of no use, where that is known.
+        cause: what happened, without naming the object.
     """
 
     job: Job
@@ -28,3 +29,4 @@ class JobFault:
     source: str | None = None
     blame: bool = True
     wait_s: float | None = None
+    cause: str = ""

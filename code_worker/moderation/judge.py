@@ -138,7 +138,7 @@ class Judge:
             source = error.source if isinstance(error, SourceCredentialsError) else None
             blame = not isinstance(error, SourceCredentialsError | SourcePausedError)
             wait_s = error.wait_s if isinstance(error, SourcePausedError) else None
-            result.faults.append(JobFault(item.job, error.reason, error.detail, source, blame, wait_s))
+            result.faults.append(JobFault(item.job, error.reason, error.detail, source, blame, wait_s, error.cause))
         else:
             log.error("image_failed", job=item.job.id, exc_info=error)
             detail = f"{type(error).__name__}: {error}"[:500]

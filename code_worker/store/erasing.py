@@ -6,19 +6,18 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, delete, exists, func, or_, select, update
+from sqlalchemy import RowMapping, Uuid, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.queues import chunks
-from code_worker.store import audit, image_groups, snapshots
+from code_worker.store import audit, erasures, image_groups, kept_images, origins, personal, scopes, snapshots
 from code_worker.store.models import (
-    DeadLetterRow,
     EmbeddingRow,
+    ImageOriginRow,
     ImportedRow,
     JobRow,
     KeptImageRow,
@@ -30,159 +29,234 @@ from code_worker.store.models import (
     db_now,
 )
 from code_worker.store.retention import rowcount
+from code_worker.store.scopes import Scope
 from code_worker.store.splits import Split, recorded_split
-from code_worker.store.sql import IN_LIST, among, table_of
+from code_worker.store.sql import IN_LIST, among, insert_new, table_of
 
 __all__ = [
-    "Scope",
+    "Erased",
     "counted",
     "end_run",
+    "erase_addresses",
+    "erase_copy_addresses",
     "erase_images",
     "erase_jobs",
+    "erase_strays",
     "forget_in_runs",
     "forget_in_snapshot",
-    "images_of",
-    "job_page",
-    "judged_for",
     "learned_from",
+    "rows_left",
     "snapshots_with",
-    "spoken_of",
+    "spare_shared",
 ]
 
 _JOBS = table_of(JobRow)
 _VERDICTS = table_of(VerdictRow)
 _SHADOW = table_of(ShadowScoreRow)
 _LABELS = table_of(LabelRow)
-_LATER = _LABELS.alias("later")
 _ROWS = table_of(ImportedRow)
 _KEPT = table_of(KeptImageRow)
 _EMBEDDINGS = table_of(EmbeddingRow)
-_LETTERS = table_of(DeadLetterRow)
+_ORIGINS = table_of(ImageOriginRow)
 _RUNS = table_of(RunRow)
 _SNAPSHOTS = table_of(SnapshotRow)
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
+_OF_IMAGES: Final = (_LABELS, _ROWS, _KEPT, _SHADOW, _ORIGINS)
+"""Tables whose rows go with an image; embeddings beside them, which are found by encoder."""
+_UNKNOWN: Final = "erased"
+"""Stands for the address of a copy that others share, where none of theirs is known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What to forget; exactly one of these is given.
+@dataclass(slots=True)
+class Erased:
+    """What one transaction did: how many rows of which kind went, and jobs that a worker is judging now."""
 
-    Attributes:
-        job: its id; the image is forgotten as well, unless another job judged it.
-        sha256: an image with every job that judged it.
-        tenant: all its jobs, and their images as above.
-        before: everything accepted or labelled before this moment, and not spoken of since.
+    counts: Counter[str] = field(default_factory=Counter)
+    busy: list[str] = field(default_factory=list)
+
+
+def erase_jobs(session: Session, erasure_id: str, job_ids: Sequence[str], *, scope: Scope, actor: str) -> Erased:
+    """Deletes jobs with all that hangs on them, and notes in the same transaction which images were theirs.
+
+    Jobs that a worker is judging are left until their lease lapses or their verdict is there.
     """
+    ids = sorted(job_ids)
+    held = (_JOBS.c.state == "running") & (_JOBS.c.due_at > db_now())
+    rows = session.execute(
+        select(_JOBS.c.id, _JOBS.c.uri, held.label("held"))
+        .where(among(session, _JOBS.c.id, ids))
+        .order_by(_JOBS.c.id)
+        .with_for_update()
+    ).all()
+    done = Erased(busy=[row.id for row in rows if row.held])
+    # From here on nobody writes a verdict, score or label of these: who did is read, who comes finds no row.
+    if not (free := [job_id for job_id in ids if job_id not in set(done.busy)]):
+        return done
+    _note(session, erasure_id, free, {row.uri for row in rows if not row.held}, scope)
+    with audit.removal(session, _entry(session, erasure_id, actor, {"jobs": len(free)})):
+        for name, table in (("shadow_scores", _SHADOW), ("verdicts", _VERDICTS)):
+            done.counts[name] = _delete(session, table, table.c.job_id, free)
+        # Gone with their images; but of an image that others share it stays what was said, by whomever's job.
+        _restate(session, session.execute(select(_LABELS).where(among(session, _LABELS.c.job_id, free))).mappings())
+        done.counts["jobs"] = _delete(session, _JOBS, _JOBS.c.id, free)
+    if scope.sha256 is None:
+        _delete(session, _ORIGINS, _ORIGINS.c.job_id, free)
+    return done
 
-    job: str | None = None
-    sha256: str | None = None
-    tenant: str | None = None
-    before: datetime | None = None
 
-    def __str__(self) -> str:
-        """As a receipt may say it: without what it names."""
-        if self.before is not None:
-            return f"before {self.before.isoformat(timespec='seconds')}"
-        return next(name for name in ("job", "sha256", "tenant") if getattr(self, name) is not None)
-
-
-def job_page(session: Session, scope: Scope, *, after: str | None, limit: int) -> list[str]:
-    """Ids of the jobs in scope, sorted, after the last one of the page before."""
-    column: ColumnElement[Any] = _VERDICTS.c.job_id if scope.sha256 is not None else _JOBS.c.id
-    statement = select(column).distinct().order_by(column).limit(limit)
-    if scope.sha256 is not None:
-        statement = statement.where(_VERDICTS.c.sha256 == scope.sha256)
-    elif scope.job is not None:
-        statement = statement.where(_JOBS.c.id == scope.job)
-    elif scope.tenant is not None:
-        statement = statement.where(_JOBS.c.tenant == scope.tenant)
+def _note(session: Session, erasure_id: str, job_ids: Sequence[str], uris: set[str], scope: Scope) -> None:
+    """What is to be erased beside these jobs: an image that was named by its hash is meant alone."""
+    if scope.sha256 is None:
+        images = scopes.images_of(session, job_ids)
     else:
-        statement = statement.where(_JOBS.c.created_at < scope.before)
-    if after is not None:
-        statement = statement.where(column > after)
-    return list(session.scalars(statement))
+        images = {scope.sha256}
+        origins.note_origins(session, job_ids, but=scope.sha256)
+    read = select(_VERDICTS.c.uri).where(among(session, _VERDICTS.c.job_id, job_ids)).distinct()
+    erasures.add_targets(session, erasure_id, erasures.JOB, job_ids)
+    erasures.add_targets(session, erasure_id, erasures.IMAGE, images)
+    erasures.add_targets(session, erasure_id, erasures.URI, uris | set(session.scalars(read)))
 
 
-def images_of(session: Session, job_ids: Sequence[str]) -> set[str]:
-    """Content hashes of what was judged for these jobs, or labelled by their ids."""
-    found: set[str] = set()
-    for table in (_VERDICTS, _LABELS, _SHADOW):
-        rows = session.scalars(select(table.c.sha256).where(among(session, table.c.job_id, job_ids)).distinct())
-        found.update(sha256 for sha256 in rows if sha256 is not None)
-    return found
+def erase_strays(session: Session, erasure_id: str, found: Sequence[tuple[str, str]]) -> Erased:
+    """Deletes what names a job in scope that is gone: origins and shadow scores, by content hash and job."""
+    jobs = sorted({job_id for _, job_id in found})
+    erasures.add_targets(session, erasure_id, erasures.JOB, jobs)
+    erasures.add_targets(session, erasure_id, erasures.IMAGE, {sha256 for sha256, _ in found})
+    done = Erased()
+    done.counts["shadow_scores"] = _delete(session, _SHADOW, _SHADOW.c.job_id, jobs)
+    done.counts["origins"] = _delete(session, _ORIGINS, _ORIGINS.c.job_id, jobs)
+    return done
 
 
-def judged_for(session: Session, hashes: Collection[str]) -> list[tuple[str, str]]:
-    """Content hash and job of every verdict on these images."""
-    found: list[tuple[str, str]] = []
-    for some in chunks(sorted(hashes), IN_LIST):
-        rows = session.execute(
-            select(_VERDICTS.c.sha256, _VERDICTS.c.job_id).where(_VERDICTS.c.sha256.in_(some)).distinct()
-        )
-        found.extend((row.sha256, row.job_id) for row in rows)
-    return found
+def erase_addresses(
+    session: Session, erasure_id: str, *, after: str, limit: int, actor: str
+) -> tuple[Erased, str | None]:
+    """Takes addresses of erased jobs out of labels, of a page of all; their images are to be erased.
 
+    What is said of an image that others share stays, without the address. An address at which others had the same
+    image judged is theirs.
 
-def spoken_of(session: Session, before: datetime, *, after: str, limit: int) -> list[str]:
-    """Images of which something was said before a moment and nothing since, by content hash."""
-    later = exists().where(_LATER.c.sha256 == _LABELS.c.sha256, _LATER.c.created_at >= before)
-    statement = select(_LABELS.c.sha256).distinct().where(_LABELS.c.sha256 > after, _LABELS.c.created_at < before)
-    return list(session.scalars(statement.where(~later).order_by(_LABELS.c.sha256).limit(limit)))
-
-
-def erase_jobs(session: Session, job_ids: Sequence[str], entry: audit.Entry) -> tuple[Counter[str], list[str]]:
-    """Deletes jobs with all that hangs on them; returns counts, and the ids of those that a worker is judging now.
-
-    These are left until their lease lapses or their verdict is there: what a worker still writes would stay.
+    Returns:
+        What was done, and the id after which the next page begins; None after the last page.
     """
-    held = select(_JOBS.c.id).where(among(session, _JOBS.c.id, job_ids), _JOBS.c.state == "running")
-    busy = list(session.scalars(held.where(_JOBS.c.due_at > db_now())))
-    free = sorted(set(job_ids) - set(busy))
-    counts: Counter[str] = Counter()
-    if not free:
-        return counts, busy
-    uris = list(session.scalars(select(_JOBS.c.uri).where(among(session, _JOBS.c.id, free))))
-    with audit.removal(session, entry):
-        for name, table in (("shadow_scores", _SHADOW), ("verdicts", _VERDICTS), ("labels", _LABELS)):
-            counts[name] = rowcount(session.execute(delete(table).where(among(session, table.c.job_id, free))))
-        counts["jobs"] = rowcount(session.execute(delete(_JOBS).where(among(session, _JOBS.c.id, free))))
-    counts["dead_letters"] = _erase_letters(session, [*free, *uris])
-    return counts, busy
+    personal.keep_out(session)
+    page = select(_LABELS).order_by(_LABELS.c.id).limit(limit)
+    rows = session.execute(page.where(_LABELS.c.id > after) if after else page).mappings().all()
+    given = [(row["sha256"], row["uri"]) for row in rows if row["uri"] is not None]
+    mine = _erased_addresses(session, erasure_id, given)
+    done, named = Erased(), [row for row in rows if (row["sha256"], row["uri"]) in mine]
+    if named:
+        erasures.add_targets(session, erasure_id, erasures.IMAGE, {sha256 for sha256, _ in mine})
+        with audit.removal(session, _entry(session, erasure_id, actor, {"addresses": len(named)})):
+            _restate(session, named)
+        done.counts["addresses"] = len(named)
+    return done, rows[-1]["id"] if len(rows) == limit else None
 
 
-def _erase_letters(session: Session, words: Sequence[str]) -> int:
-    """Unreadable messages that name one of the words: they may be anything, so only looking helps."""
-    if session.scalar(select(_LETTERS.c.id).limit(1)) is None:
-        return 0
+def _restate(session: Session, found: Iterable[RowMapping]) -> None:
+    """The same statements without what leads to a job; they refuse UPDATE."""
+    rows = [{**row, "uri": None, "job_id": None, "group": None, "note": audit.blank(row["note"])} for row in found]
+    _delete(session, _LABELS, _LABELS.c.id, [row["id"] for row in rows])
+    insert_new(session, LabelRow, rows, same=["id"])
+
+
+def erase_copy_addresses(session: Session, erasure_id: str, *, after: str, limit: int) -> str | None:
+    """Takes addresses of erased jobs out of the notes on copies, of a page of all; their images are to be erased.
+
+    Returns:
+        The content hash after which the next page begins; None after the last page.
+    """
+    personal.keep_out(session)
+    page = select(_KEPT.c.sha256, _KEPT.c.uri).where(_KEPT.c.sha256 > after).order_by(_KEPT.c.sha256).limit(limit)
+    rows = session.execute(page).all()
+    mine = _erased_addresses(session, erasure_id, [(row.sha256, row.uri) for row in rows])
+    erasures.add_targets(session, erasure_id, erasures.IMAGE, {sha256 for sha256, _ in mine})
+    for sha256, _ in sorted(mine):
+        # Of those who share the image; of an image that goes, this row goes as well.
+        other = session.scalar(select(_VERDICTS.c.uri).where(_VERDICTS.c.sha256 == sha256).limit(1))
+        session.execute(update(_KEPT).where(_KEPT.c.sha256 == sha256).values(uri=other or _UNKNOWN))
+    return rows[-1].sha256 if len(rows) == limit else None
+
+
+def _erased_addresses(session: Session, erasure_id: str, given: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those of these content hashes and addresses at which an erased job had its image, and no other job the same."""
+    salt = erasures.salt_of(session, erasure_id)
+    named = {pair: erasures.digest(salt, erasures.URI, pair[1]) for pair in set(given)}
+    hits = erasures.targeted(session, erasure_id, erasures.URI, set(named.values()))
+    mine = {pair for pair, digest in named.items() if digest in hits}
+    theirs: set[tuple[str, str]] = set()
+    for some in chunks(sorted({sha256 for sha256, _ in mine}), IN_LIST):
+        judged = select(_VERDICTS.c.sha256, _VERDICTS.c.uri).where(_VERDICTS.c.sha256.in_(some)).distinct()
+        theirs |= {(row.sha256, erasures.digest(salt, erasures.URI, row.uri)) for row in session.execute(judged)}
+    return {(sha256, uri) for sha256, uri in mine if (sha256, named[sha256, uri]) not in theirs}
+
+
+def spare_shared(session: Session, erasure_id: str, hashes: Sequence[str], *, scope: Scope) -> int:
+    """Takes images that others share off the list of what is to be erased; returns how many these were."""
+    personal.keep_out(session)
+    stay = scopes.shared(session, scope, hashes, erasure_id=erasure_id)
+    erasures.spare(session, erasure_id, stay)
+    return len(stay)
+
+
+def erase_images(session: Session, erasure_id: str, hashes: Sequence[str], *, scope: Scope, actor: str) -> Erased:
+    """Deletes all rows of images but those of jobs; the files of their copies are `kept_images.copies_to_drop`.
+
+    What others share since it was looked at last stays: nobody writes about an image while this goes on.
+    """
+    stay = spare_shared(session, erasure_id, hashes, scope=scope)
+    done, mine = Erased(), sorted(erasures.targeted(session, erasure_id, erasures.IMAGE, hashes))
+    done.counts["images_shared"] = stay
+    if not mine:
+        return done
+    image_groups.forget(session, mine)
+    with audit.removal(session, _entry(session, erasure_id, actor, {"images": len(mine)})):
+        for table in _OF_IMAGES:
+            done.counts[table.name] = _delete(session, table, table.c.sha256, mine)
+    for encoder in origins.encoders(session):
+        of_encoder = _EMBEDDINGS.c.encoder_sha256 == encoder
+        done.counts["embeddings"] += _delete(session, _EMBEDDINGS, _EMBEDDINGS.c.sha256, mine, of_encoder)
+    done.counts["images"] = len(mine)
+    kept_images.to_drop(session, mine)
+    erasures.turn_targets(session, erasure_id, mine, was=erasures.IMAGE, now=erasures.ERASED)
+    return done
+
+
+def rows_left(
+    session: Session, erasure_id: str, *, scope: Scope, hashes: Sequence[str], job_ids: Sequence[str]
+) -> int:
+    """How many rows name these images or jobs, which were erased; what of an image came back is to be erased again.
+
+    An image that others had judged since is theirs.
+    """
+    personal.keep_out(session)
+    mine = sorted(set(hashes) - scopes.shared(session, scope, hashes, erasure_id=erasure_id))
+    again: Counter[str] = Counter()
+    for table in _OF_IMAGES:
+        again.update(session.scalars(select(table.c.sha256).where(table.c.sha256.in_(mine))))
+    for encoder in origins.encoders(session):
+        of_encoder = (_EMBEDDINGS.c.encoder_sha256 == encoder, _EMBEDDINGS.c.sha256.in_(mine))
+        again.update(session.scalars(select(_EMBEDDINGS.c.sha256).where(*of_encoder)))
+    erasures.turn_targets(session, erasure_id, list(again), was=erasures.ERASED, now=erasures.IMAGE)
+    named = 0
+    for table in (_SHADOW, _LABELS, _ORIGINS) if job_ids else ():
+        of_jobs = select(func.count()).select_from(table).where(among(session, table.c.job_id, job_ids))
+        named += session.scalar(of_jobs) or 0
+    return again.total() + named
+
+
+def _entry(session: Session, erasure_id: str, actor: str, details: Mapping[str, int]) -> audit.Entry:
+    """Only where something is removed: an erasure that waits says nothing."""
+    return audit.record(session, actor=actor, action="erasure.remove", subject=erasure_id, details=dict(details))
+
+
+def _delete(session: Session, table: Any, column: Any, values: Sequence[str], *more: Any) -> int:
+    """Deletes rows by a list of ids or content hashes; returns how many."""
     count = 0
-    for some in chunks(words, 50):
-        names_one = or_(*(_LETTERS.c.body.contains(word, autoescape=True) for word in some))
-        count += rowcount(session.execute(delete(_LETTERS).where(names_one)))
+    for some in chunks(values, IN_LIST):
+        listed = among(session, column, some) if isinstance(column.type, Uuid) else column.in_(some)
+        count += rowcount(session.execute(delete(table).where(listed, *more)))
     return count
-
-
-def erase_images(session: Session, hashes: Sequence[str], entry: audit.Entry) -> Counter[str]:
-    """Deletes all rows of images but those of jobs; copies in the storage are the caller's."""
-    counts: Counter[str] = Counter()
-    image_groups.forget(session, hashes)
-    with audit.removal(session, entry):
-        for name, table in (("labels", _LABELS), ("imported_rows", _ROWS), ("kept_images", _KEPT)):
-            counts[name] = rowcount(session.execute(delete(table).where(table.c.sha256.in_(hashes))))
-    for encoder in _encoders(session):
-        mine = (_EMBEDDINGS.c.encoder_sha256 == encoder, _EMBEDDINGS.c.sha256.in_(hashes))
-        counts["embeddings"] += rowcount(session.execute(delete(_EMBEDDINGS).where(*mine)))
-    counts["shadow_scores"] = rowcount(session.execute(delete(_SHADOW).where(_SHADOW.c.sha256.in_(hashes))))
-    counts["dead_letters"] = _erase_letters(session, hashes)
-    return counts
-
-
-def _encoders(session: Session) -> Iterator[str]:
-    """Every encoder of which embeddings are kept, each found by one step along the key."""
-    least = func.min(_EMBEDDINGS.c.encoder_sha256)
-    encoder = session.scalar(select(least))
-    while encoder is not None:
-        yield encoder
-        encoder = session.scalar(select(least).where(_EMBEDDINGS.c.encoder_sha256 > encoder))
 
 
 def snapshots_with(session: Session, hashes: Collection[str]) -> dict[str, dict[str, Split]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
+from urllib.parse import unquote
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, null, select, text, update
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
@@ -20,28 +21,43 @@ from code_worker.store.models import ErasedDigestRow, ErasureRow, ErasureTargetR
 from code_worker.store.sql import IN_LIST, insert_new, plain, table_of
 
 __all__ = [
+    "ERASED",
     "IMAGE",
     "JOB",
+    "RUNNING",
     "TENANT",
+    "URI",
     "WAITING",
+    "Learned",
     "Receipt",
     "add_targets",
     "begin",
-    "drop_targets",
+    "digest",
+    "digests_among",
+    "enter",
     "finish",
     "get",
+    "learned",
     "list_receipts",
     "new_salt",
     "note",
     "releases_owed",
+    "salt_of",
+    "spare",
     "still_open",
+    "target_of",
     "targeted",
     "targets",
+    "turn_targets",
     "was_erased",
 ]
 
 JOB: Final = "job"
 IMAGE: Final = "image"
+ERASED: Final = "erased"
+"""An image whose rows are gone; the last look asks whether anything of it came back."""
+URI: Final = "uri"
+"""An address, noted as a digest alone; it goes with the other notes, so that no receipt knows of it."""
 TENANT: Final = "tenant"
 WAITING: Final = "waiting"
 """Stands on a receipt for files of a release that are deleted once no alias points to it."""
@@ -49,22 +65,42 @@ _ERASURES = table_of(ErasureRow)
 _TARGETS = table_of(ErasureTargetRow)
 _DIGESTS = table_of(ErasedDigestRow)
 _MAX_WHY: Final = 2000
+RUNNING: Final = text("erasures.state = 'running'")
+"""Literally as the partial index has it: by a parameter SQLite would not use that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """One erasure; `finished_at` is None while something of it is left."""
+    """One erasure; `finished_at` is None while something of it is left.
+
+    Attributes:
+        step: what is erased at this moment, or was when it was left.
+        last_look: what the look over all tables and the storage found at the end: `rows`, `copies` and `jobs` that
+            were left, and `late`, what looks before it had found and erased. None before that look, and on receipts
+            of older versions.
+    """
 
     id: str
     state: str
     scope: str
     by: str
     why: str
+    step: str
     counts: Mapping[str, int]
     releases: Mapping[str, Mapping[str, str]]
     runs: list[str]
+    last_look: Mapping[str, int] | None
     created_at: datetime
     finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a receipt says of runs and releases that learned from what was erased."""
+
+    id: str
+    releases: Mapping[str, Mapping[str, str]]
+    runs: list[str]
 
 
 _COLUMNS: Final = tuple(_ERASURES.c[name] for name in Receipt.__dataclass_fields__)
@@ -75,12 +111,22 @@ def new_salt() -> str:
     return secrets.token_hex(16)
 
 
-def begin(session: Session, *, id: str, scope: str, by: str, why: str, salt: str) -> None:  # noqa: A002 - the table's word
-    """Opens a receipt; opening it again changes nothing."""
+def begin(
+    session: Session,
+    *,
+    id: str,  # noqa: A002 - the table's word
+    scope: str,
+    target: Mapping[str, str],
+    by: str,
+    why: str,
+    salt: str,
+) -> None:
+    """Opens a receipt; opening it again changes nothing. `target` is the scope as whoever resumes must know it."""
     row = {
         "id": id,
         "state": "running",
         "scope": scope,
+        "target": dict(target),
         "by": plain(by, 300),
         "why": plain(why, _MAX_WHY),
         "salt": salt,
@@ -91,26 +137,60 @@ def begin(session: Session, *, id: str, scope: str, by: str, why: str, salt: str
     insert_new(session, ErasureRow, [row], same=["id"])
 
 
+def target_of(session: Session, erasure_id: str) -> Mapping[str, str] | None:
+    """The scope of an erasure under way; None once it is done, or if a version began it that did not keep it."""
+    found: Mapping[str, str] | None = session.scalar(select(_ERASURES.c.target).where(_ERASURES.c.id == erasure_id))
+    return found
+
+
+def enter(session: Session, erasure_id: str, step: str) -> None:
+    """Notes what is erased now."""
+    session.execute(update(_ERASURES).where(_ERASURES.c.id == erasure_id).values(step=step))
+
+
 def add_targets(session: Session, erasure_id: str, kind: str, values: Iterable[str]) -> None:
-    """Notes what is to be erased, and its digest, which stays; a tenant's name is noted as a digest alone."""
-    salt = session.scalar(select(_ERASURES.c.salt).where(_ERASURES.c.id == erasure_id))
+    """Notes what is to be erased, and its digest, which stays; of addresses and tenants there is a digest alone."""
+    salt, named = salt_of(session, erasure_id), sorted(set(values))
+    digests = sorted(digest(salt, kind, value) for value in named)
+    noted = {TENANT: [], URI: digests}.get(kind, named)
+    rows = [{"erasure_id": erasure_id, "kind": kind, "value": value} for value in noted]
+    insert_new(session, ErasureTargetRow, rows, same=["erasure_id", "kind", "value"])
+    if kind != URI:
+        insert_new(
+            session,
+            ErasedDigestRow,
+            [{"erasure_id": erasure_id, "digest": one} for one in digests],
+            same=["erasure_id", "digest"],
+        )
+
+
+def salt_of(session: Session, erasure_id: str) -> str:
+    """The salt of an erasure's digests.
+
+    Raises:
+        StoreError: there is no such erasure.
+    """
+    salt: str | None = session.scalar(select(_ERASURES.c.salt).where(_ERASURES.c.id == erasure_id))
     if salt is None:
         raise StoreError(f"no erasure {erasure_id}")
-    named = sorted(set(values))
-    if kind != TENANT:
-        rows = [{"erasure_id": erasure_id, "kind": kind, "value": value} for value in named]
-        insert_new(session, ErasureTargetRow, rows, same=["erasure_id", "kind", "value"])
-    digests = sorted(_digest(salt, kind, value) for value in named)
-    insert_new(
-        session,
-        ErasedDigestRow,
-        [{"erasure_id": erasure_id, "digest": digest} for digest in digests],
-        same=["erasure_id", "digest"],
-    )
+    return salt
 
 
-def _digest(salt: str, kind: str, value: str) -> str:
-    return hmac.new(bytes.fromhex(salt), f"{kind}\0{value}".encode(), hashlib.sha256).hexdigest()
+def digest(salt: str, kind: str, value: str) -> str:
+    """HMAC-SHA256 of kind and value; an address may be spelt with `file://`, percent-quoted, or with a version."""
+    if kind == URI:
+        value = value.partition("?versionId=")[0]
+        value = unquote(value.removeprefix("file://localhost").removeprefix("file://"))
+    return hmac.new(bytes.fromhex(salt), f"{kind}\0{value}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+
+def digests_among(session: Session, erasure_id: str, digests: Collection[str]) -> set[str]:
+    """Those of the digests that are of something that this erasure erases."""
+    found = targeted(session, erasure_id, URI, digests)
+    for some in chunks(sorted(digests), IN_LIST):
+        mine = (_DIGESTS.c.erasure_id == erasure_id, _DIGESTS.c.digest.in_(some))
+        found.update(session.scalars(select(_DIGESTS.c.digest).where(*mine)))
+    return found
 
 
 def targets(session: Session, erasure_id: str, kind: str, *, after: str = "", limit: int) -> list[str]:
@@ -132,22 +212,27 @@ def targeted(session: Session, erasure_id: str, kind: str, values: Collection[st
     return found
 
 
-def drop_targets(
-    session: Session, erasure_id: str, kind: str, values: Collection[str], *, spared: bool = False
-) -> None:
-    """These need not be erased any more; what was spared was not erased either, so its digest goes too."""
-    salt = session.scalar(select(_ERASURES.c.salt).where(_ERASURES.c.id == erasure_id)) or ""
+def turn_targets(session: Session, erasure_id: str, values: Collection[str], *, was: str, now: str) -> None:
+    """Notes how far these have come: they were noted as one kind, and are another now."""
+    rows = [{"erasure_id": erasure_id, "kind": now, "value": value} for value in sorted(values)]
+    insert_new(session, ErasureTargetRow, rows, same=["erasure_id", "kind", "value"])
     for some in chunks(sorted(values), IN_LIST):
-        session.execute(
-            delete(_TARGETS).where(
-                _TARGETS.c.erasure_id == erasure_id, _TARGETS.c.kind == kind, _TARGETS.c.value.in_(some)
-            )
-        )
-        if spared:
-            digests = [_digest(salt, kind, value) for value in some]
-            session.execute(
-                delete(_DIGESTS).where(_DIGESTS.c.erasure_id == erasure_id, _DIGESTS.c.digest.in_(digests))
-            )
+        session.execute(_these(erasure_id, was, some, delete(_TARGETS)))
+
+
+def spare(session: Session, erasure_id: str, hashes: Collection[str]) -> None:
+    """These images stay, since others share them; they were not erased, so their digests go too."""
+    salt = salt_of(session, erasure_id)
+    for some in chunks(sorted(hashes), IN_LIST):
+        session.execute(_these(erasure_id, IMAGE, some, delete(_TARGETS)))
+        digests = [digest(salt, IMAGE, value) for value in some]
+        session.execute(delete(_DIGESTS).where(_DIGESTS.c.erasure_id == erasure_id, _DIGESTS.c.digest.in_(digests)))
+
+
+def _these(erasure_id: str, kind: str, values: Collection[str], statement: Any) -> Any:
+    return statement.where(
+        _TARGETS.c.erasure_id == erasure_id, _TARGETS.c.kind == kind, _TARGETS.c.value.in_(sorted(values))
+    )
 
 
 def note(
@@ -168,19 +253,20 @@ def note(
         .where(_ERASURES.c.id == erasure_id)
         .values(
             counts={**known.counts, **added},
-            releases={**known.releases, **(releases or {})},
-            runs=sorted({*known.runs, *runs}),
+            releases=(named := {**known.releases, **(releases or {})}),
+            runs=(begun := sorted({*known.runs, *runs})),
+            learned=bool(named or begun),
         )
     )
 
 
-def finish(session: Session, erasure_id: str) -> None:
-    """Closes the receipt; with it goes every note of what was to be erased."""
+def finish(session: Session, erasure_id: str, last_look: Mapping[str, int]) -> None:
+    """Closes the receipt with what the last look found; with it goes every note of what was to be erased."""
     session.execute(delete(_TARGETS).where(_TARGETS.c.erasure_id == erasure_id))
     session.execute(
         update(_ERASURES)
         .where(_ERASURES.c.id == erasure_id, _ERASURES.c.state == "running")
-        .values(state="done", finished_at=db_now())
+        .values(state="done", step="done", target=null(), last_look=dict(last_look), finished_at=db_now())
     )
 
 
@@ -209,15 +295,22 @@ def list_receipts(session: Session, *, after: str | None = None, limit: int | No
 
 def still_open(session: Session) -> list[Receipt]:
     """Erasures of which something is left, oldest first."""
-    statement = select(*_COLUMNS).where(_ERASURES.c.state == "running").order_by(_ERASURES.c.id)
+    statement = select(*_COLUMNS).where(RUNNING).order_by(_ERASURES.c.id)
     return [Receipt(**row) for row in session.execute(statement).mappings()]
+
+
+def learned(session: Session) -> Iterator[Learned]:
+    """What receipts say of runs and releases, of those alone that name any."""
+    columns = (_ERASURES.c[name] for name in Learned.__dataclass_fields__)
+    statement = select(*columns).where(text("erasures.learned")).order_by(_ERASURES.c.id)
+    return (Learned(**row) for row in session.execute(statement).mappings())
 
 
 def releases_owed(session: Session) -> set[str]:
     """Releases in use that learned from what was erased: their files must go as soon as another one is in use."""
     return {
         name
-        for receipt in list_receipts(session)
+        for receipt in learned(session)
         for name, facts in receipt.releases.items()
         if facts.get("files") == WAITING
     }
@@ -228,6 +321,10 @@ def was_erased(session: Session, kind: str, value: str) -> list[Receipt]:
     salts = session.execute(select(_ERASURES.c.id, _ERASURES.c.salt)).all()
     found: set[str] = set()
     for some in chunks(salts, IN_LIST):
-        digests = [_digest(salt, kind, value) for _, salt in some]
+        digests = [digest(salt, kind, value) for _, salt in some]
         found.update(session.scalars(select(_DIGESTS.c.erasure_id).where(_DIGESTS.c.digest.in_(digests))))
-    return [receipt for receipt in list_receipts(session) if receipt.id in found]
+    return sorted(
+        (receipt for one in found if (receipt := get(session, one)) is not None),
+        key=lambda receipt: receipt.id,
+        reverse=True,
+    )

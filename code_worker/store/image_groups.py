@@ -12,20 +12,21 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final, cast
 
-from sqlalchemy import delete, exists, select, update
+from sqlalchemy import ColumnElement, delete, exists, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.queues import chunks
 from code_worker.store.kept_images import is_near, near
-from code_worker.store.models import ImageGroupRow, KeptImageRow, SecretRow
+from code_worker.store.models import ImageGroupRow, KeptImageRow, LabelRow, SecretRow
 from code_worker.store.splits import SPLITS, Split, is_holdout, keyed_digest, recorded_split, split_in_share, split_of
 from code_worker.store.sql import IN_LIST, insert_new, table_of
 
-__all__ = ["Place", "begin_with", "forget", "lock", "place", "places", "ungrouped"]
+__all__ = ["Place", "begin_with", "forget", "labelled_before", "lock", "place", "places", "ungrouped"]
 
 _GROUPS = table_of(ImageGroupRow)
 _KEPT = table_of(KeptImageRow)
+_LABELS = table_of(LabelRow)
 _SECRETS = table_of(SecretRow)
 _NAME: Final = "split"
 _BYTES: Final = 32
@@ -116,10 +117,26 @@ def place(session: Session, images: Mapping[str, str | None], *, old: Collection
             groups.place(row.sha256, row.phash, name, group_id=row.group_id, old=sha256 in old)
 
 
+def labelled_before(session: Session, hashes: Collection[str]) -> set[str]:
+    """Those of these images that were labelled before there were groups; asked before anything more is said of them.
+
+    A copy is noted before it is labelled: one of which nothing was said yet is new.
+    """
+    found: set[str] = set()
+    for some in chunks(sorted(hashes), IN_LIST):
+        found.update(session.scalars(select(_KEPT.c.sha256).where(_KEPT.c.sha256.in_(some), *_labelled_then())))
+    return found
+
+
 def ungrouped(session: Session, *, limit: int) -> list[str]:
-    """Content hashes of kept images that are in no group yet."""
-    statement = select(_KEPT.c.sha256).where(_KEPT.c.group_id.is_(None)).order_by(_KEPT.c.sha256)
-    return list(session.scalars(statement.limit(limit)))
+    """Content hashes of images that were labelled before there were groups, and that no run has looked at since."""
+    return list(
+        session.scalars(select(_KEPT.c.sha256).where(*_labelled_then()).order_by(_KEPT.c.sha256).limit(limit))
+    )
+
+
+def _labelled_then() -> tuple[ColumnElement[bool], ...]:
+    return _KEPT.c.group_id.is_(None), exists().where(_LABELS.c.sha256 == _KEPT.c.sha256)
 
 
 def forget(session: Session, hashes: Collection[str]) -> None:

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, or_, select, update
+from sqlalchemy import ColumnElement, delete, exists, or_, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.queues import chunks
-from code_worker.store.models import KeptImageRow
+from code_worker.store import personal
+from code_worker.store.models import CopyToDropRow, KeptImageRow, LabelRow, VerdictRow, db_now, db_now_plus
 from code_worker.store.sql import IN_LIST, insert_new, table_of
 
-__all__ = ["NEAR_BITS", "KeptImage", "bits", "is_near", "kept", "near", "note_hash", "note_kept"]
+__all__ = [
+    "NEAR_BITS",
+    "KeptImage",
+    "bits",
+    "copies_to_drop",
+    "dropped",
+    "forget_unsaid",
+    "is_near",
+    "kept",
+    "near",
+    "note_hash",
+    "note_kept",
+    "to_drop",
+]
 
 NEAR_BITS: Final = 6
 """Images whose perceptual hashes differ in at most so many of 64 bits are near-duplicates of each other.
@@ -40,6 +55,10 @@ class KeptImage:
 
 
 _KEPT = table_of(KeptImageRow)
+_DROPS = table_of(CopyToDropRow)
+_LABELS = table_of(LabelRow)
+_VERDICTS = table_of(VerdictRow)
+_LONGEST_S: Final = 30 * 86_400.0
 _COLUMNS: Final = tuple(_KEPT.c[name] for name in KeptImage.__dataclass_fields__)
 
 
@@ -57,10 +76,59 @@ def kept(session: Session, hashes: Iterable[str]) -> dict[str, KeptImage]:
     return found
 
 
-def note_kept(session: Session, images: Sequence[KeptImage]) -> None:
-    """Notes copies that are in the storage; what is noted stays as it is."""
-    rows = {image.sha256: {**asdict(image), **_bands(image.phash)} for image in reversed(images)}
+def note_kept(session: Session, images: Sequence[KeptImage], *, since: datetime | None = None) -> set[str]:
+    """Notes that copies are kept, before they are written, so that no copy is without a row that leads to it.
+
+    What is noted stays as it is, but counts as kept now. Returns the hashes of those noted: not of what was erased
+    `since` (see `personal.left`), nor of a copy that is about to be deleted.
+    """
+    there = personal.left(session, images=(image.sha256 for image in images), since=since).images
+    rows = {
+        image.sha256: {**asdict(image), **_bands(image.phash)} for image in reversed(images) if image.sha256 in there
+    }
     insert_new(session, KeptImageRow, [rows[sha256] for sha256 in sorted(rows)], same=["sha256"])
+    for some in chunks(sorted(rows), IN_LIST):
+        session.execute(update(_KEPT).where(_KEPT.c.sha256.in_(some)).values(created_at=db_now()))
+    return set(rows)
+
+
+def to_drop(session: Session, hashes: Iterable[str]) -> None:
+    """The rows of these copies go in this transaction; until their files are `dropped`, none is kept anew."""
+    rows = [{"sha256": sha256} for sha256 in sorted(set(hashes))]
+    insert_new(session, CopyToDropRow, rows, same=["sha256"])
+
+
+def copies_to_drop(session: Session, *, limit: int) -> list[str]:
+    """Content hashes of copies whose files must go."""
+    return list(session.scalars(select(_DROPS.c.sha256).order_by(_DROPS.c.sha256).limit(limit)))
+
+
+def dropped(session: Session, hashes: Iterable[str]) -> None:
+    """Their files went."""
+    for some in chunks(sorted(set(hashes)), IN_LIST):
+        session.execute(delete(_DROPS).where(_DROPS.c.sha256.in_(some)))
+
+
+def forget_unsaid(session: Session, *, older_s: float, limit: int) -> int:
+    """Forgets copies of images that no job judged and of which nothing was said: their labeller died meanwhile.
+
+    Args:
+        session: a unit of work that writes.
+        older_s: noted longer ago than this, and within the last month.
+        limit: at most so many.
+
+    Returns:
+        How many; `copies_to_drop` has them.
+    """
+    personal.keep_out(session)
+    of_late = (_KEPT.c.created_at > db_now_plus(-_LONGEST_S), _KEPT.c.created_at < db_now_plus(-older_s))
+    said = exists().where(_LABELS.c.sha256 == _KEPT.c.sha256)
+    judged = exists().where(_VERDICTS.c.sha256 == _KEPT.c.sha256)
+    found = list(session.scalars(select(_KEPT.c.sha256).where(*of_late, ~said, ~judged).limit(limit)))
+    to_drop(session, found)
+    for some in chunks(found, IN_LIST):
+        session.execute(delete(_KEPT).where(_KEPT.c.sha256.in_(some)))
+    return len(found)
 
 
 def note_hash(session: Session, sha256: str, phash: str | None) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.queues import MAX_URI_LENGTH, chunks
+from code_worker.store import origins, personal
 from code_worker.store.engine import Store
 from code_worker.store.ids import as_uuid, uuid7
 from code_worker.store.label_rules import REVIEW, ResolvedLabel, Said, latest_of_each, resolve_image, review_of
@@ -179,8 +180,15 @@ def add(session: Session, labels: Sequence[NewLabel]) -> int:
     Nothing new is said by who repeats their own latest statement; unless, outside a file, somebody contradicted it
     meanwhile: then it is upheld, by another row. A statement with a time is the same whenever it is read again; one
     from a file without times, whenever it is read from a file of that name. After a commit whose answer was lost
-    the retried transaction finds its rows written and counts none.
+    the retried transaction finds its rows written and counts none. Nothing is said of an image that is being erased,
+    nor by a job that is gone.
     """
+    there = personal.left(
+        session, jobs=(new.job_id for new in labels if new.job_id), images=(new.sha256 for new in labels)
+    )
+    labels = [
+        new for new in labels if new.sha256 in there.images and (new.job_id is None or new.job_id in there.jobs)
+    ]
     known: dict[str, list[Said]] = {}
     for said in _said_of(session, {new.sha256 for new in labels}):
         known.setdefault(said.sha256, []).append(said)
@@ -192,6 +200,9 @@ def add(session: Session, labels: Sequence[NewLabel]) -> int:
         if not _says_nothing_new(new, before):
             rows.append(_row(new, before, now))
             insort(before, _as_said(new, now), key=attrgetter("at", "id"))
+        elif new.job_id is not None:
+            # Said before, perhaps by another tenant's job: erasing that one must not take what this one says.
+            origins.note_labelled(session, new.sha256, new.job_id)
     rows.sort(key=lambda row: str(row["fingerprint"]))
     return len(insert_new(session, LabelRow, rows, same=["fingerprint"], fresh="id"))
 
@@ -249,8 +260,9 @@ def imported(session: Session, keys: Iterable[str]) -> dict[str, str]:
 
 
 def note_imported(session: Session, rows: Mapping[str, str]) -> None:
-    """Remembers which image (content hash) a file's row turned out to be, by the row's key."""
-    values = [{"key": key, "sha256": rows[key]} for key in sorted(rows)]
+    """Remembers which image (content hash) a file's row turned out to be, by the row's key; not of erased ones."""
+    there = personal.left(session, images=rows.values()).images
+    values = [{"key": key, "sha256": rows[key]} for key in sorted(rows) if rows[key] in there]
     insert_new(session, ImportedRow, values, same=["key"])
 
 

@@ -18,7 +18,7 @@ __all__ = ["purge"]
 
 _TABLES: Final = (
     "jobs, verdicts, labels, embeddings, shadow_scores, kept_images, imported_rows, dead_letters, snapshots, runs, "
-    "erasure_targets"
+    "erasures, erasure_targets, image_origins, copies_to_drop"
 )
 _PATIENCE_S: Final = 60.0
 
@@ -27,9 +27,10 @@ def purge(store: Store) -> None:
     """Leaves nothing of deleted rows in the database's files, as far as the database can.
 
     SQLite: the file is rewritten without its free pages and the log cut to nothing; writers wait meanwhile, and it
-    takes as much disk again as the database. PostgreSQL: the tables are vacuumed, so that their pages are used again;
-    what a dead row left on a page goes when that is overwritten, or at once by `VACUUM FULL`, which is an operator's
-    decision since it locks the tables.
+    takes as much disk again as the database. PostgreSQL: the tables are vacuumed, so that their pages are used again,
+    and analysed, so that the statistics of their columns hold no value that is gone. What a dead row left on a page
+    goes when that is overwritten, or at once by `VACUUM FULL`, which is an operator's decision since it locks the
+    tables.
 
     Raises:
         StoreUnavailableError: somebody kept reading an older state of the database; try again.
@@ -51,7 +52,7 @@ def _vacuum(store: Store) -> None:
             connection.execute(text(f"VACUUM {_TABLES}"))
             return
         connection.execute(text("SET statement_timeout = 0"))
-        connection.execute(text(f"VACUUM {_TABLES}"))
+        connection.execute(text(f"VACUUM (ANALYZE) {_TABLES}"))
         # The connection goes back to the pool; its next user wants the limit again.
         connection.execute(text("RESET statement_timeout"))
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, CursorResult, Table, delete, exists, func, select
 from sqlalchemy.orm import Session
 
-from code_worker.store import audit, image_groups
+from code_worker.store import audit, image_groups, kept_images, origins, personal
 from code_worker.store.ids import uuid7_floor
 from code_worker.store.models import (
     DeadLetterRow,
@@ -50,7 +50,10 @@ Prune = Callable[[Session, float, int], int]
 
 
 def jobs(session: Session, days: float, limit: int) -> int:
-    """Finished jobs whose last verdict is that old, with their verdicts and shadow scores."""
+    """Finished jobs whose last verdict is that old, with their verdicts and shadow scores.
+
+    Whose images they were is noted for as long as something of an image is kept.
+    """
     moment = _moment(session, days)
     old = (
         select(_JOBS.c.id)
@@ -63,6 +66,7 @@ def jobs(session: Session, days: float, limit: int) -> int:
     found = list(session.scalars(old))
     if not found:
         return 0
+    origins.note_origins(session, found)
     entry = _entry(session, "jobs", days, len(found))
     with audit.removal(session, entry):
         session.execute(delete(_SHADOW).where(among(session, _SHADOW.c.job_id, found)))
@@ -72,12 +76,16 @@ def jobs(session: Session, days: float, limit: int) -> int:
 
 
 def superseded(session: Session, days: float, limit: int) -> int:
-    """Verdicts that are that old and have a newer one of the same job."""
+    """Verdicts that are that old and have a newer one of the same job; whose images they judged is noted as above."""
     newer = exists().where(_NEWER.c.job_id == _VERDICTS.c.job_id, _NEWER.c.revision > _VERDICTS.c.revision)
     before = _VERDICTS.c.id < uuid7_floor(_moment(session, days))
-    found = list(session.scalars(select(_VERDICTS.c.id).where(before, newer).order_by(_VERDICTS.c.id).limit(limit)))
-    if not found:
+    rows = session.execute(
+        select(_VERDICTS.c.id, _VERDICTS.c.job_id).where(before, newer).order_by(_VERDICTS.c.id).limit(limit)
+    ).all()
+    if not (found := [row.id for row in rows]):
         return 0
+    # Of other bytes than the newest one, perhaps: the object changed between two tries.
+    origins.note_origins(session, sorted({row.job_id for row in rows}))
     with audit.removal(session, _entry(session, "superseded verdicts", days, len(found))):
         session.execute(delete(_VERDICTS).where(among(session, _VERDICTS.c.id, found)))
     return len(found)
@@ -95,7 +103,7 @@ def embeddings(session: Session, days: float, limit: int) -> int:
     by_encoder: dict[str, list[str]] = {}
     for encoder, sha256 in found:
         by_encoder.setdefault(encoder, []).append(sha256)
-    return sum(
+    count = sum(
         rowcount(
             session.execute(
                 delete(_EMBEDDINGS).where(
@@ -105,6 +113,8 @@ def embeddings(session: Session, days: float, limit: int) -> int:
         )
         for encoder, hashes in by_encoder.items()
     )
+    origins.forget_origins(session, {sha256 for _, sha256 in found})
+    return count
 
 
 def old_images(session: Session, days: float, limit: int) -> list[str]:
@@ -122,8 +132,10 @@ def _unspoken_of(session: Session, days: float) -> tuple[ColumnElement[bool], ..
 def forget_labels(session: Session, hashes: Sequence[str], days: float) -> int:
     """Deletes all that was said of these images, and the notes on their copies; returns how many statements.
 
-    Images of which something was said meanwhile stay.
+    Images of which something was said meanwhile stay. The files of the others are `kept_images.copies_to_drop`: they
+    go after the rows, so that nobody who labels such an image at this moment is left with a row and no copy.
     """
+    personal.keep_out(session)
     among_these = _LABELS.c.sha256.in_(hashes)
     still = sorted(set(session.scalars(select(_LABELS.c.sha256).where(among_these, *_unspoken_of(session, days)))))
     if not still:
@@ -133,6 +145,8 @@ def forget_labels(session: Session, hashes: Sequence[str], days: float) -> int:
         count = rowcount(session.execute(delete(_LABELS).where(_LABELS.c.sha256.in_(still))))
         session.execute(delete(_ROWS).where(_ROWS.c.sha256.in_(still)))
         session.execute(delete(_KEPT).where(_KEPT.c.sha256.in_(still)))
+    kept_images.to_drop(session, still)
+    origins.forget_origins(session, still)
     return count
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, case, func, select
 from sqlalchemy.orm import Session
 
+from code_worker.store import personal
 from code_worker.store.models import LabelRow, ShadowScoreRow, VerdictRow
 from code_worker.store.sql import insert_new, new_id, table_of
 from code_worker.types import Label, ShadowScore
@@ -66,8 +67,11 @@ class Disagreement:
 
 
 def add(session: Session, scores: Sequence[ShadowScore]) -> None:
-    """Writes what a challenger said; of a job, revision and release only the first counts."""
-    rows = [{"id": new_id(session), **asdict(score)} for score in scores]
+    """Writes what a challenger said of jobs that are there; of a job, revision and release only the first counts."""
+    if not scores:
+        return
+    there = personal.left(session, jobs=(score.job_id for score in scores)).jobs
+    rows = [{"id": new_id(session), **asdict(score)} for score in scores if score.job_id in there]
     rows.sort(key=lambda row: (row["job_id"], row["revision"]))
     insert_new(session, ShadowScoreRow, rows, same=["job_id", "revision", "release"])
 

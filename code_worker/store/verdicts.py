@@ -12,7 +12,9 @@ from sqlalchemy import RowMapping, case, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
+from code_worker.logs import get_logger
 from code_worker.queues import chunks
+from code_worker.store import personal
 from code_worker.store.engine import Store
 from code_worker.store.ids import as_uuid
 from code_worker.store.models import JobRow, VerdictRow, db_now
@@ -21,6 +23,7 @@ from code_worker.types import ImageFacts, Label, Outcome, Provenance, RejectReas
 
 __all__ = ["VerdictFilter", "from_row", "get", "list_verdicts", "live", "stream", "write"]
 
+log = get_logger(__name__)
 _JOBS = table_of(JobRow)
 _VERDICTS = table_of(VerdictRow)
 _NEWER = _VERDICTS.alias("newer")
@@ -55,11 +58,21 @@ _EQUAL: Final = ("outcome", "label", "reason", "tenant", "content_type", "releas
 def write(session: Session, verdicts: Sequence[Verdict]) -> list[str]:
     """Writes verdicts and finishes their jobs; a job that has a verdict of that revision keeps it.
 
+    A verdict whose job is gone is left out and logged: it was erased while a worker had it, or retention took it.
+    The verdicts beside it are written.
+
     Returns the ids of the jobs whose verdict is the one given, in the order given; with ids made outside the
     transaction also when it is repeated after a commit whose answer was lost.
     """
+    if not verdicts:
+        return []
     rows: dict[tuple[str, int], dict[str, Any]] = {}
+    there = personal.left(session, jobs=(verdict.job_id for verdict in verdicts)).jobs
+    if gone := sorted({verdict.job_id for verdict in verdicts} - there):
+        log.warning("verdicts_dropped", jobs=gone, reason="their jobs were erased, or are too old to be kept")
     for verdict in verdicts:
+        if verdict.job_id not in there:
+            continue
         rows.setdefault((verdict.job_id, verdict.revision), _values(verdict, verdict.id or new_id(session)))
     in_order = [rows[key] for key in sorted(rows)]
     written = insert_new(session, VerdictRow, in_order, same=["job_id", "revision"], fresh="id")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Protocol
 
-from sqlalchemy import case, delete, or_, select
+from sqlalchemy import case, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.logs import redact
+from code_worker.store import personal
 from code_worker.store.ids import as_uuid
 from code_worker.store.models import (
     DeadLetterRow,
@@ -33,9 +34,11 @@ __all__ = [
     "WorkerInfo",
     "alive",
     "beat",
+    "blank_pauses",
     "dead_letter",
     "drop_lease",
     "gone",
+    "lease_end",
     "list_dead_letters",
     "pause_source",
     "paused_sources",
@@ -173,6 +176,11 @@ def take_lease(session: Session, name: str, owner: str, ttl_s: float) -> bool:
     return session.scalar(taken) is not None
 
 
+def lease_end(session: Session, name: str) -> datetime | None:
+    """Until when somebody holds a role, as it was renewed last; None while nobody does."""
+    return session.scalar(select(_LEASES.c.until).where(_LEASES.c.name == name))
+
+
 def drop_lease(session: Session, name: str, owner: str) -> None:
     """Gives a role back, if the owner holds it."""
     session.execute(delete(_LEASES).where(_LEASES.c.name == name, _LEASES.c.owner == owner))
@@ -189,8 +197,9 @@ def pause_source(
 ) -> datetime:
     """Leaves a source alone for a while and returns when the trouble began.
 
-    Within ten minutes of the last pause it is the same trouble; a new one began `began_s` ago. With `longest_s` the
-    pause is as long as the trouble has lasted so far, but not longer than that and not shorter than `seconds`.
+    `detail` names no object of the source: erasure does not look here. Within ten minutes of the last pause it is the
+    same trouble; a new one began `began_s` ago. With `longest_s` the pause is as long as the trouble has lasted so
+    far, but not longer than that and not shorter than `seconds`.
     """
     if longest_s is not None:
         lasted = select(_PAUSES.c.since, db_now().label("now")).where(
@@ -205,6 +214,11 @@ def pause_source(
     updated = statement.on_conflict_do_update(index_elements=["source"], set_={**said, "since": since})
     started: datetime = session.execute(updated.returning(_PAUSES.c.since)).scalar_one()
     return started
+
+
+def blank_pauses(session: Session) -> None:
+    """Blanks what an older version kept of paused sources: the object that met the trouble."""
+    session.execute(update(_PAUSES).where(_PAUSES.c.detail.contains("/")).values(detail=""))
 
 
 def paused_sources(session: Session, *, lately: bool = False) -> dict[str, SourcePause]:
@@ -229,6 +243,8 @@ def dead_letter(session: Session, *, task: str, body: str, error: str, letter_id
 
     With a `letter_id` made outside the transaction, one that is repeated after a lost answer keeps it once.
     """
+    # A letter may say anything; an erasure under way reads it before it ends.
+    personal.left(session)
     letter_id = letter_id or new_id(session)
     row = {"id": letter_id, "task": task, "body": plain(redact(body), _MAX_BODY), "error": plain(error, _MAX_TEXT)}
     session.execute(insert_into(session, DeadLetterRow).on_conflict_do_nothing().values(row))

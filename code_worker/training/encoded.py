@@ -14,7 +14,7 @@ from code_worker.data.examples import Example, Skipped
 from code_worker.errors import DatasetError, StorageError, TrainingError
 from code_worker.moderation.lazy import LazyEmbedder
 from code_worker.moderation.load import embedding_key
-from code_worker.store import embeddings
+from code_worker.store import embeddings, personal
 from code_worker.training.embed import embed_examples
 from code_worker.training.robustness import CLEAN, PRESETS, Condition, make_crop
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from code_worker.encoder.weights import EncoderWeights
     from code_worker.moderation.runtime import Embedder
     from code_worker.settings import Settings
-    from code_worker.store.engine import Store
+    from code_worker.store.engine import Session, Store
     from code_worker.training.snapshot import Member
 
 __all__ = ["CONDITIONS", "Encoder", "Rows", "Seen", "check_readable", "example_of", "matrix", "open_encoder"]
@@ -75,7 +75,19 @@ def _read(kept: KeptImages, sha256: str) -> bytes:
 class Encoder:
     """One encoder over the kept copies of labelled images."""
 
-    def __init__(self, embedder: Embedder, *, key: str, settings: Settings, store: Store, kept: KeptImages) -> None:
+    def __init__(
+        self,
+        embedder: Embedder,
+        *,
+        key: str,
+        settings: Settings,
+        store: Store,
+        kept: KeptImages,
+        write: Callable[[Callable[[Session], None]], None] | None = None,
+    ) -> None:
+        """Takes what it embeds with; `write`: runs a unit of work, unless a run is not this process's any more."""
+        self._write = write or store.run
+        self._since = store.run(personal.moment, write=False)
         self._embedder = embedder
         self._key = key
         self._settings = settings
@@ -126,21 +138,30 @@ class Encoder:
 
     def _keep(self, vectors: Mapping[str, bytes]) -> None:
         if self._settings.worker.store_embeddings:
-            self._store.run(lambda session: embeddings.keep(session, self._key, vectors))
+            # An image may have been erased while it was encoded.
+            self._write(lambda session: embeddings.keep(session, self._key, vectors, since=self._since))
 
 
 @contextmanager
 def open_encoder(
-    weights: EncoderWeights, encoder_sha256: str, *, settings: Settings, store: Store, kept: KeptImages
+    weights: EncoderWeights,
+    encoder_sha256: str,
+    *,
+    settings: Settings,
+    store: Store,
+    kept: KeptImages,
+    write: Callable[[Callable[[Session], None]], None] | None = None,
 ) -> Iterator[Encoder]:
     """The encoder on its device, from the first image that must be encoded until the block ends.
+
+    Embeddings are kept by `write`, see `Encoder`.
 
     Raises:
         ConfigurationError: a device or precision that this machine lacks.
     """
     with closing(LazyEmbedder(partial(_start, weights, settings))) as embedder:
         key = embedding_key(encoder_sha256, settings.precision)
-        yield Encoder(embedder, key=key, settings=settings, store=store, kept=kept)
+        yield Encoder(embedder, key=key, settings=settings, store=store, kept=kept, write=write)
 
 
 def _start(weights: EncoderWeights, settings: Settings) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from code_worker.data.examples import FAKE, REAL
 from code_worker.data.holdout import SPLITS, Split, is_holdout, recorded_split
 from code_worker.errors import DatasetError
-from code_worker.store import image_groups, labels, runs, snapshots
+from code_worker.store import image_groups, kept_images, labels, personal, runs, snapshots
 from code_worker.store.ids import uuid7
 from code_worker.training.trust import LeftOut, cap_shares
 
@@ -190,8 +190,14 @@ def _learned_before(session: Session) -> Mapping[str, int]:
     return {row["sha256"]: row["label"] for row in snapshots.unpack(snapshots.members(session, run.snapshot_id))}
 
 
-def freeze(session: Session, snapshot: Snapshot) -> None:
-    """Writes the snapshot, which is never changed afterwards; writing it again changes nothing."""
+def freeze(session: Session, snapshot: Snapshot) -> Snapshot:
+    """Writes the snapshot, which only an erasure changes afterwards; writing it again changes nothing.
+
+    Returns it as it was written: without images that were erased, or of which the copy went, since it was taken.
+    """
+    there = personal.left(session, images=(member.sha256 for member in snapshot.members)).images
+    kept = kept_images.kept(session, there)
+    snapshot = replace(snapshot, members=tuple(member for member in snapshot.members if member.sha256 in kept))
     snapshots.add(
         session,
         id=snapshot.id,
@@ -200,6 +206,7 @@ def freeze(session: Session, snapshot: Snapshot) -> None:
         counts=snapshot.counts(),
         members=snapshots.pack([asdict(member) for member in snapshot.members]),
     )
+    return snapshot
 
 
 def load(session: Session, snapshot_id: str) -> Snapshot:

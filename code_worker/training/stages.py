@@ -119,12 +119,12 @@ class Stages:
             if not self.attempt.run.config.get("force") and (why := self._why_wait(taken)):
                 return Ending("skipped", why)
 
-        def freeze(session: Session) -> None:
-            snapshots.freeze(session, taken)
-            runs.note(session, self.attempt.held.lease, snapshot_id=taken.id)
+        def freeze(session: Session) -> Snapshot:
+            frozen = snapshots.freeze(session, taken)
+            runs.note(session, self.attempt.held.lease, snapshot_id=frozen.id)
+            return frozen
 
-        self.attempt.held.write(freeze)
-        return taken
+        return self.attempt.held.write(freeze)
 
     def _group_old_images(self) -> None:
         parts, threads = self.attempt.parts, self.attempt.settings.worker.fetch_threads
@@ -243,7 +243,13 @@ class Stages:
         parts = self.attempt.parts
         judged = [*taken.holdout, *self._more(taken)]
         with open_encoder(
-            weights, encoder_sha256, settings=parts.settings, store=parts.store, kept=parts.kept
+            weights,
+            encoder_sha256,
+            settings=parts.settings,
+            store=parts.store,
+            kept=parts.kept,
+            # Once the run's token is spent, it keeps nothing more.
+            write=self.attempt.held.write,
         ) as encoder:
             seen = {
                 condition: encoder.see(members, condition, self._counter(condition.key, len(members)))

@@ -109,7 +109,7 @@ class GuardedSources:
             breaker.rest_s = min(LONGEST_REST_S, 2 * breaker.rest_s or FIRST_REST_S)
             breaker.closed_until = self._clock() + breaker.rest_s
         if first:
-            log.error("source_failing", source=name, reason=error.reason.value, detail=error.detail)
+            log.error("source_failing", source=name, reason=error.reason.value, cause=error.cause)
 
 
 @dataclass(frozen=True, slots=True)

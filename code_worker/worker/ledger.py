@@ -113,10 +113,13 @@ class Ledger:
         keep = self._settings.store_embeddings and judged.embeddings
 
         def write(session: Session) -> set[str]:
-            verdicts.write(session, rows)
+            written = set(verdicts.write(session, rows))
             jobs.put_back(session, again, owner=self.owner)
             if keep:
-                embeddings.keep(session, encoder_sha256, judged.embeddings)
+                # Only beside a verdict that names the image: nothing else would lead to the embedding.
+                named = {one.sha256: [one.job_id] for one in rows if one.sha256 and one.job_id in written}
+                vectors = {sha256: vector for sha256, vector in judged.embeddings.items() if sha256 in named}
+                embeddings.keep(session, encoder_sha256, vectors, jobs=named)
             works_again = self._note_sources(session, seen)
             failpoint("before_verdict_commit")
             return works_again
@@ -124,19 +127,20 @@ class Ledger:
         works_again = self.outlast(lambda: self.store.run(write), progress)
         log.debug("verdicts_committed", jobs=[verdict.job_id for verdict in rows])
         failpoint("after_verdict_commit")
-        for source, detail, _ in seen.to_pause:
-            log.error("source_paused", source=source, detail=detail)
+        for source, cause, _ in seen.to_pause:
+            log.error("source_paused", source=source, cause=cause)
         for source in works_again:
             log.info("source_works_again", source=source)
 
     def _see_sources(self, judged: Judged) -> _Seen:
         closed, readable = self._denials.look(judged.verdicts, self.troubled)
-        refused = {fault.source: fault.detail for fault in judged.faults if fault.source}
+        # Of an object nothing may stay where nobody who erases it would look.
+        refused = {one.source: one.cause or one.reason.value for one in judged.faults if one.source}
         return _Seen(
             # In one order in all workers, so that none waits for another in a circle.
             sorted(
                 [
-                    *((source, detail, 0.0) for source, detail in refused.items()),
+                    *((source, cause, 0.0) for source, cause in refused.items()),
                     *((each.source, _CLOSED, each.began_s) for each in closed),
                 ]
             ),

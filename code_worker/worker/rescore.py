@@ -162,8 +162,11 @@ def _write(store: Store, rejudged: Rejudged, encoder_sha256: str, *, keep: bool)
     new = [replace(verdict, id=store.new_id()) for _, verdict in rejudged.pairs]
 
     def write(session: Session) -> Collection[str]:
+        written = rescoring.replace_live(session, new)
         if keep:
-            embeddings.keep(session, encoder_sha256, rejudged.embeddings)
-        return rescoring.replace_live(session, new)
+            named = {one.sha256: [one.job_id] for one in new if one.sha256 and one.job_id in written}
+            vectors = {sha256: vector for sha256, vector in rejudged.embeddings.items() if sha256 in named}
+            embeddings.keep(session, encoder_sha256, vectors, jobs=named)
+        return written
 
     return store.run(write) if new or rejudged.embeddings else ()

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 
 from code_worker.errors import ArtifactError, DatasetError, StoreError
 from code_worker.logs import get_logger
-from code_worker.store import erasures, retention, workers
+from code_worker.store import erasures, kept_images, retention, workers
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
-    from code_worker.store.engine import Session, Store
+    from code_worker.store.engine import Store
 
 __all__ = ["Retention"]
 
 log = get_logger(__name__)
 _ROLE = "retention"
 _LEASE_S = 120.0
+_LABELLING_S = 3600.0
+"""Longer than anybody takes from noting a copy to saying something of its image."""
 
 
 class Retention:
@@ -50,6 +52,7 @@ class Retention:
             return {}
         try:
             self._finish_erasures()
+            self._drop_copies()
             return self._pass()
         finally:
             # Others of the fleet need not look before it is due again.
@@ -72,6 +75,19 @@ class Retention:
                 Eraser(self._settings, self._store, wait_s=0).resume()
             except (ArtifactError, DatasetError, StoreError) as error:
                 log.warning("erasure_waits", error=str(error))
+
+    def _drop_copies(self) -> None:
+        """Files of copies that labellers or a pass before this one left when they died."""
+        limit = self._settings.retention.batch
+        self._store.run(lambda session: kept_images.forget_unsaid(session, older_s=_LABELLING_S, limit=limit))
+        if self._store.run(lambda session: kept_images.copies_to_drop(session, limit=1), write=False):
+            from code_worker.data.kept import open_kept  # noqa: PLC0415 - boto3, where the storage is in S3
+            from code_worker.data.leftovers import drop_copies  # noqa: PLC0415 - as above
+
+            try:
+                drop_copies(self._store, open_kept(self._settings))
+            except DatasetError as error:
+                log.warning("copies_wait", error=str(error))
 
     def _take_turn(self, seconds: float) -> bool:
         return self._store.run(lambda session: workers.take_lease(session, _ROLE, self._owner, seconds))
@@ -106,16 +122,8 @@ class Retention:
         return self._store.run(lambda session: prune(session, days, limit))
 
     def _forget_labels(self, days: float) -> int:
-        """Copies go before the rows that name them: after a crash in between the next pass finds the rows."""
-        from code_worker.data.kept import open_kept  # noqa: PLC0415 - boto3, where the storage is in S3
-
         limit = self._settings.retention.batch
         old = self._store.run(lambda session: retention.old_images(session, days, limit), write=False)
-        kept = open_kept(self._settings)
-        for sha256 in old:
-            kept.drop(sha256)
-
-        def forget(session: Session) -> int:
-            return retention.forget_labels(session, old, days)
-
-        return self._store.run(forget)
+        count = self._store.run(lambda session: retention.forget_labels(session, old, days)) if old else 0
+        self._drop_copies()
+        return count

@@ -149,10 +149,14 @@ class Shadow:
 
             scores = shadow_scores(sight, vectors, challenger, failed)
         keep = fresh if self._settings.worker.store_embeddings else {}
+        named: dict[str, list[str]] = {}
+        for sha256, verdict in sight.judged():
+            named.setdefault(sha256, []).append(verdict.job_id)
 
         def write(session: Session) -> None:
+            # Some time after the verdicts: what was erased meanwhile is left out.
             shadow.add(session, scores)
-            embeddings.keep(session, challenger.encoder_sha256, keep)
+            embeddings.keep(session, challenger.encoder_sha256, keep, jobs=named)
 
         self._store.run(write)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,6 +37,7 @@ from code_worker.store.ids import uuid7
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
 from code_worker.store.shadow import ShadowScore
+from code_worker.store.turns import LEASE_S, LostTurnError, Turn
 from code_worker.training.retrain import Learner
 from code_worker.types import ImageFacts
 from tests.store.acts import accept, claim, judged, write
@@ -158,6 +162,7 @@ def test_an_erased_image_is_found_nowhere_once_the_release_that_learned_from_it_
     receipt = erase(settings, store, sha256=sha256)
 
     assert receipt.state == "done"
+    assert receipt.last_look == {"rows": 0, "copies": 0, "jobs": 0, "letters": 0, "late": 0}
     assert rows_with(store, *hexes) == set()
     assert {path.split("/")[1:3][-1] for path in files_with(tmp_path, *needles)} == {str(run.candidate)}
     assert receipt.releases == {str(run.candidate): {"how": "learned", "files": "waiting"}}
@@ -204,8 +209,9 @@ def test_what_other_jobs_share_stays_with_them(store: Store, settings: Settings)
 
 
 def test_a_job_goes_with_its_image(store: Store, settings: Settings) -> None:
-    sha256 = keep(settings, store, b"data", "real", job_id=uuid7())
+    sha256 = hashlib.sha256(b"data").hexdigest()
     job_id = judge(store, sha256)
+    keep(settings, store, b"data", "real", job_id=job_id)
     (waiting,) = accept(store, "s3://b/waits.png")
     assert erase(settings, store, job=job_id).counts["images"] == 1
     assert erase(settings, store, job=waiting).counts.get("images", 0) == 0
@@ -248,7 +254,7 @@ def test_a_preview_counts_and_writes_nothing(store: Store, settings: Settings) -
     assert store.run(lambda session: jobs.list_jobs(session, limit=9))
 
 
-STEPS = ("_collect", "_erase_jobs", "_note_learning", "_forget_learning", "_erase_images", "settle")
+STEPS = ("_open", "_erase_jobs", "_erase_strays", "_erase_addresses", "_erase_letters", "_look", "_close", "settle")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -269,8 +275,6 @@ def test_an_erasure_that_died_half_way_is_finished_by_the_next(
     with pytest.raises(KeyboardInterrupt):
         erase(settings, sqlite_store, sha256=sha256)
     monkeypatch.undo()
-    # As a process that was killed leaves it.
-    sqlite_store.run(lambda session: session.execute(text("DELETE FROM leases")) and None)
     receipt = erase(settings, sqlite_store, sha256=sha256)
     assert receipt.state == "done"
     assert sqlite_store.run(erasures.still_open) == []
@@ -287,23 +291,71 @@ def test_only_an_operator_may_erase(store: Store, settings: Settings) -> None:
     assert Eraser(strict, store).erase(Scope(sha256="a" * 64), by="olga").state == "done"
 
 
-def test_two_do_not_erase_at_once(store: Store, settings: Settings) -> None:
-    store.run(lambda session: workers.take_lease(session, "erasure", "somebody", 60))
+def test_two_do_not_erase_at_once_and_who_died_keeps_nobody_from_it(store: Store, settings: Settings) -> None:
+    other = Turn(store, "erasure", "somebody", doing="erasing", wait_s=0)
+    with other, pytest.raises(StoreError, match="another process is erasing"):
+        erase(settings, store, sha256="a" * 64, wait_s=0)
+    # Of a process that was killed: it gave no sign of life since.
+    store.run(lambda session: workers.take_lease(session, "erasure", "somebody", 0.7))
+    assert erase(settings, store, sha256="a" * 64).state == "done"
+    with pytest.raises(LostTurnError, match="another process took over"):
+        store.run(lambda session: workers.take_lease(session, "erasure", "a third", 60)) and other.write(
+            lambda _: None
+        )
+
+
+def test_a_holder_that_lives_is_not_waited_for(sqlite_store: Store, settings: Settings) -> None:
+    def renew() -> None:
+        while not done.wait(0.1):
+            sqlite_store.run(lambda session: workers.take_lease(session, "erasure", "somebody", 60))
+
+    done = threading.Event()
+    sqlite_store.run(lambda session: workers.take_lease(session, "erasure", "somebody", 60))
+    holder = threading.Thread(target=renew)
+    holder.start()
+    began = time.monotonic()
     with pytest.raises(StoreError, match="another process is erasing"):
-        erase(settings, store, sha256="a" * 64)
+        erase(settings, sqlite_store, sha256="a" * 64)
+    assert time.monotonic() - began < LEASE_S / 2
+    done.set()
+    holder.join()
 
 
 def test_a_job_that_is_being_judged_is_waited_for(store: Store, settings: Settings) -> None:
     (job_id,) = accept(store, "s3://b/a.png")
     claim(store, [job_id])
     with pytest.raises(StoreError, match="1 of the jobs are being judged right now"):
-        erase(settings, store, job=job_id, wait_s=0)
+        erase(settings, store, job=job_id, wait_s=1.2)
     assert store.run(erasures.still_open), "it is not forgotten"
+    assert not removals(store), "who waits has removed nothing"
     # Its worker died, or answers: the lease lapses within the time that is waited.
     store.run(lambda session: jobs.renew(session, owner="worker", lease_s=1))
     assert erase(settings, store, job=job_id, wait_s=120).state == "done"
     assert store.run(erasures.still_open) == []
     assert rows_with(store, job_id, "s3://b/a.png") == set()
+    assert len(removals(store)) == 1
+
+
+def removals(store: Store) -> list[audit.Entry]:
+    wanted = audit.AuditFilter(action="erasure.remove")
+    return store.run(lambda session: audit.list_entries(session, wanted, limit=99), write=False)
+
+
+@pytest.mark.parametrize("scope", [{"tenant": "acne"}, {"job": uuid7()}])
+def test_a_tenant_or_job_that_nobody_knows_is_refused(
+    sqlite_store: Store, settings: Settings, scope: dict[str, str]
+) -> None:
+    judge(sqlite_store, "c" * 64, tenant="acme")
+    with pytest.raises(
+        StoreError, match=r"nothing is kept of the .*so nothing was erased: is it spelt as in its jobs"
+    ):
+        erase(settings, sqlite_store, **scope)
+    with pytest.raises(StoreError, match="nothing is kept"):
+        Eraser(settings, sqlite_store).preview(Scope(**scope))
+    assert sqlite_store.run(erasures.list_receipts) == []
+    receipt = erase(settings, sqlite_store, tenant="acme")
+    with pytest.raises(StoreError, match=f"it was erased, see receipt {receipt.id}"):
+        erase(settings, sqlite_store, tenant="acme")
 
 
 def test_a_run_under_way_that_learns_from_it_ends_and_its_process_writes_nothing_more(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from code_worker.store import jobs, verdicts
+from code_worker.store import erasures, jobs, personal, verdicts
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
 from code_worker.types import JobState, Label, RejectReason
@@ -85,6 +85,21 @@ def test_no_frequent_query_reads_a_whole_table_or_sorts_it(sqlite_store: Store, 
         full = step.startswith(("SCAN jobs", "SCAN verdicts")) and "USING" not in step.partition(" [")[0]
         assert not full, step
         assert not step.startswith("USE TEMP B-TREE FOR ORDER BY"), step
+
+
+OF_RECEIPTS: dict[str, Callable[[Session], object]] = {
+    "still_open": erasures.still_open,
+    "releases_owed": erasures.releases_owed,
+    "left": lambda session: personal.left(session, images=["a" * 64], since=personal.moment(session)),
+}
+
+
+@pytest.mark.parametrize("name", OF_RECEIPTS)
+def test_no_receipt_that_is_closed_and_names_no_release_is_looked_at(sqlite_store: Store, name: str) -> None:
+    steps = [step for step in plans(sqlite_store, OF_RECEIPTS[name]) if "erasures" in step.partition(" [")[0]]
+    assert steps
+    for step in steps:
+        assert "USING INDEX ix_erasures_" in step, step
 
 
 BY_ID: dict[str, Callable[[Session, list[str]], object]] = {

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from code_worker.store import labels, shadow
+from code_worker.store import jobs, labels, shadow
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
 from code_worker.store.models import db_now
@@ -38,6 +38,7 @@ def score(number: int, was: float, now: float, **more: object) -> ShadowScore:
 
 
 def add(store: Store, *scores: ShadowScore) -> None:
+    accept(store, *(jobs.NewJob("s3://b/a.jpg", id=score.job_id) for score in scores))
     store.run(lambda session: shadow.add(session, scores))
 
 

@@ -125,9 +125,13 @@ def test_a_late_verdict_of_an_old_revision_does_not_finish_the_retried_job(store
     assert state(store, job_id) is JobState.ACCEPTED
 
 
-def test_a_verdict_of_no_job_is_refused(store: Store) -> None:
-    with pytest.raises(StoreError, match="refused"):
-        write(store, judged(uuid7()))
+def test_a_verdict_of_no_job_is_left_out_and_said_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    (job_id,) = accept(store, "s3://b/a.jpg")
+    gone = uuid7()
+    with caplog.at_level("WARNING"):
+        assert write(store, judged(gone), judged(job_id)) == [job_id]
+    assert "verdicts_dropped" in caplog.text
+    assert gone in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -16,6 +17,7 @@ from code_worker.data.kept import LocalKept
 from code_worker.settings import RetentionSettings, Settings, WorkerSettings
 from code_worker.store import erasures, labels, workers
 from code_worker.store.engine import Store
+from code_worker.store.ids import uuid7
 from code_worker.worker.app import create_app, host_of
 from code_worker.worker.retention import Retention
 from tests.training.learning import label, pictures
@@ -72,6 +74,33 @@ def test_nothing_of_record_has_an_age_unless_somebody_sets_one(sqlite_store: Sto
     assert len(sqlite_store.run(lambda session: labels.list_labels(session, limit=9))) == 2
 
 
+def test_a_pass_reads_no_receipt_that_is_closed(sqlite_store: Store, tmp_path: Path) -> None:
+    ids = [uuid7().replace("-", "") for _ in range(300)]
+    with sqlite_store.engine.begin() as connection:
+        connection.execute(
+            text(
+                'INSERT INTO erasures (id, state, scope, "by", why, salt, counts, releases, runs, created_at, '
+                "finished_at) VALUES (:id, 'done', 'job', 'o', '', '00', '{}', '{}', '[]', "
+                " '2026-01-01', '2026-01-02')"
+            ),
+            [{"id": one} for one in ids],
+        )
+    (tmp_path / "runs" / "of-a-run").mkdir(parents=True)
+    loaded: list[object] = []
+
+    made = erasures.Receipt.__init__
+
+    def receipt(self: erasures.Receipt, **columns: Any) -> None:
+        loaded.append(columns)
+        made(self, **columns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(erasures.Receipt, "__init__", receipt)
+        retention(sqlite_store, tmp_path)()
+        assert loaded == []
+        assert len(sqlite_store.run(erasures.list_receipts)) == len(loaded) == 300
+
+
 def test_copies_go_with_the_labels(sqlite_store: Store, tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path)
     hashes = label(settings, sqlite_store, pictures("real", 3), "real")
@@ -114,7 +143,7 @@ def test_what_a_dead_process_left_of_an_erasure_is_finished(
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Eraser, "_forget_learning", die)
+    monkeypatch.setattr(Eraser, "_erase_letters", die)
     with pytest.raises(KeyboardInterrupt):
         Eraser(settings, sqlite_store).erase(Scope(sha256=sha256), by="olga")
     monkeypatch.undo()
@@ -137,10 +166,10 @@ def test_each_machine_drops_what_its_own_directory_still_holds(sqlite_store: Sto
     (mine / "cache" / "releases" / "r-0123456789ab").mkdir(parents=True)
 
     def receive(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
-        erasures.begin(session, id=run, scope="job", by="olga", why="", salt="00")
+        erasures.begin(session, id=run, scope="job", target={}, by="olga", why="", salt="00")
         released = {"r-0123456789ab": {"how": "learned", "files": "deleted"}}
         erasures.note(session, run, releases=released, runs=[gone])
-        erasures.finish(session, run)
+        erasures.finish(session, run, {})
 
     sqlite_store.run(receive)
     retention(sqlite_store, mine, owner="another")()

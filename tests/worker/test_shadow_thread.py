@@ -17,12 +17,13 @@ from sqlalchemy import text
 from code_worker.errors import TransientError
 from code_worker.moderation.runtime import Runtime
 from code_worker.settings import Settings
-from code_worker.store import embeddings
+from code_worker.store import embeddings, jobs
 from code_worker.store.engine import Store
 from code_worker.types import ImageFacts, Label, Outcome, Provenance, RejectReason, Verdict
 from code_worker.worker import shadow as module
 from code_worker.worker.shadow import Shadow
 from tests.moderation.doubles import FirstValueHead, MeanEmbedder, png, runtime
+from tests.store.acts import accept
 from tests.worker.harness import wait_until
 
 CHAMPION = runtime()
@@ -48,6 +49,7 @@ class Challenger:
 @pytest.fixture
 def challenge(sqlite_store: Store) -> Iterator[Callable[..., Challenger]]:
     made: list[Challenger] = []
+    accept(sqlite_store, *(jobs.NewJob(f"s3://b/{value}", id=job_of(value)) for value in range(256)))
 
     def start(*, started: bool = True, **parts: Any) -> Challenger:
         made.append(challenger := Challenger(sqlite_store, **parts))
@@ -62,6 +64,10 @@ def challenge(sqlite_store: Store) -> Iterator[Callable[..., Challenger]]:
         challenger.shadow.close()
 
 
+def job_of(value: int) -> str:
+    return f"00000000-0000-7000-8000-{value:012d}"
+
+
 def judge(shadow: Shadow, *values: int) -> None:
     """As a worker does with a batch of grey images, once their verdicts are written."""
     with shadow.watch(CHAMPION) as sight:
@@ -73,7 +79,7 @@ def judge(shadow: Shadow, *values: int) -> None:
             sight.saw_crop(sha256, np.full((224, 224, 3), value, np.uint8))
             verdicts.append(
                 Verdict(
-                    f"00000000-0000-7000-8000-{value:012d}",
+                    job_of(value),
                     f"s3://b/{value}",
                     Outcome.JUDGED,
                     Label.REAL,
@@ -135,6 +141,20 @@ def test_it_waits_until_the_champion_has_no_work(
     assert embedder.crops == 0
     challenger.busy = False
     scored_soon(sqlite_store, 1)
+
+
+def test_a_job_that_was_erased_while_it_waited_for_its_score_gets_none(
+    challenge: Callable[..., Challenger], sqlite_store: Store
+) -> None:
+    challenger = challenge(started=False)
+    judge(challenger.shadow, 51, 102)
+    with sqlite_store.engine.begin() as connection:
+        connection.execute(text("DELETE FROM jobs WHERE uri = 's3://b/51'"))
+    challenger.shadow.start()
+    assert scored_soon(sqlite_store, 1).keys() == {102}
+    hashes = {value: hashlib.sha256(png(value)).hexdigest() for value in (51, 102)}
+    known = sqlite_store.run(lambda session: embeddings.known(session, "f" * 64, hashes.values()))
+    assert known.keys() == {hashes[102]}
 
 
 def test_what_does_not_fit_is_dropped_and_nobody_waits(

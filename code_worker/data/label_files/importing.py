@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final
 
 from code_worker.data.label_files.rows import Row
-from code_worker.data.labelling import Found, LabelFile, Labeller
+from code_worker.data.labelling import Found, LabelFile, Labeller, Recorded, erased_meanwhile
 from code_worker.errors import (
     CodeWorkerError,
     DatasetError,
@@ -21,7 +21,6 @@ from code_worker.errors import (
     TransientError,
 )
 from code_worker.queues import chunks
-from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
 
 __all__ = ["Imported", "import_rows"]
@@ -93,11 +92,16 @@ def import_rows(
             for key in labeller.imported(list(drafts)):
                 del drafts[key]
             found = _find_all(labeller, pool, drafts.values())
-            new = record(drafts.values(), found)
+            recorded = record(drafts.values(), found)
             faults = {key: fault for key, one in drafts.items() if not isinstance(fault := found[one.target], Found)}
+            faults |= {
+                key: erased_meanwhile(done.image.sha256)
+                for key, one in drafts.items()
+                if isinstance(done := found[one.target], Found) and done.image.sha256 in recorded.erased
+            }
             if fatal := next((fault for fault in faults.values() if isinstance(fault, _FATAL)), None):
                 raise fatal
-            yield Imported(len(group), new, list(_refused(group, outcomes, faults)))
+            yield Imported(len(group), recorded.added, list(_refused(group, outcomes, faults)))
 
 
 _Finds = Mapping[tuple[str, str | None], Found | CodeWorkerError]
@@ -158,11 +162,10 @@ def _find_all(labeller: Labeller, pool: ThreadPoolExecutor, drafts: Iterable[_Dr
     return dict(zip(targets, pool.map(find, targets), strict=True))
 
 
-def _record(labeller: Labeller, drafts: Iterable[_Draft], found: _Finds, *, actor: str, file: LabelFile) -> int:
-    images, new, rows = dict[str, KeptImage](), list[NewLabel](), dict[str, str]()
+def _record(labeller: Labeller, drafts: Iterable[_Draft], found: _Finds, *, actor: str, file: LabelFile) -> Recorded:
+    new, rows = list[NewLabel](), dict[str, str]()
     for draft in drafts:
         if isinstance(one := found[draft.target], Found):
-            images[one.image.sha256] = one.image
             new.append(replace(draft.label, sha256=one.image.sha256, uri=one.uri))
             rows[draft.key] = one.image.sha256
-    return labeller.record(new, list(images.values()), rows, actor=actor, file=file)
+    return labeller.record(new, rows, actor=actor, file=file)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from code_worker.store.models.audit import AuditRow, RemovalRow
 from code_worker.store.models.base import Base, UtcDateTime, db_now, db_now_plus, time_plus
 from code_worker.store.models.deployed import AliasMoveRow, AliasRow, PolicyRecord, ReleaseRow
-from code_worker.store.models.erasing import ErasedDigestRow, ErasureRow, ErasureTargetRow
+from code_worker.store.models.erasing import (
+    CopyToDropRow,
+    ErasedDigestRow,
+    ErasureRow,
+    ErasureTargetRow,
+    ImageOriginRow,
+)
 from code_worker.store.models.fleet import DeadLetterRow, LeaseRow, PluginSeenRow, SourcePauseRow, WorkerRow
 from code_worker.store.models.learning import (
     GateComparisonRow,
@@ -27,6 +33,7 @@ __all__ = [
     "AliasRow",
     "AuditRow",
     "Base",
+    "CopyToDropRow",
     "DeadLetterRow",
     "EmbeddingRow",
     "ErasedDigestRow",
@@ -34,6 +41,7 @@ __all__ = [
     "ErasureTargetRow",
     "GateComparisonRow",
     "ImageGroupRow",
+    "ImageOriginRow",
     "ImportedRow",
     "JobRow",
     "KeptImageRow",

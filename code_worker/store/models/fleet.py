@@ -9,7 +9,7 @@ from sqlalchemy import Index, Integer, Text, Uuid
 from sqlalchemy.orm import Mapped, mapped_column
 
 from code_worker.store.ids import uuid7
-from code_worker.store.models.base import JSON_OBJECT, Base, UtcDateTime, db_now
+from code_worker.store.models.base import JSON_OBJECT, PERSONAL, Base, UtcDateTime, db_now
 
 __all__ = ["DeadLetterRow", "LeaseRow", "PluginSeenRow", "SourcePauseRow", "WorkerRow"]
 
@@ -66,8 +66,8 @@ class DeadLetterRow(Base):
 
     id: Mapped[str] = mapped_column(Uuid(as_uuid=False), primary_key=True, default=uuid7, comment="UUIDv7.")
     task: Mapped[str] = mapped_column(Text, comment="Task it was addressed to.")
-    body: Mapped[str] = mapped_column(Text, comment="The message, cut at 64 KiB.")
-    error: Mapped[str] = mapped_column(Text, comment="Why it could not be read.")
+    body: Mapped[str] = mapped_column(Text, info=PERSONAL, comment="The message, cut at 64 KiB.")
+    error: Mapped[str] = mapped_column(Text, info=PERSONAL, comment="Why it could not be read.")
     at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it came.")
 
     __table_args__ = ({"comment": "Unreadable broker messages."},)

@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from code_worker.store.ids import uuid7
-from code_worker.store.models.base import BIG_KEY, JSON_OBJECT, Base, UtcDateTime, db_now, partial_index
+from code_worker.store.models.base import BIG_KEY, JSON_OBJECT, PERSONAL, Base, UtcDateTime, db_now, partial_index
 
 __all__ = [
     "GateComparisonRow",
@@ -49,16 +49,20 @@ class LabelRow(Base):
     fingerprint: Mapped[str] = mapped_column(
         String(64), comment="Of what makes it the same statement, so that a file imported twice adds nothing."
     )
-    sha256: Mapped[str] = mapped_column(String(64), comment="Of the image's bytes.")
+    sha256: Mapped[str] = mapped_column(String(64), info=PERSONAL, comment="Of the image's bytes.")
     label: Mapped[str] = mapped_column(String(16), comment="real or fake.")
     generator: Mapped[str | None] = mapped_column(Text, comment="What made a fake one, if known.")
     collection: Mapped[str | None] = mapped_column(Text, comment="Where the image came from: a data set, a channel.")
-    group: Mapped[str | None] = mapped_column(Text, comment="Record or post that the image belongs to, if any.")
+    group: Mapped[str | None] = mapped_column(
+        Text, info=PERSONAL, comment="Record or post that the image belongs to, if any."
+    )
     by: Mapped[str] = mapped_column(Text, comment="Who says so.")
     source: Mapped[str] = mapped_column(Text, comment="By which way: api, cli, file:NAME.")
-    uri: Mapped[str | None] = mapped_column(Text, comment="Where the image was when it was labelled.")
-    job_id: Mapped[str | None] = mapped_column(Uuid(as_uuid=False), comment="Job it was labelled by, if any.")
-    note: Mapped[str] = mapped_column(Text, comment="Free text.")
+    uri: Mapped[str | None] = mapped_column(Text, info=PERSONAL, comment="Where the image was when it was labelled.")
+    job_id: Mapped[str | None] = mapped_column(
+        Uuid(as_uuid=False), info=PERSONAL, comment="Job it was labelled by, if any."
+    )
+    note: Mapped[str] = mapped_column(Text, info=PERSONAL, comment="Free text.")
     at: Mapped[datetime] = mapped_column(UtcDateTime, comment="When it was said.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was written here.")
 
@@ -79,7 +83,7 @@ class ImportedRow(Base):
     __tablename__ = "imported_rows"
 
     key: Mapped[str] = mapped_column(String(64), primary_key=True, comment="Of all that the row says.")
-    sha256: Mapped[str] = mapped_column(String(64), comment="Of the image's bytes.")
+    sha256: Mapped[str] = mapped_column(String(64), info=PERSONAL, comment="Of the image's bytes.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was imported.")
 
     __table_args__ = (
@@ -93,12 +97,14 @@ class KeptImageRow(Base):
 
     __tablename__ = "kept_images"
 
-    sha256: Mapped[str] = mapped_column(String(64), primary_key=True, comment="Of the bytes, and the copy's name.")
+    sha256: Mapped[str] = mapped_column(
+        String(64), primary_key=True, info=PERSONAL, comment="Of the bytes, and the copy's name."
+    )
     size_bytes: Mapped[int] = mapped_column(BigInteger, comment="Number of bytes.")
     format: Mapped[str | None] = mapped_column(String(16), comment="Image format by content.")
     width: Mapped[int | None] = mapped_column(Integer, comment="Pixels.")
     height: Mapped[int | None] = mapped_column(Integer, comment="Pixels.")
-    uri: Mapped[str] = mapped_column(Text, comment="Where it was read first.")
+    uri: Mapped[str] = mapped_column(Text, info=PERSONAL, comment="Where it was read first.")
     phash: Mapped[str | None] = mapped_column(
         String(16), comment="Perceptual hash in hexadecimal; null: not computed, or it cannot be decoded."
     )
@@ -115,6 +121,7 @@ class KeptImageRow(Base):
         *(Index(f"ix_kept_images_band_{band}", f"band_{band}") for band in range(4)),
         Index("ix_kept_images_phash_group_id", "phash", "group_id"),
         Index("ix_kept_images_group_id_sha256", "group_id", "sha256"),
+        Index("ix_kept_images_created_at", "created_at"),
         {"comment": "Copies in the dataset storage; source objects vanish."},
     )
 
@@ -157,7 +164,9 @@ class SnapshotRow(Base):
     digest: Mapped[str] = mapped_column(String(64), comment="Of the members; equal digests are equal snapshots.")
     rule: Mapped[str] = mapped_column(Text, comment="How contradicting labels were resolved.")
     counts: Mapped[dict[str, Any]] = mapped_column(JSON_OBJECT, comment="Members by split, label and generator.")
-    members: Mapped[bytes] = mapped_column(LargeBinary, comment="zlib of JSON lines, sorted by content hash.")
+    members: Mapped[bytes] = mapped_column(
+        LargeBinary, info=PERSONAL, comment="zlib of JSON lines, sorted by content hash."
+    )
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was taken.")
 
     __table_args__ = ({"comment": "What a run was trained and measured on."},)
@@ -180,8 +189,8 @@ class RunRow(Base):
     snapshot_id: Mapped[str | None] = mapped_column(ForeignKey("snapshots.id"), comment="What it learned from.")
     base_release: Mapped[str | None] = mapped_column(Text, comment="Champion when it began.")
     candidate: Mapped[str | None] = mapped_column(Text, comment="Release it made, if it came so far.")
-    reasons: Mapped[list[str]] = mapped_column(JSON_OBJECT, comment="Why it ended as it did.")
-    report: Mapped[dict[str, Any]] = mapped_column(JSON_OBJECT, comment="Gate and evaluation.")
+    reasons: Mapped[list[str]] = mapped_column(JSON_OBJECT, info=PERSONAL, comment="Why it ended as it did.")
+    report: Mapped[dict[str, Any]] = mapped_column(JSON_OBJECT, info=PERSONAL, comment="Gate and evaluation.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was started.")
     heartbeat_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="Last sign of life.")
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="When it ended.")
@@ -254,9 +263,9 @@ class ShadowScoreRow(Base):
     __tablename__ = "shadow_scores"
 
     id: Mapped[str] = mapped_column(Uuid(as_uuid=False), primary_key=True, default=uuid7, comment="UUIDv7.")
-    job_id: Mapped[str] = mapped_column(Uuid(as_uuid=False), comment="The job.")
+    job_id: Mapped[str] = mapped_column(Uuid(as_uuid=False), info=PERSONAL, comment="The job.")
     revision: Mapped[int] = mapped_column(Integer, comment="Of the champion's verdict.")
-    sha256: Mapped[str] = mapped_column(String(64), comment="Of the bytes that were judged.")
+    sha256: Mapped[str] = mapped_column(String(64), info=PERSONAL, comment="Of the bytes that were judged.")
     release: Mapped[str] = mapped_column(Text, comment="The challenger.")
     head: Mapped[str] = mapped_column(Text, comment="Its head.")
     score: Mapped[float] = mapped_column(comment="0 to 1, higher = more likely generated.")
@@ -265,7 +274,7 @@ class ShadowScoreRow(Base):
     champion_head: Mapped[str] = mapped_column(Text, comment="Its head.")
     champion_score: Mapped[float] = mapped_column(comment="Its score.")
     champion_label: Mapped[str] = mapped_column(String(16), comment="Its label.")
-    tenant: Mapped[str | None] = mapped_column(Text, comment="The job's.")
+    tenant: Mapped[str | None] = mapped_column(Text, info=PERSONAL, comment="The job's.")
     content_type: Mapped[str | None] = mapped_column(Text, comment="The job's.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When.")
 

@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Mapped, mapped_column
 
 from code_worker.store.ids import uuid7
-from code_worker.store.models.base import JSON_OBJECT, Base, UtcDateTime, db_now, partial_index
+from code_worker.store.models.base import JSON_OBJECT, PERSONAL, Base, UtcDateTime, db_now, partial_index
 from code_worker.types import EMBEDDING_DIM
 
 __all__ = ["EmbeddingRow", "JobRow", "VerdictRow"]
@@ -35,17 +35,21 @@ class JobRow(Base):
     id: Mapped[str] = mapped_column(
         Uuid(as_uuid=False), primary_key=True, default=uuid7, comment="UUIDv7, or UUIDv5 of tenant and key."
     )
-    key: Mapped[str | None] = mapped_column(Text, comment="The caller's idempotency key.")
+    key: Mapped[str | None] = mapped_column(Text, info=PERSONAL, comment="The caller's idempotency key.")
     payload_sha256: Mapped[str | None] = mapped_column(
-        String(64), comment="Of the fields asked for; only with a key, to tell a repeat from a conflict."
+        String(64),
+        info=PERSONAL,
+        comment="Of the fields asked for; only with a key, to tell a repeat from a conflict.",
     )
-    uri: Mapped[str] = mapped_column(Text, comment="Where the image is.")
+    uri: Mapped[str] = mapped_column(Text, info=PERSONAL, comment="Where the image is.")
     head: Mapped[str | None] = mapped_column(Text, comment="Head asked for, if any.")
-    tenant: Mapped[str | None] = mapped_column(Text, comment="On whose behalf.")
+    tenant: Mapped[str | None] = mapped_column(Text, info=PERSONAL, comment="On whose behalf.")
     content_type: Mapped[str | None] = mapped_column(Text, comment="Kind of content, for the policy.")
     priority: Mapped[int] = mapped_column(SmallInteger, comment="0 (backfill) to 9 (live).")
     queue: Mapped[str] = mapped_column(Text, comment="Broker queue that the priority chose.")
-    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", JSON_OBJECT, comment="The caller's own object.")
+    metadata_: Mapped[dict[str, Any]] = mapped_column(
+        "metadata", JSON_OBJECT, info=PERSONAL, comment="The caller's own object."
+    )
     state: Mapped[str] = mapped_column(String(16), default="accepted", comment="See the check constraint.")
     attempts: Mapped[int] = mapped_column(
         Integer, default=0, comment="Claims that have not ended in order: the present one and those of dead workers."
@@ -61,7 +65,9 @@ class JobRow(Base):
     claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="Last claim.")
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="When the verdict was written.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was accepted.")
-    last_fault: Mapped[str | None] = mapped_column(Text, comment="Reason and detail of the last transient fault.")
+    last_fault: Mapped[str | None] = mapped_column(
+        Text, info=PERSONAL, comment="Reason and detail of the last transient fault."
+    )
 
     __table_args__ = (
         CheckConstraint("state IN ('accepted', 'running', 'done', 'quarantined')", name="state"),
@@ -85,22 +91,24 @@ class VerdictRow(Base):
     __tablename__ = "verdicts"
 
     id: Mapped[str] = mapped_column(Uuid(as_uuid=False), primary_key=True, default=uuid7, comment="UUIDv7.")
-    job_id: Mapped[str] = mapped_column(Uuid(as_uuid=False), ForeignKey("jobs.id"), comment="The job it answers.")
+    job_id: Mapped[str] = mapped_column(
+        Uuid(as_uuid=False), ForeignKey("jobs.id"), info=PERSONAL, comment="The job it answers."
+    )
     revision: Mapped[int] = mapped_column(Integer, comment="0 for the first, one more for each retry of the job.")
     outcome: Mapped[str] = mapped_column(String(16), comment="judged or rejected.")
     label: Mapped[str | None] = mapped_column(String(16), comment="real, fake or uncertain; of judged ones.")
     score: Mapped[float | None] = mapped_column(comment="0 to 1, higher = more likely generated; of judged ones.")
     reason: Mapped[str | None] = mapped_column(String(32), comment="Why there is no label; of rejected ones.")
-    detail: Mapped[str] = mapped_column(Text, comment="What exactly was wrong, for people.")
-    uri: Mapped[str] = mapped_column(Text, comment="Where the image was read.")
-    sha256: Mapped[str | None] = mapped_column(String(64), comment="Of the bytes that were judged.")
+    detail: Mapped[str] = mapped_column(Text, info=PERSONAL, comment="What exactly was wrong, for people.")
+    uri: Mapped[str] = mapped_column(Text, info=PERSONAL, comment="Where the image was read.")
+    sha256: Mapped[str | None] = mapped_column(String(64), info=PERSONAL, comment="Of the bytes that were judged.")
     size_bytes: Mapped[int | None] = mapped_column(BigInteger, comment="Number of those bytes.")
     format: Mapped[str | None] = mapped_column(String(16), comment="Image format by content.")
     width: Mapped[int | None] = mapped_column(Integer, comment="Pixels.")
     height: Mapped[int | None] = mapped_column(Integer, comment="Pixels.")
     mode: Mapped[str | None] = mapped_column(String(16), comment="Colour mode before conversion.")
-    etag: Mapped[str | None] = mapped_column(Text, comment="The source's entity tag.")
-    version_id: Mapped[str | None] = mapped_column(Text, comment="The source's version of the object.")
+    etag: Mapped[str | None] = mapped_column(Text, info=PERSONAL, comment="The source's entity tag.")
+    version_id: Mapped[str | None] = mapped_column(Text, info=PERSONAL, comment="The source's version of the object.")
     release: Mapped[str | None] = mapped_column(Text, comment="Release that judged; the row outlives it.")
     manifest_sha256: Mapped[str | None] = mapped_column(String(64), comment="Of that release's manifest.")
     head: Mapped[str | None] = mapped_column(Text, comment="Head that scored.")
@@ -109,9 +117,9 @@ class VerdictRow(Base):
     low: Mapped[float | None] = mapped_column(comment="Below this: real.")
     high: Mapped[float | None] = mapped_column(comment="From this on: fake.")
     code_version: Mapped[str | None] = mapped_column(String(64), comment="Version of the code that judged.")
-    tenant: Mapped[str | None] = mapped_column(Text, comment="The job's.")
+    tenant: Mapped[str | None] = mapped_column(Text, info=PERSONAL, comment="The job's.")
     content_type: Mapped[str | None] = mapped_column(Text, comment="The job's.")
-    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", JSON_OBJECT, comment="The job's.")
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", JSON_OBJECT, info=PERSONAL, comment="The job's.")
     timings_ms: Mapped[dict[str, float]] = mapped_column(JSON_OBJECT, comment="Milliseconds by stage.")
     supersedes: Mapped[str | None] = mapped_column(
         Uuid(as_uuid=False), comment="Verdict that this one judges again; that one stays."
@@ -145,8 +153,8 @@ class EmbeddingRow(Base):
     __tablename__ = "embeddings"
 
     encoder_sha256: Mapped[str] = mapped_column(String(64), primary_key=True, comment="Of the encoder's weights.")
-    sha256: Mapped[str] = mapped_column(String(64), primary_key=True, comment="Of the image's bytes.")
-    vector: Mapped[bytes] = mapped_column(LargeBinary, comment="192 float32, little-endian.")
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True, info=PERSONAL, comment="Of the image's bytes.")
+    vector: Mapped[bytes] = mapped_column(LargeBinary, info=PERSONAL, comment="192 float32, little-endian.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was computed.")
 
     __table_args__ = (

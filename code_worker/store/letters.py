@@ -1,0 +1,195 @@
+"""Unreadable messages that name something erased: read as what they are, and not searched as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from code_worker.store import erasures, personal
+from code_worker.store.ids import as_uuid
+from code_worker.store.models import DeadLetterRow
+from code_worker.store.scopes import Scope
+from code_worker.store.sql import table_of
+
+__all__ = ["erase_letters"]
+
+_LETTERS = table_of(DeadLetterRow)
+_ESCAPE: Final = re.compile(r"\\(?:u[0-9a-fA-F]{4}|[\"\\/bfnrt])")
+_WORDS: Final = re.compile(
+    r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{64}|\"(?:[^\"\\]|\\.)*\"?|'[^']*'?|[^\s\"'(),;]+"
+)
+_NESTED: Final = 4
+_KINDS: Final = (erasures.JOB, erasures.IMAGE, erasures.URI)
+_ANY: Final = ""
+Erased = Callable[[str, str], bool]
+"""Whether a value of a kind was erased; `_ANY` tenant: whether it is one that is erased."""
+
+
+def erase_letters(
+    session: Session, erasure_id: str, *, scope: Scope, after: str, limit: int
+) -> tuple[int, str | None]:
+    """Takes what was erased out of a page of unreadable messages; a message of which nothing else is left goes.
+
+    Returns:
+        How many messages named something, and the id after which the next page begins; None after the last page.
+    """
+    personal.keep_out(session)
+    page = select(_LETTERS.c.id, _LETTERS.c.body, _LETTERS.c.error).order_by(_LETTERS.c.id).limit(limit)
+    rows = session.execute(page.where(_LETTERS.c.id > after) if after else page).all()
+    texts = [text for row in rows for text in (row.body, row.error)]
+    erased = _asker(session, erasure_id, texts, of_a_tenant=scope.tenant is not None)
+    count = 0
+    for row in rows:
+        body, error = _without(row.body, erased), _without_words(row.error, erased)
+        if (body, error) == (row.body, row.error):
+            continue
+        count += 1
+        this = _LETTERS.c.id == row.id
+        if body is None:
+            session.execute(delete(_LETTERS).where(this))
+        else:
+            session.execute(update(_LETTERS).where(this).values(body=body, error=error))
+    return count, rows[-1].id if len(rows) == limit else None
+
+
+def _asker(session: Session, erasure_id: str, texts: list[str], *, of_a_tenant: bool) -> Erased:
+    """Asks for everything that the texts say at once."""
+    salt = erasures.salt_of(session, erasure_id)
+    kinds = (*_KINDS, erasures.TENANT)
+    digests = {
+        (kind, value): erasures.digest(salt, kind, _spelt(kind, value))
+        for value in {value for text in texts for value in _values(text)}
+        for kind in kinds
+    }
+    found = erasures.digests_among(session, erasure_id, set(digests.values()))
+    hits = {named for named, digest in digests.items() if digest in found}
+    if of_a_tenant:
+        hits.add((erasures.TENANT, _ANY))
+    return lambda kind, value: (kind, value) in hits
+
+
+def _spelt(kind: str, value: str) -> str:
+    if kind == erasures.JOB:
+        return as_uuid(value) or value
+    return value.lower() if kind == erasures.IMAGE else value
+
+
+def _values(text: str) -> Iterator[str]:
+    """Every value that a text may mean: of its JSON if it is any, and of its words."""
+    parsed = _parsed(text)
+    if parsed is not None:
+        yield from _strings(parsed)
+    for word in _WORDS.findall(text):
+        yield word
+        bare = word.strip("\"'")
+        yield bare
+        yield _unescaped(bare)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _strings(value: Any, depth: int = 0) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+        yield from (word.strip("\"'") for word in _WORDS.findall(value))
+        # A message in a message, as a broker wraps it.
+        if depth < _NESTED and value[:1] in {"{", "["} and (inner := _parsed(value)) is not None:
+            yield from _strings(inner, depth + 1)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each, depth)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield name
+            yield from _strings(each, depth)
+
+
+def _unescaped(text: str) -> str:
+    """What a part of JSON says that cannot be parsed, because the message was cut."""
+
+    def character(match: re.Match[str]) -> str:
+        try:
+            return str(json.loads(f'"{match[0]}"'))
+        except ValueError:
+            return match[0]
+
+    joined = _ESCAPE.sub(character, text)
+    # Beyond the basic plane a character is two escapes.
+    return joined.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _without(body: str, erased: Erased) -> str | None:
+    """The message without what names something erased; None if nothing of it can stay."""
+    parsed = _parsed(body)
+    if isinstance(parsed, dict | list):
+        left = _pruned(parsed, erased)
+        if left == parsed:
+            return body
+        return json.dumps(left) if any(_entries(left)) else None
+    named = any(erased(kind, value) for value in _values(body) for kind in _told_by(body, value))
+    return None if named else body
+
+
+def _told_by(body: str, value: str) -> tuple[str, ...]:
+    """A tenant's name may be any word: in a text it counts where the text says that it is one."""
+    named = re.search(rf"tenant\W{{1,6}}{re.escape(json.dumps(value)[1:-1])}(?!\w)", body)
+    return (*_KINDS, erasures.TENANT) if value and named else _KINDS
+
+
+def _entries(left: Any) -> Iterator[Any]:
+    """What a message that was pruned still lists."""
+    if isinstance(left, dict):
+        yield from (each for each in left.values() if isinstance(each, list | dict) and each)
+    elif isinstance(left, list):
+        yield from left
+
+
+def _pruned(value: Any, erased: Erased) -> Any:
+    """Lists without their entries, and an object without its fields, that name something erased."""
+    if isinstance(value, list):
+        return [
+            _pruned(each, erased) if isinstance(each, list) else each
+            for each in value
+            if isinstance(each, list) or not _names(each, erased)
+        ]
+    return {
+        name: _pruned(each, erased) if isinstance(each, list) else each
+        for name, each in value.items()
+        if isinstance(each, list) or not _names({name: each}, erased)
+    }
+
+
+def _names(value: Any, erased: Erased, kinds: Sequence[str] = _KINDS) -> bool:
+    if isinstance(value, str):
+        return any(erased(kind, each) for each in _strings(value) for kind in kinds)
+    if isinstance(value, list):
+        return any(_names(each, erased, kinds) for each in value)
+    if isinstance(value, dict):
+        if isinstance(tenant := value.get("tenant"), str):
+            if erased(erasures.TENANT, tenant):
+                return True
+            if erased(erasures.TENANT, _ANY):
+                # Another tenant's item: an address that both have is theirs too.
+                kinds = (erasures.JOB, erasures.IMAGE)
+        return any(_names(name, erased, kinds) or _names(each, erased, kinds) for name, each in value.items())
+    return False
+
+
+def _without_words(text: str, erased: Erased) -> str:
+    """A text without the words that name something erased."""
+
+    def blanked(match: re.Match[str]) -> str:
+        forms = {match[0], match[0].strip("\"'"), _unescaped(match[0].strip("\"'"))}
+        return "…" if any(erased(kind, form) for form in forms for kind in (*_KINDS, erasures.TENANT)) else match[0]
+
+    return _WORDS.sub(blanked, text)

@@ -1,0 +1,99 @@
+"""What was begun with an image before it was erased and ends afterwards: rescoring, a training run, its snapshot."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from code_worker.data.erasure import Eraser, Scope
+from code_worker.data.examples import REAL, Example
+from code_worker.data.kept import open_kept
+from code_worker.errors import RunLostError
+from code_worker.moderation.rescore import Rejudged
+from code_worker.settings import Settings
+from code_worker.store import jobs, runs
+from code_worker.store.engine import Session, Store
+from code_worker.store.ids import uuid7
+from code_worker.training import snapshot as snapshots
+from code_worker.training.encoded import Encoder
+from code_worker.training.lease import Held
+from code_worker.types import ImageFacts
+from code_worker.worker.rescore import _write as write_rescored
+from tests.moderation.doubles import MeanEmbedder, png
+from tests.store.acts import accept, claim, judged, write
+from tests.training.learning import label, learning_settings, pictures
+
+DATA = png(7, 32)
+SHA = hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return learning_settings(tmp_path / "data")
+
+
+def embeddings_left(store: Store) -> int:
+    with store.engine.connect() as connection:
+        return int(connection.exec_driver_sql("SELECT count(*) FROM embeddings").scalar_one())
+
+
+def encode(settings: Settings, store: Store, meanwhile: Callable[[], object], **more: object) -> None:
+    """As a run does, of one image; `meanwhile` happens while it is encoded."""
+    embedder = MeanEmbedder(lambda _: meanwhile() and None)
+    encoder = Encoder(embedder, key="e" * 64, settings=settings, store=store, kept=open_kept(settings), **more)  # type: ignore[arg-type]
+    seen = encoder.see_examples([Example(key="a", label=REAL, read=lambda: DATA)])
+    assert np.isfinite(seen.rows[SHA]).all()
+
+
+def test_what_rescoring_read_before_a_job_was_erased_is_not_written(store: Store, settings: Settings) -> None:
+    (job_id,) = accept(store, jobs.NewJob("s3://b/a.png", tenant="acme"))
+    claim(store, [job_id])
+    verdict = judged(job_id, facts=ImageFacts(SHA, 10))
+    write(store, verdict)
+    (old,) = store.run(lambda session: [verdict])
+    new = judged(job_id, facts=ImageFacts(SHA, 10), revision=1, supersedes=old.id)
+    rejudged = Rejudged(pairs=[(old, new)], embeddings={SHA: bytes(768)})
+    Eraser(settings, store).erase(Scope(tenant="acme"), by="olga")
+    assert not write_rescored(store, rejudged, "f" * 64, keep=True)
+    assert embeddings_left(store) == 0
+
+
+@pytest.mark.parametrize("erases", [True, False])
+def test_a_run_keeps_no_embedding_of_an_image_that_was_erased_while_it_was_encoded(
+    sqlite_store: Store, settings: Settings, *, erases: bool
+) -> None:
+    def erase() -> None:
+        if erases:
+            Eraser(settings, sqlite_store).erase(Scope(sha256=SHA), by="olga")
+
+    encode(settings, sqlite_store, erase)
+    assert embeddings_left(sqlite_store) == int(not erases)
+
+
+def test_a_run_whose_token_is_spent_keeps_no_embedding(sqlite_store: Store, settings: Settings) -> None:
+    def start(session: Session) -> runs.Run | None:
+        return runs.start(session, id=run_id, kind="refit", by="a", owner="a:1", config={}, base_release=None)
+
+    run_id = uuid7()
+    run = sqlite_store.run(start)
+    assert run is not None
+    held = Held(sqlite_store, run.lease, lease_s=60, stop=threading.Event())
+    with sqlite_store.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE runs SET token = token + 1")
+    with pytest.raises(RunLostError):
+        encode(settings, sqlite_store, lambda: None, write=held.write)
+    assert embeddings_left(sqlite_store) == 0
+
+
+def test_a_snapshot_is_frozen_without_what_was_erased_since_it_was_taken(store: Store, settings: Settings) -> None:
+    hashes = label(settings, store, pictures("real", 3), "real")
+    taken = store.run(lambda session: snapshots.take(session, settings.labels), write=False)
+    Eraser(settings, store).erase(Scope(sha256=hashes[1]), by="olga")
+    frozen = store.run(lambda session: snapshots.freeze(session, taken))
+    assert {member.sha256 for member in frozen.members} == {hashes[0], hashes[2]}
+    assert store.run(lambda session: snapshots.load(session, frozen.id)).members == frozen.members
