@@ -44,7 +44,7 @@ def _content_hash(_context: click.Context, _parameter: click.Parameter, value: s
 @click.option("--keep-releases", is_flag=True, help="Leave the files of releases that learned from it.")
 @click.option("--resume", is_flag=True, help="Only finish what earlier erasures left, if anything.")
 @click.option("--dry-run", is_flag=True, help="Print what would be erased; erase nothing.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask; needed where nobody can be asked.")
 @json_option
 def erase(
     *,
@@ -63,13 +63,17 @@ def erase(
 
     Rows, embeddings, labels, kept copies, caches and directories of runs go; releases whose heads may hold embeddings
     lose their files once no alias points to them; the database's files are rewritten. Begun again after a crash it
-    goes on where it ended. Exit status 1 when something could not be erased now.
+    goes on where it ended. Exit status 1 when something could not be erased now, or nothing is kept of the job or
+    tenant; 2 when there is no terminal to ask at and no `--yes`.
     """
     from code_worker.data.erasure import Eraser, Scope  # noqa: PLC0415 - SQLAlchemy and storage: not for --help
 
     scope = Scope(job, sha256, tenant, before)
     if sum(value is not None for value in (job, sha256, tenant, before)) != int(not resume):
         raise click.UsageError("say one of --job, --sha256, --tenant and --before, or --resume alone")
+    asks = not yes and not resume and not dry_run
+    if asks and not sys.stdin.isatty():
+        raise click.UsageError("this cannot be undone and there is no terminal to ask at: say --yes, or --dry-run")
     settings = quiet_settings()
     with open_ledger(settings) as store:
         eraser = Eraser(settings, store)
@@ -78,9 +82,7 @@ def erase(
         elif dry_run:
             _say_preview(eraser.preview(scope), as_json=as_json)
         else:
-            _erase(
-                eraser, scope, why, keep_releases=keep_releases, ask=not yes and sys.stdin.isatty(), as_json=as_json
-            )
+            _erase(eraser, scope, why, keep_releases=keep_releases, ask=asks, as_json=as_json)
 
 
 def _erase(eraser: Eraser, scope: Scope, why: str, *, keep_releases: bool, ask: bool, as_json: bool) -> None:

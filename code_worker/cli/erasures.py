@@ -103,7 +103,9 @@ def say_receipt(receipt: Receipt) -> None:
             "why": receipt.why or None,
             "begun": receipt.created_at,
             "finished": receipt.finished_at,
+            "erasing now": receipt.step if receipt.state != "done" else None,
             **{name.replace("_", " "): count for name, count in receipt.counts.items()},
+            "last look": _last_look(receipt),
         }
     )
     rows = [
@@ -116,3 +118,14 @@ def say_receipt(receipt: Receipt) -> None:
             "A release in use learned from it, and its heads may hold embeddings: code-worker refit. Its files are "
             "deleted once another is in use."
         )
+
+
+def _last_look(receipt: Receipt) -> str | None:
+    """What the look over all tables and the storage found before the receipt was closed."""
+    if (look := receipt.last_look) is None:
+        return None
+    late = f" ({look['late']} came late, and were erased)" if look.get("late") else ""
+    if look.get("scope_unknown"):
+        return "an older version began this and did not keep its scope: erase the same again"
+    left = sum(count for name, count in look.items() if name != "late")
+    return f"{left} rows and copies left{late}"

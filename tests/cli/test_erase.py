@@ -17,7 +17,7 @@ def test_a_job_is_erased_and_only_who_knows_it_can_ask(cli: Cli, store: Store) -
     (planned,) = cli("erase", "--job", job_id, "--dry-run", "--json").records
     assert (planned["jobs"], planned["images"], planned["releases"]) == (1, 1, {})
     assert store.run(lambda session: jobs.get(session, job_id)) is not None
-    (receipt,) = cli("erase", "--job", job_id, "--why", "asked by its owner", "--json").records
+    (receipt,) = cli("erase", "--job", job_id, "--yes", "--why", "asked by its owner", "--json").records
     assert (receipt["state"], receipt["scope"], receipt["why"]) == ("done", "job", "asked by its owner")
     assert receipt["counts"]["verdicts"] == 1
     assert job_id not in json.dumps(receipt)
@@ -37,6 +37,8 @@ def test_an_erasure_in_words_says_what_went(cli: Cli, store: Store) -> None:
     ran = cli("erase", "--tenant", "acme", "--yes")
     assert (ran.status, ran.stdout.split()[1]) == (0, "erased")
     assert "acme" not in ran.stdout
+    assert "last look" in ran.stdout
+    assert "0 rows and copies left" in ran.stdout
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,16 @@ def test_an_erasure_in_words_says_what_went(cli: Cli, store: Store) -> None:
 def test_no_scope_two_scopes_and_a_hash_that_is_none_are_refused(cli: Cli, arguments: tuple[str, ...]) -> None:
     assert cli("erase", *arguments).status == 2
     assert cli("erasures", "check").status == 2
+
+
+def test_without_a_terminal_nothing_is_erased_unless_somebody_says_yes(cli: Cli, store: Store) -> None:
+    job_id = judged(store, "s3://b/a.jpg", 0.9, tenant="acme")
+    ran = cli("erase", "--tenant", "acme")
+    assert (ran.status, "say --yes" in ran.stderr) == (2, True)
+    assert store.run(lambda session: jobs.get(session, job_id)) is not None
+
+
+def test_a_tenant_that_nobody_knows_is_an_error_and_no_receipt(cli: Cli, store: Store) -> None:
+    ran = cli("erase", "--tenant", "acne", "--yes")
+    assert (ran.status, "nothing is kept of the tenant 'acne'" in ran.stderr) == (1, True)
+    assert cli("erasures", "list", "--json").records == []
