@@ -39,7 +39,7 @@ _ROLE: Final = "erasure"
 _PAGE: Final = 500
 _SCANNED: Final = 5000
 """Rows of a table that is read through, in one transaction."""
-_LETTERS: Final = 100
+_LETTERS: Final = 20
 _POLL_S: Final = 0.5
 _LOOKS: Final = 20
 Say = Callable[[int], object]

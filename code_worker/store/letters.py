@@ -60,11 +60,10 @@ def erase_letters(
 def _asker(session: Session, erasure_id: str, texts: list[str], *, of_a_tenant: bool) -> Erased:
     """Asks for everything that the texts say at once."""
     salt = erasures.salt_of(session, erasure_id)
-    kinds = (*_KINDS, erasures.TENANT)
     digests = {
-        (kind, value): erasures.digest(salt, kind, _spelt(kind, value))
+        (kind, value): erasures.digest(salt, kind, spelt)
         for value in {value for text in texts for value in _values(text)}
-        for kind in kinds
+        for kind, spelt in _spelt(value)
     }
     found = erasures.digests_among(session, erasure_id, set(digests.values()))
     hits = {named for named, digest in digests.items() if digest in found}
@@ -73,10 +72,14 @@ def _asker(session: Session, erasure_id: str, texts: list[str], *, of_a_tenant: 
     return lambda kind, value: (kind, value) in hits
 
 
-def _spelt(kind: str, value: str) -> str:
-    if kind == erasures.JOB:
-        return as_uuid(value) or value
-    return value.lower() if kind == erasures.IMAGE else value
+def _spelt(value: str) -> Iterator[tuple[str, str]]:
+    """What a value may be, as it would be spelt."""
+    if 32 <= len(value) <= 45 and (job_id := as_uuid(value)) is not None:
+        yield erasures.JOB, job_id
+    elif len(value) == 64:
+        yield erasures.IMAGE, value.lower()
+    yield erasures.URI, value
+    yield erasures.TENANT, value
 
 
 def _values(text: str) -> Iterator[str]:
@@ -136,14 +139,17 @@ def _without(body: str, erased: Erased) -> str | None:
         if left == parsed:
             return body
         return json.dumps(left) if any(_entries(left)) else None
-    named = any(erased(kind, value) for value in _values(body) for kind in _told_by(body, value))
+    named = any(
+        any(erased(kind, value) for kind in _KINDS) or _is_tenant(value, body, erased) for value in _values(body)
+    )
     return None if named else body
 
 
-def _told_by(body: str, value: str) -> tuple[str, ...]:
+def _is_tenant(value: str, body: str, erased: Erased) -> bool:
     """A tenant's name may be any word: in a text it counts where the text says that it is one."""
-    named = re.search(rf"tenant\W{{1,6}}{re.escape(json.dumps(value)[1:-1])}(?!\w)", body)
-    return (*_KINDS, erasures.TENANT) if value and named else _KINDS
+    if not value or not erased(erasures.TENANT, value):
+        return False
+    return re.search(rf"tenant\W{{1,6}}{re.escape(json.dumps(value)[1:-1])}(?!\w)", body) is not None
 
 
 def _entries(left: Any) -> Iterator[Any]:
@@ -176,7 +182,7 @@ def _names(value: Any, erased: Erased, kinds: Sequence[str] = _KINDS) -> bool:
         return any(_names(each, erased, kinds) for each in value)
     if isinstance(value, dict):
         if isinstance(tenant := value.get("tenant"), str):
-            if erased(erasures.TENANT, tenant):
+            if tenant and erased(erasures.TENANT, tenant):
                 return True
             if erased(erasures.TENANT, _ANY):
                 # Another tenant's item: an address that both have is theirs too.

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
+from code_worker.data import erasure
 from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.labelling import Labeller
 from code_worker.errors import DatasetError, StoreError
@@ -140,14 +141,15 @@ class Storm:
         rng, original, died = random.Random(f"{self.seed} eraser"), Turn.write, 0
 
         def write(turn: Turn, work: Callable[[Session], object]) -> object:
-            if rng.random() < 0.08:
+            if rng.random() < 0.05:
                 raise DiedError
             result = original(turn, work)
-            if rng.random() < 0.08:
+            if rng.random() < 0.05:
                 raise DiedError
             return result
 
         monkeypatch.setattr(Turn, "write", write)
+        monkeypatch.setattr(erasure, "_PAGE", 8)
         while True:
             try:
                 Eraser(self.settings, self.store, wait_s=5).erase(Scope(tenant="acme"), by="olga")
