@@ -59,7 +59,9 @@ class World:
         """Nothing but loopback and these ports, nothing outside the directory, no fork of threads, an empty home."""
         seen = self.seen()
         assert {name for name in seen["lookup"] if name not in LOOPBACK} == set()
-        addresses = [address for address in seen["connect"] if isinstance(address, list)]
+        local = {address for address in seen["connect"] if isinstance(address, str) and not self._is_ours(address)}
+        assert local == set(), "sockets of the file system"
+        addresses = [address for address in seen["connect"] if not isinstance(address, str)]
         assert [each for each in addresses if each[0] not in LOOPBACK or each[1] not in ports] == []
         assert {path for path in seen["write"] if not self._is_ours(str(path))} == set()
         assert [threads for threads in seen["fork"] if threads > 1] == []
@@ -114,7 +116,7 @@ def deployment(
     made.close()
 
 
-def test_a_worker_and_doctor_tell_nobody(
+def test_a_worker_tells_nobody(
     world: World, deployment: Deployment, redis_server: RedisServer, s3_server: S3Server, tmp_path: Path
 ) -> None:
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(1))
@@ -122,9 +124,15 @@ def test_a_worker_and_doctor_tell_nobody(
     client = deployment.client()
     (verdict,) = decided(client, [client.enqueue(str(tmp_path / "files" / "a.jpg"))])
     assert verdict.outcome is Outcome.JUDGED
+    assert worker.terminate() == 0
+    world.check(ports_of(redis_server.url, s3_server.url))
+
+
+def test_doctor_tells_nobody(
+    world: World, deployment: Deployment, redis_server: RedisServer, s3_server: S3Server
+) -> None:
     found = [json.loads(line) for line in ran(world, "doctor", "--json", **deployment.environment).splitlines()]
     assert {one["name"] for one in found} >= {"broker", "database"}
-    assert worker.terminate() == 0
     world.check(ports_of(redis_server.url, s3_server.url))
 
 
