@@ -197,3 +197,12 @@ def test_a_smaller_encoder_sees_the_centre_and_fills_up_with_zeros(fold: bool) -
     assert not embeddings[:, 96:].any()
     crops[:, :88] = 0
     assert np.array_equal(Engine(weights, device="cpu", fold=fold).embed(crops), embeddings)
+
+
+def test_an_engine_goes_on_with_the_weights_that_it_was_made_of() -> None:
+    weights, crops = random_weights(4, depth=1), seeded_crops(1)
+    engine = Engine(weights, device="cpu")
+    before = engine.embed(crops)
+    for tensor in weights.state.values():
+        tensor.zero_()
+    np.testing.assert_array_equal(engine.embed(crops), before)

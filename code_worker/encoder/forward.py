@@ -55,7 +55,8 @@ class CropEncoder(nn.Module):
             self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
             self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         others = ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
-        self.load_state_dict({name: tensor for name, tensor in state.items() if name not in others}, assign=True)
+        # Copies: tensors of a file may be the file itself, which somebody could overwrite.
+        self.load_state_dict({name: state[name].clone() for name in state if name not in others}, assign=True)
         self.blocks.to(dtype)
         cls_token, positions, projection, bias = (state[name].detach() for name in others)
         weight, bias = _patch_projection(config, projection, bias, fold=fold)
