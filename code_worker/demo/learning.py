@@ -55,7 +55,7 @@ _AFTERWARDS: Final = 40
 _EVER: Final = datetime(2000, 1, 1, tzinfo=UTC)
 # Everybody's demonstration splits its labels alike; chosen so that a fifth of each kind falls into the hold-out and a
 # tenth is for validation. An installation's own is drawn at random.
-_SECRET: Final = (2969).to_bytes(32, "big")
+_SECRET: Final = (1074).to_bytes(32, "big")
 
 
 @dataclass(slots=True)
