@@ -295,7 +295,7 @@ class Eraser:
         """What jobs in scope left that are gone themselves; and images of which only was spoken."""
 
         def erase(found: list[tuple[str, str]]) -> None:
-            done = self._write(partial(erasing.erase_strays, erasure_id=receipt.id, found=found))
+            done = self._write(partial(erasing.erase_strays, erasure_id=receipt.id, found=found, scope=scope))
             self._note(receipt, done.counts)
 
         while found := self._read(partial(scopes.origin_page, scope=scope, limit=_PAGE)):

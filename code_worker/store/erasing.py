@@ -117,12 +117,16 @@ def _note(session: Session, erasure_id: str, job_ids: Sequence[str], uris: set[s
     erasures.add_targets(session, erasure_id, erasures.URI, uris | set(session.scalars(read)))
 
 
-def erase_strays(session: Session, erasure_id: str, found: Sequence[tuple[str, str]]) -> Erased:
+def erase_strays(session: Session, erasure_id: str, found: Sequence[tuple[str, str]], *, scope: Scope) -> Erased:
     """Deletes what names a job in scope that is gone: origins and shadow scores, by content hash and job."""
-    jobs = sorted({job_id for _, job_id in found})
+    done, jobs = Erased(), sorted({job_id for _, job_id in found})
+    images = sorted({sha256 for sha256, _ in found})
+    erasures.add_targets(session, erasure_id, erasures.IMAGE, images)
+    if scope.sha256 is not None:
+        # The image alone is meant, and not what else these jobs judged.
+        done.counts["origins"] = _delete(session, _ORIGINS, _ORIGINS.c.sha256, images)
+        return done
     erasures.add_targets(session, erasure_id, erasures.JOB, jobs)
-    erasures.add_targets(session, erasure_id, erasures.IMAGE, {sha256 for sha256, _ in found})
-    done = Erased()
     done.counts["shadow_scores"] = _delete(session, _SHADOW, _SHADOW.c.job_id, jobs)
     done.counts["origins"] = _delete(session, _ORIGINS, _ORIGINS.c.job_id, jobs)
     return done

@@ -340,3 +340,19 @@ def test_who_said_the_same_of_another_tenants_job_keeps_what_they_said(place: Pl
     assert (receipt.counts["images_shared"], place.count("labels"), len(place.copies())) == (1, 1, 1)
     assert place.erase(tenant="other").counts["labels"] == 1
     assert (place.count("image_origins"), place.copies()) == (0, set())
+
+
+def test_an_image_named_by_its_hash_goes_without_what_else_its_job_judged(quick: Place) -> None:
+    path = quick.image("a.png")
+    before, job_id = sha256_of(path), quick.job(path)
+    quick.judge(job_id)
+    quick.image("a.png", 2)
+    quick.store.run(lambda session: jobs.retry(session, [job_id]))
+    quick.judge(job_id)
+    threading.Event().wait(0.05)
+    assert quick.store.run(lambda session: retention.superseded(session, 0.01 / 86_400, 9)) == 1
+    assert quick.count("image_origins") == 2, "the object changed between two tries"
+    assert quick.erase(sha256=before).counts["embeddings"] == 1
+    assert before not in quick.text()
+    assert (quick.count("jobs"), quick.count("verdicts"), quick.count("embeddings")) == (1, 1, 1)
+    assert quick.erase().counts["embeddings"] == 1
