@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from code_worker.addresses import broker_address, database_address
 from code_worker.errors import ConfigurationError
@@ -33,6 +40,8 @@ __all__ = [
 
 CONFIG_ENV = "CODE_WORKER_CONFIG"
 _KEY_LENGTH = 32
+_LONGEST_DAYS = 18_250
+"""Fifty years: ids carry times from 1970 on."""
 
 
 class BrokerSettings(Section):
@@ -72,7 +81,9 @@ class WorkerSettings(Section):
         description="Images of one bucket that are denied in a row, none readable in between, before the bucket is "
         "paused instead; unset (`null`): each is rejected by itself, however many.",
     )
-    max_faults: int = Field(12, ge=1, description="Transient faults before the job is rejected with the last one.")
+    max_faults: int = Field(
+        12, ge=1, le=1000, description="Transient faults before the job is rejected with the last one."
+    )
     backoff_s: float = Field(2.0, gt=0, description="First wait after a transient fault; doubles, jittered.")
     backoff_max_s: float = Field(900.0, gt=0, description="Longest wait after a transient fault.")
     sweep_interval_s: float = Field(5.0, gt=0, description="How often the sweeper looks for jobs nobody holds.")
@@ -173,21 +184,34 @@ class RetentionSettings(Section):
     """How many days things are kept; unset: for ever. What an appeal or the learning rests on is kept unless told."""
 
     jobs_days: float | None = Field(
-        None, gt=0, description="Finished jobs, with their verdicts and shadow scores, from their last verdict on."
+        None,
+        gt=0,
+        le=_LONGEST_DAYS,
+        description="Finished jobs, with their verdicts and shadow scores, from their last verdict on.",
     )
     superseded_days: float | None = Field(
-        None, gt=0, description="Verdicts that a newer one of the same job replaced."
+        None, gt=0, le=_LONGEST_DAYS, description="Verdicts that a newer one of the same job replaced."
     )
     labels_days: float | None = Field(
-        None, gt=0, description="What was said of an image, and its kept copy, from the last statement on."
+        None,
+        gt=0,
+        le=_LONGEST_DAYS,
+        description="What was said of an image, and its kept copy, from the last statement on.",
     )
     embeddings_days: float | None = Field(
-        90.0, gt=0, description="Embeddings of images of which no copy is kept; they are computed again when needed."
+        90.0,
+        gt=0,
+        le=_LONGEST_DAYS,
+        description="Embeddings of images of which no copy is kept; they are computed again when needed.",
     )
-    shadow_days: float | None = Field(90.0, gt=0, description="Scores of challengers.")
-    dead_letters_days: float | None = Field(30.0, gt=0, description="Broker messages that nobody could read.")
-    curves_days: float | None = Field(365.0, gt=0, description="Curves of training runs; the runs themselves stay.")
-    slots_days: float | None = Field(365.0, gt=0, description="Times at which schedules fired.")
+    shadow_days: float | None = Field(90.0, gt=0, le=_LONGEST_DAYS, description="Scores of challengers.")
+    dead_letters_days: float | None = Field(
+        30.0, gt=0, le=_LONGEST_DAYS, description="Broker messages that nobody could read."
+    )
+    curves_days: float | None = Field(
+        365.0, gt=0, le=_LONGEST_DAYS, description="Curves of training runs; the runs themselves stay."
+    )
+    slots_days: float | None = Field(365.0, gt=0, le=_LONGEST_DAYS, description="Times at which schedules fired.")
     interval_s: float = Field(600.0, gt=0, description="How often a worker looks what is too old.")
     batch: int = Field(1000, ge=1, le=10_000, description="Rows deleted in one transaction.")
     pass_s: float = Field(30.0, gt=0, description="A pass ends after so long, done or not; the next one goes on.")
@@ -368,3 +392,13 @@ def load_settings(**overrides: object) -> Settings:
             f"{'__'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
         )
         raise ConfigurationError(f"wrong settings: {problems}") from None
+    except SettingsError as error:
+        raise ConfigurationError(f"wrong settings: {_unreadable(str(error))}") from None
+
+
+def _unreadable(said: str) -> str:
+    """Names the variables that may hold a value of the wrong form; pydantic names the table, or the field, alone."""
+    table = next(iter(re.findall(r'"(\w+)"', said)), "")
+    names = sorted(name for name in os.environ if name.upper().startswith(f"CODE_WORKER_{table.upper()}"))
+    form = """a list or a table is written as JSON, such as CODE_WORKER_S3__BUCKETS='["uploads"]'"""
+    return f"{' or '.join(names) or table}: {form}"

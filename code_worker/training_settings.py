@@ -8,9 +8,9 @@ __all__ = ["Section", "TrainingSettings"]
 
 
 class Section(BaseModel):
-    """A table of the settings: unknown names are refused, values never change."""
+    """A table of the settings: unknown names are refused, values never change, numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TrainingSettings(Section):

@@ -1,0 +1,32 @@
+"""Values that no part could work with are wrong settings, named and not shown, before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from code_worker.errors import ConfigurationError
+from code_worker.settings import Settings, load_settings
+from code_worker.store import retention
+from code_worker.store.engine import Store
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("WORKER__BACKOFF_S", "inf"), ("WORKER__BACKOFF_MAX_S", "nan"), ("WORKER__MAX_FAULTS", "5000")),
+        *(("RETENTION__JOBS_DAYS", "1e9"), ("RETENTION__SUPERSEDED_DAYS", "36500"), ("S3__BUCKETS", "uploads")),
+        *(("FILES__ROOTS", "/images"), ("S3__ANONYMOUS", "secret-bucket"), ("SIGNING_KEYS", "secret-and-long")),
+    ],
+)
+def test_what_nothing_can_work_with_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"CODE_WORKER_{name}", value)
+    with pytest.raises(ConfigurationError, match=f"(?i)wrong settings: (CODE_WORKER_)?{name}") as refused:
+        load_settings()
+    assert "secret" not in str(refused.value)
+
+
+def test_the_longest_time_that_can_be_set_is_one_that_retention_can_reckon_with(store: Store) -> None:
+    longest = Settings(retention={"superseded_days": 18_250, "jobs_days": 18_250}).retention
+    for days, remove in ((longest.superseded_days, retention.superseded), (longest.jobs_days, retention.jobs)):
+        assert days is not None
+        assert store.run(lambda session, remove=remove, days=days: remove(session, days, 10)) == 0
