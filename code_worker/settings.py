@@ -337,7 +337,7 @@ class Settings(BaseSettings):
         """Database URL in use, password included: never log it."""
         if self.database_url is not None:
             url = self.database_url.get_secret_value()
-            if self.database_pooler is None or url.startswith("sqlite"):
+            if self.database_pooler is None or url.startswith("sqlite") or "pooler=" in url:
                 return url
             return f"{url}{'&' if '?' in url else '?'}pooler={self.database_pooler}"
         return f"sqlite:///{self.data_path / 'code_worker.db'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import SecretStr
 
 from code_worker.errors import ConfigurationError
 from code_worker.settings import Settings, load_settings
@@ -30,3 +31,16 @@ def test_the_longest_time_that_can_be_set_is_one_that_retention_can_reckon_with(
     for days, remove in ((longest.superseded_days, retention.superseded), (longest.jobs_days, retention.jobs)):
         assert days is not None
         assert store.run(lambda session, remove=remove, days=days: remove(session, days, 10)) == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "resolved"),
+    [
+        ("postgresql://u@h/db", "postgresql://u@h/db?pooler=transaction"),
+        ("postgresql://u@h/db?sslmode=require", "postgresql://u@h/db?sslmode=require&pooler=transaction"),
+        ("postgresql://u@h/db?pooler=transaction", "postgresql://u@h/db?pooler=transaction"),
+        ("sqlite:////tmp/a.db", "sqlite:////tmp/a.db"),
+    ],
+)
+def test_a_pooler_is_told_of_once(url: str, resolved: str) -> None:
+    assert Settings(database_url=SecretStr(url), database_pooler="transaction").resolved_database_url == resolved
