@@ -134,17 +134,10 @@ class GateSettings(Section):
     """What a candidate must prove before it replaces the champion."""
 
     max_regression: float = Field(
-        0.02,
-        gt=0,
-        le=1,
-        description="Loss of accuracy that must be excluded, for the reals and for the fakes of all old generators.",
+        0.02, gt=0, le=1, description="Loss of accuracy that must be excluded, for the reals and for all old fakes."
     )
     error: float = Field(
-        0.05,
-        gt=0,
-        lt=0.5,
-        description="Chance that an equally good release replaces a champion in its whole reign, that one is called "
-        "worse, and that one which lost `max_regression` on reals and fakes is promoted.",
+        0.05, gt=0, lt=0.5, description="Chance of each kind of error of the gate, that over a reign included."
     )
     max_label_noise: float = Field(
         0.15, ge=0, le=1, description="Share of labels of one class that their neighbours contradict."

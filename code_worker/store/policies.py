@@ -68,8 +68,7 @@ def put(
 ) -> PolicyRow:
     """Puts thresholds in force for a tenant and content type, as the next version.
 
-    Calibrated ones name the release whose scores they were drawn by. With a `policy_id` made outside the transaction,
-    one that is repeated after a lost answer makes one version.
+    Calibrated ones name the release. With a `policy_id` made outside the transaction, a repetition adds no version.
 
     Raises:
         ValueError: not 0 ≤ low ≤ high ≤ 1, or an empty name, which would mean every one.

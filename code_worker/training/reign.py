@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from code_worker.store.policies import PolicyRow
     from code_worker.training.snapshot import Member
 
-__all__ = ["Taught", "policy_rules", "scope_of", "spend_on", "taught"]
+__all__ = ["Taught", "policy_rules", "spend_on", "taught"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,5 @@ def policy_rules(rows: Sequence[PolicyRow], head: str, thresholds: tuple[float, 
     for row in rows:
         place = (row.head or head, row.low, row.high)
         if place != (head, *thresholds):
-            found.setdefault(place, []).append(scope_of(row))
+            found.setdefault(place, []).append(row.scope)
     return tuple(PolicyRule("; ".join(names), *place) for place, names in found.items())
-
-
-def scope_of(row: PolicyRow) -> str:
-    """For whom a policy is, in words."""
-    named = (("tenant", row.tenant), ("content type", row.content_type))
-    return ", ".join(f"{kind} {name}" for kind, name in named if name) or "everybody"

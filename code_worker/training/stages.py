@@ -27,7 +27,7 @@ from code_worker.training.gate import decide
 from code_worker.training.golden_set import GoldenSet, load_golden
 from code_worker.training.opinions import CrossFitted
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
-from code_worker.training.reign import Taught, policy_rules, scope_of, spend_on, taught
+from code_worker.training.reign import Taught, policy_rules, spend_on, taught
 from code_worker.training.run_report import write_report
 from code_worker.training.train_encoder import Lacks, train_encoder
 from code_worker.training.trust import drop_floods
@@ -376,7 +376,7 @@ class Stages:
         if challenge:
             return []
         stale = self.attempt.parts.store.run(lambda session: policies.stale(session, candidate), write=False)
-        names = [scope_of(row) for row in stale]
+        names = [row.scope for row in stale]
         self.report["stale_policies"] = names
         hint = "`code-worker calibrate --after-promote` draws them again"
         return [f"thresholds of {name} were drawn by another release's scores: {hint}" for name in names]

@@ -23,7 +23,7 @@ from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
 from code_worker.releases.registry import Registry, open_registry
 from code_worker.settings import Settings
-from code_worker.store import kept_images, labels
+from code_worker.store import image_groups, kept_images, labels
 from code_worker.store.engine import Store
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
@@ -118,6 +118,8 @@ def label(
     new = [NewLabel(sha256, said, by, "api", generator=generator) for sha256 in hashes]
 
     def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+        # The same images are in the same part in every run of a test.
+        image_groups.begin_with(session, bytes(32))
         kept_images.note_kept(session, rows)
         labels.add(session, new)
 

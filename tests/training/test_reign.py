@@ -60,8 +60,8 @@ def test_the_gate_asks_each_rule_of_production_once() -> None:
     ]
     found = policy_rules(rows, "linear", (0.5, 0.5))
     assert [(one.name, one.head, one.low, one.high) for one in found] == [
-        ("tenant acme; tenant other", "linear", 0.4, 0.8),
-        ("tenant third", "knn", 0.4, 0.8),
+        ("tenant acme, every content type; tenant other, every content type", "linear", 0.4, 0.8),
+        ("tenant third, every content type", "knn", 0.4, 0.8),
     ]
 
 
@@ -150,7 +150,10 @@ def test_a_promotion_names_policies_that_another_releases_scores_drew(tmp_path, 
     ended = Learner(settings, sqlite_store).learn("refit", by="test", force=True)
     assert ended is not None
     assert ended.state == "promoted", ended.reasons
-    assert ended.report["stale_policies"] == ["tenant acme"]
-    assert any("thresholds of tenant acme were drawn by another release's scores" in one for one in ended.reasons)
+    assert ended.report["stale_policies"] == ["tenant acme, every content type"]
+    assert any(
+        "thresholds of tenant acme, every content type were drawn by another release's scores" in one
+        for one in ended.reasons
+    )
     conditions = {change["condition"] for change in ended.report["gate"]["changes"]}
-    assert "clean at the policy of tenant acme; tenant by hand" in conditions
+    assert "clean at the policy of tenant acme, every content type; tenant by hand, every content type" in conditions
