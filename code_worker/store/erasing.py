@@ -196,10 +196,14 @@ def _erased_addresses(session: Session, erasure_id: str, given: Sequence[tuple[s
 
 
 def spare_shared(session: Session, erasure_id: str, hashes: Sequence[str], *, scope: Scope) -> int:
-    """Takes images that others share off the list of what is to be erased; returns how many these were."""
+    """Takes images that others share off the list of what is to be erased; returns how many these were.
+
+    About the others nobody writes any more.
+    """
     personal.keep_out(session)
     stay = scopes.shared(session, scope, hashes, erasure_id=erasure_id)
     erasures.spare(session, erasure_id, stay)
+    erasures.mark(session, erasure_id, set(hashes) - stay)
     return len(stay)
 
 

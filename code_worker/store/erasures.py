@@ -39,6 +39,7 @@ __all__ = [
     "get",
     "learned",
     "list_receipts",
+    "mark",
     "new_salt",
     "note",
     "releases_owed",
@@ -149,19 +150,31 @@ def enter(session: Session, erasure_id: str, step: str) -> None:
 
 
 def add_targets(session: Session, erasure_id: str, kind: str, values: Iterable[str]) -> None:
-    """Notes what is to be erased, and its digest, which stays; of addresses and tenants there is a digest alone."""
+    """Notes what is to be erased, and its digest, which stays; of addresses and tenants there is a digest alone.
+
+    Images get theirs from `mark`, once it is known that nobody shares them.
+    """
     salt, named = salt_of(session, erasure_id), sorted(set(values))
     digests = sorted(digest(salt, kind, value) for value in named)
     noted = {TENANT: [], URI: digests}.get(kind, named)
     rows = [{"erasure_id": erasure_id, "kind": kind, "value": value} for value in noted]
     insert_new(session, ErasureTargetRow, rows, same=["erasure_id", "kind", "value"])
-    if kind != URI:
-        insert_new(
-            session,
-            ErasedDigestRow,
-            [{"erasure_id": erasure_id, "digest": one} for one in digests],
-            same=["erasure_id", "digest"],
-        )
+    if kind not in {URI, IMAGE}:
+        _add_digests(session, erasure_id, digests)
+
+
+def mark(session: Session, erasure_id: str, hashes: Iterable[str]) -> None:
+    """Says that these images are erased: nobody writes about them any more, see `personal.left`.
+
+    Only while writers are kept out, so that what they were told holds until their transaction ends.
+    """
+    salt = salt_of(session, erasure_id)
+    _add_digests(session, erasure_id, sorted(digest(salt, IMAGE, one) for one in hashes))
+
+
+def _add_digests(session: Session, erasure_id: str, digests: Iterable[str]) -> None:
+    rows = [{"erasure_id": erasure_id, "digest": one} for one in digests]
+    insert_new(session, ErasedDigestRow, rows, same=["erasure_id", "digest"])
 
 
 def salt_of(session: Session, erasure_id: str) -> str:

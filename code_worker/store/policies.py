@@ -96,8 +96,7 @@ def put(
         "release_id": release_id,
     }
     written = insert_into(session, PolicyRecord).on_conflict_do_nothing().values(row).returning(*_COLUMNS)
-    made = session.execute(written).mappings().one_or_none()
-    if made is None:
+    if (made := session.execute(written).mappings().one_or_none()) is None:
         raise StoreError("the policy was changed by somebody else just now: look at it and try again")
     _audit(session, row)
     return _policy(made)

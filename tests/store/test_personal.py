@@ -150,6 +150,7 @@ def erase(store: Store, job: Job, *, finish: bool) -> str:
         erasures.begin(session, id=erasure_id, scope=str(scope), target=scope.target(), by="olga", why="", salt=salt)
         erasures.add_targets(session, erasure_id, erasures.IMAGE, [SHA])
         erasing.erase_jobs(session, erasure_id, [job.id], scope=scope, actor="olga")
+        erasing.spare_shared(session, erasure_id, [SHA], scope=scope)
         if finish:
             erasures.finish(session, erasure_id, {})
 

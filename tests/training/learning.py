@@ -96,6 +96,8 @@ def build_champion(directory: Path, *, heads: Iterable[str] = ("linear",)) -> Pa
 
 def promote_champion(settings: Settings, store: Store, directory: Path) -> str:
     """Registers a release directory and makes it the champion."""
+    # The same images are in the same part in every run of a test.
+    store.run(lambda session: image_groups.begin_with(session, bytes(32)))
     registry = registry_of(settings, store)
     release = registry.add(directory)
     registry.promote(release, by="test")
@@ -118,8 +120,6 @@ def label(
     new = [NewLabel(sha256, said, by, "api", generator=generator) for sha256 in hashes]
 
     def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
-        # The same images are in the same part in every run of a test.
-        image_groups.begin_with(session, bytes(32))
         kept_images.note_kept(session, rows)
         labels.add(session, new)
 

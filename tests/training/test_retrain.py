@@ -361,4 +361,4 @@ def test_a_plan_says_what_would_happen_and_writes_nothing(
     assert "30 new generated images, 50 are needed" in plan.missing
     assert plan.training is not None
     assert sqlite_store.run(runs.list_runs) == []
-    assert plan.snapshot["train"]["real"] + plan.snapshot["holdout"]["real"] == 30
+    assert sum(plan.snapshot[part]["real"] for part in ("train", "validation", "holdout")) == 30
