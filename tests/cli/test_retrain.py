@@ -61,7 +61,7 @@ def test_a_dry_run_prints_the_snapshot_and_the_plan_and_writes_nothing(
     assert "1 images, decided by the rule" in said.stdout
     assert "would wait: 11 new real images, 20 are needed" in said.stdout
     (plan,) = sqlite_cli("refit", "--dry-run", "--json").records
-    assert plan["snapshot"]["train"]["real"] + plan["snapshot"]["holdout"]["real"] == 11
+    assert sum(plan["snapshot"][part]["real"] for part in ("train", "validation", "holdout")) == 11
     assert plan["training"] is None
     assert sqlite_store.run(runs.list_runs) == []
     assert sqlite_cli("retrain", "--dry-run", "--enqueue").status == 2

@@ -106,7 +106,9 @@ class KeptImageRow(Base):
     height: Mapped[int | None] = mapped_column(Integer, comment="Pixels.")
     uri: Mapped[str] = mapped_column(Text, info=PERSONAL, comment="Where it was read first.")
     phash: Mapped[str | None] = mapped_column(
-        String(16), comment="Perceptual hash in hexadecimal; null: not computed, or it cannot be decoded."
+        String(16),
+        info=PERSONAL,
+        comment="Perceptual hash in hexadecimal; null: not computed, or it cannot be decoded.",
     )
     band_0: Mapped[int | None] = mapped_column(Integer, comment="First 16 bits of the hash, for finding near ones.")
     band_1: Mapped[int | None] = mapped_column(Integer, comment="The next 16.")
