@@ -102,9 +102,11 @@ def group_old_images(
 
     def write(session: Session, found: Mapping[str, str | None]) -> None:
         image_groups.lock(session)
-        for sha256, phash in found.items():
-            kept_images.note_hash(session, sha256, phash)
-        image_groups.place(session, dict.fromkeys(found), old=found.keys())
+        # Asked again: one may have been forgotten and labelled anew since it was listed.
+        old = sorted(image_groups.labelled_before(session, found.keys()))
+        for sha256 in old:
+            kept_images.note_hash(session, sha256, found[sha256])
+        image_groups.place(session, dict.fromkeys(old), old=old)
 
     count = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="group") as pool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -301,7 +300,6 @@ def forget_in_snapshot(
     gone = len(rows) - len(stay)
     if not gone:
         return
-    known = [[row["sha256"], row["label"], row["generator"], row["collection"]] for row in stay]
     details = {"snapshot": snapshot_id, "images": gone}
     entry = audit.record(session, actor=actor, action="erasure.snapshot", subject=subject, details=details)
     with audit.removal(session, entry):
@@ -310,7 +308,7 @@ def forget_in_snapshot(
             .where(_SNAPSHOTS.c.id == snapshot_id)
             .values(
                 members=snapshots.pack(stay),
-                digest=hashlib.sha256(json.dumps(known).encode()).hexdigest(),
+                digest=snapshots.digest_of(stay),
                 counts={**info.counts, "erased": int(info.counts.get("erased", 0)) + gone},
             )
         )

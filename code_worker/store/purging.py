@@ -18,7 +18,7 @@ __all__ = ["purge"]
 
 _TABLES: Final = (
     "jobs, verdicts, labels, embeddings, shadow_scores, kept_images, imported_rows, dead_letters, snapshots, runs, "
-    "erasures, erasure_targets, image_origins, copies_to_drop"
+    "erasures, erasure_targets, image_origins, copies_to_drop, image_groups, source_pauses"
 )
 _PATIENCE_S: Final = 60.0
 
@@ -49,7 +49,7 @@ def _vacuum(store: Store) -> None:
     with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         if store.pooled:
             # The limit is set within our transactions alone, and what is set here another's connection would keep.
-            connection.execute(text(f"VACUUM {_TABLES}"))
+            connection.execute(text(f"VACUUM (ANALYZE) {_TABLES}"))
             return
         connection.execute(text("SET statement_timeout = 0"))
         connection.execute(text(f"VACUUM (ANALYZE) {_TABLES}"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -15,9 +16,10 @@ from sqlalchemy.orm import Session
 from code_worker.errors import StoreError
 from code_worker.store.ids import as_uuid
 from code_worker.store.models import SnapshotRow
+from code_worker.store.splits import recorded_split
 from code_worker.store.sql import insert_new, table_of
 
-__all__ = ["SnapshotInfo", "add", "get", "members", "pack", "unpack"]
+__all__ = ["SnapshotInfo", "add", "digest_of", "get", "members", "pack", "unpack"]
 
 _SNAPSHOTS = table_of(SnapshotRow)
 
@@ -69,6 +71,21 @@ def members(session: Session, snapshot_id: str) -> bytes:
     if found is None:
         raise StoreError(f"no snapshot {snapshot_id}")
     return bytes(found)
+
+
+def digest_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Of what members teach: image, label, generator, collection and part; equal digests teach the same."""
+    known = [
+        [
+            row["sha256"],
+            row["label"],
+            row["generator"],
+            row["collection"],
+            recorded_split(row["sha256"], row.get("split")),
+        ]
+        for row in rows
+    ]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def pack(rows: Sequence[Mapping[str, Any]]) -> bytes:

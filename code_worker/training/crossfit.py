@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -44,8 +44,10 @@ def more_images(taken: Snapshot, learned: AbstractSet[str]) -> list[Member]:
     Chosen by content hash, so that the next run sees the same ones.
     """
     found: dict[str | None, list[Member]] = {}
+    # A copy of what the encoder learned is in the same group, and no news to it either.
+    known = {member.group for member in taken.members if member.sha256 in learned} - {None}
     for member in sorted(taken.training_share, key=lambda one: one.sha256):
-        if member.sha256 not in learned:
+        if member.sha256 not in learned and member.group not in known:
             found.setdefault(None if member.label == REAL else member.generator or UNNAMED, []).append(member)
     chosen = [
         one
@@ -88,10 +90,12 @@ def cross_fitted(
     if {one.label for one in usable} != {REAL, FAKE} or len(usable) < 2 * FOLDS:
         return None
     fold = np.array([_fold(one) for one in usable])
-    sides = []
+    fits = []
     for side, learned in ((candidate, taken.training_share), (champion, taught_champion)):
-        fit = None if learned is None else _Fit(plans[side.head], plugins, learned, side)
-        sides.append(_scores(side, usable, fold, fit))
+        fits.append(None if learned is None else _Fit(plans[side.head], plugins, _regrouped(learned, taken), side))
+    if not all(fit is None or fit.has_both_classes_without(sorted(set(fold.tolist()))) for fit in fits):
+        return None
+    sides = [_scores(fit_side, usable, fold, fit) for fit_side, fit in zip((candidate, champion), fits, strict=True)]
     generators = tuple(one.generator if one.label == FAKE else None for one in usable)
     return CrossFitted(labels_of(usable), generators, *sides)
 
@@ -105,8 +109,14 @@ class _Fit:
     learned: Sequence[Member]
     side: Side
 
+    def has_both_classes_without(self, folds: Sequence[int]) -> bool:
+        return all({one.label for one in self._others(fold)} == {REAL, FAKE} for fold in folds)
+
+    def _others(self, fold: int) -> list[Member]:
+        return [one for one in self.learned if _fold(one) != fold and one.sha256 in self.side.clean]
+
     def without(self, fold: int) -> Head:
-        members = [one for one in self.learned if _fold(one) != fold and one.sha256 in self.side.clean]
+        members = self._others(fold)
         name = self.side.head
         return fit_heads({name: self.plan}, self.plugins, members, matrix(members, self.side.clean))[name]
 
@@ -124,6 +134,12 @@ def _scores(
         for condition, rows in side.rows.items():
             found[condition][places] = checked_scores(side.head, head, matrix(members, rows))
     return found
+
+
+def _regrouped(learned: Sequence[Member], taken: Snapshot) -> list[Member]:
+    """An older snapshot may name other groups, or none: an image must be in one fold on both sides."""
+    now = {member.sha256: member.group for member in taken.members}
+    return [replace(member, group=now.get(member.sha256, member.group)) for member in learned]
 
 
 def _fold(member: Member) -> int:

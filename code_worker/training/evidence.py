@@ -164,7 +164,7 @@ class Evidence:
             wholes.append((NEW, new))
         old = self._inputs.old_generators()
         wholes += [(name, members) for name, members in self._inputs.groups() if name not in {"real", *old}]
-        return [_gain(look, group, members) for look in self._looks() for group, members in wholes if members.any()]
+        return [_gain(look, group, members) for look in self._looks for group, members in wholes if members.any()]
 
     @cached_property
     def gain_level(self) -> float:
@@ -175,13 +175,14 @@ class Evidence:
     @cached_property
     def groups(self) -> list[Change]:
         """The reals and each generator under each condition, and at each policy as the images are."""
-        looks = [*self._widened(), *self._at_policies()]
+        looks = [*self._widened, *self._at_policies()]
         found = [
             _group_change(look, group, look.members(group))
             for look in looks
             for group in ("real", *sorted({str(name) for name in look.names[look.labels == FAKE]}))
         ]
-        return [self._with_proof(change, _harm_level(found, self._settings.error)) for change in found]
+        level = _harm_level(found, self._settings.error)
+        return [self._with_proof(change, level) for change in found]
 
     def _with_proof(self, change: Change, level: float) -> Change:
         _, high = count_limits(change.gains, change.losses, change.n, level)
@@ -221,11 +222,11 @@ class Evidence:
         Both must exclude the margin. Reals and fakes are different images: a release that loses the margin on both
         passes with a chance of at most `error` if each limit errs with its square root.
         """
-        return [loss for look in self._widened() for loss in (self._of_reals(look), self._of_old_fakes(look)) if loss]
+        return [loss for look in self._widened for loss in (self._of_reals(look), self._of_old_fakes(look)) if loss]
 
-    def _looks(self) -> Iterator[_Look]:
-        for condition in self._conditions:
-            yield self._look(condition, *self._rights(condition))
+    @cached_property
+    def _looks(self) -> list[_Look]:
+        return [self._look(condition, *self._rights(condition)) for condition in self._conditions]
 
     def _rights(self, condition: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         champion = self._inputs.champion
@@ -235,29 +236,35 @@ class Evidence:
             right(labels, side.deciding(condition), side.threshold) for side in (champion, self._inputs.candidate)
         )
 
-    def _look(self, name: str, champion: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> _Look:
-        return _Look(name, self._inputs.labels, self._inputs.names(), champion, candidate)
+    @cached_property
+    def _names(self) -> NDArray[np.object_]:
+        return self._inputs.names()
 
-    def _widened(self) -> Iterator[_Look]:
+    def _look(self, name: str, champion: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> _Look:
+        return _Look(name, self._inputs.labels, self._names, champion, candidate)
+
+    @cached_property
+    def _widened(self) -> list[_Look]:
         """The hold-out and the cross-fitted images beside it."""
+        return [self._with_more(look) for look in self._looks]
+
+    def _with_more(self, look: _Look) -> _Look:
         more, champion = self._inputs.more, self._inputs.champion
-        for look in self._looks():
-            if more is None or champion is None or look.condition not in more.candidate:
-                yield look
-                continue
-            sides = ((more.champion, champion), (more.candidate, self._inputs.candidate))
-            old, new = (right(more.labels, scores[look.condition], side.threshold) for scores, side in sides)
-            names = [
-                name or UNNAMED if label == FAKE else None
-                for label, name in zip(more.labels, more.generators, strict=True)
-            ]
-            yield _Look(
-                look.condition,
-                np.concatenate([look.labels, more.labels]),
-                np.concatenate([look.names, np.array(names, dtype=object)]),
-                np.concatenate([look.champion, old]),
-                np.concatenate([look.candidate, new]),
-            )
+        if more is None or champion is None or look.condition not in more.candidate:
+            return look
+        sides = ((more.champion, champion), (more.candidate, self._inputs.candidate))
+        old, new = (right(more.labels, scores[look.condition], side.threshold) for scores, side in sides)
+        names = [
+            name or UNNAMED if label == FAKE else None
+            for label, name in zip(more.labels, more.generators, strict=True)
+        ]
+        return _Look(
+            look.condition,
+            np.concatenate([look.labels, more.labels]),
+            np.concatenate([look.names, np.array(names, dtype=object)]),
+            np.concatenate([look.champion, old]),
+            np.concatenate([look.candidate, new]),
+        )
 
     def _at_policies(self) -> Iterator[_Look]:
         champion, condition = self._inputs.champion, self._conditions[0]

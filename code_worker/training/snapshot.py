@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -113,8 +111,7 @@ class Snapshot:
     @property
     def digest(self) -> str:
         """Of what is known of which image and of its part, whether new or not: equal digests teach the same."""
-        known = [[one.sha256, one.label, one.generator, one.collection, one.split] for one in self.members]
-        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        return snapshots.digest_of(asdict(one) for one in self.members)
 
     def counts(self) -> dict[str, Any]:
         """Members by split, label and generator, and what was left out; plain JSON."""

@@ -94,8 +94,11 @@ def write_training_job(attempt: Attempt, taken: Snapshot, base: LoadedRelease | 
 def validation_parts(taken: Snapshot) -> tuple[list[Member], list[Member]]:
     """What the encoder learns from, and what chooses its epoch and how far to go; neither is of the hold-out.
 
-    Where the validation part has too few images of a class to choose by, it is an eighth of each class of the
-    training share: whole groups, in the order of a hash of their names.
+    Where the validation part has too few images of a class to choose by, it is at most an eighth of each class of the
+    training share: whole groups, in the order of a hash of their names. One that is larger stays to be learned from.
+
+    Raises:
+        DatasetError: a class is in one group alone, or in few large ones.
     """
     counts = Counter(member.label for member in taken.validation)
     if all(counts[label] >= _FEWEST_TO_CHOOSE for label in (REAL, FAKE)):
@@ -107,13 +110,18 @@ def validation_parts(taken: Snapshot) -> tuple[list[Member], list[Member]]:
         groups.setdefault(member.group or member.sha256, []).append(member)
     chosen: set[str] = set()
     for key in sorted(groups, key=lambda name: hashlib.sha256(f"validation {name}".encode()).digest()):
-        labels = {member.label for member in groups[key]}
-        if all(wanted[label] > 0 for label in labels):
+        has = Counter(member.label for member in groups[key])
+        if all(has[label] <= left for label, left in wanted.items()):
             chosen.add(key)
-            wanted = {label: left - sum(one.label == label for one in groups[key]) for label, left in wanted.items()}
+            wanted = {label: left - has[label] for label, left in wanted.items()}
     parts: tuple[list[Member], list[Member]] = ([], [])
     for member in share:
         parts[(member.group or member.sha256) in chosen].append(member)
+    if any({member.label for member in part} != {REAL, FAKE} for part in parts):
+        raise DatasetError(
+            "too few groups of labelled images to train on some and choose by others: both parts need both classes, "
+            "and images of one group stay together"
+        )
     return parts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from code_worker.data.holdout import SPLITS, is_holdout
 from code_worker.errors import DatasetError, TrainingError
 from code_worker.plugins import load_plugins
 from code_worker.settings import LabelSettings, ScheduleSettings, Settings
-from code_worker.store import labels, releases, runs
+from code_worker.store import erasing, labels, releases, runs
 from code_worker.store import snapshots as table
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
@@ -110,6 +110,18 @@ def test_new_is_what_the_last_champion_that_learned_here_was_not_taught(store: S
     (changed,) = label(settings, store, pictures(REAL, 1), "fake")
     (added,) = label(settings, store, pictures(REAL, 1, first=10), "real")
     assert {member.sha256 for member in take(store, settings).members if member.new} == {changed, added}
+
+
+def test_what_has_forgotten_an_image_teaches_the_same_as_if_it_had_never_known_it(
+    store: Store, settings: Settings
+) -> None:
+    (gone, *_) = label(settings, store, pictures(REAL, 5), "real")
+    taken = take(store, settings)
+    store.run(lambda session: snapshots.freeze(session, taken))
+    store.run(lambda session: erasing.forget_in_snapshot(session, taken.id, {gone}, actor="a", subject="e"))
+    info = store.run(lambda session: table.get(session, taken.id), write=False)
+    assert info is not None
+    assert info.digest == replace(taken, members=tuple(one for one in taken.members if one.sha256 != gone)).digest
 
 
 def test_what_is_missing_to_the_minimum_numbers_is_said(store: Store, settings: Settings) -> None:
