@@ -33,6 +33,8 @@ class LearningDeployment:
             "CODE_WORKER_DEVICE": "cpu",
             "CODE_WORKER_LOG_FORMAT": "json",
             "CODE_WORKER_SCHEDULE__MIN_HOLDOUT": "8",
+            "CODE_WORKER_GATE__MAX_REGRESSION": "0.3",
+            "CODE_WORKER_GATE__ERROR": "0.2",
             "CODE_WORKER_TRAINING__EPOCHS": "2",
             "CODE_WORKER_TRAINING__STEPS_PER_EPOCH": "3",
             "CODE_WORKER_TRAINING__RECORDS": "8",
