@@ -99,19 +99,18 @@ def _print_lesson(lesson: Lesson) -> None:
 
 def _print_knowledge(gate: Mapping[str, Any]) -> None:
     """What the gate could know of each group; a small hold-out hides much."""
-    rows = [
-        {
+    rows = {
+        # What gained is in it twice: first as a gain, then among the groups that must not lose.
+        change["group"]: {
             "made by": change["group"],
             "images": change["n"],
             "right before": f"{change['champion']:.1%}",
             "right after": f"{change['candidate']:.1%}",
-            "loss that would have shown": "none"
-            if (loss := change["detectable"]) is None
-            else f"{100 * loss:.0f} points",
+            "loss that would have shown": _points(change["detectable"]),
         }
         for change in gate.get("changes", ())
         if change["condition"] == "clean" and change["figure"] == "accuracy" and "new" not in change["group"]
-    ]
+    }
     margin = max((loss["margin"] for loss in gate.get("losses", ())), default=0.0)
     if rows:
         print_title(
@@ -119,7 +118,7 @@ def _print_knowledge(gate: Mapping[str, Any]) -> None:
             f"by what was only measured on; it let pass what may have lost up to {100 * margin:.0f} points, since so "
             "few images cannot exclude the 2 points that are the default",
         )
-        print_table(rows, tuple(rows[0]), empty="")
+        print_table(rows.values(), tuple(next(iter(rows.values()))), empty="")
 
 
 def _points(share: float | None) -> str:
