@@ -20,7 +20,6 @@ import numpy as np
 
 from bench.photographs import HELD_OUT, LEARNED_FROM, Album
 from bench.toy_data import write_records
-from code_worker.data.holdout import is_holdout
 from code_worker.data.labelling import Labeller
 from code_worker.demo.artefacts import GENERATORS, NEWCOMERS
 from code_worker.demo.starter_release import build_starter_release
@@ -29,7 +28,7 @@ from code_worker.images.decode import decode
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import Registry, open_registry
 from code_worker.settings import Settings, load_settings
-from code_worker.store import migrate
+from code_worker.store import image_groups, migrate
 from code_worker.store.engine import Store, open_store
 from code_worker.training.job import Item
 from code_worker.training.retrain import Learner
@@ -76,14 +75,16 @@ def run(directory: Path, generator: str, kinds: Iterable[str], settings: Setting
     measured = write_records(
         directory / "measured", held_out, MEASURED * len(everyone), seed=23, size=SIZE, generators=everyone
     )
-    release = directory / "release"
-    # Fitted on the hold-out too, the champion would be asked what it learned by heart.
-    build_starter_release(release, *_crops([item for item in old if not is_holdout(item.sha256)], settings), plugins)
-    champion = registry.add(release)
-    registry.promote(champion, by="bench")
     with closing(Labeller(settings, store)) as labeller:
         for item in [*old, *new]:
             labeller.label(item.path, "fake" if item.label else "real", generator=item.generator, by="bench")
+    places = store.run(lambda session: image_groups.places(session, [item.sha256 for item in old]), write=False)
+    release = directory / "release"
+    # Fitted on the hold-out too, the champion would be asked what it learned by heart.
+    taught = [item for item in old if places[item.sha256].split != "holdout"]
+    build_starter_release(release, *_crops(taught, settings), plugins)
+    champion = registry.add(release)
+    registry.promote(champion, by="bench")
     found: dict[str, Any] = {"generator": generator, "before": _accuracies(registry, champion, measured, settings)}
     for kind in kinds:
         began = time.monotonic()

@@ -40,6 +40,6 @@ def before(session: Session, champion: str, *, run_id: str) -> list[ComparisonIn
 
 
 def note(session: Session, *, run_id: str, champion: str, candidate: str, images: int, level: float) -> None:
-    """Writes that a comparison is made, before it is: whoever dies over it has had the chance."""
+    """Writes that a comparison is made, before it is: a process that dies over it has had the chance."""
     row = {"run_id": run_id, "champion": champion, "candidate": candidate, "images": images, "level": level}
     insert_new(session, GateComparisonRow, [row], same=["run_id", "champion"])

@@ -12,6 +12,7 @@ import numpy as np
 
 from code_worker.data.examples import FAKE, REAL
 from code_worker.training.metrics import LEVEL, right
+from code_worker.training.opinions import generator_names
 from code_worker.training.paired import (
     Difference,
     better_p,
@@ -23,7 +24,6 @@ from code_worker.training.paired import (
     tarone_level,
     worse_p,
 )
-from code_worker.training.snapshot import UNNAMED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -201,7 +201,7 @@ class Evidence:
         """Groups that lost more than is allowed: it is proven, and not only measured.
 
         Of releases that are equally good there is one with a chance of at most `error`. A loss that is proven but
-        small does not count, or a large hold-out would refuse whatever learns.
+        small does not count, or a large hold-out would refuse every release that learns.
         """
         return [change for change in self.groups if change.proven > self._settings.max_regression]
 
@@ -254,14 +254,10 @@ class Evidence:
             return look
         sides = ((more.champion, champion), (more.candidate, self._inputs.candidate))
         old, new = (right(more.labels, scores[look.condition], side.threshold) for scores, side in sides)
-        names = [
-            name or UNNAMED if label == FAKE else None
-            for label, name in zip(more.labels, more.generators, strict=True)
-        ]
         return _Look(
             look.condition,
             np.concatenate([look.labels, more.labels]),
-            np.concatenate([look.names, np.array(names, dtype=object)]),
+            np.concatenate([look.names, generator_names(more.labels, more.generators)]),
             np.concatenate([look.champion, old]),
             np.concatenate([look.candidate, new]),
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from code_worker.training.safeguards import GoldenOpinions
     from code_worker.training.trust import Suspicion
 
-__all__ = ["CrossFitted", "GateInputs", "Opinion", "PolicyRule"]
+__all__ = ["CrossFitted", "GateInputs", "Opinion", "PolicyRule", "generator_names"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +126,7 @@ class GateInputs:
 
     def names(self) -> NDArray[np.object_]:
         """`(n,)` generator of each fake, `unnamed` if nobody named one; of reals None."""
-        return _names(self.labels, self.generators)
+        return generator_names(self.labels, self.generators)
 
     def old_generators(self) -> frozenset[str]:
         """Generators that the champion knows, which must not be lost."""
@@ -144,6 +144,7 @@ class GateInputs:
             yield name, (self.labels == FAKE) & (names == name)
 
 
-def _names(labels: NDArray[np.int8], generators: tuple[str | None, ...]) -> NDArray[np.object_]:
+def generator_names(labels: NDArray[np.int8], generators: tuple[str | None, ...]) -> NDArray[np.object_]:
+    """`(n,)` generator of each fake, `unnamed` if nobody named one; of reals None."""
     pairs = zip(labels, generators, strict=True)
     return np.array([name or UNNAMED if label == FAKE else None for label, name in pairs], dtype=object)

@@ -81,7 +81,7 @@ def worse_p(gains: int, losses: int) -> float:
     Of two detectors that are equally good each discordant image is a loss with probability 1/2, so that the losses
     are Binomial(gains + losses, 1/2) (McNemar 1947; the exact form is the sign test).
     """
-    from scipy.special import betainc  # noqa: PLC0415 - not for whoever only looks at types
+    from scipy.special import betainc  # noqa: PLC0415 - scipy: a producer never loads it
 
     # P(Binomial(m, 1/2) >= k) is the distribution function of Beta(k, m - k + 1) at 1/2.
     return float(betainc(losses, gains + 1, 0.5)) if losses else 1.0
@@ -107,7 +107,7 @@ def better_p(strata: Sequence[Stratum]) -> float:
 
 def _coins(n: int) -> NDArray[np.float64]:
     """`(n + 1,)`: chance of each number of heads among `n` coins."""
-    from scipy.special import gammaln  # noqa: PLC0415 - as above
+    from scipy.special import gammaln  # noqa: PLC0415 - scipy: a producer never loads it
 
     heads = np.arange(n + 1)
     return np.asarray(np.exp(gammaln(n + 1) - gammaln(heads + 1) - gammaln(n - heads + 1) - n * np.log(2)))
@@ -116,8 +116,9 @@ def _coins(n: int) -> NDArray[np.float64]:
 def tarone_level(discordant: Sequence[int], error: float) -> float:
     """Level of each test, so that the chance of any false alarm over all of them is at most `error`.
 
-    Bonferroni's division by the number of tests, of which those do not count that could not reach the level whatever
-    their images said: `m` discordant images have no p-value below `2**-m` (Tarone, Biometrics 46, 1990, 515-522).
+    Bonferroni's division by the number of tests, of which those do not count that could not reach the level even if
+    all their changes were losses: `m` discordant images have no p-value below `2**-m` (Tarone, Biometrics 46, 1990,
+    515-522).
 
     Args:
         discordant: images on which exactly one detector is right, for each test.
@@ -137,7 +138,7 @@ def proportion_limits(part: float, whole: float, error: float) -> tuple[float, f
 
     Counts may be fractions of images, as weighted ones are.
     """
-    from scipy.special import betaincinv  # noqa: PLC0415 - as above
+    from scipy.special import betaincinv  # noqa: PLC0415 - scipy: a producer never loads it
 
     if whole <= 0:
         return 0.0, 1.0
@@ -230,7 +231,7 @@ def detectable_loss(images: int, level: float, margin: float) -> float | None:
     Returns:
         A share of the images; None where even the loss of all of them would not be found.
     """
-    from scipy.special import betaincinv  # noqa: PLC0415 - as above
+    from scipy.special import betaincinv  # noqa: PLC0415 - scipy: a producer never loads it
 
     fewest = ceil(-log2(level))
     proving = (k for k in range(fewest, images + 1) if count_limits(0, k, images, level)[1] < -margin)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.examples import FAKE, REAL
-from code_worker.data.holdout import SPLITS, Split, is_holdout, recorded_split
+from code_worker.data.holdout import SPLITS, Split, recorded_split
 from code_worker.errors import DatasetError
 from code_worker.store import image_groups, kept_images, labels, personal, runs, snapshots
 from code_worker.store.ids import uuid7
@@ -24,7 +24,6 @@ __all__ = [
     "Snapshot",
     "check_classes",
     "freeze",
-    "is_holdout",
     "learned_by",
     "load",
     "shortages",

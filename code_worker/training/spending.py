@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Comparison", "Spending", "first_level", "spend"]
+__all__ = ["Comparison", "Spending", "spend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,3 @@ def spend(before: Sequence[Comparison], images: int, error: float) -> Spending:
     free = error * (1 - 1 / (2 * growth)) - spent
     level = max(0.0, free) / 2
     return Spending(level, error, len(before), spent + level, max(0.0, free) - level, error - spent - level)
-
-
-def first_level(error: float) -> float:
-    """The level of the first comparison with a champion."""
-    return spend((), 1, error).level
