@@ -15,12 +15,13 @@ from code_worker.training.metrics import LEVEL, right
 from code_worker.training.opinions import generator_names
 from code_worker.training.paired import (
     Difference,
+    Stratum,
     better_p,
-    count_limits,
     counted,
     detectable_loss,
     difference_limits,
     images_needed,
+    proven_loss,
     tarone_level,
     worse_p,
 )
@@ -185,10 +186,10 @@ class Evidence:
         return [self._with_proof(change, level) for change in found]
 
     def _with_proof(self, change: Change, level: float) -> Change:
-        _, high = count_limits(change.gains, change.losses, change.n, level)
-        proven = max(0.0, -high) if change.p <= level else 0.0
         return replace(
-            change, proven=proven, detectable=detectable_loss(change.n, level, self._settings.max_regression)
+            change,
+            proven=proven_loss(Stratum(change.gains, change.losses), change.n, level),
+            detectable=detectable_loss(change.n, level, self._settings.max_regression),
         )
 
     @cached_property

@@ -68,8 +68,9 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
         problems += [
             f"the champion's encoder does not see {name}: only a retrain can change that" for name in inputs.unseen
         ]
-    reasons = tuple(problems or [*better, *_unknown(proven)])
-    rest = {**proven, **safeguards, "promote": not problems, "reasons": list(reasons)}
+    rest = {**proven, **safeguards}
+    reasons = tuple(problems or [*better, *_unknown(rest)])
+    rest |= {"promote": not problems, "reasons": list(reasons)}
     return GateDecision(not problems, reasons, {**report, **rest})
 
 
@@ -104,6 +105,12 @@ def _unknown(proven: Mapping[str, Any]) -> Iterator[str]:
     if groups:
         named = ", ".join(f"{name} ({n})" for name, n in sorted(groups.items()))
         yield f"not known: whether it is worse on groups with too few images for any loss to show: {named}"
+    losses = (proven.get("golden") or {}).get("losses", ())
+    if few := [one["figure"].split("_")[0] for one in losses if one.get("detectable", 1) is None]:
+        yield (
+            f"not known: whether it is worse on the golden set, which has too few {' and '.join(few)} images for any "
+            "loss to show"
+        )
 
 
 def _too_small(inputs: GateInputs) -> Iterator[str]:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from itertools import product
 from math import comb
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from code_worker.training.paired import (
     Stratum,
+    auroc_limits,
     better_p,
     count_limits,
     detectable_loss,
     difference_limits,
     images_needed,
     proportion_limits,
+    proven_loss,
     tarone_level,
     worse_p,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @pytest.mark.parametrize(("gains", "losses"), [(0, 0), (0, 1), (3, 5), (5, 3), (1, 16)])
@@ -121,3 +127,39 @@ def test_the_images_that_would_tell_do_so() -> None:
     assert n is not None
     assert 0.98**n <= 0.05 < 0.98 ** (n / 1.2)
     assert images_needed(0.5, 0.0001, 0.05) is None
+
+
+def test_the_limits_of_an_area_are_delongs() -> None:
+    rng = np.random.default_rng(4)
+    labels = np.repeat(np.array([0, 1], np.int8), [30, 40])
+    # Rounded, so that some tie.
+    one, two = (np.round(labels * shift + rng.normal(size=70), 1).astype(np.float32) for shift in (1.0, 1.5))
+
+    def wins(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+        real, fake = scores[labels == 0][:, None], scores[labels == 1][None]
+        return np.asarray((fake > real) + 0.5 * (fake == real))
+
+    change = wins(two) - wins(one)
+    spread = np.sqrt(change.mean(1).var(ddof=1) / 30 + change.mean(0).var(ddof=1) / 40)
+    limits = auroc_limits(labels, one, two, 0.025)
+    assert limits == pytest.approx((change.mean() - 1.959964 * spread, change.mean() + 1.959964 * spread), abs=1e-6)
+    assert auroc_limits(labels[:31], one[:31], two[:31], 0.025) is None, "one fake has no variance"
+
+
+def test_an_equal_area_is_seldom_proven_to_be_smaller() -> None:
+    rng = np.random.default_rng(5)
+    labels = np.repeat(np.array([0, 1], np.int8), 60)
+    below = 0
+    for _ in range(1000):
+        shared = labels * 2 + rng.normal(size=120)
+        one, two = ((shared + rng.normal(size=120)).astype(np.float32) for _ in range(2))
+        limits = auroc_limits(labels, one, two, 0.05)
+        below += limits is not None and limits[1] < 0
+    # The exact count of 1,000 trials of chance 5 % exceeds 72 once in 1,000; the limits are approximate.
+    assert below <= 72
+
+
+def test_a_loss_is_proven_by_test_and_limit() -> None:
+    assert proven_loss(Stratum(0, 4), 40, 0.05) == 0.0, "four coins fall so once in sixteen"
+    assert proven_loss(Stratum(0, 10), 40, 0.05) == -count_limits(0, 10, 40, 0.05)[1] > 0.1
+    assert proven_loss(Stratum(10, 0), 40, 0.05) == 0.0
