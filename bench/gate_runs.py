@@ -2,11 +2,11 @@
 
     python -m bench.gate_runs DIRECTORY [--trials 20] [--kind refit] [--json FILE]
 
-The starter is the champion, its heads fitted on all toy generators but one: one that its encoder sees, for refits, or
-one that it never learned, for retrains. Each trial draws images of a pool by its own seed, among them that one's,
-labels them (rightly, or with 30 % of the reals or of the fakes called the other), and runs the same `Learner` as a
-schedule does, in a deployment of its own. Whatever is promoted is measured beside the champion on 500 images of each
-old generator and as many reals that nobody labelled. Exit status 1 when anything was promoted on wrong labels.
+The starter is the champion, its heads fitted on the toy generators that it learned from. Each trial draws images of a
+pool by its own seed, among them those of a newcomer, labels them (rightly, or with 30 % of the reals or of the fakes
+called the other), and runs the same `Learner` as a schedule does, in a deployment of its own. Whatever is promoted is
+measured beside the champion on 500 images of each old generator and as many reals that nobody labelled. Exit status 1
+when anything was promoted on wrong labels.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ OLD_POOL, NEW_POOL = 900, 300
 OLD, NEW = 600, 200
 """Records of a trial, each a real image and a generated one."""
 EVERYONE = {**GENERATORS, **NEWCOMERS}
-FITTED = 24
+NEWCOMER = "toy-dotted"
 UNLABELLED = 500
 """Images of each old generator, and as many reals, by which what was promoted is measured."""
 CASES = {"clean": None, "wrong reals": 0, "wrong fakes": 1}
@@ -88,13 +88,11 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--kind", choices=["refit", "retrain"], default="refit")
-    parser.add_argument("--generator", choices=list(EVERYONE), help="The one left out of the champion's heads.")
-    parser.add_argument("--fitted", type=int, help="Records that the champion's heads were fitted on.")
+    parser.add_argument("--generator", choices=list(EVERYONE), default=NEWCOMER, help="The newcomer.")
+    parser.add_argument("--fitted", type=int, default=OLD_POOL, help="Records that its heads learned from.")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    usual = GENERATORS if chosen.kind == "refit" else NEWCOMERS
-    fitted = chosen.fitted or (FITTED if chosen.kind == "refit" else OLD_POOL)
-    pool = make_pool(chosen.directory, chosen.generator or next(reversed(usual)), fitted)
+    pool = make_pool(chosen.directory, chosen.generator, chosen.fitted)
     found = []
     for number in range(chosen.trials):
         # Every trial on clean labels has one on wrong labels beside it; the class takes turns.
