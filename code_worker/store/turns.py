@@ -11,6 +11,7 @@ from typing import Final, Self, TypeVar
 
 from code_worker.errors import StoreError
 from code_worker.logs import get_logger
+from code_worker.machine import uptime_s
 from code_worker.store import workers
 from code_worker.store.engine import Session, Store
 
@@ -35,13 +36,14 @@ class Turn:
     """A role that one process of the deployment plays at a time, for as long as a block lasts.
 
     A thread gives signs of life. A role that its holder did not give back, because it died, is taken over once they
-    have been missing for the length of a lease; a holder that lives is not waited for.
+    have been missing for the length of a lease; a holder that lives is not waited for. Once entered, the role is
+    only ever renewed: a holder that slept while others took it and gave it back has lost it.
 
     Args:
         store: a migrated one.
         role: its name.
         doing: what its holder is doing, for people who are refused.
-        owner: who plays it.
+        owner: who plays it; no two turns have the same.
         wait_s: how long to wait for a holder that may be dead, at most.
 
     Raises:
@@ -60,7 +62,7 @@ class Turn:
 
     def __enter__(self) -> Self:
         deadline, seen = time.monotonic() + self._wait_s, self._end()
-        while not self._take():
+        while not self._sign(workers.take_lease):
             until = self._end()
             if time.monotonic() > deadline or (until is not None and seen is not None and until > seen):
                 raise TakenTurnError(f"another process is {self._doing}: wait until it is done")
@@ -78,8 +80,8 @@ class Turn:
         """
 
         def fenced(session: Session) -> T:
-            if not workers.take_lease(session, self._role, self._owner, LEASE_S):
-                raise LostTurnError(f"another process took over: it is {self._doing} there")
+            if not workers.renew_lease(session, self._role, self._owner, LEASE_S):
+                raise LostTurnError(f"another process took over: it is {self._doing} there, or did so meanwhile")
             return work(session)
 
         return self._store.run(fenced)
@@ -87,28 +89,28 @@ class Turn:
     def check(self) -> None:
         """Before what no transaction can fence, such as the deletion of a file.
 
-        Asks the store only where no sign of life was given for half a lease: this process slept.
+        Asks the store only where no sign of life was given for half a lease: this process slept, or its machine.
 
         Raises:
-            LostTurnError: the role is another process's.
+            LostTurnError: the role is another process's, or was since.
         """
-        if time.monotonic() - self._signed > LEASE_S / 2:
+        if uptime_s() - self._signed > LEASE_S / 2:
             self.write(lambda _: None)
 
     def _end(self) -> datetime | None:
         return self._store.run(partial(workers.lease_end, name=self._role), write=False)
 
-    def _take(self) -> bool:
+    def _sign(self, by: Callable[..., bool]) -> bool:
         # Read before: the lease begins when the store has it.
-        now = time.monotonic()
-        taken = self._store.run(partial(workers.take_lease, name=self._role, owner=self._owner, ttl_s=LEASE_S))
-        self._signed = now if taken else self._signed
-        return taken
+        now = uptime_s()
+        signed = self._store.run(partial(by, name=self._role, owner=self._owner, ttl_s=LEASE_S))
+        self._signed = now if signed else self._signed
+        return signed
 
     def _beat(self) -> None:
         while not self._done.wait(LEASE_S / 4):
             try:
-                if not self._take():
+                if not self._sign(workers.renew_lease):
                     return
             except StoreError as error:
                 log.warning("role_heartbeat_missed", role=self._role, error=str(error))
@@ -117,4 +119,8 @@ class Turn:
         self._done.set()
         if self._thread is not None:
             self._thread.join()
-        self._store.run(partial(workers.drop_lease, name=self._role, owner=self._owner))
+        try:
+            self._store.run(partial(workers.drop_lease, name=self._role, owner=self._owner))
+        except StoreError as error:
+            # What the block did is done; the role is free once the lease lapses.
+            log.warning("role_not_given_back", role=self._role, error=str(error))

@@ -43,6 +43,7 @@ __all__ = [
     "pause_source",
     "paused_sources",
     "plugins_seen",
+    "renew_lease",
     "resume_source",
     "saw_plugins",
     "take_lease",
@@ -174,6 +175,12 @@ def take_lease(session: Session, name: str, owner: str, ttl_s: float) -> bool:
     free = or_(_LEASES.c.owner == owner, _LEASES.c.until <= db_now())
     taken = statement.on_conflict_do_update(index_elements=["name"], set_=held, where=free).returning(_LEASES.c.name)
     return session.scalar(taken) is not None
+
+
+def renew_lease(session: Session, name: str, owner: str, ttl_s: float) -> bool:
+    """Renews a role that the owner took, lapsed or not; False once another one took it, also if it was given back."""
+    held = update(_LEASES).where(_LEASES.c.name == name, _LEASES.c.owner == owner).values(until=db_now_plus(ttl_s))
+    return session.scalar(held.returning(_LEASES.c.name)) is not None
 
 
 def lease_end(session: Session, name: str) -> datetime | None:

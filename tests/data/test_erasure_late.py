@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import delete
 
 from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.examples import REAL, Example
 from code_worker.data.kept import open_kept
-from code_worker.errors import RunLostError
+from code_worker.errors import RunLostError, StoreError
 from code_worker.moderation.rescore import Rejudged
 from code_worker.settings import Settings
-from code_worker.store import jobs, runs
+from code_worker.store import erasures, jobs, runs
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
+from code_worker.store.models import LeaseRow
 from code_worker.training import snapshot as snapshots
 from code_worker.training.encoded import Encoder
 from code_worker.training.lease import Held
@@ -27,6 +29,7 @@ from code_worker.worker.rescore import _write as write_rescored
 from tests.moderation.doubles import MeanEmbedder, png
 from tests.store.acts import accept, claim, judged, write
 from tests.training.learning import label, learning_settings, pictures
+from tests.worker.harness import wait_until
 
 DATA = png(7, 32)
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -35,6 +38,28 @@ SHA = hashlib.sha256(DATA).hexdigest()
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return learning_settings(tmp_path / "data")
+
+
+def test_an_eraser_that_slept_erases_nothing_after_others_took_over_and_finished(
+    sqlite_store: Store, settings: Settings
+) -> None:
+    (job_id,) = accept(sqlite_store, jobs.NewJob("s3://b/a.png", tenant="acme"))
+    claim(sqlite_store, [job_id])
+    found: list[str] = []
+
+    def erase() -> None:
+        try:
+            Eraser(settings, sqlite_store, wait_s=5).erase(Scope(tenant="acme"), by="olga")
+        except StoreError as error:
+            found.append(type(error).__name__)
+
+    sleeper = threading.Thread(target=erase)
+    sleeper.start()
+    wait_until(lambda: any(one.step == "jobs" for one in sqlite_store.run(erasures.still_open)), 60, "it waits")
+    # What another process leaves that took over, finished and gave the role back.
+    sqlite_store.run(lambda session: session.execute(delete(LeaseRow)))
+    sleeper.join()
+    assert found == ["LostTurnError"]
 
 
 def embeddings_left(store: Store) -> int:
