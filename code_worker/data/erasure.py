@@ -116,7 +116,7 @@ class Eraser:
     ) -> Receipt:
         """Erases what is in scope, and before it what earlier erasures left; returns the receipt.
 
-        An erasure of the same that is not finished is finished, and its receipt returned.
+        What is accepted later is not in scope. An unfinished erasure of the same is asked for anew and finished.
 
         Args:
             scope: what to forget.
@@ -185,6 +185,7 @@ class Eraser:
         def begin(session: Session) -> str:
             for receipt in erasures.still_open(session):
                 if erasures.target_of(session, receipt.id) == scope.target():
+                    erasures.ask_again(session, receipt.id)
                     return receipt.id
             _require_known(session, scope)
             erasures.begin(session, id=chosen, scope=str(scope), target=scope.target(), by=by, why=why, salt=salt)
@@ -212,7 +213,7 @@ class Eraser:
 
     def _finish(self, receipt: Receipt, say: Say) -> None:
         """From wherever an earlier attempt ended; each step may be done again."""
-        scope = Scope.of(self._read(partial(erasures.target_of, erasure_id=receipt.id)))
+        scope = Scope.of(self._read(partial(erasures.target_of, erasure_id=receipt.id)), until=receipt.created_at)
         late = 0
         for _ in range(_LOOKS):
             busy = self._erase_rows(receipt, scope, say)
@@ -260,7 +261,7 @@ class Eraser:
             after = found[-1]
 
     def _job_pages(self, receipt: Receipt, scope: Scope) -> Iterator[list[str]]:
-        if scope == Scope():
+        if scope.is_unknown:
             # Begun by a version that did not keep the scope: what it had listed is all that can be found.
             for page in self._pages(receipt.id, JOB):
                 if there := sorted(self._write(partial(personal.left, jobs=page)).jobs):
@@ -361,14 +362,14 @@ class Eraser:
             again = [sha256 for sha256 in page if self._kept.exists(sha256)]
             self._write(partial(kept_images.to_drop, hashes=again))
             found["copies"] += len(again)
-        found["jobs"] += self._read(partial(scopes.jobs_left, scope=scope, accepted_until=receipt.created_at))
+        found["jobs"] += self._read(partial(scopes.jobs_left, scope=scope))
         found["letters"] += self._erase_letters(receipt, scope)
         return found
 
     def _close(self, receipt: Receipt, scope: Scope, late: int) -> None:
         purge(self._store)
         seen = {"rows": 0, "copies": 0, "jobs": 0, "letters": 0, "late": late}
-        if scope == Scope():
+        if scope.is_unknown:
             seen["scope_unknown"] = 1
 
         def close(session: Session) -> None:

@@ -77,9 +77,10 @@ class Erased:
 def erase_jobs(session: Session, erasure_id: str, job_ids: Sequence[str], *, scope: Scope, actor: str) -> Erased:
     """Deletes jobs with all that hangs on them, and notes in the same transaction which images were theirs.
 
-    Jobs that a worker is judging are left until their lease lapses or their verdict is there.
+    Jobs that a worker is judging are left until their lease lapses or their verdict is there; one that was accepted
+    since under an id of these stays.
     """
-    ids = sorted(job_ids)
+    ids = sorted(set(job_ids) - scopes.accepted_since(session, scope, job_ids))
     held = (_JOBS.c.state == "running") & (_JOBS.c.due_at > db_now())
     rows = session.execute(
         select(_JOBS.c.id, _JOBS.c.uri, held.label("held"))
@@ -245,9 +246,9 @@ def rows_left(
         of_encoder = (_EMBEDDINGS.c.encoder_sha256 == encoder, _EMBEDDINGS.c.sha256.in_(mine))
         again.update(session.scalars(select(_EMBEDDINGS.c.sha256).where(*of_encoder)))
     erasures.turn_targets(session, erasure_id, list(again), was=erasures.ERASED, now=erasures.IMAGE)
-    named = 0
-    for table in (_SHADOW, _LABELS, _ORIGINS) if job_ids else ():
-        of_jobs = select(func.count()).select_from(table).where(among(session, table.c.job_id, job_ids))
+    named, gone = 0, sorted(set(job_ids) - scopes.accepted_since(session, scope, job_ids))
+    for table in (_SHADOW, _LABELS, _ORIGINS) if gone else ():
+        of_jobs = select(func.count()).select_from(table).where(among(session, table.c.job_id, gone))
         named += session.scalar(of_jobs) or 0
     return again.total() + named
 

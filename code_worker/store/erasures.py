@@ -31,6 +31,7 @@ __all__ = [
     "Learned",
     "Receipt",
     "add_targets",
+    "ask_again",
     "begin",
     "digest",
     "digests_among",
@@ -79,6 +80,8 @@ class Receipt:
         last_look: what the look over all tables and the storage found at the end: `rows`, `copies` and `jobs` that
             were left, and `late`, what looks before it had found and erased. None before that look, and on receipts
             of older versions.
+        created_at: when it was asked for, the last time if it was asked for again while it was under way; what was
+            accepted later is not erased.
     """
 
     id: str
@@ -142,6 +145,11 @@ def target_of(session: Session, erasure_id: str) -> Mapping[str, str] | None:
     """The scope of an erasure under way; None once it is done, or if a version began it that did not keep it."""
     found: Mapping[str, str] | None = session.scalar(select(_ERASURES.c.target).where(_ERASURES.c.id == erasure_id))
     return found
+
+
+def ask_again(session: Session, erasure_id: str) -> None:
+    """An erasure under way is asked for anew: what was accepted since it was begun is part of it."""
+    session.execute(update(_ERASURES).where(_ERASURES.c.id == erasure_id, RUNNING).values(created_at=db_now()))
 
 
 def enter(session: Session, erasure_id: str, step: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, exists, false, select, union
+from sqlalchemy import ColumnElement, Select, and_, exists, false, select, true, union
 from sqlalchemy.orm import Session
 
 from code_worker.queues import chunks
@@ -18,6 +18,7 @@ from code_worker.store.sql import IN_LIST, among, table_of
 
 __all__ = [
     "Scope",
+    "accepted_since",
     "images_of",
     "is_known",
     "job_page",
@@ -40,19 +41,21 @@ _SCANNED: Final = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What to forget; exactly one of these is given.
+    """What to forget; exactly one of the first four is given.
 
     Attributes:
         job: its id; the image is forgotten as well, unless another job judged it.
         sha256: an image with every job that judged it.
         tenant: all its jobs, and their images as above.
         before: everything accepted or labelled before this moment, and not spoken of since.
+        until: when the erasure was asked for; what was accepted later is none of it. None: whatever is there now.
     """
 
     job: str | None = None
     sha256: str | None = None
     tenant: str | None = None
     before: datetime | None = None
+    until: datetime | None = None
 
     def __str__(self) -> str:
         """As a receipt may say it: without what it names."""
@@ -60,45 +63,53 @@ class Scope:
             return f"before {self.before.isoformat(timespec='seconds')}"
         return next((name for name in ("job", "sha256", "tenant") if getattr(self, name) is not None), "unknown")
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it is that of an erasure which did not keep its own."""
+        return not self.target()
+
     def target(self) -> dict[str, str]:
-        """As whoever resumes the erasure must know it."""
+        """As whoever resumes the erasure must know it; when it was asked for, its receipt says."""
         named = {name: getattr(self, name) for name in ("job", "sha256", "tenant")}
         if self.before is not None:
             named["before"] = self.before.isoformat()
         return {name: value for name, value in named.items() if value is not None}
 
     @classmethod
-    def of(cls, target: Mapping[str, str] | None) -> Scope:
-        """The scope that `target` gave; one without a target is that of an erasure which did not keep its own."""
+    def of(cls, target: Mapping[str, str] | None, *, until: datetime) -> Scope:
+        """The scope that `target` gave; one without a target is unknown."""
         known = dict(target or {})
         before = known.pop("before", None)
-        return cls(**known, before=None if before is None else datetime.fromisoformat(before))
+        return cls(**known, before=None if before is None else datetime.fromisoformat(before), until=until)
 
 
 def _of(scope: Scope, job_id: Any, tenant: Any, accepted_at: Any) -> ColumnElement[bool]:
     """Whether a row is of a job in scope, by columns that say so."""
+    in_time = _not_after(scope, accepted_at)
     if scope.job is not None:
-        return _true_if(job_id == as_uuid(scope.job))
+        return and_(job_id == as_uuid(scope.job), in_time)
     if scope.tenant is not None:
         # Whoever negates this means jobs without a tenant too.
-        return _true_if(tenant.is_not_distinct_from(scope.tenant))
+        return and_(tenant.is_not_distinct_from(scope.tenant), in_time)
     if scope.before is not None:
-        return _true_if(accepted_at < scope.before)
+        return and_(accepted_at < scope.before, in_time)
     return false()
 
 
-def _true_if(condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    return condition
+def _not_after(scope: Scope, at: Any) -> ColumnElement[bool]:
+    """Whether it was there when the erasure was asked for."""
+    there: ColumnElement[bool] = true() if scope.until is None else at <= scope.until
+    return there
 
 
 def _jobs(scope: Scope, column: ColumnElement[Any]) -> Select[Any]:
     """Of the jobs in scope one column, not yet in any order."""
     if scope.sha256 is not None:
         judged = select(column).select_from(_VERDICTS.join(_JOBS, _JOBS.c.id == _VERDICTS.c.job_id)).distinct()
-        return judged.where(_VERDICTS.c.sha256 == scope.sha256)
+        return judged.where(_VERDICTS.c.sha256 == scope.sha256, _not_after(scope, _JOBS.c.created_at))
     if scope.tenant is not None:
         # As an equation: that is what the index is for.
-        return select(column).where(_JOBS.c.tenant == scope.tenant)
+        return select(column).where(_JOBS.c.tenant == scope.tenant, _not_after(scope, _JOBS.c.created_at))
     return select(column).where(_of(scope, _JOBS.c.id, _JOBS.c.tenant, _JOBS.c.created_at))
 
 
@@ -110,10 +121,20 @@ def job_page(session: Session, scope: Scope, *, after: str | None, limit: int) -
     return list(session.scalars(statement.order_by(_JOBS.c.id).limit(limit)))
 
 
-def jobs_left(session: Session, scope: Scope, *, accepted_until: datetime) -> int:
-    """How many jobs and origins are in scope now; a job that was accepted later is another one."""
-    mine = _jobs(scope, _JOBS.c.id).where(_JOBS.c.created_at <= accepted_until).limit(1)
-    return len(list(session.scalars(mine))) + len(origin_page(session, scope, limit=1))
+def jobs_left(session: Session, scope: Scope) -> int:
+    """How many jobs and origins are in scope now."""
+    return len(job_page(session, scope, after=None, limit=1)) + len(origin_page(session, scope, limit=1))
+
+
+def accepted_since(session: Session, scope: Scope, job_ids: Collection[str]) -> set[str]:
+    """Those of these ids that a job has which was accepted since the erasure was asked for: it is another job."""
+    if scope.until is None:
+        return set()
+    found: set[str] = set()
+    for some in chunks(sorted(job_ids), IN_LIST):
+        later = (among(session, _JOBS.c.id, some), _JOBS.c.created_at > scope.until)
+        found.update(session.scalars(select(_JOBS.c.id).where(*later)))
+    return found
 
 
 def is_known(session: Session, scope: Scope) -> bool:
@@ -138,9 +159,9 @@ def origin_page(session: Session, scope: Scope, *, limit: int | None) -> list[tu
     """Content hash and job of images in scope whose job retention took."""
     columns = (_ORIGINS.c.sha256, _ORIGINS.c.job_id)
     if scope.sha256 is not None:
-        mine = _ORIGINS.c.sha256 == scope.sha256
+        mine = and_(_ORIGINS.c.sha256 == scope.sha256, _not_after(scope, _ORIGINS.c.accepted_at))
     elif scope.tenant is not None:
-        mine = _ORIGINS.c.tenant == scope.tenant
+        mine = and_(_ORIGINS.c.tenant == scope.tenant, _not_after(scope, _ORIGINS.c.accepted_at))
     else:
         mine = _of(scope, _ORIGINS.c.job_id, _ORIGINS.c.tenant, _ORIGINS.c.accepted_at)
     return [(row.sha256, row.job_id) for row in session.execute(select(*columns).where(mine).limit(limit))]
@@ -148,6 +169,8 @@ def origin_page(session: Session, scope: Scope, *, limit: int | None) -> list[tu
 
 def stray_scores(session: Session, scope: Scope, *, after: str) -> tuple[list[tuple[str, str]], str | None]:
     """Content hash and job of shadow scores in a tenant's scope, whether their job is there or not.
+
+    A job that was accepted since is none of it, nor is what was said of it.
 
     Returns them with the id after which the next page begins; None after the last page.
     """
@@ -162,6 +185,7 @@ def stray_scores(session: Session, scope: Scope, *, after: str) -> tuple[list[tu
     if last is None:
         return [], None
     mine = [_SHADOW.c.id <= last, _SHADOW.c.tenant == scope.tenant, *([_SHADOW.c.id > after] if after else [])]
+    mine.append(_not_after(scope, _SHADOW.c.created_at))
     rows = session.execute(select(_SHADOW.c.sha256, _SHADOW.c.job_id).where(*mine))
     return [(row.sha256, row.job_id) for row in rows], last
 
@@ -184,7 +208,7 @@ def shared(session: Session, scope: Scope, hashes: Collection[str], *, erasure_i
         return set()
     found: set[str] = set()
     for some in chunks(sorted(hashes), IN_LIST):
-        if scope == Scope():
+        if scope.is_unknown:
             found.update(_shared_beside(session, some, erasure_id))
             continue
         others = ~_of(scope, _JOBS.c.id, _JOBS.c.tenant, _JOBS.c.created_at)

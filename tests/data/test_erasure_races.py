@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from sqlalchemy import text
 from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.kept import open_kept
 from code_worker.data.labelling import Labeller
-from code_worker.errors import DatasetError
+from code_worker.errors import DatasetError, StoreError
 from code_worker.moderation.faults import JobFault
 from code_worker.moderation.judge import Judged
 from code_worker.settings import FileSettings, RetentionSettings, Settings
@@ -138,6 +139,36 @@ def test_what_is_judged_and_labelled_while_the_eraser_waits_goes_as_well(place: 
     assert place.store.run(lambda session: erasures.was_erased(session, "image", sha256_of(path)))
     assert place.count("verdicts") == 1
     assert place.count("embeddings") == 1, "of the other tenant's image"
+
+
+def test_what_a_tenant_has_accepted_since_is_none_of_the_erasure(place: Place) -> None:
+    """A tenant that goes on working neither holds it up nor loses what it sends meanwhile."""
+    claimed, held = place.take(place.job(place.image("old.png"))), list[Job]()
+
+    def go_on() -> None:
+        later = place.job(place.image("new.png", 2))
+        place.judge(later, place.job(place.image("same.png")))
+        place.labeller.label(later, "fake", by="rob")
+        place.store.run(partial(jobs.retry, ids=[later]))
+        held.extend(place.take(later, place.job(place.image("busy.png", 3))))
+
+    receipt = while_the_eraser_waits(place, claimed, go_on)
+    assert (receipt.counts["jobs"], receipt.counts["images_shared"]) == (1, 1)
+    assert (place.count("jobs"), place.count("verdicts"), place.count("labels")) == (3, 2, 1)
+    assert (place.count("embeddings"), place.copies()) == (2, {sha256_of(str(place.root / "new.png"))})
+    place.finish(held)
+    assert place.erase().counts["jobs"] == 3
+    assert (place.count("jobs"), place.count("embeddings"), place.copies()) == (0, 0, set())
+
+
+def test_who_asks_again_for_what_is_under_way_means_what_was_accepted_until_then(quick: Place) -> None:
+    claimed = quick.take(quick.job(quick.image("a.png")))
+    with pytest.raises(StoreError, match="1 of the jobs are being judged"):
+        quick.erase(wait_s=0)
+    quick.judge(quick.job(quick.image("b.png", 2)))
+    quick.finish(claimed)
+    assert quick.erase().counts["jobs"] == 2
+    assert len(quick.store.run(erasures.list_receipts)) == 1
 
 
 def test_an_image_that_is_being_erased_is_not_labelled_and_can_be_afterwards(
