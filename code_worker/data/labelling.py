@@ -251,6 +251,7 @@ class Labeller:
             )
         self._note(image, since, job_id)
         self._kept.put(data)
+        self._look_again(image.sha256)
         return Found(image, uri)
 
     def _known(self, sha256: str, uri: str, since: datetime, job_id: str | None = None) -> KeptImage | None:
@@ -277,6 +278,13 @@ class Labeller:
 
         if not self._store.run(note):
             raise erased_meanwhile(image.sha256)
+
+    def _look_again(self, sha256: str) -> None:
+        """After the copy is written: an erasure that took its row since has looked for the file, perhaps too early."""
+        if self._store.run(partial(kept_images.kept, hashes=[sha256]), write=False):
+            return
+        if self._store.run(partial(kept_images.drop_unnoted, sha256=sha256)):
+            raise erased_meanwhile(sha256)
 
     def _moment(self) -> datetime:
         return self._store.look(personal.moment)

@@ -20,6 +20,7 @@ __all__ = [
     "KeptImage",
     "bits",
     "copies_to_drop",
+    "drop_unnoted",
     "dropped",
     "forget_unsaid",
     "is_near",
@@ -90,6 +91,15 @@ def note_kept(session: Session, images: Sequence[KeptImage], *, since: datetime 
     for some in chunks(sorted(rows), IN_LIST):
         session.execute(update(_KEPT).where(_KEPT.c.sha256.in_(some)).values(created_at=db_now()))
     return set(rows)
+
+
+def drop_unnoted(session: Session, sha256: str) -> bool:
+    """Has the file of a copy deleted if no row leads to it, which an erasure took meanwhile; returns whether."""
+    personal.keep_out(session)
+    if kept(session, [sha256]):
+        return False
+    to_drop(session, [sha256])
+    return True
 
 
 def to_drop(session: Session, hashes: Iterable[str]) -> None:

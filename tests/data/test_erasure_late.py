@@ -13,8 +13,9 @@ from sqlalchemy import delete
 
 from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.examples import REAL, Example
-from code_worker.data.kept import open_kept
-from code_worker.errors import RunLostError, StoreError
+from code_worker.data.kept import LocalKept, open_kept
+from code_worker.data.labelling import Labeller
+from code_worker.errors import DatasetError, RunLostError, StoreError
 from code_worker.moderation.rescore import Rejudged
 from code_worker.settings import Settings
 from code_worker.store import erasures, jobs, runs
@@ -26,6 +27,8 @@ from code_worker.training.encoded import Encoder
 from code_worker.training.lease import Held
 from code_worker.types import ImageFacts
 from code_worker.worker.rescore import _write as write_rescored
+from code_worker.worker.retention import Retention
+from tests.data.label_acts import Place, sha256_of
 from tests.moderation.doubles import MeanEmbedder, png
 from tests.store.acts import accept, claim, judged, write
 from tests.training.learning import label, learning_settings, pictures
@@ -60,6 +63,45 @@ def test_an_eraser_that_slept_erases_nothing_after_others_took_over_and_finished
     sqlite_store.run(lambda session: session.execute(delete(LeaseRow)))
     sleeper.join()
     assert found == ["LostTurnError"]
+
+
+class Slow(LocalKept):
+    """A storage in which a copy is written after everything else that happens `meanwhile`."""
+
+    def __init__(self, root: Path, meanwhile: Callable[[], object]) -> None:
+        super().__init__(root)
+        self.meanwhile = meanwhile
+
+    def put(self, data: bytes) -> str:
+        self.meanwhile()
+        return super().put(data)
+
+
+@pytest.mark.parametrize("noted_anew", [False, True])
+def test_a_copy_that_is_written_after_its_image_was_erased_is_deleted(
+    sqlite_store: Store, tmp_path: Path, noted_anew: bool
+) -> None:
+    place = Place(tmp_path, sqlite_store)
+    path, kept = place.image("a.png"), open_kept(place.settings)
+    job_id = judged_job(sqlite_store, path)
+
+    def erase() -> None:
+        Eraser(place.settings, sqlite_store).erase(Scope(tenant="acme"), by="olga")
+        if noted_anew:
+            place.labeller.label(path, "real", by="rosa")
+
+    labeller = Labeller(place.settings, sqlite_store, kept=Slow(Path(place.settings.resolved_datasets), erase))
+    with pytest.raises(DatasetError, match="was erased while it was being labelled|no job has the id"):
+        labeller.label(job_id, "fake", by="rob")
+    Retention(place.settings, sqlite_store, "one")()
+    assert kept.exists(sha256_of(path)) is noted_anew, "of a copy that was noted anew nobody takes the file"
+
+
+def judged_job(store: Store, path: str) -> str:
+    (job_id,) = accept(store, jobs.NewJob(path, tenant="acme"))
+    claim(store, [job_id])
+    write(store, judged(job_id, uri=path, facts=ImageFacts(sha256_of(path), 10)))
+    return job_id
 
 
 def embeddings_left(store: Store) -> int:
