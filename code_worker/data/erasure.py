@@ -96,7 +96,7 @@ class Eraser:
             StoreError: nobody knows the job or tenant.
         """
         jobs, images = set[str](), {scope.sha256} if scope.sha256 is not None else set[str]()
-        self._read(partial(_require_known, scope=scope))
+        self._read(partial(scopes.require_known, scope=scope))
         after: str | None = None
         while ids := self._read(partial(scopes.job_page, scope=scope, after=after, limit=_PAGE)):
             jobs.update(ids)
@@ -187,10 +187,14 @@ class Eraser:
                 if erasures.target_of(session, receipt.id) == scope.target():
                     erasures.ask_again(session, receipt.id)
                     return receipt.id
-            _require_known(session, scope)
+            scopes.require_known(session, scope)
             erasures.begin(session, id=chosen, scope=str(scope), target=scope.target(), by=by, why=why, salt=salt)
             erasures.add_targets(session, chosen, TENANT, [scope.tenant] if scope.tenant is not None else [])
-            erasures.add_targets(session, chosen, IMAGE, [scope.sha256] if scope.sha256 is not None else [])
+            if scope.sha256 is not None:
+                # Nobody shares it: from here on no worker writes a verdict of it either.
+                personal.keep_out(session)
+                erasures.add_targets(session, chosen, IMAGE, [scope.sha256])
+                erasures.mark(session, chosen, [scope.sha256])
             if keep_releases:
                 erasures.note(session, chosen, releases={ALL: {"how": "any", "files": "kept"}})
             audit.record(session, actor=by, action="erasure.begin", subject=chosen)
@@ -382,16 +386,6 @@ class Eraser:
         # The notes of what was to be erased were rows as well.
         purge(self._store)
         log.info("erased", erasure=receipt.id, **self._receipt(receipt.id).counts)
-
-
-def _require_known(session: Session, scope: Scope) -> None:
-    """Refuses a job or tenant of which nothing is kept: most often its name is misspelt."""
-    if scopes.is_known(session, scope):
-        return
-    kind, value = (TENANT, scope.tenant) if scope.tenant is not None else (JOB, scope.job)
-    before = erasures.was_erased(session, kind, str(value))
-    why = f"; it was erased, see receipt {before[0].id}" if before else ": is it spelt as in its jobs?"
-    raise StoreError(f"nothing is kept of the {kind} {value!r}, so nothing was erased{why}")
 
 
 def _named_by(session: Session, job_id: str) -> list[str]:

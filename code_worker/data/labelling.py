@@ -280,7 +280,7 @@ class Labeller:
             raise erased_meanwhile(image.sha256)
 
     def _look_again(self, sha256: str) -> None:
-        """After the copy is written: an erasure that took its row since has looked for the file, perhaps too early."""
+        """After the copy is written: an erasure that took its row since may have looked for the file too early."""
         if self._store.run(partial(kept_images.kept, hashes=[sha256]), write=False):
             return
         if self._store.run(partial(kept_images.drop_unnoted, sha256=sha256)):

@@ -7,26 +7,28 @@ a lock keeps its steps and the writers' transactions apart.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from code_worker.queues import chunks
 from code_worker.store.erasures import IMAGE, RUNNING, digest
 from code_worker.store.ids import valid_uuids
 from code_worker.store.models import CopyToDropRow, ErasedDigestRow, ErasureRow, JobRow, db_now
-from code_worker.store.sql import IN_LIST, among, table_of
+from code_worker.store.sql import IN_LIST, among, table_of, unindexed
 
-__all__ = ["Left", "keep_out", "left", "moment"]
+__all__ = ["Left", "erased_while_judged", "keep_out", "left", "moment"]
 
 _JOBS = table_of(JobRow)
 _ERASURES = table_of(ErasureRow)
 _DIGESTS = table_of(ErasedDigestRow)
 _DROPS = table_of(CopyToDropRow)
+_BY_HASH: Final = "sha256"
+"""Scope of an erasure that was asked for by an image's hash."""
 _LOCK: Final = 0x636F6465_65726173
 """Key of PostgreSQL's advisory lock: "codeeras". Taken before the audit's, never after it."""
 
@@ -57,6 +59,25 @@ def left(
     return Left(_present(session, valid_uuids(jobs)), wanted - _erased(session, wanted, since))
 
 
+def erased_while_judged(session: Session, judged: Mapping[str, str]) -> set[str]:
+    """Unfinished jobs whose image an erasure named by its hash since they were claimed.
+
+    Other erasures go by jobs, and spare an image that another job judges.
+
+    Args:
+        session: a unit of work that has asked whether the jobs are `left`.
+        judged: by job id the content hash of what was judged.
+    """
+    found: set[str] = set()
+    for some in chunks(sorted(judged), IN_LIST):
+        mine = (among(session, _JOBS.c.id, some), unindexed(_JOBS.c.state).in_(("accepted", "running")))
+        since = select(func.min(_JOBS.c.claimed_at)).where(*mine).scalar_subquery()
+        erased = _erased_by(session, {judged[job_id] for job_id in some}, since, _ERASURES.c.scope == _BY_HASH)
+        if hit := [job_id for job_id in some if judged[job_id] in erased]:
+            found.update(session.scalars(select(_JOBS.c.id).where(*mine, among(session, _JOBS.c.id, hit))))
+    return found
+
+
 def keep_out(session: Session) -> None:
     """Waits for every writer that asked, and lets no other ask until the transaction ends."""
     if session.get_bind().dialect.name == "postgresql":
@@ -85,7 +106,13 @@ def _erased(session: Session, hashes: Collection[str], since: datetime | None) -
     found: set[str] = set()
     for some in chunks(sorted(hashes), IN_LIST):
         found.update(session.scalars(select(_DROPS.c.sha256).where(_DROPS.c.sha256.in_(some))))
-    salted = select(_ERASURES.c.id, _ERASURES.c.salt)
+    return found | _erased_by(session, hashes, since)
+
+
+def _erased_by(session: Session, hashes: Collection[str], since: Any, *which: ColumnElement[bool]) -> set[str]:
+    """Those of the images that an erasure under way erases, or one that ended `since`."""
+    found: set[str] = set()
+    salted = select(_ERASURES.c.id, _ERASURES.c.salt).where(*which)
     # Two questions, each with an index: nobody looks at all the receipts that there ever were.
     salts = [*session.execute(salted.where(RUNNING))]
     if since is not None:

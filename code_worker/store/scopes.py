@@ -10,8 +10,9 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Select, and_, exists, false, select, true, union
 from sqlalchemy.orm import Session
 
+from code_worker.errors import StoreError
 from code_worker.queues import chunks
-from code_worker.store.erasures import JOB, targeted
+from code_worker.store.erasures import JOB, TENANT, targeted, was_erased
 from code_worker.store.ids import as_uuid
 from code_worker.store.models import ImageOriginRow, JobRow, LabelRow, ShadowScoreRow, VerdictRow
 from code_worker.store.sql import IN_LIST, among, table_of
@@ -24,6 +25,7 @@ __all__ = [
     "job_page",
     "jobs_left",
     "origin_page",
+    "require_known",
     "shared",
     "spoken_of",
     "stray_scores",
@@ -153,6 +155,20 @@ def is_known(session: Session, scope: Scope) -> bool:
     named = as_uuid(scope.job or "")
     tables = (_LABELS, _SHADOW)
     return any(session.scalar(select(one.c.id).where(one.c.job_id == named).limit(1)) for one in tables)
+
+
+def require_known(session: Session, scope: Scope) -> None:
+    """Refuses a job or tenant of which nothing is kept: most often its name is misspelt.
+
+    Raises:
+        StoreError: it is one.
+    """
+    if is_known(session, scope):
+        return
+    kind, value = (TENANT, scope.tenant) if scope.tenant is not None else (JOB, scope.job)
+    before = was_erased(session, kind, str(value))
+    why = f"; it was erased, see receipt {before[0].id}" if before else ": is it spelt as in its jobs?"
+    raise StoreError(f"nothing is kept of the {kind} {value!r}, so nothing was erased{why}")
 
 
 def origin_page(session: Session, scope: Scope, *, limit: int | None) -> list[tuple[str, str]]:

@@ -59,7 +59,8 @@ def write(session: Session, verdicts: Sequence[Verdict]) -> list[str]:
     """Writes verdicts and finishes their jobs; a job that has a verdict of that revision keeps it.
 
     A verdict whose job is gone is left out and logged: it was erased while a worker had it, or retention took it.
-    The verdicts beside it are written.
+    So is one of an image that an erasure named by its hash while it was judged; its job is left unfinished. The
+    verdicts beside it are written.
 
     Returns the ids of the jobs whose verdict is the one given, in the order given; with ids made outside the
     transaction also when it is repeated after a commit whose answer was lost.
@@ -70,8 +71,14 @@ def write(session: Session, verdicts: Sequence[Verdict]) -> list[str]:
     there = personal.left(session, jobs=(verdict.job_id for verdict in verdicts)).jobs
     if gone := sorted({verdict.job_id for verdict in verdicts} - there):
         log.warning("verdicts_dropped", jobs=gone, reason="their jobs were erased, or are too old to be kept")
+    erased = personal.erased_while_judged(
+        session,
+        {verdict.job_id: verdict.sha256 for verdict in verdicts if verdict.sha256 and verdict.job_id in there},
+    )
+    if erased:
+        log.warning("verdicts_dropped", jobs=sorted(erased), reason="their image was erased while it was judged")
     for verdict in verdicts:
-        if verdict.job_id not in there:
+        if verdict.job_id not in there or verdict.job_id in erased:
             continue
         rows.setdefault((verdict.job_id, verdict.revision), _values(verdict, verdict.id or new_id(session)))
     in_order = [rows[key] for key in sorted(rows)]

@@ -37,6 +37,8 @@ _BEFORE = timedelta(seconds=_OUTAGE_S + 5)
 """How much earlier than it was noted a trouble may have begun: a batch may have waited for the database."""
 _CLOSED = "every image in a row was denied; check the bucket's policy: workers need s3:GetObject"
 
+_ERASED = "its image was erased while it was judged"
+
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
@@ -108,13 +110,19 @@ class Ledger:
         """
         worn_out, again = self._split(judged.faults)
         seen = self._see_sources(judged)
-        again += [self._put_back(job) for job in sorted(seen.held)]
+        again += [self._put_back(job, RejectReason.ACCESS_DENIED, _CLOSED) for job in sorted(seen.held)]
         rows = self._with_ids([one for one in (*judged.verdicts, *worn_out) if one.job_id not in seen.held])
         keep = self._settings.store_embeddings and judged.embeddings
 
         def write(session: Session) -> set[str]:
             written = set(verdicts.write(session, rows))
-            jobs.put_back(session, again, owner=self.owner)
+            # Their image was erased meanwhile; of jobs that are gone or have a verdict this does nothing.
+            left = [
+                self._put_back(one.job_id, RejectReason.INTERNAL, _ERASED)
+                for one in rows
+                if one.job_id not in written
+            ]
+            jobs.put_back(session, [*again, *left], owner=self.owner)
             if keep:
                 # Only beside a verdict that names the image: nothing else would lead to the embedding.
                 named = {one.sha256: [one.job_id] for one in rows if one.sha256 and one.job_id in written}
@@ -191,9 +199,10 @@ class Ledger:
                 progress()
                 time.sleep(random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
 
-    def _put_back(self, job_id: str) -> jobs.Fault:
+    @staticmethod
+    def _put_back(job_id: str, reason: RejectReason, why: str) -> jobs.Fault:
         delay_s = _PAUSE_S * random.uniform(1.0, 1.5)  # noqa: S311 - jitter
-        return jobs.Fault(job_id, RejectReason.ACCESS_DENIED, _CLOSED, delay_s, blame=False)
+        return jobs.Fault(job_id, reason, why, delay_s, blame=False)
 
     def _with_ids(self, made: Sequence[Verdict]) -> list[Verdict]:
         """Before the transaction, so that one that is repeated after a lost answer knows its own verdicts."""

@@ -9,28 +9,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.examples import REAL, Example
 from code_worker.data.kept import LocalKept, open_kept
 from code_worker.data.labelling import Labeller
 from code_worker.errors import DatasetError, RunLostError, StoreError
+from code_worker.moderation.judge import Judged
 from code_worker.moderation.rescore import Rejudged
 from code_worker.settings import Settings
 from code_worker.store import erasures, jobs, runs
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
-from code_worker.store.models import LeaseRow
+from code_worker.store.models import JobRow, LeaseRow
+from code_worker.store.sql import table_of
 from code_worker.training import snapshot as snapshots
 from code_worker.training.encoded import Encoder
 from code_worker.training.lease import Held
 from code_worker.types import ImageFacts
+from code_worker.worker.ledger import Ledger
 from code_worker.worker.rescore import _write as write_rescored
 from code_worker.worker.retention import Retention
 from tests.data.label_acts import Place, sha256_of
 from tests.moderation.doubles import MeanEmbedder, png
-from tests.store.acts import accept, claim, judged, write
+from tests.store.acts import accept, claim, judged, state, write
 from tests.training.learning import label, learning_settings, pictures
 from tests.worker.harness import wait_until
 
@@ -65,6 +68,26 @@ def test_an_eraser_that_slept_erases_nothing_after_others_took_over_and_finished
     assert found == ["LostTurnError"]
 
 
+@pytest.mark.parametrize("finished", [False, True], ids=["under way", "done"])
+def test_an_image_that_is_named_by_its_hash_is_not_judged_by_who_was_at_it(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """Its job is judged another time: it is of a job that waits, which has no hash."""
+    ledger = Ledger(store, settings.worker, "worker")
+    erased, beside = ledger.claim(accept(store, "s3://b/a.png", "s3://b/b.png"), below=3)
+    if not finished:
+        monkeypatch.setattr(Eraser, "_finish_all", lambda *_: None)
+    Eraser(settings, store).erase(Scope(sha256=SHA), by="olga")
+    found = [judged(erased.id, facts=ImageFacts(SHA, 10)), judged(beside.id, facts=ImageFacts("b" * 64, 10))]
+    ledger.record(Judged(found, [], {SHA: bytes(768)}), "e" * 64, lambda: None)
+    assert [state(store, job.id).value for job in (erased, beside)] == ["accepted", "done"]
+    assert embeddings_left(store) == 0
+    if finished:
+        store.run(lambda session: session.execute(update(table_of(JobRow)).values(not_before=None)))
+        claim(store, [erased.id])
+        assert write(store, found[0]) == [erased.id], "who began anew is not kept from it"
+
+
 class Slow(LocalKept):
     """A storage in which a copy is written after everything else that happens `meanwhile`."""
 
@@ -91,7 +114,7 @@ def test_a_copy_that_is_written_after_its_image_was_erased_is_deleted(
             place.labeller.label(path, "real", by="rosa")
 
     labeller = Labeller(place.settings, sqlite_store, kept=Slow(Path(place.settings.resolved_datasets), erase))
-    with pytest.raises(DatasetError, match="was erased while it was being labelled|no job has the id"):
+    with pytest.raises(DatasetError, match="was erased while it was being labelled"):
         labeller.label(job_id, "fake", by="rob")
     Retention(place.settings, sqlite_store, "one")()
     assert kept.exists(sha256_of(path)) is noted_anew, "of a copy that was noted anew nobody takes the file"
