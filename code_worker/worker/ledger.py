@@ -100,10 +100,14 @@ class Ledger:
 
         self.store.run(write)
 
-    def record(self, judged: Judged, encoder_sha256: str, progress: Callable[[], None]) -> None:
+    def record(self, judged: Judged, encoder_sha256: str, progress: Callable[[], None]) -> list[Verdict]:
         """Writes everything a batch yielded, or nothing; waits out a database that is away for a minute.
 
         `progress` is called while it waits.
+
+        Returns:
+            Those of its verdicts that were written; the others' jobs or images were erased meanwhile, or somebody
+            else judged them first.
 
         Raises:
             StoreUnavailableError: it stayed away; the leases lapse and the sweeper rings again.
@@ -114,7 +118,7 @@ class Ledger:
         rows = self._with_ids([one for one in (*judged.verdicts, *worn_out) if one.job_id not in seen.held])
         keep = self._settings.store_embeddings and judged.embeddings
 
-        def write(session: Session) -> set[str]:
+        def write(session: Session) -> tuple[set[str], set[str]]:
             written = set(verdicts.write(session, rows))
             # Their image was erased meanwhile; of jobs that are gone or have a verdict this does nothing.
             left = [
@@ -130,15 +134,16 @@ class Ledger:
                 embeddings.keep(session, encoder_sha256, vectors, jobs=named)
             works_again = self._note_sources(session, seen)
             failpoint("before_verdict_commit")
-            return works_again
+            return written, works_again
 
-        works_again = self.outlast(lambda: self.store.run(write), progress)
-        log.debug("verdicts_committed", jobs=[verdict.job_id for verdict in rows])
+        written, works_again = self.outlast(lambda: self.store.run(write), progress)
+        log.debug("verdicts_committed", jobs=sorted(written))
         failpoint("after_verdict_commit")
         for source, cause, _ in seen.to_pause:
             log.error("source_paused", source=source, cause=cause)
         for source in works_again:
             log.info("source_works_again", source=source)
+        return [verdict for verdict in judged.verdicts if verdict.job_id in written]
 
     def _see_sources(self, judged: Judged) -> _Seen:
         closed, readable = self._denials.look(judged.verdicts, self.troubled)

@@ -118,13 +118,13 @@ class Node:
             sight = None if alone else stack.enter_context(self.shadow.watch(runtime))
             try:
                 judged = self.judge.judge(claimed, runtime, self._policies, progress, sight)
-                self.ledger.record(judged, runtime.encoder_sha256, progress)
+                written = self.ledger.record(judged, runtime.encoder_sha256, progress)
             except Exception:
                 # A bug or a database that stayed away; none of the jobs has killed anything.
                 self._give_back(claimed)
                 raise
             if sight is not None:
-                self.shadow.offer(sight, judged.verdicts)
+                self.shadow.offer(sight, written)
         log.info(
             "batch_done", jobs=len(claimed), verdicts=len(judged.verdicts), faults=len(judged.faults), alone=alone
         )

@@ -79,7 +79,8 @@ def test_an_image_that_is_named_by_its_hash_is_not_judged_by_who_was_at_it(
         monkeypatch.setattr(Eraser, "_finish_all", lambda *_: None)
     Eraser(settings, store).erase(Scope(sha256=SHA), by="olga")
     found = [judged(erased.id, facts=ImageFacts(SHA, 10)), judged(beside.id, facts=ImageFacts("b" * 64, 10))]
-    ledger.record(Judged(found, [], {SHA: bytes(768)}), "e" * 64, lambda: None)
+    written = ledger.record(Judged(found, [], {SHA: bytes(768)}), "e" * 64, lambda: None)
+    assert written == found[1:], "so a challenger scores that one alone"
     assert [state(store, job.id).value for job in (erased, beside)] == ["accepted", "done"]
     assert embeddings_left(store) == 0
     if finished:
