@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from code_worker.data.kept import open_kept
 from code_worker.data.leftovers import Leftovers, drop_copies
+from code_worker.data.mentions import Mentions
 from code_worker.data.unlearning import ALL, Unlearning
 from code_worker.errors import ArtifactError, StorageError, StoreError, StoreUnavailableError
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import open_artifacts
 from code_worker.roles import Role, require
-from code_worker.store import audit, erasing, erasures, kept_images, letters, personal, releases, scopes, workers
+from code_worker.store import audit, erasing, erasures, kept_images, personal, releases, scopes, workers
 from code_worker.store.erasures import ERASED, IMAGE, JOB, TENANT, WAITING, Receipt
 from code_worker.store.ids import uuid7
 from code_worker.store.purging import purge
@@ -37,9 +38,6 @@ log = get_logger(__name__)
 T = TypeVar("T")
 _ROLE: Final = "erasure"
 _PAGE: Final = 500
-_SCANNED: Final = 5000
-"""Rows of a table that is read through, in one transaction."""
-_LETTERS: Final = 20
 _POLL_S: Final = 0.5
 _LOOKS: Final = 20
 Say = Callable[[int], object]
@@ -88,6 +86,7 @@ class Eraser:
         self._leftovers = Leftovers(settings, store)
         self._turn = Turn(store, _ROLE, f"eraser-{uuid7()}", doing="erasing", wait_s=wait_s)
         self._unlearning = Unlearning(store, self._turn)
+        self._mentions = Mentions(store, self._turn)
 
     def preview(self, scope: Scope) -> Preview:
         """What `erase` would do; writes nothing.
@@ -235,26 +234,22 @@ class Eraser:
         """All that is in scope now; returns how many jobs are left because they are being judged."""
         busy = self._erase_jobs(receipt, scope, say)
         self._erase_strays(receipt, scope)
+        self._enter(receipt, "addresses")
         self._erase_addresses(receipt)
         self._write(workers.blank_pauses)
         self._enter(receipt, "images")
         for page in self._pages(receipt.id, IMAGE):
-            shared = self._write(partial(erasing.spare_shared, erasure_id=receipt.id, hashes=page, scope=scope))
-            self._write(partial(erasures.note, erasure_id=receipt.id, counts={"images_shared": shared}))
+            self._write(partial(self._spare_shared, receipt=receipt, scope=scope, hashes=page))
         self._unlearning.forget(receipt, {sha256 for page in self._pages(receipt.id, IMAGE) for sha256 in page})
         for page in self._pages(receipt.id, IMAGE):
             self._write(partial(self._erase_images, receipt=receipt, scope=scope, hashes=page))
             say(len(page))
-        self._note(receipt, {"copies": drop_copies(self._store, self._kept, wait_s=self._wait_s)})
-        self._note(receipt, {"dead_letters": self._erase_letters(receipt, scope)})
+        self._drop_copies(receipt)
+        self._erase_letters(receipt, scope)
         return busy
 
     def _enter(self, receipt: Receipt, step: str) -> None:
         self._write(partial(erasures.enter, erasure_id=receipt.id, step=step))
-
-    def _note(self, receipt: Receipt, counts: Mapping[str, int]) -> None:
-        if any(counts.values()):
-            self._write(partial(erasures.note, erasure_id=receipt.id, counts=counts))
 
     def _pages(self, erasure_id: str, kind: str) -> Iterator[list[str]]:
         after = ""
@@ -292,24 +287,23 @@ class Eraser:
     @staticmethod
     def _erase_some(session: Session, *, receipt: Receipt, scope: Scope, ids: list[str]) -> list[str]:
         done = erasing.erase_jobs(session, receipt.id, ids, scope=scope, actor=receipt.by)
-        if done.counts.total():
-            erasures.note(session, receipt.id, counts=done.counts)
+        erasures.count(session, receipt.id, done.counts)
         return done.busy
 
     def _erase_strays(self, receipt: Receipt, scope: Scope) -> None:
         """What jobs in scope left that are gone themselves; and images of which only was spoken."""
 
-        def erase(found: list[tuple[str, str]]) -> None:
-            done = self._write(partial(erasing.erase_strays, erasure_id=receipt.id, found=found, scope=scope))
-            self._note(receipt, done.counts)
+        def erase(session: Session, found: list[tuple[str, str]]) -> None:
+            done = erasing.erase_strays(session, receipt.id, found, scope=scope)
+            erasures.count(session, receipt.id, done.counts)
 
         while found := self._read(partial(scopes.origin_page, scope=scope, limit=_PAGE)):
-            erase(found)
+            self._write(partial(erase, found=found))
         after: str | None = ""
         while after is not None:
             found, after = self._read(partial(scopes.stray_scores, scope=scope, after=after))
             if found:
-                erase(found)
+                self._write(partial(erase, found=found))
         if scope.job is not None and (page := self._read(partial(_named_by, job_id=scope.job))):
             self._write(partial(self._erase_some, receipt=receipt, scope=scope, ids=page))
         for hashes in self._spoken_of(scope):
@@ -323,35 +317,27 @@ class Eraser:
             yield hashes
             last = hashes[-1]
 
-    def _erase_addresses(self, receipt: Receipt) -> None:
-        """Labels and notes on copies that were made by the address of a job, not by its id."""
-        if not self._read(partial(erasures.targets, erasure_id=receipt.id, kind=erasures.URI, limit=1)):
-            return
-        self._enter(receipt, "addresses")
-        after: str | None = ""
-        while after is not None:
-            work = partial(erasing.erase_addresses, erasure_id=receipt.id, limit=_SCANNED, actor=receipt.by)
-            done, after = self._write(partial(work, after=after))
-            self._note(receipt, done.counts)
-        last: str | None = ""
-        while last is not None:
-            last = self._write(
-                partial(erasing.erase_copy_addresses, erasure_id=receipt.id, after=last, limit=_SCANNED)
-            )
+    def _erase_addresses(self, receipt: Receipt) -> int:
+        return self._mentions.erase_addresses(receipt)
+
+    @staticmethod
+    def _spare_shared(session: Session, *, receipt: Receipt, scope: Scope, hashes: list[str]) -> None:
+        stay = erasing.spare_shared(session, receipt.id, hashes, scope=scope)
+        erasures.count(session, receipt.id, {"images_shared": stay})
 
     @staticmethod
     def _erase_images(session: Session, *, receipt: Receipt, scope: Scope, hashes: list[str]) -> None:
         done = erasing.erase_images(session, receipt.id, hashes, scope=scope, actor=receipt.by)
-        erasures.note(session, receipt.id, counts=done.counts)
+        erasures.count(session, receipt.id, done.counts)
+
+    def _drop_copies(self, receipt: Receipt) -> None:
+        def note(session: Session, files: int) -> None:
+            erasures.count(session, receipt.id, {"copies": files})
+
+        drop_copies(self._store, self._kept, wait_s=self._wait_s, note=note)
 
     def _erase_letters(self, receipt: Receipt, scope: Scope) -> int:
-        count = 0
-        after: str | None = ""
-        while after is not None:
-            work = partial(letters.erase_letters, erasure_id=receipt.id, scope=scope, limit=_LETTERS)
-            some, after = self._write(partial(work, after=after))
-            count += some
-        return count
+        return self._mentions.erase_letters(receipt, scope)
 
     def _look(self, receipt: Receipt, scope: Scope) -> Counter[str]:
         """Looks over all tables and the storage once more; what is found is on the list again."""
@@ -367,7 +353,11 @@ class Eraser:
             self._write(partial(kept_images.to_drop, hashes=again))
             found["copies"] += len(again)
         found["jobs"] += self._read(partial(scopes.jobs_left, scope=scope))
+        found["rows"] += self._erase_addresses(receipt)
         found["letters"] += self._erase_letters(receipt, scope)
+        if not found.total():
+            # Listed by a try of a transaction above whose answer was lost.
+            found["rows"] = len(self._read(partial(erasures.targets, erasure_id=receipt.id, kind=IMAGE, limit=_PAGE)))
         return found
 
     def _close(self, receipt: Receipt, scope: Scope, late: int) -> None:
@@ -377,7 +367,8 @@ class Eraser:
             seen["scope_unknown"] = 1
 
         def close(session: Session) -> None:
-            erasures.finish(session, receipt.id, seen)
+            if not erasures.finish(session, receipt.id, seen):
+                return
             done = erasures.get(session, receipt.id)
             counts = {} if done is None else dict(done.counts)
             audit.record(session, actor=receipt.by, action="erasure.done", subject=receipt.id, details=counts)

@@ -21,10 +21,12 @@ from code_worker.store.ids import uuid7
 from code_worker.store.turns import TakenTurnError, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from code_worker.settings import Settings
     from code_worker.store.engine import Session, Store
+
+    Note = Callable[[Session, int], object]
 
 __all__ = ["Leftovers", "drop_copies"]
 
@@ -110,7 +112,7 @@ class Leftovers:
         return sum(LocalArtifacts(cache).drop(name) for name in releases if (cache / name).is_dir())
 
 
-def drop_copies(store: Store, kept: KeptImages, *, wait_s: float = 0.0) -> int:
+def drop_copies(store: Store, kept: KeptImages, *, wait_s: float = 0.0, note: Note | None = None) -> int:
     """Deletes the files of copies whose rows are gone, one process of the deployment at a time.
 
     Another one could delete by a list that it read earlier a copy that was kept anew since.
@@ -119,6 +121,7 @@ def drop_copies(store: Store, kept: KeptImages, *, wait_s: float = 0.0) -> int:
         store: a migrated one.
         kept: the dataset storage.
         wait_s: how long to wait for a process that is deleting them.
+        note: hears how many files went, in the transaction after which that is known.
 
     Returns:
         How many there were.
@@ -132,14 +135,21 @@ def drop_copies(store: Store, kept: KeptImages, *, wait_s: float = 0.0) -> int:
         try:
             with Turn(store, _ROLE, f"copies-{uuid7()}", doing="deleting files of copies", wait_s=wait_s) as turn:
                 while hashes := _to_drop(store, limit=_DROPPED):
+                    gone = 0
                     for sha256 in hashes:
                         turn.check()
-                        count += kept.drop(sha256)
-                    turn.write(partial(kept_images.dropped, hashes=hashes))
+                        gone += kept.drop(sha256)
+                    turn.write(partial(_dropped, hashes=hashes, gone=gone, note=note))
+                    count += gone
         except TakenTurnError:
             if time.monotonic() >= deadline:
                 raise
     return count
+
+
+def _dropped(session: Session, *, hashes: list[str], gone: int, note: Note | None) -> None:
+    if kept_images.dropped(session, hashes) and note is not None:
+        note(session, gone)
 
 
 def _to_drop(store: Store, *, limit: int) -> list[str]:

@@ -36,36 +36,38 @@ class Unlearning:
         """
         if not hashes:
             return
-        concerned = self._note_learning(self._read(partial(erasures.get, erasure_id=receipt.id)) or receipt, hashes)
+        concerned = self._note_learning(receipt, hashes)
         for snapshot in concerned:
-            self._turn.write(
-                partial(
-                    erasing.forget_in_snapshot,
-                    snapshot_id=snapshot,
-                    hashes=hashes,
-                    actor=receipt.by,
-                    subject=receipt.id,
-                )
-            )
+            self._turn.write(partial(self._forget_in, receipt=receipt, snapshot=snapshot, hashes=hashes))
         why = "an image that it learned from was erased: begin another run"
         noted = self._read(partial(erasures.get, erasure_id=receipt.id))
         for run in () if noted is None else noted.runs:
             self._turn.write(partial(erasing.end_run, run_id=run, reason=why))
         self._turn.write(partial(erasing.forget_in_runs, hashes=hashes))
 
+    @staticmethod
+    def _forget_in(session: Session, *, receipt: Receipt, snapshot: str, hashes: set[str]) -> None:
+        forgot = erasing.forget_in_snapshot(session, snapshot, hashes, actor=receipt.by, subject=receipt.id)
+        erasures.count(session, receipt.id, {"snapshots": int(forgot)})
+
     def _note_learning(self, receipt: Receipt, hashes: set[str]) -> set[str]:
         """Notes runs and releases on the receipt; returns the snapshots that have one of the images."""
         touched, learned = self._concerned(hashes)
         runs, _ = self._read(partial(erasing.learned_from, snapshot_ids=touched))
         _, made = self._read(partial(erasing.learned_from, snapshot_ids=learned))
-        files = "kept" if ALL in receipt.releases else WAITING
-        named = {
-            name: {"how": how, "files": files if how == "learned" else "kept"}
-            for name, how in made.items()
-            if name not in receipt.releases
-        }
-        counts = {"snapshots": len(touched), "runs": len(set(runs) - set(receipt.runs)), "releases": len(named)}
-        self._turn.write(partial(erasures.note, erasure_id=receipt.id, counts=counts, releases=named, runs=runs))
+
+        def note(session: Session) -> None:
+            known = erasures.get(session, receipt.id, lock=True) or receipt
+            files = "kept" if ALL in known.releases else WAITING
+            named = {
+                name: {"how": how, "files": files if how == "learned" else "kept"}
+                for name, how in made.items()
+                if name not in known.releases
+            }
+            counts = {"runs": len(set(runs) - set(known.runs)), "releases": len(named)}
+            erasures.note(session, receipt.id, counts=counts, releases=named, runs=runs)
+
+        self._turn.write(note)
         return touched
 
     def made_from(self, hashes: set[str]) -> Mapping[str, str]:

@@ -92,6 +92,9 @@ def erase_jobs(session: Session, erasure_id: str, job_ids: Sequence[str], *, sco
     # From here on nobody writes a verdict, score or label of these: who did is read, who comes finds no row.
     if not (free := [job_id for job_id in ids if job_id not in set(done.busy)]):
         return done
+    if not rows and not scopes.images_of(session, free):
+        # They went before, perhaps in a try of this transaction whose commit was not answered.
+        return done
     _note(session, erasure_id, free, {row.uri for row in rows if not row.held}, scope)
     with audit.removal(session, _entry(session, erasure_id, actor, {"jobs": len(free)})):
         for name, table in (("shadow_scores", _SHADOW), ("verdicts", _VERDICTS)):
@@ -164,11 +167,11 @@ def _restate(session: Session, found: Iterable[RowMapping]) -> None:
     insert_new(session, LabelRow, rows, same=["id"])
 
 
-def erase_copy_addresses(session: Session, erasure_id: str, *, after: str, limit: int) -> str | None:
+def erase_copy_addresses(session: Session, erasure_id: str, *, after: str, limit: int) -> tuple[int, str | None]:
     """Takes addresses of erased jobs out of the notes on copies, of a page of all; their images are to be erased.
 
     Returns:
-        The content hash after which the next page begins; None after the last page.
+        How many had one, and the content hash after which the next page begins; None after the last page.
     """
     personal.keep_out(session)
     page = select(_KEPT.c.sha256, _KEPT.c.uri).where(_KEPT.c.sha256 > after).order_by(_KEPT.c.sha256).limit(limit)
@@ -179,7 +182,7 @@ def erase_copy_addresses(session: Session, erasure_id: str, *, after: str, limit
         # Of those who share the image; of an image that goes, this row goes as well.
         other = session.scalar(select(_VERDICTS.c.uri).where(_VERDICTS.c.sha256 == sha256).limit(1))
         session.execute(update(_KEPT).where(_KEPT.c.sha256 == sha256).values(uri=other or _UNKNOWN))
-    return rows[-1].sha256 if len(rows) == limit else None
+    return len(mine), rows[-1].sha256 if len(rows) == limit else None
 
 
 def _erased_addresses(session: Session, erasure_id: str, given: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
@@ -196,14 +199,15 @@ def _erased_addresses(session: Session, erasure_id: str, given: Sequence[tuple[s
 
 
 def spare_shared(session: Session, erasure_id: str, hashes: Sequence[str], *, scope: Scope) -> int:
-    """Takes images that others share off the list of what is to be erased; returns how many these were.
+    """Takes images that others share off the list of what is to be erased; returns how many of it these were.
 
     About the others nobody writes any more.
     """
     personal.keep_out(session)
-    stay = scopes.shared(session, scope, hashes, erasure_id=erasure_id)
+    listed = erasures.targeted(session, erasure_id, erasures.IMAGE, hashes)
+    stay = scopes.shared(session, scope, listed, erasure_id=erasure_id)
     erasures.spare(session, erasure_id, stay)
-    erasures.mark(session, erasure_id, set(hashes) - stay)
+    erasures.mark(session, erasure_id, listed - stay)
     return len(stay)
 
 
@@ -291,16 +295,16 @@ def counted(session: Session, job_ids: Collection[str], hashes: Collection[str])
 
 def forget_in_snapshot(
     session: Session, snapshot_id: str, hashes: Collection[str], *, actor: str, subject: str
-) -> None:
-    """Takes images out of a frozen snapshot; one that has none of them stays as it is."""
+) -> bool:
+    """Takes images out of a frozen snapshot and returns whether it had one; else it stays as it is."""
     info = snapshots.get(session, snapshot_id)
     if info is None:
-        return
+        return False
     rows = snapshots.unpack(snapshots.members(session, snapshot_id))
     stay = [row for row in rows if row["sha256"] not in hashes]
     gone = len(rows) - len(stay)
     if not gone:
-        return
+        return False
     details = {"snapshot": snapshot_id, "images": gone}
     entry = audit.record(session, actor=actor, action="erasure.snapshot", subject=subject, details=details)
     with audit.removal(session, entry):
@@ -313,6 +317,7 @@ def forget_in_snapshot(
                 counts={**info.counts, "erased": int(info.counts.get("erased", 0)) + gone},
             )
         )
+    return True
 
 
 def learned_from(session: Session, snapshot_ids: Collection[str]) -> tuple[list[str], Mapping[str, str]]:

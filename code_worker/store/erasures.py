@@ -33,6 +33,7 @@ __all__ = [
     "add_targets",
     "ask_again",
     "begin",
+    "count",
     "digest",
     "digests_among",
     "enter",
@@ -281,14 +282,28 @@ def note(
     )
 
 
-def finish(session: Session, erasure_id: str, last_look: Mapping[str, int]) -> None:
-    """Closes the receipt with what the last look found; with it goes every note of what was to be erased."""
+def count(session: Session, erasure_id: str, counts: Mapping[str, int]) -> None:
+    """Adds to the counts of an erasure under way, in the transaction that erases what is counted.
+
+    One that is repeated after a lost answer finds nothing more to erase, and adds nothing.
+    """
+    known = get(session, erasure_id, lock=True) if any(counts.values()) else None
+    if known is not None and known.finished_at is None:
+        note(session, erasure_id, counts=counts)
+
+
+def finish(session: Session, erasure_id: str, last_look: Mapping[str, int]) -> bool:
+    """Closes the receipt with what the last look found; with it goes every note of what was to be erased.
+
+    Returns whether it was under way.
+    """
     session.execute(delete(_TARGETS).where(_TARGETS.c.erasure_id == erasure_id))
-    session.execute(
+    closed = (
         update(_ERASURES)
         .where(_ERASURES.c.id == erasure_id, _ERASURES.c.state == "running")
         .values(state="done", step="done", target=null(), last_look=dict(last_look), finished_at=db_now())
     )
+    return session.scalar(closed.returning(_ERASURES.c.id)) is not None
 
 
 def get(session: Session, erasure_id: str, *, lock: bool = False) -> Receipt | None:

@@ -113,10 +113,13 @@ def copies_to_drop(session: Session, *, limit: int) -> list[str]:
     return list(session.scalars(select(_DROPS.c.sha256).order_by(_DROPS.c.sha256).limit(limit)))
 
 
-def dropped(session: Session, hashes: Iterable[str]) -> None:
-    """Their files went."""
+def dropped(session: Session, hashes: Iterable[str]) -> bool:
+    """Their files went; returns whether this was not known yet."""
+    known = False
     for some in chunks(sorted(set(hashes)), IN_LIST):
-        session.execute(delete(_DROPS).where(_DROPS.c.sha256.in_(some)))
+        gone = delete(_DROPS).where(_DROPS.c.sha256.in_(some)).returning(_DROPS.c.sha256)
+        known |= bool(session.scalars(gone).all())
+    return known
 
 
 def forget_unsaid(session: Session, *, older_s: float, limit: int) -> int:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from code_worker.store import erasures, personal
+from code_worker.store import erasures
 from code_worker.store.ids import as_uuid
 from code_worker.store.models import DeadLetterRow
+from code_worker.store.retention import rowcount
 from code_worker.store.scopes import Scope
 from code_worker.store.sql import table_of
 
-__all__ = ["erase_letters"]
+__all__ = ["Naming", "naming", "rewrite"]
 
 _LETTERS = table_of(DeadLetterRow)
 _ESCAPE: Final = re.compile(r"\\(?:u[0-9a-fA-F]{4}|[\"\\/bfnrt])")
@@ -30,31 +33,47 @@ Erased = Callable[[str, str], bool]
 """Whether a value of a kind was erased; `_ANY` tenant: whether it is one that is erased."""
 
 
-def erase_letters(
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """A message that names something erased, as it was read, and what may stay of it; None: nothing."""
+
+    id: str
+    body: str
+    error: str
+    at: datetime
+    body_left: str | None
+    error_left: str
+
+
+def naming(
     session: Session, erasure_id: str, *, scope: Scope, after: str, limit: int
-) -> tuple[int, str | None]:
-    """Takes what was erased out of a page of unreadable messages; a message of which nothing else is left goes.
+) -> tuple[list[Naming], str | None]:
+    """Reads a page of unreadable messages for what was erased. That may take seconds, so it needs no lock.
 
     Returns:
-        How many messages named something, and the id after which the next page begins; None after the last page.
+        Messages that name something, and the id after which the next page begins; None after the last page.
     """
-    personal.keep_out(session)
-    page = select(_LETTERS.c.id, _LETTERS.c.body, _LETTERS.c.error).order_by(_LETTERS.c.id).limit(limit)
+    columns = (_LETTERS.c[name] for name in ("id", "body", "error", "at"))
+    page = select(*columns).order_by(_LETTERS.c.id).limit(limit)
     rows = session.execute(page.where(_LETTERS.c.id > after) if after else page).all()
     texts = [text for row in rows for text in (row.body, row.error)]
     erased = _asker(session, erasure_id, texts, of_a_tenant=scope.tenant is not None)
+    read = (
+        Naming(row.id, row.body, row.error, row.at, _without(row.body, erased), _without_words(row.error, erased))
+        for row in rows
+    )
+    found = [one for one in read if (one.body, one.error) != (one.body_left, one.error_left)]
+    return found, rows[-1].id if len(rows) == limit else None
+
+
+def rewrite(session: Session, found: Sequence[Naming]) -> int:
+    """Leaves of these messages what may stay; of one that is not as it was read nothing changes. Returns how many."""
     count = 0
-    for row in rows:
-        body, error = _without(row.body, erased), _without_words(row.error, erased)
-        if (body, error) == (row.body, row.error):
-            continue
-        count += 1
-        this = _LETTERS.c.id == row.id
-        if body is None:
-            session.execute(delete(_LETTERS).where(this))
-        else:
-            session.execute(update(_LETTERS).where(this).values(body=body, error=error))
-    return count, rows[-1].id if len(rows) == limit else None
+    for one in found:
+        same = (_LETTERS.c.id == one.id, _LETTERS.c.body == one.body, _LETTERS.c.error == one.error)
+        left = update(_LETTERS).where(*same).values(body=one.body_left, error=one.error_left)
+        count += rowcount(session.execute(delete(_LETTERS).where(*same) if one.body_left is None else left))
+    return count
 
 
 def _asker(session: Session, erasure_id: str, texts: list[str], *, of_a_tenant: bool) -> Erased:
