@@ -52,9 +52,13 @@ def _vacuum(store: Store) -> None:
             connection.execute(text(f"VACUUM (ANALYZE) {_TABLES}"))
             return
         connection.execute(text("SET statement_timeout = 0"))
-        connection.execute(text(f"VACUUM (ANALYZE) {_TABLES}"))
-        # The connection goes back to the pool; its next user wants the limit again.
-        connection.execute(text("RESET statement_timeout"))
+        try:
+            connection.execute(text(f"VACUUM (ANALYZE) {_TABLES}"))
+            # The connection goes back to the pool; its next user wants the limit again.
+            connection.execute(text("RESET statement_timeout"))
+        except BaseException:
+            connection.invalidate()
+            raise
 
 
 def _rewrite(store: Store) -> None:
