@@ -22,7 +22,7 @@ from code_worker.store import (
     workers,
 )
 from code_worker.store import verdicts as verdict_store
-from code_worker.store.engine import Store
+from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7, uuid7_floor
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
@@ -110,14 +110,34 @@ def test_finished_jobs_go_with_verdicts_and_shadow_scores_and_unfinished_ones_ne
 def test_a_job_that_was_judged_again_lately_stays_whole(store: Store) -> None:
     job_id = done(store)
     moment = age()
-    store.run(lambda session: jobs.retry(session, [job_id]))
-    claim(store, [job_id])
-    write(store, judged(job_id, revision=1))
+    judge_again(store, job_id)
     assert prune(store, "jobs", since=moment) == 0
     assert prune(store, "superseded", since=moment) == 1, "its first verdict was replaced"
     found = store.run(lambda session: verdict_store.live(session, job_id), write=False)
     assert found is not None
     assert found.revision == 1
+
+
+def test_a_job_is_held_while_whose_image_it_was_is_noted(postgres_store: Store) -> None:
+    """Else it is erased at that moment, and what is noted of it comes after."""
+    job_id = done(postgres_store)
+    judge_again(postgres_store, job_id)
+
+    def erased_meanwhile(session: Session) -> bool:
+        assert retention.superseded(session, NOW_OLD, 100) == 1
+        with postgres_store.engine.connect() as other:
+            free = other.exec_driver_sql("SELECT id FROM jobs FOR UPDATE SKIP LOCKED").all()
+        return bool(free)
+
+    age()
+    assert not postgres_store.run(erased_meanwhile)
+
+
+def judge_again(store: Store, job_id: str) -> None:
+    """The job is judged once more."""
+    store.run(lambda session: jobs.retry(session, [job_id]))
+    claim(store, [job_id])
+    write(store, judged(job_id, revision=1))
 
 
 def test_embeddings_go_unless_a_copy_of_the_image_is_kept(store: Store) -> None:
