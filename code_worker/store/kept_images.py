@@ -11,9 +11,9 @@ from sqlalchemy import ColumnElement, delete, exists, or_, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.queues import chunks
-from code_worker.store import personal
+from code_worker.store import origins, personal
 from code_worker.store.models import CopyToDropRow, KeptImageRow, LabelRow, VerdictRow, db_now, db_now_plus
-from code_worker.store.sql import IN_LIST, insert_new, table_of
+from code_worker.store.sql import IN_LIST, among, insert_new, table_of
 
 __all__ = [
     "NEAR_BITS",
@@ -25,6 +25,7 @@ __all__ = [
     "forget_unsaid",
     "is_near",
     "kept",
+    "look_again_at",
     "near",
     "note_hash",
     "note_kept",
@@ -125,6 +126,8 @@ def dropped(session: Session, hashes: Iterable[str]) -> bool:
 def forget_unsaid(session: Session, *, older_s: float, limit: int) -> int:
     """Forgets copies of images that no job judged and of which nothing was said: their labeller died meanwhile.
 
+    Nobody is held up unless there are any.
+
     Args:
         session: a unit of work that writes.
         older_s: noted longer ago than this, and within the last month.
@@ -133,15 +136,35 @@ def forget_unsaid(session: Session, *, older_s: float, limit: int) -> int:
     Returns:
         How many; `copies_to_drop` has them.
     """
+    unsaid = (
+        _KEPT.c.created_at > db_now_plus(-_LONGEST_S),
+        _KEPT.c.created_at < db_now_plus(-older_s),
+        ~exists().where(_LABELS.c.sha256 == _KEPT.c.sha256),
+        ~exists().where(_VERDICTS.c.sha256 == _KEPT.c.sha256),
+    )
+    found = list(session.scalars(select(_KEPT.c.sha256).where(*unsaid).limit(limit)))
+    if not found:
+        return 0
     personal.keep_out(session)
-    of_late = (_KEPT.c.created_at > db_now_plus(-_LONGEST_S), _KEPT.c.created_at < db_now_plus(-older_s))
-    said = exists().where(_LABELS.c.sha256 == _KEPT.c.sha256)
-    judged = exists().where(_VERDICTS.c.sha256 == _KEPT.c.sha256)
-    found = list(session.scalars(select(_KEPT.c.sha256).where(*of_late, ~said, ~judged).limit(limit)))
-    to_drop(session, found)
+    gone: list[str] = []
     for some in chunks(found, IN_LIST):
-        session.execute(delete(_KEPT).where(_KEPT.c.sha256.in_(some)))
-    return len(found)
+        # Asked again: somebody may have labelled it meanwhile.
+        forgotten = delete(_KEPT).where(_KEPT.c.sha256.in_(some), *unsaid)
+        gone += session.scalars(forgotten.returning(_KEPT.c.sha256))
+    to_drop(session, gone)
+    origins.forget_origins(session, gone)
+    return len(gone)
+
+
+def look_again_at(session: Session, job_ids: Sequence[str]) -> None:
+    """Copies of what these jobs judged, whose verdicts go, and of which nothing is said count as kept now.
+
+    So `forget_unsaid` finds them, however old they are.
+    """
+    for some in chunks(job_ids, IN_LIST):
+        judged = select(_VERDICTS.c.sha256).where(among(session, _VERDICTS.c.job_id, some))
+        said = exists().where(_LABELS.c.sha256 == _KEPT.c.sha256)
+        session.execute(update(_KEPT).where(_KEPT.c.sha256.in_(judged), ~said).values(created_at=db_now()))
 
 
 def note_hash(session: Session, sha256: str, phash: str | None) -> None:

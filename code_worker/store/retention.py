@@ -67,6 +67,7 @@ def jobs(session: Session, days: float, limit: int) -> int:
     if not found:
         return 0
     origins.note_origins(session, found)
+    kept_images.look_again_at(session, found)
     entry = _entry(session, "jobs", days, len(found))
     with audit.removal(session, entry):
         session.execute(delete(_SHADOW).where(among(session, _SHADOW.c.job_id, found)))
@@ -86,7 +87,9 @@ def superseded(session: Session, days: float, limit: int) -> int:
         return 0
     # Held, so that no job of these is erased before its origins are there to be found. Of other bytes than the newest
     # verdict, perhaps: the object changed between two tries.
-    origins.note_origins(session, sorted(personal.left(session, jobs={row.job_id for row in rows}).jobs))
+    there = sorted(personal.left(session, jobs={row.job_id for row in rows}).jobs)
+    origins.note_origins(session, there)
+    kept_images.look_again_at(session, there)
     with audit.removal(session, _entry(session, "superseded verdicts", days, len(found))):
         session.execute(delete(_VERDICTS).where(among(session, _VERDICTS.c.id, found)))
     return len(found)

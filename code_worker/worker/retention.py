@@ -79,15 +79,15 @@ class Retention:
     def _drop_copies(self) -> None:
         """Files of copies that labellers or a pass before this one left when they died."""
         limit = self._settings.retention.batch
-        self._store.run(lambda session: kept_images.forget_unsaid(session, older_s=_LABELLING_S, limit=limit))
-        if self._store.run(lambda session: kept_images.copies_to_drop(session, limit=1), write=False):
-            from code_worker.data.kept import open_kept  # noqa: PLC0415 - boto3, where the storage is in S3
-            from code_worker.data.leftovers import drop_copies  # noqa: PLC0415 - as above
+        try:
+            self._store.run(lambda session: kept_images.forget_unsaid(session, older_s=_LABELLING_S, limit=limit))
+            if self._store.run(lambda session: kept_images.copies_to_drop(session, limit=1), write=False):
+                from code_worker.data.kept import open_kept  # noqa: PLC0415 - boto3, where the storage is in S3
+                from code_worker.data.leftovers import drop_copies  # noqa: PLC0415 - as above
 
-            try:
                 drop_copies(self._store, open_kept(self._settings))
-            except (DatasetError, StoreError) as error:
-                log.warning("copies_wait", error=str(error))
+        except (DatasetError, StoreError) as error:
+            log.warning("copies_wait", error=str(error))
 
     def _take_turn(self, seconds: float) -> bool:
         return self._store.run(lambda session: workers.take_lease(session, _ROLE, self._owner, seconds))

@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from code_worker.store import (
     audit,
@@ -26,8 +26,9 @@ from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7, uuid7_floor
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
-from code_worker.store.models import ImageGroupRow
+from code_worker.store.models import ImageGroupRow, ImageOriginRow, KeptImageRow, db_now_plus
 from code_worker.store.shadow import ShadowScore
+from code_worker.store.sql import table_of
 from tests.store.acts import HASH, accept, claim, judged, write
 
 NOW_OLD = 0.05 / 86_400
@@ -138,6 +139,39 @@ def judge_again(store: Store, job_id: str) -> None:
     store.run(lambda session: jobs.retry(session, [job_id]))
     claim(store, [job_id])
     write(store, judged(job_id, revision=1))
+
+
+@pytest.mark.parametrize("kept_for_days", [0.1, 60])
+def test_a_copy_that_nobody_spoke_of_goes_after_its_job_with_whose_it_was(store: Store, kept_for_days: float) -> None:
+    """Its labeller died; while a verdict named it, it was a judged image's."""
+    kept, origins = table_of(KeptImageRow), table_of(ImageOriginRow)
+    done(store)
+    store.run(lambda session: kept_images.note_kept(session, [KeptImage(HASH, 1, "png", 1, 1, "s3://b/a.jpg")]))
+    noted = kept.update().values(created_at=db_now_plus(-kept_for_days * 86_400))
+    store.run(lambda session: session.execute(noted))
+    assert forget(store) == 0
+    age()
+    assert prune(store, "jobs") == 1
+    assert store.run(lambda session: session.scalar(select(func.count()).select_from(origins))) == 1
+    age()
+    assert forget(store) == 1
+    assert store.run(lambda session: session.scalar(select(func.count()).select_from(origins))) == 0
+    assert store.run(lambda session: kept_images.copies_to_drop(session, limit=9)) == [HASH]
+
+
+def forget(store: Store) -> int:
+    return store.run(lambda session: kept_images.forget_unsaid(session, older_s=0.05, limit=9))
+
+
+def test_nobody_is_held_up_where_no_copy_is_to_be_forgotten(postgres_store: Store) -> None:
+    held = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")
+
+    def look(session: Session) -> int | None:
+        assert kept_images.forget_unsaid(session, older_s=0.05, limit=9) == 0
+        count: int | None = session.scalar(held)
+        return count
+
+    assert postgres_store.run(look) == 0
 
 
 def test_embeddings_go_unless_a_copy_of_the_image_is_kept(store: Store) -> None:
