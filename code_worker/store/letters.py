@@ -19,18 +19,45 @@ from code_worker.store.retention import rowcount
 from code_worker.store.scopes import Scope
 from code_worker.store.sql import table_of
 
-__all__ = ["Naming", "naming", "rewrite"]
+__all__ = ["Naming", "cut", "naming", "rewrite"]
 
 _LETTERS = table_of(DeadLetterRow)
 _ESCAPE: Final = re.compile(r"\\(?:u[0-9a-fA-F]{4}|[\"\\/bfnrt])")
 _WORDS: Final = re.compile(
     r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{64}|\"(?:[^\"\\]|\\.)*\"?|'[^']*'?|[^\s\"'(),;]+"
 )
+_LONGEST: Final = 6 * 4096
+"""Characters of the longest address, each escaped."""
 _NESTED: Final = 4
 _KINDS: Final = (erasures.JOB, erasures.IMAGE, erasures.URI)
 _ANY: Final = ""
 Erased = Callable[[str, str], bool]
 """Whether a value of a kind was erased; `_ANY` tenant: whether it is one that is erased."""
+
+
+def cut(text: str, limit: int) -> str:
+    """At most `limit` characters of a text, without the rest of a word that the cut goes through.
+
+    A part of an address is in no list of what was erased. A word that is longer than any address stays.
+    """
+    if len(text) <= limit:
+        return text
+    kept = text[:limit]
+    if (len(kept) - len(kept.rstrip("\\"))) % 2:
+        # Half an escape, of JSON.
+        kept = kept[:-1]
+    last = max(_WORDS.finditer(kept), key=re.Match[str].end, default=None)
+    if last is None or last.end() < len(kept) or _is_closed(last[0]):
+        return kept
+    start = last.start()
+    if len(last[0]) > _LONGEST:
+        # A text of many words between quotes.
+        start += max(last[0].rfind(space) for space in " \n\t") + 1
+    return kept if len(kept) - start > _LONGEST else kept[:start]
+
+
+def _is_closed(word: str) -> bool:
+    return len(word) > 1 and word[0] in "\"'" and word[-1] == word[0]
 
 
 @dataclass(frozen=True, slots=True)

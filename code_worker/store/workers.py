@@ -16,6 +16,7 @@ from code_worker.errors import StoreError
 from code_worker.logs import redact
 from code_worker.store import personal
 from code_worker.store.ids import as_uuid
+from code_worker.store.letters import cut
 from code_worker.store.models import (
     DeadLetterRow,
     LeaseRow,
@@ -246,14 +247,15 @@ def resume_source(session: Session, source: str) -> datetime | None:
 
 
 def dead_letter(session: Session, *, task: str, body: str, error: str, letter_id: str | None = None) -> str:
-    """Keeps a message that could not be read, without credentials and cut at 64 KiB; returns its id.
+    """Keeps a message that could not be read, without credentials and cut at 64 KiB between words; returns its id.
 
     With a `letter_id` made outside the transaction, one that is repeated after a lost answer keeps it once.
     """
     # A letter may say anything; an erasure under way reads it before it ends.
     personal.left(session)
     letter_id = letter_id or new_id(session)
-    row = {"id": letter_id, "task": task, "body": plain(redact(body), _MAX_BODY), "error": plain(error, _MAX_TEXT)}
+    said = {"body": plain(cut(redact(body), _MAX_BODY), _MAX_BODY), "error": plain(cut(error, _MAX_TEXT), _MAX_TEXT)}
+    row = {"id": letter_id, "task": task, **said}
     session.execute(insert_into(session, DeadLetterRow).on_conflict_do_nothing().values(row))
     return letter_id
 

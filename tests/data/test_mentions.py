@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,38 @@ def test_a_label_by_the_address_of_an_erased_job_goes_whenever_it_was_given(
     assert quick.copies() == {sha256_of(theirs)}
     assert "acme" not in quick.text()
     assert receipt.counts["addresses"] == 1
+
+
+URI = "s3://b/acme/passport of jane doe, 1980.png"
+
+
+@pytest.mark.parametrize("left", range(6, len(URI), 5))
+@pytest.mark.parametrize("before", ["x", "words and " * 7000, "\\"], ids=["little", "a long text", "an escape"])
+def test_a_message_is_not_cut_in_the_middle_of_an_address(before: str, left: int) -> None:
+    body = json.dumps({"items": [{"uri": "s3://b/1.png", "bogus": before}, {"uri": URI, "tenant": "acme"}]})
+    assert letters.cut(body, body.index(URI) + left) == body[: body.index(f'"{URI}')]
+
+
+@pytest.mark.parametrize("text", ["it's " * 9000, "x" * 40_000, '{"a": "' + "b " * 40_000, '["a", "' + "\\" * 40_000])
+def test_of_a_message_that_is_cut_no_more_than_its_last_word_goes(text: str) -> None:
+    kept = letters.cut(text, 30_000)
+    assert text.startswith(kept)
+    assert 29_990 < len(kept) <= 30_000
+    assert letters.cut(text, len(text)) == text
+
+
+def test_what_is_kept_of_a_message_that_is_too_long_names_nothing_erased(quick: Place) -> None:
+    quick.job(URI)
+    parts = (
+        '{"items": [{"uri": "s3://b/1.png", "tenant": "other", "bogus": "',
+        f'"}}, {{"uri": "{URI}", "tenant": "acme"}}]}}',
+    )
+    fill = "x" * (64 * 1024 - len(parts[0]) - parts[1].index(URI) - 20)
+    body = parts[0] + fill + parts[1]
+    said = "no form: " + "y " * 980 + repr(URI)
+    quick.store.run(lambda session: workers.dead_letter(session, task="t", body=body, error=said))
+    quick.erase()
+    (left,) = quick.store.run(workers.list_dead_letters)
+    assert left.body.startswith(parts[0] + fill[:9])
+    assert "jane" not in left.body
+    assert "jane" not in left.error
