@@ -8,25 +8,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import delete, exists, select
 from sqlalchemy.orm import Session
 
 from code_worker.errors import IdConflictError
 from code_worker.queues import JobItem, checked_item, chunks, queue_for
+from code_worker.store import erasures
 from code_worker.store.ids import keyed_id, uuid7
-from code_worker.store.models import JobRow, db_now_plus
+from code_worker.store.models import JobRow, VerdictRow, db_now_plus
 from code_worker.store.sql import IN_LIST, among, insert_new, table_of
 
 __all__ = ["ACCEPT_GRACE_S", "NewJob", "accept"]
 
 ACCEPT_GRACE_S: Final = 10.0
 """How long a producer has to publish what it accepted before the sweeper does it."""
+_REDELIVERED_S: Final = 30 * 86_400.0
+"""How long after an erasure a message is known again of which a job was erased."""
 _JOBS = table_of(JobRow)
+_VERDICTS = table_of(VerdictRow)
 
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """A job to accept. Its id is fixed when it is made, so that accepting it twice is accepting it once.
+
+    Attributes:
+        again: it may have been accepted before, and erased since: its id is that of a message, which may come twice.
 
     Raises:
         ValueError: a field out of its limits, which are those of `JobItem`.
@@ -40,6 +47,7 @@ class NewJob:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
     id: str = field(default_factory=uuid7)
+    again: bool = False
 
     def __post_init__(self) -> None:
         item = checked_item({name: getattr(self, name) for name in JobItem.model_fields})
@@ -51,17 +59,21 @@ class NewJob:
     def of(cls, fields: object, **fixed: Any) -> NewJob:
         """The job that somebody's mapping of its fields asks for; `fixed` is what the mapping may not name: an id.
 
+        A job whose id is fixed so may come `again`.
+
         Raises:
             ValueError: no mapping, an unknown field, or one out of its limits.
         """
         if isinstance(fields, Mapping) and "uri" in fields and fields.keys() <= JobItem.model_fields.keys():
-            return cls(**fields, **fixed)
+            return cls(**fields, **fixed, again="id" in fixed)
         checked_item(fields)
         raise AssertionError("what is no job's fields is refused")
 
 
 def accept(session: Session, jobs: Sequence[NewJob]) -> list[str]:
     """Writes the jobs that are not there yet and returns all ids in order; the caller publishes after commit.
+
+    A job that came `again` after it was erased, within a month, is left out: it is the one that was meant to go.
 
     Raises:
         IdConflictError: a key that was used before, or twice here, for different jobs; the transaction must end.
@@ -74,7 +86,18 @@ def accept(session: Session, jobs: Sequence[NewJob]) -> list[str]:
     constants = {"due_at": db_now_plus(ACCEPT_GRACE_S)}
     insert_new(session, JobRow, [rows[job_id] for job_id in sorted(rows)], same=["id"], constants=constants)
     _check_keyed(session, {job_id: row for job_id, row in rows.items() if row["key"] is not None})
-    return [job.id for job in jobs]
+    erased = _drop_erased(session, {job.id for job in jobs if job.again and job.key is None})
+    return [job.id for job in jobs if job.id not in erased]
+
+
+def _drop_erased(session: Session, job_ids: set[str]) -> set[str]:
+    """Takes those back that were erased; asked last: an insert waits for an erasure that deletes the same id."""
+    erased = erasures.erased_jobs(session, job_ids, within_s=_REDELIVERED_S)
+    if erased:
+        judged = exists().where(_VERDICTS.c.job_id == _JOBS.c.id)
+        waiting = (among(session, _JOBS.c.id, sorted(erased)), _JOBS.c.state == "accepted", ~judged)
+        session.execute(delete(_JOBS).where(*waiting))
+    return erased
 
 
 def _values(job: NewJob) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from code_worker.errors import StoreError
 from code_worker.queues import chunks
 from code_worker.store.ids import as_uuid
-from code_worker.store.models import ErasedDigestRow, ErasureRow, ErasureTargetRow, db_now
+from code_worker.store.models import ErasedDigestRow, ErasureRow, ErasureTargetRow, db_now, db_now_plus
 from code_worker.store.sql import IN_LIST, insert_new, plain, table_of
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "digest",
     "digests_among",
     "enter",
+    "erased_jobs",
     "finish",
     "get",
     "learned",
@@ -350,6 +351,21 @@ def releases_owed(session: Session) -> set[str]:
         for name, facts in receipt.releases.items()
         if facts.get("files") == WAITING
     }
+
+
+def erased_jobs(session: Session, job_ids: Collection[str], *, within_s: float) -> set[str]:
+    """Those of these ids whose jobs an erasure erased that is under way, or ended within so many seconds."""
+    if not job_ids:
+        return set()
+    salted = select(_ERASURES.c.id, _ERASURES.c.salt)
+    lately = _ERASURES.c.finished_at >= db_now_plus(-within_s)
+    found: set[str] = set()
+    for erasure_id, salt in [*session.execute(salted.where(RUNNING)), *session.execute(salted.where(lately))]:
+        named = {digest(salt, JOB, job_id): job_id for job_id in job_ids}
+        for some in chunks(sorted(named), IN_LIST):
+            mine = (_DIGESTS.c.erasure_id == erasure_id, _DIGESTS.c.digest.in_(some))
+            found.update(named[one] for one in session.scalars(select(_DIGESTS.c.digest).where(*mine)))
+    return found
 
 
 def was_erased(session: Session, kind: str, value: str) -> list[Receipt]:

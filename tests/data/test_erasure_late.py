@@ -28,6 +28,7 @@ from code_worker.training import snapshot as snapshots
 from code_worker.training.encoded import Encoder
 from code_worker.training.lease import Held
 from code_worker.types import ImageFacts
+from code_worker.worker.intake import accept_items
 from code_worker.worker.ledger import Ledger
 from code_worker.worker.rescore import _write as write_rescored
 from code_worker.worker.retention import Retention
@@ -87,6 +88,23 @@ def test_an_image_that_is_named_by_its_hash_is_not_judged_by_who_was_at_it(
         store.run(lambda session: session.execute(update(table_of(JobRow)).values(not_before=None)))
         claim(store, [erased.id])
         assert write(store, found[0]) == [erased.id], "who began anew is not kept from it"
+
+
+def test_a_message_that_comes_again_brings_no_erased_job_back(store: Store, settings: Settings) -> None:
+    """Its worker died before it acknowledged it."""
+    keyed: dict[str, object] = {"uri": "s3://b/keyed.png", "tenant": "acme", "key": "k"}
+    items: list[object] = [{"uri": "s3://b/a.png", "tenant": "acme"}, {"uri": "s3://b/b.png"}, keyed]
+    first, theirs, named = accept_items(store, items, "m-1")
+    Eraser(settings, store).erase(Scope(tenant="acme"), by="olga")
+    assert accept_items(store, items, "m-1") == [theirs, named], "a key may be used again"
+    assert jobs_there(store) == {theirs, named}
+    (other,) = accept_items(store, items[:1], "m-2")
+    assert other != first
+    assert jobs_there(store) == {theirs, named, other}, "another message is another job"
+
+
+def jobs_there(store: Store) -> set[str]:
+    return {job.id for job in store.run(lambda session: jobs.list_jobs(session, limit=9))}
 
 
 class Slow(LocalKept):
