@@ -1,4 +1,4 @@
-"""What a receipt counts is what was erased, though answers to commits are lost and transactions done again."""
+"""Receipts and the audit count what was done, though answers to commits are lost and transactions done again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from code_worker.store import audit
 from code_worker.store.engine import Session, Store, T
 from code_worker.training import snapshot as snapshots
 from code_worker.worker.intake import bury
+from code_worker.worker.rescore import _record as record_rescoring
 from tests.data.test_erasure_races import Place
 
 
@@ -56,3 +57,10 @@ def test_each_thing_is_counted_and_said_once(sqlite_store: Store, tmp_path: Path
     said = Counter(entry.action for entry in entries if entry.action.startswith("erasure."))
     # Of its jobs, of the address in what was said of shared bytes, and of its images.
     assert said == {"erasure.begin": 1, "erasure.remove": 3, "erasure.snapshot": 1, "erasure.done": 1}
+
+
+def test_the_audit_says_once_that_history_is_judged_again(sqlite_store: Store) -> None:
+    for _ in range(2):
+        record_rescoring(Unheard(sqlite_store.engine), "olga", "r-1", {"tenant": "acme"})
+    entries = sqlite_store.run(lambda session: audit.list_entries(session, audit.AuditFilter(), limit=99))
+    assert [entry.action for entry in entries] == ["verdict.rescore"] * 2
