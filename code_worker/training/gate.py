@@ -69,6 +69,11 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
             f"the champion's encoder does not see {name}: only a retrain can change that" for name in inputs.unseen
         ]
     rest = {**proven, **safeguards}
+    if compared and inputs.unrecorded:
+        problems.append(
+            f"what {inputs.champion.release if inputs.champion else ''} learned from is not recorded: if it is among "
+            "these images, it knows them by heart and looks better than it is; that shows on images labelled since"
+        )
     reasons = tuple(problems or [*better, *_unknown(rest)])
     rest |= {"promote": not problems, "reasons": list(reasons)}
     return GateDecision(not problems, reasons, {**report, **rest})
@@ -94,6 +99,7 @@ def _compared(inputs: GateInputs, settings: GateSettings) -> tuple[list[str], li
             "levels": {"gain": found.gain_level, "harm": found.harm_level},
             "spending": inputs.spends(settings.error).to_dict(),
             "blind": [{"group": one.group, "condition": one.condition, "n": one.n} for one in found.blind],
+            "unrecorded": inputs.unrecorded,
             "more_images": 0 if inputs.more is None else len(inputs.more.labels),
         },
     )

@@ -269,7 +269,9 @@ class Stages:
         """What a refit judges beside the hold-out; a retrain's encoder learns from all of it."""
         if self.attempt.run.kind != "refit" or self.attempt.run.base_release is None:
             return []
-        return more_images(taken, self._taught(self.attempt.run.base_release).encoder)
+        known = self._taught(self.attempt.run.base_release)
+        # Of a release that was made elsewhere nobody knows whether these are what its heads were fitted on.
+        return [] if known.heads is None else more_images(taken, known.encoder)
 
     def _taught(self, release: str) -> Taught:
         return self.attempt.parts.store.run(lambda session: taught(session, release), write=False)
@@ -329,7 +331,11 @@ class Stages:
             policies=() if sides[1] is None else policy_rules(rows, sides[1].head, sides[1].decides_at),
         )
         if champion is not None:
-            inputs = replace(inputs, spending=self._spend(candidate.id, champion, len(inputs.labels)))
+            inputs = replace(
+                inputs,
+                spending=self._spend(candidate.id, champion, len(inputs.labels)),
+                unrecorded=self._taught(champion).heads is None,
+            )
         return decide(inputs, self.attempt.settings.gate)
 
     def _spend(self, candidate: str, champion: str, images: int) -> Spending:
@@ -345,6 +351,9 @@ class Stages:
         # Where somebody moved the champion meanwhile, another encoder may have learned from these images.
         if not more or base is None or champion is None or champion.release != base.id:
             return None
+        heads = self._taught(base.id).heads
+        if heads is None:
+            return None
         plugins = self.attempt.parts.plugins
         return cross_fitted(
             more,
@@ -353,7 +362,7 @@ class Stages:
             champion,
             plans=plan_heads(plugins, base.manifest),
             plugins=plugins,
-            taught_champion=self._taught(base.id).heads,
+            taught_champion=heads,
         )
 
     def _side(self, release: LoadedRelease, taken: Snapshot, *, like: LoadedRelease | None) -> Side:

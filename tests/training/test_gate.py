@@ -176,6 +176,55 @@ def test_more_images_show_a_loss_that_the_holdout_hides() -> None:
     assert decision.report["more_images"] == 70
 
 
+def test_copies_of_one_picture_are_one_piece_of_evidence() -> None:
+    """Ten newcomers found are a gain; ten versions of one picture are a coin that fell once."""
+    champion, candidate = opinion("h", 0.95, 0.95, 0.4), opinion("c", 0.95, 0.95, 0.5)
+    alone = tuple(f"{n}" for n in range(3 * N))
+    assert gate(candidate, champion, group_of=alone).promote
+    together = (*alone[: 2 * N + 40], *["one picture"] * 10, *alone[2 * N + 50 :])
+    (reason,) = gate(candidate, champion, group_of=together).reasons
+    assert reason.startswith("nothing gained")
+
+
+def test_where_reals_and_fakes_are_of_the_same_pictures_each_limit_errs_less() -> None:
+    """Both losses would come and go together: what excludes 2 points on independent images does not here."""
+    sides = opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4)
+    assert gate(*sides).promote
+    versions = tuple(f"{n % N}" for n in range(3 * N))
+    decision = gate(*sides, group_of=versions)
+    assert [one["error"] for one in decision.report["losses"]] == pytest.approx([0.05, 0.05])
+    assert [reason[:40] for reason in decision.reasons] == [
+        "not shown to be as good on real, clean: ",
+        "not shown to be as good on old fakes, cl",
+    ]
+
+
+def test_generators_with_few_images_weigh_little() -> None:
+    """Else one image of each of a few would decide, and leave the rest without weight."""
+    made = inputs(opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4))
+    names = [*made.generators[: 2 * N - 5], *[f"rare {n}" for n in range(5)], *made.generators[2 * N :]]
+    decision = decide(replace(made, generators=tuple(names), old=frozenset(names[N : 2 * N])), SETTINGS)  # type: ignore[arg-type]
+    (loss,) = [one for one in decision.report["losses"] if one["group"] == "old fakes"]
+    # One generator of 95 images, and five of a twentieth of its weight each.
+    assert loss["effective"] == pytest.approx(1.25**2 / (1 / 95 + 5 / 20**2))
+    assert "100 images, which tell as much as 68 of equal weight, about 77 would tell" in decision.reasons[0]
+
+
+def test_what_the_champion_knows_and_nobody_labelled_is_not_shown_to_be_found() -> None:
+    decision = gate(opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4), old=frozenset({"elsewhere"}))
+    # The reals alone must exclude as much as both would.
+    assert [reason[:77] for reason in decision.reasons] == [
+        "not shown to be as good on real, clean: +0.000 on 100 images, about 160 would",
+        "not shown to be as good on old fakes, clean: +0.000 on 0 images, about 160 wo",
+    ]
+
+
+def test_what_a_champion_that_was_made_elsewhere_learned_is_said_not_to_be_known() -> None:
+    worse = opinion("c", 0.8, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4)
+    assert "what h learned from is not recorded" in gate(*worse, unrecorded=True).reasons[-1]
+    assert all("not recorded" not in reason for reason in gate(*worse).reasons)
+
+
 def test_each_comparison_with_a_champion_spends_of_the_same_error() -> None:
     spent: list[Comparison] = []
     for _ in range(50):
