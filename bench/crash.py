@@ -30,6 +30,7 @@ import psutil
 
 from code_worker.doorbell import Doorbell
 from code_worker.errors import CodeWorkerError
+from code_worker.failpoints import FAILPOINT_ENV
 from code_worker.plugins import load_plugins
 from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
 from code_worker.releases.registry import open_registry
@@ -43,6 +44,9 @@ QUICK = {
     "CODE_WORKER_DEVICE": "cpu",
     "CODE_WORKER_LOG_LEVEL": "warning",
     "CODE_WORKER_SCHEDULE__MIN_HOLDOUT": "8",
+    # A hold-out of two dozen images proves little: without these no run would be promoted.
+    "CODE_WORKER_GATE__MAX_REGRESSION": "0.3",
+    "CODE_WORKER_GATE__ERROR": "0.2",
     "CODE_WORKER_TRAINING__EPOCHS": "3",
     "CODE_WORKER_TRAINING__STEPS_PER_EPOCH": "4",
     "CODE_WORKER_TRAINING__RECORDS": "8",
@@ -50,6 +54,8 @@ QUICK = {
     "CODE_WORKER_TRAINING__LEASE_S": "3",
     "OMP_NUM_THREADS": "1",
 }
+# A stage over before anybody sees it: there a trainer is made to stand still.
+HELD = {"promote": "mid_run_promotion:hang"}
 PATIENCE_S = 300.0
 T = TypeVar("T")
 
@@ -61,11 +67,12 @@ class Trainers:
         self._log = log
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """One trainer under its supervisor."""
+    def start(self, stage: str = "") -> None:
+        """One trainer under its supervisor, which is to be killed in a stage."""
+        environment = {**os.environ, FAILPOINT_ENV: HELD.get(stage, "")}
         with self._log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "code_worker", "trainer"], stdout=output, stderr=output
+                [sys.executable, "-m", "code_worker", "trainer"], env=environment, stdout=output, stderr=output
             )
 
     def kill(self) -> None:
@@ -103,7 +110,6 @@ def main() -> None:
         settings = load_settings()
         with closing(open_store(settings.resolved_database_url)) as store:
             migrate.upgrade(store)
-            build_champion(chosen.directory / "champion")
             label_world(settings, store)
             found = rounds(settings, store, chosen)
     print(f"killed in: {dict(Counter(one['killed_in'] for one in found))}")
@@ -121,11 +127,10 @@ def rounds(settings: Settings, store: Store, chosen: argparse.Namespace) -> list
     with closing(Doorbell.for_producer(settings)) as bell, closing(trainers):
         usual_s = measured_s(chosen.kind, settings, store, trainers, bell)
         print(f"a {chosen.kind} takes {usual_s:.1f} s undisturbed", flush=True)
-        for number, stage in enumerate([*[""] * chosen.kills, *chosen.stages.split()]):
+        for number, stage in enumerate([*[""] * chosen.kills, *chosen.stages.split()], 1):
             known = count(store)
-            # From the same champion each time, so that there is something to promote.
-            promote_champion(settings, store, chosen.directory / "champion")
-            trainers.start()
+            crown(settings, store, number)
+            trainers.start(stage)
             ask(bell, chosen.kind)
             began = wait_for(partial(newest, store, known))
             if stage:
@@ -138,6 +143,12 @@ def rounds(settings: Settings, store: Store, chosen: argparse.Namespace) -> list
                 found[-1]["problems"].append(f"{more - known} runs were begun")
             print(json.dumps(found[-1]), flush=True)
     return found
+
+
+def crown(settings: Settings, store: Store, number: int) -> None:
+    """Puts a champion in place that has something to learn, and whose reign has spent none of the gate's level."""
+    directory = settings.data_path.parent / f"champion-{number}"
+    promote_champion(settings, store, build_champion(directory, notes=f"round {number}"))
 
 
 def followed(settings: Settings, store: Store, trainers: Trainers, run_id: str) -> dict[str, Any]:
@@ -161,7 +172,7 @@ def count(store: Store) -> int:
 
 def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, bell: Doorbell) -> float:
     """Seconds of an undisturbed run; kills come at any moment within them."""
-    promote_champion(settings, store, settings.data_path.parent / "champion")
+    crown(settings, store, 0)
     trainers.start()
     ask(bell, kind)
     first = wait_for(partial(newest, store, 0))
@@ -201,7 +212,7 @@ def wait_for(look: Callable[[], T | None]) -> T:
     while time.monotonic() < deadline:
         if (found := look()) is not None:
             return found
-        time.sleep(0.05)
+        time.sleep(0.01)  # some stages are short
     raise SystemExit(f"nothing came of it in {PATIENCE_S} s")
 
 

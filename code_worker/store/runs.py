@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
 from code_worker.errors import RunLostError, StoreError
+from code_worker.failpoints import failpoint
 from code_worker.store import audit, releases
 from code_worker.store.ids import as_uuid
 from code_worker.store.models import AliasMoveRow, RunMetricsRow, RunRow, SnapshotRow, db_now, db_now_plus
@@ -228,6 +229,7 @@ def promote(
     elif releases.move_alias(session, CHAMPION, release, by=by, reason=reason) != champion:
         raise StoreError("the champion was moved by somebody else just now")
     finish(session, lease, "promoted", reasons=reasons, report=report)
+    failpoint("mid_run_promotion")
     return True
 
 

@@ -37,9 +37,11 @@ def test_a_trainer_that_is_killed_at_any_moment_ends_its_run_in_the_next_life(
     rounds = json.loads(report.read_text())
     assert [one["problems"] for one in rounds] == [[]] * (kills + len(STAGES.split()))
     killed = Counter(one["killed_in"] for one in rounds)
+    assert not set(STAGES.split()) - set(killed), "a kill in each stage"
     seen(
         kills=len(rounds),
         killed_in=", ".join(f"{stage} {count}" for stage, count in sorted(killed.items())),
         most_attempts=max(one["attempts"] for one in rounds),
         begun_twice=0,
+        promoted=sum(one["state"] == "promoted" for one in rounds),
     )

@@ -75,8 +75,8 @@ def registry_of(settings: Settings, store: Store, plugins: Plugins | None = None
     return open_registry(settings, store=store, plugins=plugins or load_plugins(settings))
 
 
-def build_champion(directory: Path, *, heads: Iterable[str] = ("linear",)) -> Path:
-    """A release that learned noise and one generator, and never saw the other."""
+def build_champion(directory: Path, *, heads: Iterable[str] = ("linear",), notes: str = "") -> Path:
+    """A release that learned noise and one generator, and never saw the other; other notes make another release."""
     settings = Settings()
     plugins = load_plugins(settings)
     weights = tiny_weights()
@@ -90,7 +90,9 @@ def build_champion(directory: Path, *, heads: Iterable[str] = ("linear",)) -> Pa
         head = plugins.head_class(name)()
         rows = known == 0 if head.one_class else known >= 0
         fitted[name] = head.fit(embeddings[rows], known[rows])
-    build_from_parts(directory, weights, fitted, plugins, ReleaseFacts(source=Source(uri="a test"), toy=True))
+    build_from_parts(
+        directory, weights, fitted, plugins, ReleaseFacts(source=Source(uri="a test"), toy=True, notes=notes)
+    )
     return directory
 
 
