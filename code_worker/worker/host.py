@@ -40,6 +40,7 @@ class Host:
         self._app = app
         self.settings = settings
         self._lock = threading.RLock()
+        self._store: Store | None = None
         self._node: Node | None = None
         self._sweeper: Sweeper | None = None
         self._repeater: Repeater | None = None
@@ -140,7 +141,11 @@ class Host:
             self._retention.start()
 
     def _migrated_store(self) -> Store:
-        return migrate.open_current(self.settings.resolved_database_url)
+        """One for all that runs in the background, so that its connections are few; the node has its own."""
+        with self._lock:
+            if self._store is None:
+                self._store = migrate.open_current(self.settings.resolved_database_url)
+            return self._store
 
     def stop_taking(self) -> None:
         """The worker was asked to end: batches are finished, a run is left to the next process, nothing is begun."""
@@ -151,8 +156,10 @@ class Host:
 
     def _forget(self) -> None:
         """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
-        _INHERITED.append((self._node, self._sweeper, self._repeater, self._learning, self._watcher, self._retention))
+        parts = (self._node, self._sweeper, self._repeater, self._learning, self._watcher, self._retention)
+        _INHERITED.append((self._store, *parts))
         self._lock = threading.RLock()
+        self._store = None
         self._node = self._sweeper = self._repeater = self._learning = self._watcher = self._retention = None
 
     def close(self) -> None:
