@@ -164,6 +164,19 @@ def test_groups_too_small_for_any_loss_to_show_are_named_when_it_is_promoted() -
     assert 0.04 < by_group["old"] < 0.1
 
 
+def test_generators_that_the_champion_knows_and_that_were_not_compared_are_named_when_it_is_promoted() -> None:
+    sides = (opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4))
+    some = gate(*sides, old=frozenset({"old", "rare"}))
+    assert some.promote
+    assert some.reasons[-1].endswith("with too few images for any loss to show: rare (0)")
+    none = gate(*sides, old=frozenset({"rare"}))
+    assert none.promote
+    assert none.reasons[-2:] == (
+        "not known: whether it is worse on generated images that the champion knows: none was compared",
+        "not known: whether it is worse on groups with too few images for any loss to show: rare (0)",
+    )
+
+
 def test_more_images_show_a_loss_that_the_holdout_hides() -> None:
     labels = np.repeat([0, 1], [10, 60]).astype(np.int8)
     right = np.where(labels == 1, 0.9, 0.1).astype(np.float32)
