@@ -166,7 +166,7 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
         if place.split is not None
     ]
     between = Counter(label.by for label, place in kept if place.split is None)
-    disputed = {conflict.sha256 for conflict in labels.conflicts(session)}
+    disputed = {conflict.sha256 for conflict in labels.conflicts(session, ignored=settings.ignored)}
     taken = Snapshot(
         rule=settings.rule,
         members=tuple(sorted(members, key=lambda member: member.sha256)),
