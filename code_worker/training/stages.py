@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.labelled import group_old_images
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
 from code_worker.releases.manifest import Thresholds
-from code_worker.store import erasures, policies, runs
+from code_worker.store import erasures, policies, releases, runs
 from code_worker.training import snapshot as snapshots
 from code_worker.training.comparison import (
     Side,
@@ -161,16 +162,9 @@ class Stages:
         return champion in self.attempt.parts.store.run(erasures.releases_owed, write=False)
 
     def _why_wait(self, taken: Snapshot) -> list[str]:
-        if self._owed(self.attempt.parts.registry.champion()):
-            return []
-        settings = self.attempt.settings
-        why = snapshots.shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)
-        before = self.attempt.parts.store.run(
-            lambda session: runs.concluded(session, kind=self.attempt.run.kind, digest=taken.digest), write=False
-        )
-        if before is not None and self.attempt.parts.registry.champion() in {before.base_release, before.candidate}:
-            why.append(f"nothing was labelled since run {before.id}, which was {before.state}")
-        return why
+        parts, champion = self.attempt.parts, self.attempt.parts.registry.champion()
+        wait = partial(snapshots.reasons_to_wait, taken=taken, kind=self.attempt.run.kind, champion=champion)
+        return parts.store.run(partial(wait, settings=parts.settings), write=False)
 
     def _make_candidate(self, taken: Snapshot) -> str:
         base = self._base()
@@ -383,6 +377,7 @@ class Stages:
 
     def _move_alias(self, candidate: str, champion: str | None, decision: GateDecision) -> bool:
         challenge = not self.attempt.settings.gate.promote
+        self.report["alias"] = releases.CHALLENGER if challenge else releases.CHAMPION
         reasons = [*decision.reasons, *self._stale_policies(candidate, challenge=challenge)]
         if challenge:
             reasons.append("it became the challenger: CODE_WORKER_GATE__PROMOTE is off")
