@@ -312,6 +312,10 @@ class Stages:
         )
         golden, store = self._golden(), self.attempt.parts.store
         rows = store.run(policies.in_force, write=False)
+        # Where retention or an erasure took a group, its images may be held out when they are labelled again.
+        compared = [side.release for side in sides if side is not None]
+        learned = store.run(lambda session: snapshots.learned_by(session, compared), write=False).images
+        self.report["learned_before"] = sum(one.sha256 in learned for one in taken.holdout)
         inputs = gate_inputs(
             taken,
             *sides,
@@ -321,6 +325,7 @@ class Stages:
             owed=self._owed(champion),
             more=self._cross_fitted(taken, *sides),
             policies=() if sides[1] is None else policy_rules(rows, sides[1].head, sides[1].decides_at),
+            learned=learned,
         )
         if champion is not None:
             inputs = replace(inputs, spending=self._spend(candidate.id, champion, len(inputs.labels)))
