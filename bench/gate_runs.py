@@ -1,12 +1,12 @@
 """Whole runs before the gate, on clean and on wrong labels; what was promoted, and what that cost old generators.
 
-    python -m bench.gate_runs DIRECTORY [--trials 20] [--kind refit] [--json FILE]
+    python -m bench.gate_runs DIRECTORY [--trials 20] [--kind refit] [--margin 0.05] [--clean] [--json FILE]
 
-The starter is the champion, its heads fitted on all toy generators but one: one that its encoder sees, for refits, or
-one that it never learned, for retrains. Each trial draws images of a pool by its own seed, among them that one's,
-labels them (rightly, or with 30 % of the reals or of the fakes called the other), and runs the same `Learner` as a
-schedule does, in a deployment of its own. Whatever is promoted is measured beside the champion on 500 images of each
-old generator and as many reals that nobody labelled. Exit status 1 when anything was promoted on wrong labels.
+The starter is the champion, its heads fitted on the toy generators that it learned from. Each trial draws images of a
+pool by its own seed, among them those of a newcomer, labels them (rightly, or with 30 % of the reals or of the fakes
+called the other), and runs the same `Learner` as a schedule does, in a deployment of its own. Whatever is promoted is
+measured beside the champion on 500 images of each old generator and as many reals that nobody labelled. Exit status 1
+when anything was promoted on wrong labels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from code_worker.encoder.engine import Engine
 from code_worker.images.decode import decode
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
-from code_worker.settings import Settings
+from code_worker.settings import GateSettings, Settings
 from code_worker.store import kept_images, labels, migrate
 from code_worker.store.engine import Session, Store, open_store
 from code_worker.store.kept_images import KeptImage
@@ -56,7 +56,8 @@ OLD_POOL, NEW_POOL = 900, 300
 OLD, NEW = 600, 200
 """Records of a trial, each a real image and a generated one."""
 EVERYONE = {**GENERATORS, **NEWCOMERS}
-FITTED = 24
+NEWCOMER = "toy-dotted"
+USUAL = GateSettings().max_regression
 UNLABELLED = 500
 """Images of each old generator, and as many reals, by which what was promoted is measured."""
 CASES = {"clean": None, "wrong reals": 0, "wrong fakes": 1}
@@ -70,6 +71,7 @@ class Pool:
     old: list[Item]
     new: list[Item]
     unlabelled: list[Item]
+    margin: float
 
     def settings(self, database: Path) -> Settings:
         """Settings of a deployment that shares images and releases with the others."""
@@ -79,6 +81,7 @@ class Pool:
             artifacts=str(self.directory / "releases"),
             datasets=str(self.directory / "dataset"),
             device="cpu",
+            gate=GateSettings(max_regression=self.margin),
         )
 
 
@@ -88,22 +91,23 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--kind", choices=["refit", "retrain"], default="refit")
-    parser.add_argument("--generator", choices=list(EVERYONE), help="The one left out of the champion's heads.")
-    parser.add_argument("--fitted", type=int, help="Records that the champion's heads were fitted on.")
+    parser.add_argument("--generator", choices=list(EVERYONE), default=NEWCOMER, help="The newcomer.")
+    parser.add_argument("--fitted", type=int, default=OLD_POOL, help="Records that its heads learned from.")
+    parser.add_argument("--margin", type=float, help="Loss that must be excluded, instead of the usual one.")
+    parser.add_argument("--clean", action="store_true", help="Rightly labelled trials alone.")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    usual = GENERATORS if chosen.kind == "refit" else NEWCOMERS
-    fitted = chosen.fitted or (FITTED if chosen.kind == "refit" else OLD_POOL)
-    pool = make_pool(chosen.directory, chosen.generator or next(reversed(usual)), fitted)
+    pool = make_pool(chosen.directory, chosen.generator, chosen.fitted, chosen.margin or USUAL)
     found = []
     for number in range(chosen.trials):
         # Every trial on clean labels has one on wrong labels beside it; the class takes turns.
-        for case in ("clean", list(CASES)[1 + number % 2]):
+        for case in ("clean",) if chosen.clean else ("clean", list(CASES)[1 + number % 2]):
             found.append(trial(pool, number, case, chosen.kind))
             print(json.dumps(found[-1]), flush=True)
     for case in CASES:
         states = Counter(one["state"] for one in found if one["case"] == case)
-        print(f"{case:<12} {dict(states)}")
+        usual = sum(one["usual"] for one in found if one["case"] == case)
+        print(f"{case:<12} {dict(states)}, {usual} promoted at a margin of {USUAL:g}")
     _print_cost([one["cost"] for one in found if one["cost"] and one["case"] == "clean"])
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -122,7 +126,7 @@ def _print_cost(costs: list[dict[str, Any]]) -> None:
         )
 
 
-def make_pool(directory: Path, generator: str, fitted: int) -> Pool:
+def make_pool(directory: Path, generator: str, fitted: int, margin: float) -> Pool:
     """Writes the images, keeps and embeds them, and promotes the starter."""
     album = Album(LEARNED_FROM)
     known = {name: make for name, make in GENERATORS.items() if name != generator}
@@ -132,7 +136,7 @@ def make_pool(directory: Path, generator: str, fitted: int) -> Pool:
     apart = write_records(
         directory / "unlabelled", album, UNLABELLED * len(known), seed=43, size=SIZE, generators=known
     )
-    pool = Pool(directory, old, new, apart)
+    pool = Pool(directory, old, new, apart, margin)
     settings = pool.settings(directory / "template.db")
     plugins = load_plugins(settings)
     kept = open_kept(settings)
@@ -185,11 +189,18 @@ def trial(pool: Pool, seed: int, case: str, kind: str) -> dict[str, Any]:
         "seed": seed,
         "case": case,
         "state": run.state,
+        "usual": run.state == "promoted" and _within(run.report["gate"], USUAL),
         "reasons": list(run.reasons),
         "noise": [noise["share"] for noise in run.report.get("gate", {}).get("noise", ())],
         "cost": cost,
         "seconds": seconds,
     }
+
+
+def _within(gate: dict[str, Any], margin: float) -> bool:
+    """Whether what was promoted at a wider margin keeps this one."""
+    harmed = any(change["proven"] > margin for change in gate["changes"])
+    return not harmed and all(loss["low"] > -margin for loss in gate["losses"])
 
 
 def _cost(pool: Pool, settings: Settings, store: Store, run: Run) -> dict[str, Any]:

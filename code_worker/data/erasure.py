@@ -240,7 +240,7 @@ class Eraser:
         for page in self._pages(receipt.id, IMAGE):
             self._write(partial(self._erase_images, receipt=receipt, scope=scope, hashes=page))
             say(len(page))
-        self._note(receipt, {"copies": drop_copies(self._store, self._kept)})
+        self._note(receipt, {"copies": drop_copies(self._store, self._kept, wait_s=self._wait_s)})
         self._note(receipt, {"dead_letters": self._erase_letters(receipt, scope)})
         return busy
 

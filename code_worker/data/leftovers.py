@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,8 @@ from code_worker.logs import get_logger
 from code_worker.queues import chunks
 from code_worker.releases.artifacts import LocalArtifacts
 from code_worker.store import erasures, kept_images
+from code_worker.store.ids import uuid7
+from code_worker.store.turns import TakenTurnError, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Leftovers", "drop_copies"]
 
 log = get_logger(__name__)
+_ROLE: Final = "copies"
 _LOCK: Final = "lock"
 _PAGE: Final = 1000
 _DROPPED: Final = 100
@@ -106,17 +110,40 @@ class Leftovers:
         return sum(LocalArtifacts(cache).drop(name) for name in releases if (cache / name).is_dir())
 
 
-def drop_copies(store: Store, kept: KeptImages) -> int:
-    """Deletes the files of copies whose rows are gone; returns how many there were.
+def drop_copies(store: Store, kept: KeptImages, *, wait_s: float = 0.0) -> int:
+    """Deletes the files of copies whose rows are gone, one process of the deployment at a time.
+
+    Another one could delete by a list that it read earlier a copy that was kept anew since.
+
+    Args:
+        store: a migrated one.
+        kept: the dataset storage.
+        wait_s: how long to wait for a process that is deleting them.
+
+    Returns:
+        How many there were.
 
     Raises:
         StorageError: one cannot be deleted; the next call goes on there.
+        TakenTurnError: another process is still at it.
     """
-    count = 0
-    while hashes := store.run(lambda session: kept_images.copies_to_drop(session, limit=_DROPPED), write=False):
-        count += sum(kept.drop(sha256) for sha256 in hashes)
-        store.run(lambda session, some=hashes: kept_images.dropped(session, some))  # type: ignore[misc]
+    deadline, count = time.monotonic() + wait_s, 0
+    while _to_drop(store, limit=1):
+        try:
+            with Turn(store, _ROLE, f"copies-{uuid7()}", doing="deleting files of copies", wait_s=wait_s) as turn:
+                while hashes := _to_drop(store, limit=_DROPPED):
+                    for sha256 in hashes:
+                        turn.check()
+                        count += kept.drop(sha256)
+                    turn.write(partial(kept_images.dropped, hashes=hashes))
+        except TakenTurnError:
+            if time.monotonic() >= deadline:
+                raise
     return count
+
+
+def _to_drop(store: Store, *, limit: int) -> list[str]:
+    return store.run(partial(kept_images.copies_to_drop, limit=limit), write=False)
 
 
 def _names(place: Path) -> set[str]:

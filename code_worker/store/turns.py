@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 
 from code_worker.errors import StoreError
 from code_worker.logs import get_logger
 from code_worker.store import workers
 from code_worker.store.engine import Session, Store
 
-__all__ = ["LEASE_S", "LostTurnError", "Turn"]
+__all__ = ["LEASE_S", "LostTurnError", "TakenTurnError", "Turn"]
 
 log = get_logger(__name__)
 T = TypeVar("T")
@@ -25,6 +25,10 @@ _POLL_S: Final = 0.5
 
 class LostTurnError(StoreError):
     """This process gave no sign of life for so long that another one took over."""
+
+
+class TakenTurnError(StoreError):
+    """Another process, which lives, has the role."""
 
 
 class Turn:
@@ -41,7 +45,7 @@ class Turn:
         wait_s: how long to wait for a holder that may be dead, at most.
 
     Raises:
-        StoreError: on entering: another process plays it.
+        TakenTurnError: on entering: another process plays it.
     """
 
     def __init__(self, store: Store, role: str, owner: str, *, doing: str, wait_s: float) -> None:
@@ -50,19 +54,21 @@ class Turn:
         self._owner = owner
         self._doing = doing
         self._wait_s = min(wait_s, 1.25 * LEASE_S)
+        self._signed = 0.0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         deadline, seen = time.monotonic() + self._wait_s, self._end()
         while not self._take():
             until = self._end()
             if time.monotonic() > deadline or (until is not None and seen is not None and until > seen):
-                raise StoreError(f"another process is {self._doing}: wait until it is done")
+                raise TakenTurnError(f"another process is {self._doing}: wait until it is done")
             time.sleep(_POLL_S)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"{self._role}-heartbeat", daemon=True)
         self._thread.start()
+        return self
 
     def write(self, work: Callable[[Session], T]) -> T:
         """A unit of work that begins with a proof that the role is still ours.
@@ -78,11 +84,26 @@ class Turn:
 
         return self._store.run(fenced)
 
+    def check(self) -> None:
+        """Before what no transaction can fence, such as the deletion of a file.
+
+        Asks the store only where no sign of life was given for half a lease: this process slept.
+
+        Raises:
+            LostTurnError: the role is another process's.
+        """
+        if time.monotonic() - self._signed > LEASE_S / 2:
+            self.write(lambda _: None)
+
     def _end(self) -> datetime | None:
         return self._store.run(partial(workers.lease_end, name=self._role), write=False)
 
     def _take(self) -> bool:
-        return self._store.run(partial(workers.take_lease, name=self._role, owner=self._owner, ttl_s=LEASE_S))
+        # Read before: the lease begins when the store has it.
+        now = time.monotonic()
+        taken = self._store.run(partial(workers.take_lease, name=self._role, owner=self._owner, ttl_s=LEASE_S))
+        self._signed = now if taken else self._signed
+        return taken
 
     def _beat(self) -> None:
         while not self._done.wait(LEASE_S / 4):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -32,9 +32,11 @@ __all__ = [
     "Side",
     "gate_inputs",
     "golden_opinions",
+    "groups_of",
     "labels_of",
     "measured",
     "missed_generators",
+    "one_of_each_group",
     "unseen_generators",
 ]
 
@@ -105,6 +107,8 @@ def gate_inputs(
 ) -> GateInputs:
     """The hold-out as both see it, without what one of them learned, or could not read under every condition.
 
+    Of a group of images one of each class and generator counts: more would be no further evidence.
+
     Raises:
         TrainingError: the candidate lacks the head that is to decide.
         ArtifactError: a head does not keep its contract.
@@ -115,7 +119,7 @@ def gate_inputs(
             raise TrainingError(f"{side.release} has no head {side.head!r} to decide with")
     rows = [rows for side in sides for rows in side.rows.values()]
     fair = [member for member in snapshot.holdout if member.sha256 not in learned]
-    members = [member for member in fair if all(member.sha256 in one for one in rows)]
+    members = one_of_each_group(member for member in fair if all(member.sha256 in one for one in rows))
     noise, unchecked = _noise(snapshot, candidate, champion)
     return GateInputs(
         labels=labels_of(members),
@@ -134,7 +138,24 @@ def gate_inputs(
         old=None if champion is None else _old_generators(snapshot, champion),
         more=more,
         policies=policies,
+        group_of=groups_of(members),
     )
+
+
+def one_of_each_group(members: Iterable[Member]) -> list[Member]:
+    """One image of each class and generator of a group, in the order of the groups' names.
+
+    These are keyed by the installation's secret: nobody who labels can choose which groups come first.
+    """
+    found: dict[tuple[str, int, str | None], Member] = {}
+    for member in sorted(members, key=lambda one: (one.group or one.sha256, one.sha256)):
+        found.setdefault((member.group or member.sha256, member.label, member.generator), member)
+    return list(found.values())
+
+
+def groups_of(members: Iterable[Member]) -> tuple[str, ...]:
+    """Names of their groups."""
+    return tuple(member.group or member.sha256 for member in members)
 
 
 def _old_generators(snapshot: Snapshot, champion: Side) -> frozenset[str]:

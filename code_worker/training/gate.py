@@ -68,8 +68,14 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
         problems += [
             f"the champion's encoder does not see {name}: only a retrain can change that" for name in inputs.unseen
         ]
-    reasons = tuple(problems or [*better, *_unknown(proven)])
-    rest = {**proven, **safeguards, "promote": not problems, "reasons": list(reasons)}
+    rest = {**proven, **safeguards}
+    if compared and inputs.unrecorded:
+        problems.append(
+            f"what {inputs.champion.release if inputs.champion else ''} learned from is not recorded: if it is among "
+            "these images, it knows them by heart and looks better than it is; that shows on images labelled since"
+        )
+    reasons = tuple(problems or [*better, *_unknown(rest)])
+    rest |= {"promote": not problems, "reasons": list(reasons)}
     return GateDecision(not problems, reasons, {**report, **rest})
 
 
@@ -94,6 +100,7 @@ def _compared(inputs: GateInputs, settings: GateSettings) -> tuple[list[str], li
             "spending": inputs.spends(settings.error).to_dict(),
             "blind": [{"group": one.group, "condition": one.condition, "n": one.n} for one in found.blind],
             "absent": found.absent,
+            "unrecorded": inputs.unrecorded,
             "more_images": 0 if inputs.more is None else len(inputs.more.labels),
         },
     )
@@ -109,6 +116,12 @@ def _unknown(proven: Mapping[str, Any]) -> Iterator[str]:
     if groups:
         named = ", ".join(f"{name} ({n})" for name, n in sorted(groups.items()))
         yield f"not known: whether it is worse on groups with too few images for any loss to show: {named}"
+    losses = (proven.get("golden") or {}).get("losses", ())
+    if few := [one["figure"].split("_")[0] for one in losses if one.get("detectable", 1) is None]:
+        yield (
+            f"not known: whether it is worse on the golden set, which has too few {' and '.join(few)} images for any "
+            "loss to show"
+        )
 
 
 def _too_small(inputs: GateInputs) -> Iterator[str]:

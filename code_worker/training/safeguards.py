@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from code_worker.data.examples import FAKE, REAL
 from code_worker.training.drift import MIN_CANARIES, Drift, drift
-from code_worker.training.metrics import figures
+from code_worker.training.metrics import figures, right
+from code_worker.training.paired import auroc_limits, counted, detectable_loss, proven_loss
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GoldenOpinions", "safeguarded"]
 
-_CLASSES: Final = ("real_accuracy", "fake_accuracy")
+_CLASSES: Final = {"real_accuracy": REAL, "fake_accuracy": FAKE}
 _NAMED: Final = 5
 
 
@@ -45,8 +47,9 @@ def safeguarded(inputs: GateInputs, settings: GateSettings) -> tuple[list[str], 
 
     - Labellers of what is new are at least `min_labellers`.
     - No labeller's new labels disagree with their neighbours over `max_disagreement` times as much as old ones do.
-    - On the golden set the area under the ROC curve falls by at most `max_golden_loss` and no class loses more
-      accuracy than `max_regression`, as measured.
+    - On the golden set it is not proven that the area under the ROC curve falls by more than `max_golden_loss` or
+      that a class loses more accuracy than `max_regression`: exact McNemar tests and limits, DeLong's limits for the
+      area, the chance of one false alarm over all three at most `error`.
     - Of the images of the hold-out that are not new and that the champion judges rightly, at least 200 of them, the
       candidate says the same of `min_agreement` at least, unless chance explains the difference (95 % Wilson
       interval), and the population stability index of the scores of all that are not new is at most `max_psi`. A
@@ -56,11 +59,11 @@ def safeguarded(inputs: GateInputs, settings: GateSettings) -> tuple[list[str], 
         ValueError: scores that are none.
     """
     shift = _shift(inputs)
-    golden = _golden_figures(inputs.golden)
+    golden = None if inputs.golden is None else _golden_report(inputs.golden, settings)
     problems = [
         *_few_hands(inputs),
         *_doubtful(inputs, settings),
-        *_worse_on_golden(golden, settings),
+        *_worse_on_golden(golden),
         *_shifted(inputs, shift, settings),
     ]
     report = {
@@ -91,33 +94,55 @@ def _doubtful(inputs: GateInputs, settings: GateSettings) -> Iterator[str]:
         )
 
 
-def _golden_figures(golden: GoldenOpinions | None) -> dict[str, Any] | None:
-    if golden is None:
-        return None
+def _golden_report(golden: GoldenOpinions, settings: GateSettings) -> dict[str, Any]:
     names = ("n", "auroc", "tpr_at_1pct_fpr", *_CLASSES)
     sides = {"candidate": golden.candidate, "champion": golden.champion}
-    return {"digest": golden.digest} | {
-        name: {key: value for key, value in _figures_of(golden.labels, side).items() if key in names}
-        for name, side in sides.items()
-        if side is not None
-    }
+    known = {name: _figures_of(golden.labels, side) for name, side in sides.items() if side is not None}
+    shown = {name: {key: one[key] for key in names} for name, one in known.items()}
+    losses = [] if golden.champion is None else _golden_losses(golden, golden.champion, settings)
+    return {"digest": golden.digest, **shown, "losses": losses}
+
+
+def _golden_losses(golden: GoldenOpinions, champion: Opinion, settings: GateSettings) -> list[dict[str, Any]]:
+    """Of each figure the loss that is proven, if one is, and the accuracy of a class that could have been proven."""
+    # Bonferroni's share of three tests.
+    level = settings.error / (1 + len(_CLASSES))
+    scores = [side.deciding(next(iter(side.scores))) for side in (champion, golden.candidate)]
+    limits = auroc_limits(golden.labels, scores[0], scores[1], level)
+    area = {"figure": "auroc", "allowed": settings.max_golden_loss, "proven": max(0.0, -limits[1]) if limits else 0.0}
+    old, new = (
+        right(golden.labels, found, side.threshold)
+        for found, side in zip(scores, (champion, golden.candidate), strict=True)
+    )
+    changes = new.astype(np.int8) - old
+    margin = settings.max_regression
+    found = [area]
+    for name, kind in _CLASSES.items():
+        of_class = counted(changes[golden.labels == kind])
+        n = int((golden.labels == kind).sum())
+        found.append(
+            {
+                "figure": name,
+                "allowed": margin,
+                "proven": proven_loss(of_class, n, level),
+                "detectable": detectable_loss(n, level, margin),
+            }
+        )
+    return found
 
 
 def _figures_of(labels: NDArray[np.int8], side: Opinion) -> dict[str, float | None]:
     return figures(labels, side.deciding(next(iter(side.scores))), threshold=side.threshold)
 
 
-def _worse_on_golden(golden: dict[str, Any] | None, settings: GateSettings) -> Iterator[str]:
-    if golden is None or "champion" not in golden:
-        return
-    bounds = {"auroc": settings.max_golden_loss, **dict.fromkeys(_CLASSES, settings.max_regression)}
-    for name, allowed in bounds.items():
-        before, after = golden["champion"][name], golden["candidate"][name]
-        # Sums of floats: what was lost on paper is not lost by the last bit.
-        if before is not None and after is not None and before - after > allowed + 1e-9:
+def _worse_on_golden(golden: dict[str, Any] | None) -> Iterator[str]:
+    for loss in golden["losses"] if golden else ():
+        if loss["proven"] > loss["allowed"]:
+            name = loss["figure"]
+            before, after = golden["champion"][name], golden["candidate"][name]  # type: ignore[index]  # has losses
             yield (
-                f"worse on the golden set: {name.replace('_', ' ')} {before:.3f} → {after:.3f}; "
-                f"{allowed:g} may be lost"
+                f"worse on the golden set: {name.replace('_', ' ')} {before:.3f} → {after:.3f}, a loss of "
+                f"{loss['proven']:.3f} is proven; {loss['allowed']:g} may be lost"
             )
 
 

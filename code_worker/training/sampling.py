@@ -28,9 +28,9 @@ class RecordSampler:
     """Draws records: one real image and one generated one.
 
     Every generator is drawn equally often, however many images it has; `new_share` of the generated images are of
-    what the champion never learned, and half as many of the real ones. A generated image whose record holds its real
-    sibling comes with it, as in D³; otherwise the two are drawn apart, which the objective does not mind: its
-    negatives are unpaired.
+    what the champion never learned, and half as many of the real ones. A generated image comes with a real one of its
+    group (the photograph that it was made from, another image of the same post), as in D³; where its group has none
+    the two are drawn apart, which the objective does not mind: its negatives are unpaired.
 
     Raises:
         TrainingError: no real or no generated image.
@@ -44,7 +44,9 @@ class RecordSampler:
                 f"{len(reals)} real and {len(fakes)} generated images to learn from: both kinds are needed"
             )
         self._groups = [item.group for item in items]
-        self._sibling = {items[number].group: number for number in reals if items[number].group is not None}
+        self._siblings: dict[str | None, list[int]] = {}
+        for number in reals:
+            self._siblings.setdefault(items[number].group, []).append(number)
         self._old_reals = [number for number in reals if not items[number].new]
         self._new_reals = [number for number in reals if items[number].new]
         self._old = _by_generator(items, [number for number in fakes if not items[number].new])
@@ -58,8 +60,9 @@ class RecordSampler:
     def _record(self, rng: Generator) -> tuple[int, int]:
         fakes = self._old_or_new(rng, self._old, self._new, self._new_share)
         fake = _one_of(rng, _one_of(rng, fakes))
-        if (group := self._groups[fake]) is not None and (real := self._sibling.get(group)) is not None:
-            return real, fake
+        group = self._groups[fake]
+        if group is not None and group in self._siblings:
+            return _one_of(rng, self._siblings[group]), fake
         return _one_of(rng, self._old_or_new(rng, self._old_reals, self._new_reals, self._new_share / 2)), fake
 
     @staticmethod

@@ -156,7 +156,7 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
         Member(
             sha256=label.sha256,
             label=(number := FAKE if label.label == "fake" else REAL),
-            generator=label.generator,
+            generator=labels.generator_name(label.generator),
             collection=label.collection,
             new=before.get(label.sha256) != number,
             by=label.by,

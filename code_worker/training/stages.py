@@ -172,7 +172,7 @@ class Stages:
         if self.attempt.run.kind == "retrain":
             self._enter("train")
             lacks = Lacks() if base is None else self._lacks(base, taken)
-            weights, digest = train_encoder(self.attempt, taken, base, self._say_training, lacks)
+            weights, digest = train_encoder(self.attempt, taken, base, partial(self.attempt.listen, "train"), lacks)
         if weights is None:
             raise NoReleaseError("no champion whose encoder the heads could be fitted on: import a release first")
         self._enter("refit")
@@ -194,9 +194,6 @@ class Stages:
         if self._loaded_base is None and self.attempt.run.base_release is not None:
             self._loaded_base = self.attempt.parts.registry.load(self.attempt.run.base_release)
         return self._loaded_base
-
-    def _say_training(self, said: Mapping[str, Any]) -> None:
-        self.attempt.listen("train", said)
 
     def _build(self, weights: EncoderWeights, views: _Views, taken: Snapshot, base: LoadedRelease | None) -> None:
         train = [member for member in taken.training_share if member.sha256 in views.clean]
@@ -263,7 +260,9 @@ class Stages:
         """What a refit judges beside the hold-out; a retrain's encoder learns from all of it."""
         if self.attempt.run.kind != "refit" or self.attempt.run.base_release is None:
             return []
-        return more_images(taken, self._taught(self.attempt.run.base_release).encoder)
+        known = self._taught(self.attempt.run.base_release)
+        # Of a release that was made elsewhere nobody knows whether these are what its heads were fitted on.
+        return [] if known.heads is None else more_images(taken, known.encoder)
 
     def _taught(self, release: str) -> Taught:
         return self.attempt.parts.store.run(lambda session: taught(session, release), write=False)
@@ -313,8 +312,8 @@ class Stages:
         golden, store = self._golden(), self.attempt.parts.store
         rows = store.run(policies.in_force, write=False)
         # Where retention or an erasure took a group, its images may be held out when they are labelled again.
-        compared = [side.release for side in sides if side is not None]
-        learned = store.run(lambda session: snapshots.learned_by(session, compared), write=False).images
+        both = partial(snapshots.learned_by, releases=[side.release for side in sides if side is not None])
+        learned = store.run(both, write=False).images
         self.report["learned_before"] = sum(one.sha256 in learned for one in taken.holdout)
         inputs = gate_inputs(
             taken,
@@ -328,7 +327,11 @@ class Stages:
             learned=learned,
         )
         if champion is not None:
-            inputs = replace(inputs, spending=self._spend(candidate.id, champion, len(inputs.labels)))
+            inputs = replace(
+                inputs,
+                spending=self._spend(candidate.id, champion, len(inputs.labels)),
+                unrecorded=self._taught(champion).heads is None,
+            )
         return decide(inputs, self.attempt.settings.gate)
 
     def _spend(self, candidate: str, champion: str, images: int) -> Spending:
@@ -344,6 +347,9 @@ class Stages:
         # Where somebody moved the champion meanwhile, another encoder may have learned from these images.
         if not more or base is None or champion is None or champion.release != base.id:
             return None
+        heads = self._taught(base.id).heads
+        if heads is None:
+            return None
         plugins = self.attempt.parts.plugins
         return cross_fitted(
             more,
@@ -352,7 +358,7 @@ class Stages:
             champion,
             plans=plan_heads(plugins, base.manifest),
             plugins=plugins,
-            taught_champion=self._taught(base.id).heads,
+            taught_champion=heads,
         )
 
     def _side(self, release: LoadedRelease, taken: Snapshot, *, like: LoadedRelease | None) -> Side:
@@ -361,14 +367,8 @@ class Stages:
         head = wanted if wanted in release.heads else release.manifest.default_head
         if head is None:
             raise TrainingError(f"{release.id} has no head to decide with")
-        return Side(
-            release.id,
-            release.encoder_sha256,
-            release.heads,
-            head,
-            release.manifest.thresholds,
-            self._see(release.weights, release.encoder_sha256, taken).rows,
-        )
+        rows = self._see(release.weights, release.encoder_sha256, taken).rows
+        return Side(release.id, release.encoder_sha256, release.heads, head, release.manifest.thresholds, rows)
 
     def _stale_policies(self, candidate: str, *, challenge: bool) -> list[str]:
         """Thresholds in force that another release's scores drew, once this one is the champion."""

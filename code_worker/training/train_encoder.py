@@ -170,6 +170,7 @@ def make_items(members: Sequence[Member], attempt: Attempt, missed: frozenset[st
             generator=member.generator,
             collection=member.collection,
             sha256=member.sha256,
+            group=member.group,
             split=member.split,
             new=member.generator in missed if missed else member.new,
         )

@@ -86,7 +86,7 @@ class Retention:
 
             try:
                 drop_copies(self._store, open_kept(self._settings))
-            except DatasetError as error:
+            except (DatasetError, StoreError) as error:
                 log.warning("copies_wait", error=str(error))
 
     def _take_turn(self, seconds: float) -> bool:

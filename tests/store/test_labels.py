@@ -73,6 +73,8 @@ def test_without_a_time_it_is_said_when_it_is_written(store: Store) -> None:
         ({"sha256": "A" * 64}, "no content hash"),
         ({"label": "uncertain"}, "real or fake, not 'uncertain'"),
         ({"label": "real", "generator": "sdxl"}, "a real image has no generator"),
+        ({"generator": "real"}, "no generator can be called 'real'"),
+        ({"generator": "old fakes"}, "no generator can be called 'old fakes'"),
         ({"by": ""}, "by must have 1 to 200 characters, not 0"),
         ({"by": "x" * 201}, "by must have 1 to 200 characters, not 201"),
         ({"generator": ""}, "generator must have"),

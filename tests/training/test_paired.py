@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from itertools import product
 from math import comb
+from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from code_worker.training.paired import (
     Stratum,
+    auroc_limits,
     better_p,
     count_limits,
     detectable_loss,
     difference_limits,
+    effective_number,
     images_needed,
+    joint_error,
     proportion_limits,
+    proven_loss,
+    signed_groups,
     tarone_level,
     worse_p,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @pytest.mark.parametrize(("gains", "losses"), [(0, 0), (0, 1), (3, 5), (5, 3), (1, 16)])
@@ -121,3 +131,81 @@ def test_the_images_that_would_tell_do_so() -> None:
     assert n is not None
     assert 0.98**n <= 0.05 < 0.98 ** (n / 1.2)
     assert images_needed(0.5, 0.0001, 0.05) is None
+
+
+def test_the_limits_of_an_area_are_delongs() -> None:
+    rng = np.random.default_rng(4)
+    labels = np.repeat(np.array([0, 1], np.int8), [30, 40])
+    # Rounded, so that some tie.
+    one, two = (np.round(labels * shift + rng.normal(size=70), 1).astype(np.float32) for shift in (1.0, 1.5))
+
+    def wins(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+        real, fake = scores[labels == 0][:, None], scores[labels == 1][None]
+        return np.asarray((fake > real) + 0.5 * (fake == real))
+
+    change = wins(two) - wins(one)
+    spread = np.sqrt(change.mean(1).var(ddof=1) / 30 + change.mean(0).var(ddof=1) / 40)
+    limits = auroc_limits(labels, one, two, 0.025)
+    assert limits == pytest.approx((change.mean() - 1.959964 * spread, change.mean() + 1.959964 * spread), abs=1e-6)
+    assert auroc_limits(labels[:31], one[:31], two[:31], 0.025) is None, "one fake has no variance"
+
+
+def test_an_equal_area_is_seldom_proven_to_be_smaller() -> None:
+    rng = np.random.default_rng(5)
+    labels = np.repeat(np.array([0, 1], np.int8), 60)
+    below = 0
+    for _ in range(1000):
+        shared = labels * 2 + rng.normal(size=120)
+        one, two = ((shared + rng.normal(size=120)).astype(np.float32) for _ in range(2))
+        limits = auroc_limits(labels, one, two, 0.05)
+        below += limits is not None and limits[1] < 0
+    # The exact count of 1,000 trials of chance 5 % exceeds 72 once in 1,000; the limits are approximate.
+    assert below <= 72
+
+
+def test_a_loss_is_proven_by_test_and_limit() -> None:
+    assert proven_loss(Stratum(0, 4), 40, 0.05) == 0.0, "four coins fall so once in sixteen"
+    assert proven_loss(Stratum(0, 10), 40, 0.05) == -count_limits(0, 10, 40, 0.05)[1] > 0.1
+    assert proven_loss(Stratum(10, 0), 40, 0.05) == 0.0
+
+
+def test_groups_are_tested_by_their_signs_and_limited_by_their_number() -> None:
+    changes = np.array([1, 1, -1, 0, 1, -1, 1], np.int8)
+    groups = np.array([0, 0, 0, 1, 2, 3, 4])
+    strata = signed_groups(changes, np.full(7, 1 / 7), groups)
+    assert [(one.gains, one.losses) for one in strata] == [(3, 1)]
+    assert signed_groups(changes[:2], np.full(2, 0.5), groups[:2]) == [Stratum(1, 0, 1.0)]
+    nothing = np.zeros(100, np.int8)
+    fives = np.arange(100) // 5
+    assert effective_number(nothing, np.full(100, 0.01), fives) == pytest.approx(20)
+    low, _ = difference_limits(nothing, np.full(100, 0.01), 0.05, fives)
+    assert low == pytest.approx(-proportion_limits(0, 20, 0.05)[1])
+
+
+def test_equal_detectors_seldom_look_better_on_groups_that_agree() -> None:
+    rng = np.random.default_rng(6)
+    groups, weights = np.arange(200) // 4, np.full(200, 1 / 200)
+    found = 0
+    for _ in range(1000):
+        changes = rng.choice(np.array([-1, 0, 1], np.int8), size=50, p=[0.1, 0.8, 0.1])[groups]
+        found += better_p(signed_groups(changes, weights, groups)) <= 0.05
+    # The exact count of 1,000 trials of chance 5 % exceeds 72 once in 1,000.
+    assert found <= 72
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9, 1.0])
+def test_two_limits_err_together_as_seldom_as_they_may(correlation: float) -> None:
+    each = joint_error(0.05, correlation)
+    rng = np.random.default_rng(7)
+    shared, *own = rng.normal(size=(3, 200_000))
+    limit = NormalDist().inv_cdf(each)
+    both = [np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * one < limit for one in own]
+    # Five standard errors of the share.
+    assert np.mean(both[0] & both[1]) == pytest.approx(0.05, abs=5 * (0.05 * 0.95 / 200_000) ** 0.5)
+
+
+def test_noise_hides_losses_that_would_show_without() -> None:
+    without, beside = detectable_loss(100, 0.01, 0.02), detectable_loss(100, 0.01, 0.02, 5)
+    assert without is not None
+    assert beside is not None
+    assert without < beside

@@ -19,7 +19,7 @@ from code_worker.store.engine import Session, Store
 from code_worker.store.models import KeptImageRow
 from code_worker.store.policies import PolicyRow
 from code_worker.training import snapshot as snapshots
-from code_worker.training.comparison import Side
+from code_worker.training.comparison import Side, one_of_each_group
 from code_worker.training.crossfit import cross_fitted, more_images
 from code_worker.training.refit import HeadPlan
 from code_worker.training.reign import policy_rules, taught
@@ -116,17 +116,19 @@ def test_heads_judge_further_images_that_they_were_fitted_without(groups_since: 
         right = ((scores >= 0.5) == (found.labels == 1)).mean()
         # Chance, five standard errors of 199 coins.
         assert abs(right - 0.5) < 5 * 0.5 / 199**0.5
-    elsewhere = cross_fitted(
-        more,
-        taken,
-        side,
-        side,
-        plans={"linear": HeadPlan("linear", {})},
-        plugins=load_plugins(Settings()),
-        taught_champion=None,
-    )
-    assert elsewhere is not None
-    assert ((elsewhere.champion["clean"] >= 0.5) == (elsewhere.labels == 1)).all(), "as it is"
+    gone = Side("r", "e", {"linear": head}, "linear", Thresholds(), {"clean": dict(list(rows.items())[11:])})
+    assert (
+        cross_fitted(
+            more,
+            taken,
+            side,
+            gone,
+            plans={"linear": HeadPlan("linear", {})},
+            plugins=load_plugins(Settings()),
+            taught_champion=taught_then,
+        )
+        is None
+    ), "heads fitted on what is left are not the champion's"
 
 
 def test_where_a_fold_takes_a_whole_class_nothing_is_cross_fitted() -> None:
@@ -144,7 +146,7 @@ def test_where_a_fold_takes_a_whole_class_nothing_is_cross_fitted() -> None:
         side,
         plans=plans,
         plugins=load_plugins(Settings()),
-        taught_champion=None,
+        taught_champion=members,
     )
     assert found is None
 
@@ -153,6 +155,22 @@ def test_a_copy_of_what_the_encoder_learned_is_no_further_image() -> None:
     members = [member(0, None, group="a"), member(1, None, group="a"), member(2, None, group="b"), member(3, None)]
     more = more_images(Snapshot("latest", tuple(members)), frozenset({members[0].sha256}))
     assert more == members[2:]
+
+
+def test_of_a_group_one_image_of_each_class_and_generator_is_asked_about() -> None:
+    """Copies are no further evidence, and who adds some chooses nothing."""
+    kinds = [None, None, "sdxl", "sdxl", "flux"]
+    record = [member(n, kind, "holdout", group="b") for n, kind in enumerate(kinds)]
+    others = [member(10, None, "holdout", group="a"), member(11, None, "holdout")]
+    found = one_of_each_group([*record, *others])
+    assert sorted((one.group or one.sha256, one.generator or "") for one in found) == sorted(
+        [("a", ""), ("b", ""), ("b", "flux"), ("b", "sdxl"), (others[1].sha256, "")]
+    )
+    flood = [member(100 + n, "sdxl", "train", group="post") for n in range(50)]
+    rest = [member(200 + n, None if n % 2 else "sdxl", "train", group=f"{n}") for n in range(60)]
+    more = more_images(Snapshot("latest", (*flood, *rest)), frozenset())
+    assert sum(one.group == "post" for one in more) == 1
+    assert len(more) == 61
 
 
 def test_a_group_that_is_too_large_to_choose_by_stays_to_be_learned_from() -> None:

@@ -22,7 +22,8 @@ from code_worker.errors import ConfigurationError, RunActiveError, RunLostError,
 from code_worker.settings import Settings
 from code_worker.store import runs, schedule
 from code_worker.store.engine import Store
-from code_worker.training.job import Item, TrainingJob, write_job
+from code_worker.training import snapshot as snapshots
+from code_worker.training.job import TRAIN_FILE, Item, TrainingJob, read_items, write_job
 from code_worker.training.retrain import DueSlot, Learner
 from tests.fork_server import forking_python
 from tests.training.learning import (
@@ -312,6 +313,11 @@ def test_a_retrain_trains_the_encoder_and_is_judged_like_any_other(
     assert loaded.encoder_sha256 != registry.load(champion).encoder_sha256
     assert alias(settings, sqlite_store) == (ended.candidate if ended.state == "promoted" else champion)
     assert ended.report["missed_generators"] == [NEW]
+    taken = sqlite_store.run(lambda session: snapshots.load(session, str(ended.snapshot_id)), write=False)
+    told = read_items(settings.data_path / "runs" / ended.id / "job" / TRAIN_FILE)
+    groups = {one.sha256: one.group for one in taken.members}
+    assert told
+    assert all(one.group is not None and one.group == groups[one.sha256] for one in told)
     report = settings.data_path / "runs" / ended.id / "report"
     measured = json.loads((report / "metrics.json").read_text())
     assert measured["release"]["id"] == ended.candidate

@@ -48,6 +48,19 @@ def test_a_snapshot_counts_by_split_label_and_generator(store: Store, settings: 
     assert sum(part["new_real"] + part["new_fake"] for part in parts) == 63
 
 
+def test_a_generator_that_was_called_like_a_group_of_the_report_gets_a_name_of_its_own(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label_world(settings, store, real=5, old=5, new=5)
+    with monkeypatch.context() as before:
+        # As an older version let it be labelled.
+        before.setattr(labels, "RESERVED", frozenset())
+        label(settings, store, pictures("reserved", 3), "fake", generator="real")
+    taken = take(store, settings)
+    assert sum(member.generator == "generator real" for member in taken.members) == 3
+    assert not any(member.generator == "real" for member in taken.members)
+
+
 def test_the_holdout_of_what_was_labelled_before_there_were_groups_is_by_content_alone(
     store: Store, settings: Settings
 ) -> None:

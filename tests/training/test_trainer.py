@@ -329,6 +329,13 @@ def test_siblings_come_together_and_generators_equally_often() -> None:
     assert sum(fake == 59 for _, fake in drawn) / 2000 == pytest.approx(0.5, abs=0.05)
 
 
+def test_each_real_of_a_group_comes_with_its_generated_image() -> None:
+    kinds = [(0, None, "post", False)] * 3 + [(0, None, None, False), (0, None, "other", False)]
+    sampler = RecordSampler(items(*kinds, (1, "g", "post", False)), new_share=0.5)
+    drawn = sampler.draw(generator_of_step(0, 0), 300)
+    assert {real for real, _ in drawn} == {0, 1, 2}
+
+
 def test_new_images_get_their_share() -> None:
     kinds = [(0, None, None, False)] * 50 + [(0, None, None, True)] * 2 + [(1, "old", None, False)] * 50
     sampler = RecordSampler(items(*kinds, (1, "new", None, True)), new_share=0.6)
