@@ -83,6 +83,8 @@ def _standing(run: Run) -> str:
     match run.state:
         case "running":
             return f"under way, {run.stage}"
+        case "promoted" if run.report.get("alias") == "challenger":
+            return f"{run.candidate} became the challenger; the champion stays"
         case "promoted":
             return f"promoted {run.candidate}; running workers take it over within seconds"
         case "rejected":

@@ -55,7 +55,7 @@ class KeptImages(Protocol):
         """
 
     def path(self, sha256: str) -> Path:
-        """A local file with the copy, not to be changed.
+        """A local file with the copy, compared with its hash, not to be changed.
 
         Raises:
             DatasetError, StorageError: as `read`.
@@ -91,7 +91,7 @@ class LocalKept:
     def put(self, data: bytes) -> str:
         """See `KeptImages.put`; a copy that was damaged is replaced."""
         sha256 = hashlib.sha256(data).hexdigest()
-        target = self._place(sha256)
+        target = self.place(sha256)
         with _translated(f"cannot keep a copy in {self.root}"):
             if not _holds(target, data):
                 self._sweep()
@@ -126,7 +126,7 @@ class LocalKept:
 
     def read(self, sha256: str) -> bytes:
         """See `KeptImages.read`."""
-        path = self._place(sha256)
+        path = self.place(sha256)
         with _translated(f"cannot read {path}"):
             try:
                 return _compared(path.read_bytes(), sha256, str(path))
@@ -136,17 +136,16 @@ class LocalKept:
     def exists(self, sha256: str) -> bool:
         """See `KeptImages.exists`."""
         with _translated(f"cannot read {self.root}"):
-            return self._place(sha256).is_file()
+            return self.place(sha256).is_file()
 
     def path(self, sha256: str) -> Path:
-        """See `KeptImages.path`; the kept file itself, not compared with its hash."""
-        if not self.exists(sha256):
-            raise _gone(sha256, str(self.root))
-        return self._place(sha256)
+        """See `KeptImages.path`: the kept file itself."""
+        self.read(sha256)
+        return self.place(sha256)
 
     def drop(self, sha256: str) -> bool:
         """See `KeptImages.drop`; what a writer left half written is dropped too, if it is these bytes."""
-        target = self._place(sha256)
+        target = self.place(sha256)
         with _translated(f"cannot delete a copy in {self.root}"):
             for path in (self.root / _INCOMPLETE).glob("*"):
                 with contextlib.suppress(FileNotFoundError):
@@ -163,7 +162,8 @@ class LocalKept:
         """Content hashes of every copy."""
         return (path.name for path in self.root.glob("??/??/*") if _HASH.fullmatch(path.name))
 
-    def _place(self, sha256: str) -> Path:
+    def place(self, sha256: str) -> Path:
+        """Where the copy lies if there is one, whatever is in it."""
         return self.root / _name(sha256)
 
 
@@ -224,8 +224,10 @@ class S3Kept:
         return True
 
     def path(self, sha256: str) -> Path:
-        """See `KeptImages.path`."""
-        if not self.cache.exists(sha256):
+        """See `KeptImages.path`; a cached copy that was damaged is fetched again."""
+        try:
+            return self.cache.path(sha256)
+        except DatasetError:
             self.cache.put(self.read(sha256))
         return self.cache.path(sha256)
 

@@ -168,7 +168,7 @@ class LabelFilter:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """An image of which its labellers' latest statements differ, and all that was ever said of it, in order."""
+    """An image of which its labellers' latest statements differ, and all that they ever said of it, in order."""
 
     sha256: str
     statements: tuple[Statement, ...]
@@ -366,24 +366,29 @@ def _by_image(session: Session, statement: Select[Any]) -> Iterator[list[Said]]:
             yield sorted(some, key=attrgetter("at"))
 
 
-def conflicts(session: Session, *, after: str | None = None, limit: int | None = None) -> list[Conflict]:
+def conflicts(
+    session: Session, *, ignored: Collection[str] = (), after: str | None = None, limit: int | None = None
+) -> list[Conflict]:
     """Images on which labellers differ now and that no reviewer settled, by content hash.
 
     Who took a statement back contradicts nobody.
 
     Args:
         session: the unit of work.
+        ignored: labellers whose statements do not count.
         after: content hash of the last one of the page before.
         limit: at most so many.
     """
+    who = [_LABELS.c.by.not_in(sorted(ignored))] if ignored else []
     disputed = (
         select(_LABELS.c.sha256)
+        .where(*who)
         .group_by(_LABELS.c.sha256)
         .having(func.min(_LABELS.c.label) != func.max(_LABELS.c.label), func.count(_LABELS.c.by.distinct()) > 1)
     )
     if after is not None:
         disputed = disputed.where(_LABELS.c.sha256 > after)
-    statement = select(*_COLUMNS).where(_LABELS.c.sha256.in_(disputed)).order_by(_LABELS.c.sha256, _LABELS.c.id)
+    statement = select(*_COLUMNS).where(_LABELS.c.sha256.in_(disputed), *who).order_by(_LABELS.c.sha256, _LABELS.c.id)
     found: list[Conflict] = []
     with closing(session.execute(statement.execution_options(yield_per=_PAGE))) as rows:
         for sha256, some in groupby(map(_statement, rows.mappings()), key=attrgetter("sha256")):

@@ -15,6 +15,7 @@ from code_worker._version import __version__
 from code_worker.data.examples import FAKE, REAL
 from code_worker.errors import DatasetError, UnknownHeadError
 from code_worker.releases.golden import checked_scores
+from code_worker.store import image_groups
 from code_worker.training.embed import Embedded, Keep, Known, embed_examples
 from code_worker.training.evaluation.groups import labels_of
 from code_worker.training.thresholds import RULE, Shares, Thresholds, draw_thresholds, shares_at
@@ -24,11 +25,22 @@ if TYPE_CHECKING:
     from code_worker.moderation.policy import Policy
     from code_worker.moderation.runtime import Runtime
     from code_worker.settings import LimitSettings
+    from code_worker.store.engine import Store
 
-__all__ = ["Calibration", "Goal", "Labelled", "calibrate"]
+__all__ = ["Calibration", "Goal", "Labelled", "calibrate", "not_held_out"]
 
 Labelled = Callable[[Sequence[str]], AbstractSet[str]]
 """Content hashes → those in the labelled store that are not held out, from which a retrain takes what it learns."""
+
+
+def not_held_out(store: Store) -> Labelled:
+    """Asks a database which images are labelled and not held out."""
+
+    def labelled(hashes: Sequence[str]) -> set[str]:
+        places = store.run(lambda session: image_groups.places(session, hashes), write=False)
+        return {sha256 for sha256, place in places.items() if place.split != "holdout"}
+
+    return labelled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -148,6 +148,11 @@ class Evidence:
         """Groups that are so small that not even the loss of every image would have shown."""
         return [change for change in self.groups if change.detectable is None]
 
+    @property
+    def absent(self) -> list[str]:
+        """Generators that the champion knows and of which there is no image at all."""
+        return sorted(self._inputs.old_generators() - {change.group for change in self.groups})
+
     @cached_property
     def losses(self) -> list[Loss]:
         """What the reals and the old fakes may have lost under each condition.

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 from code_worker.data.examples import FAKE, REAL
 from code_worker.data.holdout import SPLITS, Split, recorded_split
 from code_worker.errors import DatasetError
-from code_worker.store import image_groups, kept_images, labels, personal, runs, snapshots
+from code_worker.store import erasures, image_groups, kept_images, labels, personal, runs, snapshots
 from code_worker.store.ids import uuid7
 from code_worker.training.trust import LeftOut, cap_shares
 
 if TYPE_CHECKING:
-    from code_worker.settings import LabelSettings, ScheduleSettings
+    from code_worker.settings import LabelSettings, ScheduleSettings, Settings
     from code_worker.store.engine import Session
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "freeze",
     "learned_by",
     "load",
+    "reasons_to_wait",
     "shortages",
     "take",
 ]
@@ -166,7 +167,7 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
         if place.split is not None
     ]
     between = Counter(label.by for label, place in kept if place.split is None)
-    disputed = {conflict.sha256 for conflict in labels.conflicts(session)}
+    disputed = {conflict.sha256 for conflict in labels.conflicts(session, ignored=settings.ignored)}
     taken = Snapshot(
         rule=settings.rule,
         members=tuple(sorted(members, key=lambda member: member.sha256)),
@@ -291,3 +292,19 @@ def shortages(snapshot: Snapshot, settings: ScheduleSettings, *, min_labellers: 
     if counts["labellers"]:
         wanted.append(("labellers of what is new", len(counts["labellers"]), min_labellers))
     return [f"{found} {what}, {least} are needed" for what, found, least in wanted if found < least]
+
+
+def reasons_to_wait(
+    session: Session, taken: Snapshot, *, kind: str, champion: str | None, settings: Settings
+) -> list[str]:
+    """Why no run is due, one sentence each; empty when one is.
+
+    For a champion that learned from what was erased one always is.
+    """
+    if champion in erasures.releases_owed(session):
+        return []
+    why = shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)
+    before = runs.concluded(session, kind=kind, digest=taken.digest)
+    if before is not None and champion in {before.base_release, before.candidate}:
+        why.append(f"nothing was labelled since run {before.id}, which was {before.state}")
+    return why

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.labelled import group_old_images
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
 from code_worker.releases.manifest import Thresholds
-from code_worker.store import erasures, policies, runs
+from code_worker.store import erasures, policies, releases, runs
 from code_worker.training import snapshot as snapshots
 from code_worker.training.comparison import (
     Side,
@@ -161,16 +162,9 @@ class Stages:
         return champion in self.attempt.parts.store.run(erasures.releases_owed, write=False)
 
     def _why_wait(self, taken: Snapshot) -> list[str]:
-        if self._owed(self.attempt.parts.registry.champion()):
-            return []
-        settings = self.attempt.settings
-        why = snapshots.shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)
-        before = self.attempt.parts.store.run(
-            lambda session: runs.concluded(session, kind=self.attempt.run.kind, digest=taken.digest), write=False
-        )
-        if before is not None and self.attempt.parts.registry.champion() in {before.base_release, before.candidate}:
-            why.append(f"nothing was labelled since run {before.id}, which was {before.state}")
-        return why
+        parts, champion = self.attempt.parts, self.attempt.parts.registry.champion()
+        wait = partial(snapshots.reasons_to_wait, taken=taken, kind=self.attempt.run.kind, champion=champion)
+        return parts.store.run(partial(wait, settings=parts.settings), write=False)
 
     def _make_candidate(self, taken: Snapshot) -> str:
         base = self._base()
@@ -178,7 +172,7 @@ class Stages:
         if self.attempt.run.kind == "retrain":
             self._enter("train")
             lacks = Lacks() if base is None else self._lacks(base, taken)
-            weights, digest = train_encoder(self.attempt, taken, base, self._say_training, lacks)
+            weights, digest = train_encoder(self.attempt, taken, base, partial(self.attempt.listen, "train"), lacks)
         if weights is None:
             raise NoReleaseError("no champion whose encoder the heads could be fitted on: import a release first")
         self._enter("refit")
@@ -200,9 +194,6 @@ class Stages:
         if self._loaded_base is None and self.attempt.run.base_release is not None:
             self._loaded_base = self.attempt.parts.registry.load(self.attempt.run.base_release)
         return self._loaded_base
-
-    def _say_training(self, said: Mapping[str, Any]) -> None:
-        self.attempt.listen("train", said)
 
     def _build(self, weights: EncoderWeights, views: _Views, taken: Snapshot, base: LoadedRelease | None) -> None:
         train = [member for member in taken.training_share if member.sha256 in views.clean]
@@ -320,6 +311,10 @@ class Stages:
         )
         golden, store = self._golden(), self.attempt.parts.store
         rows = store.run(policies.in_force, write=False)
+        # Where retention or an erasure took a group, its images may be held out when they are labelled again.
+        both = partial(snapshots.learned_by, releases=[side.release for side in sides if side is not None])
+        learned = store.run(both, write=False).images
+        self.report["learned_before"] = sum(one.sha256 in learned for one in taken.holdout)
         inputs = gate_inputs(
             taken,
             *sides,
@@ -329,6 +324,7 @@ class Stages:
             owed=self._owed(champion),
             more=self._cross_fitted(taken, *sides),
             policies=() if sides[1] is None else policy_rules(rows, sides[1].head, sides[1].decides_at),
+            learned=learned,
         )
         if champion is not None:
             inputs = replace(
@@ -371,14 +367,8 @@ class Stages:
         head = wanted if wanted in release.heads else release.manifest.default_head
         if head is None:
             raise TrainingError(f"{release.id} has no head to decide with")
-        return Side(
-            release.id,
-            release.encoder_sha256,
-            release.heads,
-            head,
-            release.manifest.thresholds,
-            self._see(release.weights, release.encoder_sha256, taken).rows,
-        )
+        rows = self._see(release.weights, release.encoder_sha256, taken).rows
+        return Side(release.id, release.encoder_sha256, release.heads, head, release.manifest.thresholds, rows)
 
     def _stale_policies(self, candidate: str, *, challenge: bool) -> list[str]:
         """Thresholds in force that another release's scores drew, once this one is the champion."""
@@ -392,6 +382,7 @@ class Stages:
 
     def _move_alias(self, candidate: str, champion: str | None, decision: GateDecision) -> bool:
         challenge = not self.attempt.settings.gate.promote
+        self.report["alias"] = releases.CHALLENGER if challenge else releases.CHAMPION
         reasons = [*decision.reasons, *self._stale_policies(candidate, challenge=challenge)]
         if challenge:
             reasons.append("it became the challenger: CODE_WORKER_GATE__PROMOTE is off")

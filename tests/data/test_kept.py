@@ -84,10 +84,11 @@ def test_putting_it_again_changes_nothing(storage: Storage) -> None:
 def test_a_copy_that_rots_is_refused_and_put_mends_it(storage: Storage) -> None:
     storage.kept.put(DATA)
     storage.damage(NAME, b"bytes of an imagE")
-    with pytest.raises(DatasetError, match=f"{SHA} is damaged"):
-        storage.kept.read(SHA)
+    for get in (storage.kept.read, storage.kept.path):
+        with pytest.raises(DatasetError, match=f"{SHA} is damaged"):
+            get(SHA)
     storage.kept.put(DATA)
-    assert storage.kept.read(SHA) == DATA
+    assert storage.kept.read(SHA) == storage.kept.path(SHA).read_bytes() == DATA
 
 
 def test_a_copy_that_vanished_is_named(storage: Storage) -> None:
@@ -161,6 +162,9 @@ def test_from_s3_a_file_is_fetched_once(s3_server: S3Server, tmp_path: Path) -> 
     client.delete_object(Bucket=bucket, Key=NAME)
     assert kept.path(SHA) == first
     assert first.is_relative_to(tmp_path / "cache")
+    kept.put(DATA)
+    first.write_bytes(b"bytes of an imagE")
+    assert kept.path(SHA).read_bytes() == DATA, "what rots in the cache is fetched again"
 
 
 def test_a_bucket_that_is_missing_or_a_server_that_is_away_is_the_storages_fault(

@@ -247,6 +247,17 @@ def test_conflicts_are_between_what_labellers_say_now(store: Store) -> None:
     assert [statement.by for statement in found[0].statements] == ["carol", "bob", "dave", "carol", "alice"]
 
 
+def test_who_is_ignored_contradicts_nobody(store: Store) -> None:
+    add(store, said(A, "real"), said(A, "fake", "mallory"))
+    add(store, said(B, "real"), said(B, "fake", "bob"), said(B, "fake", "mallory"))
+    (left,) = store.run(lambda session: labels.conflicts(session, ignored=("mallory",)))
+    assert left.sha256 == B
+    assert [statement.by for statement in left.statements] == ["alice", "bob"]
+    assert left.resolved("majority") is None
+    (decided,) = store.run(lambda session: labels.resolve(session, rule="majority", ignored=("mallory",)))
+    assert decided.sha256 == A, "the rule leaves B undecided, as the conflict says"
+
+
 def test_conflicts_come_in_pages(store: Store) -> None:
     add(store, *(said(sha256, label, by) for sha256 in (A, B, C) for label, by in (("real", "x"), ("fake", "y"))))
     first = store.run(lambda session: labels.conflicts(session, limit=2))

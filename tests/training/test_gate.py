@@ -13,7 +13,7 @@ from code_worker.errors import TrainingError
 from code_worker.settings import GateSettings
 from code_worker.training.gate import CrossFitted, GateDecision, GateInputs, Opinion, PolicyRule, decide
 from code_worker.training.noise import Noise, label_noise
-from code_worker.training.paired import difference_limits
+from code_worker.training.paired import difference_limits, images_needed
 from code_worker.training.spending import Comparison, spend
 from tests.training.clouds import refitted, world
 
@@ -97,6 +97,7 @@ def test_agreement_on_few_images_is_no_proof_of_equality() -> None:
         low, high = difference_limits(np.zeros(images, np.int8), np.full(images, 1 / images), error)
         assert (low > -0.02) is excluded
         assert high == -low
+    assert [images_needed(share, 0.02, error) for share in (0.05, 0.2)] == [150, 330], "where some change"
 
 
 def test_one_flipped_image_proves_nothing() -> None:
@@ -162,6 +163,32 @@ def test_groups_too_small_for_any_loss_to_show_are_named_when_it_is_promoted() -
     by_group = {change["group"]: change["detectable"] for change in decision.report["changes"]}
     assert by_group["tiny"] is None
     assert 0.04 < by_group["old"] < 0.1
+
+
+def test_a_champion_that_must_go_is_replaced_by_what_is_not_shown_to_be_worse() -> None:
+    champion = opinion("h", 0.95, 0.95, 0.4)
+    alike = gate(opinion("c", 0.95, 0.94, 0.4), champion, owed=True)
+    assert alike.promote
+    assert alike.reasons[0].endswith("the champion learned from what was erased and must go")
+    assert [loss["excluded"] for loss in alike.report["losses"] if loss["group"] == "old fakes"] == [False]
+    worse = gate(opinion("c", 0.95, 0.8, 0.4), champion, owed=True)
+    assert worse.reasons[0].startswith("worse on old, clean")
+    few = gate(opinion("c", 0.95, 0.94, 0.4), champion, owed=True, min_holdout=101)
+    assert few.reasons == ("hold-out too small: 100 real images, 101 are needed",)
+    by_one = gate(opinion("c", 0.95, 0.94, 0.4), champion, owed=True, labellers=("alice",), min_labellers=2)
+    assert by_one.reasons == ("what is new was labelled by 1 (alice): 2 labellers are needed",)
+
+
+def test_generators_that_the_champion_knows_and_that_were_not_compared_are_named_when_it_is_promoted() -> None:
+    sides = (opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4))
+    some = gate(*sides, old=frozenset({"old", "rare"}))
+    assert some.promote
+    assert some.reasons[-1].endswith("with too few images for any loss to show: rare (0)")
+    none = gate(*sides, old=frozenset(), settings=GateSettings(max_regression=0.05))
+    assert none.promote
+    assert none.reasons[-1] == (
+        "not known: whether it is worse on generated images that the champion knows: none was compared"
+    )
 
 
 def test_more_images_show_a_loss_that_the_holdout_hides() -> None:

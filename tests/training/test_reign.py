@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+from sqlalchemy import update
 
 from code_worker.data.holdout import Split
 from code_worker.errors import DatasetError
@@ -15,7 +16,9 @@ from code_worker.releases.manifest import Thresholds
 from code_worker.settings import Settings
 from code_worker.store import comparisons, policies
 from code_worker.store.engine import Session, Store
+from code_worker.store.models import KeptImageRow
 from code_worker.store.policies import PolicyRow
+from code_worker.training import snapshot as snapshots
 from code_worker.training.comparison import Side, one_of_each_group
 from code_worker.training.crossfit import cross_fitted, more_images
 from code_worker.training.refit import HeadPlan
@@ -195,6 +198,29 @@ def test_what_a_refitted_champion_learned_is_its_runs_snapshot(tmp_path, sqlite_
         counts[part][kind] for part in ("train", "validation") for kind in ("real", "fake")
     )
     assert known.encoder == frozenset(), "a refit teaches the encoder nothing"
+
+
+def test_what_a_champion_learned_does_not_judge_though_it_is_held_out_now(tmp_path, sqlite_store: Store) -> None:  # type: ignore[no-untyped-def]
+    settings = learning_settings(tmp_path / "data")
+    promote_champion(settings, sqlite_store, build_champion(tmp_path / "release"))
+    label_world(settings, sqlite_store)
+    first = Learner(settings, sqlite_store).learn("refit", by="test")
+    assert first is not None
+    assert first.state == "promoted", first.reasons
+
+    def label_again(session: Session) -> None:
+        """As where retention took images, and they are labelled again in the name of a group that is held out."""
+        taken = snapshots.load(session, str(first.snapshot_id))
+        home = next(member.group for member in taken.holdout)
+        learned = [member.sha256 for member in taken.train if member.label == 0][:5]
+        session.execute(update(KeptImageRow).where(KeptImageRow.sha256.in_(learned)).values(group_id=home))
+
+    sqlite_store.run(label_again)
+    second = Learner(settings, sqlite_store).learn("refit", by="test", force=True)
+    assert second is not None
+    assert second.report["learned_before"] == 5
+    held, judged = second.report["snapshot"]["holdout"], second.report["gate"]["images"]
+    assert (held["real"] - judged["real"], held["fake"] - judged["fake"]) == (5, 0)
 
 
 def test_a_promotion_names_policies_that_another_releases_scores_drew(tmp_path, sqlite_store: Store) -> None:  # type: ignore[no-untyped-def]
