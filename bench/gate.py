@@ -1,6 +1,6 @@
 """The gate's error rates: simulated releases that are equal, worse or better, through the gate's own functions.
 
-    python -m bench.gate [--trials 400] [--quick] [--json FILE]
+    python -m bench.gate [--trials 400] [--quick] [--only WORDS] [--json FILE]
 
 A champion judges each image of a hold-out rightly with a chance of 90 %. A candidate says the same but for a share of
 images (`redrawn`) of which it knows nothing of the champion's answer; one that is better or worse corrects or spoils
@@ -53,6 +53,7 @@ class World:
         redrawn: share of the images of which a candidate does not repeat the champion's answer.
         noise: chance that an answer is turned under delivery.
         candidates: in a row, until one is promoted.
+        refused: candidates that were refused on the same hold-out before.
         records: a real image and a fake of each generator are versions of one picture, are in one group, and change
             alike; else each image is by itself.
     """
@@ -66,6 +67,7 @@ class World:
     redrawn: float = 0.2
     noise: float = 0.0
     candidates: int = 1
+    refused: int = 0
     records: bool = False
 
 
@@ -92,12 +94,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--quick", action="store_true", help="40 trials.")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", default="", help="Rows whose question has these words.")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     trials = 40 if chosen.quick else chosen.trials
     found = []
     with ProcessPoolExecutor(chosen.processes) as pool:
-        for row in rows():
+        for row in (one for one in rows() if chosen.only in one.question):
             share = np.mean(list(pool.map(partial(_trial, row), range(trials), chunksize=max(1, trials // 8))))
             low, high = proportion_limits(float(share) * trials, trials, 0.025)
             found.append({**asdict(row), "trials": trials, "share": float(share), "low": low, "high": high})
@@ -118,6 +121,9 @@ def rows() -> Iterator[Row]:
             yield Row("2 points worse on all that is old", worse, "promoted", "<= 0.05")
         for world, bar in ((middle, ">= 0.8"), (many, ">= 0.7")):
             yield Row("5 points better", replace(world, noise=noise, change=0.05), "promoted", bar)
+        for change, refused in ((0.05, 9), (0.025, 0), (0.025, 4), (0.025, 9)):
+            later = replace(middle, noise=noise, change=change, refused=refused)
+            yield Row(f"{100 * change:g} points better, after {refused} refused", later, "promoted", "none")
         for world in (middle, many):
             records = replace(world, noise=noise, records=True)
             yield Row(
@@ -161,6 +167,8 @@ def _reign(world: World, rng: Generator) -> Iterator[tuple[bool, tuple[str, ...]
     pictures = _pictures(world)
     champion = _draws(pictures, rng) < accuracy
     before: list[Comparison] = []
+    for _ in range(world.refused):
+        before.append(Comparison(len(labels), spend(before, len(labels), SETTINGS.error).level))
     for _ in range(world.candidates):
         spending = spend(before, len(labels), SETTINGS.error)
         candidate = _best_epoch(world, champion, generators, pictures, rng)
