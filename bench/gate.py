@@ -128,7 +128,7 @@ def rows() -> Iterator[Row]:
             records = replace(world, noise=noise, records=True)
             yield Row(
                 "equal records, promoted in a reign",
-                replace(records, candidates=10, newcomer=60),
+                replace(records, candidates=10),
                 "promoted",
                 "<= 0.05",
             )
