@@ -143,7 +143,9 @@ class GateSettings(Section):
         0.15, ge=0, le=1, description="Share of labels of one class that their neighbours contradict."
     )
     golden: str | None = Field(
-        None, description="Data set of your own on which nothing may get worse; its images are never learned from."
+        None,
+        description="Data set of your own on which nothing may get worse; its images and near-duplicates of them are "
+        "never learned from.",
     )
     golden_sha256: str | None = Field(None, description="Its hash, as `code-worker data pin` prints it.")
     max_golden_loss: float = Field(

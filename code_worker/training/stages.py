@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +24,7 @@ from code_worker.training.comparison import (
 from code_worker.training.crossfit import cross_fitted, more_images
 from code_worker.training.encoded import CONDITIONS, Rows, check_readable, matrix, open_encoder
 from code_worker.training.gate import decide
-from code_worker.training.golden_set import GoldenSet, load_golden
+from code_worker.training.golden_set import GoldenSet, load_golden, without_golden
 from code_worker.training.opinions import CrossFitted
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
 from code_worker.training.reign import Taught, policy_rules, spend_on, taught
@@ -133,13 +132,8 @@ class Stages:
         group_old_images(parts.store, parts.kept, parts.settings.limits, threads=threads, check=check)
 
     def _without_golden(self, taken: Snapshot) -> Snapshot:
-        """What the golden set holds is not learned from, whoever labelled it."""
-        golden = self._golden()
-        if golden is None:
-            return taken
-        held = [member for member in taken.members if member.sha256 in golden.hashes]
-        stay = [member for member in taken.members if member.sha256 not in golden.hashes]
-        return taken.without("golden", stay, Counter(member.by for member in held))
+        golden, parts = self._golden(), self.attempt.parts
+        return taken if golden is None else without_golden(taken, golden, parts.store, parts.settings.limits)
 
     def _without_floods(self, taken: Snapshot) -> Snapshot:
         """Nearly the same image over and over counts a few times; told by the champion's encoder, if there is one."""
