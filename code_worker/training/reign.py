@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from code_worker.store import comparisons, runs
-from code_worker.store import snapshots as table
+from code_worker.store import comparisons, policies, runs
 from code_worker.training import snapshot as snapshots
 from code_worker.training.opinions import PolicyRule
 from code_worker.training.spending import Comparison, Spending, spend
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from code_worker.store.policies import PolicyRow
     from code_worker.training.snapshot import Member
 
-__all__ = ["Taught", "policy_rules", "spend_on", "taught"]
+__all__ = ["Taught", "policy_rules", "spend_on", "stale_scopes", "taught"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +37,13 @@ def taught(session: Session, release: str) -> Taught:
     """Follows a release back through the runs that made it and those it descends from."""
     heads: dict[str, Member] | None = None
     encoder: set[str] = set()
-    waiting, seen = [release], {release}
-    while waiting:
-        at = waiting.pop()
-        for run in runs.made(session, at):
-            if run.snapshot_id is None or table.get(session, run.snapshot_id) is None:
-                continue
-            members = {member.sha256: member for member in snapshots.load(session, run.snapshot_id).training_share}
+    for at, made in runs.ancestry(session, [release]).items():
+        for run in made:
+            members = {one.sha256: one for one in snapshots.load(session, run.snapshot_id or "").training_share}
             if at == release:
-                heads = {**(heads or {}), **members}
+                heads = {**members, **(heads or {})}
             if run.kind == "retrain":
                 encoder |= members.keys()
-            if run.base_release is not None and run.base_release not in seen:
-                seen.add(run.base_release)
-                waiting.append(run.base_release)
     return Taught(None if heads is None else tuple(heads.values()), frozenset(encoder))
 
 
@@ -63,6 +55,11 @@ def spend_on(session: Session, *, run_id: str, champion: str, candidate: str, im
         session, run_id=run_id, champion=champion, candidate=candidate, images=images, level=spending.level
     )
     return spending
+
+
+def stale_scopes(session: Session, release: str) -> list[str]:
+    """Policies in force that another release's scores drew, by what they are for."""
+    return [row.scope for row in policies.stale(session, release)]
 
 
 def policy_rules(rows: Sequence[PolicyRow], head: str, thresholds: tuple[float, float]) -> tuple[PolicyRule, ...]:

@@ -27,7 +27,7 @@ from code_worker.training.gate import decide
 from code_worker.training.golden_set import GoldenSet, load_golden
 from code_worker.training.opinions import CrossFitted
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
-from code_worker.training.reign import Taught, policy_rules, spend_on, taught
+from code_worker.training.reign import Taught, policy_rules, spend_on, stale_scopes, taught
 from code_worker.training.run_report import write_report
 from code_worker.training.train_encoder import Lacks, train_encoder
 from code_worker.training.trust import drop_floods
@@ -319,7 +319,7 @@ class Stages:
         golden, store = self._golden(), self.attempt.parts.store
         rows = store.run(policies.in_force, write=False)
         inputs = gate_inputs(
-            taken,
+            store.run(lambda session: snapshots.as_new_to(session, taken, champion), write=False),
             *sides,
             min_holdout=self.attempt.settings.schedule.min_holdout,
             min_labellers=self.attempt.settings.labels.min_labellers,
@@ -375,8 +375,7 @@ class Stages:
         """Thresholds in force that another release's scores drew, once this one is the champion."""
         if challenge:
             return []
-        stale = self.attempt.parts.store.run(lambda session: policies.stale(session, candidate), write=False)
-        names = [row.scope for row in stale]
+        names = self.attempt.parts.store.run(lambda session: stale_scopes(session, candidate), write=False)
         self.report["stale_policies"] = names
         hint = "`code-worker calibrate --after-promote` draws them again"
         return [f"thresholds of {name} were drawn by another release's scores: {hint}" for name in names]
