@@ -72,7 +72,7 @@ class Snapshot:
         undecided: labelled images that the rule left undecided; they are not members.
         unkept: labelled images of which no copy is kept; they are not members.
         left_out: why → by whom → labelled images that are not members. Why is `split` where an image is near images
-            of different parts, else `share`, `duplicates` or `golden`.
+            of different parts, else `share`, `duplicates` or `golden`; `learned` where only what may be judged stays.
         id: of the frozen snapshot, or of the one to be.
     """
 

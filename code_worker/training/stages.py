@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.labelled import group_old_images
@@ -27,7 +28,7 @@ from code_worker.training.gate import decide
 from code_worker.training.golden_set import GoldenSet, load_golden
 from code_worker.training.opinions import CrossFitted
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
-from code_worker.training.reign import Taught, policy_rules, spend_on, stale_scopes, taught
+from code_worker.training.reign import Taught, compared_on, policy_rules, spend_on, stale_scopes, taught, unlearned
 from code_worker.training.run_report import write_report
 from code_worker.training.train_encoder import Lacks, train_encoder
 from code_worker.training.trust import drop_floods
@@ -178,7 +179,8 @@ class Stages:
         if self.attempt.run.kind == "retrain":
             self._enter("train")
             lacks = Lacks() if base is None else self._lacks(base, taken)
-            weights, digest = train_encoder(self.attempt, taken, base, self._say_training, lacks)
+            listen = partial(self.attempt.listen, "train")
+            weights, digest = train_encoder(self.attempt, taken, base, listen, lacks)
         if weights is None:
             raise NoReleaseError("no champion whose encoder the heads could be fitted on: import a release first")
         self._enter("refit")
@@ -200,9 +202,6 @@ class Stages:
         if self._loaded_base is None and self.attempt.run.base_release is not None:
             self._loaded_base = self.attempt.parts.registry.load(self.attempt.run.base_release)
         return self._loaded_base
-
-    def _say_training(self, said: Mapping[str, Any]) -> None:
-        self.attempt.listen("train", said)
 
     def _build(self, weights: EncoderWeights, views: _Views, taken: Snapshot, base: LoadedRelease | None) -> None:
         train = [member for member in taken.training_share if member.sha256 in views.clean]
@@ -226,7 +225,8 @@ class Stages:
     def _evaluation(
         self, heads: Mapping[str, Head], views: _Views, taken: Snapshot, base: LoadedRelease | None
     ) -> dict[str, Any]:
-        held_out = [member for member in taken.holdout if all(member.sha256 in rows for rows in views.rows.values())]
+        fair = self._unlearned(taken, self.attempt.run.base_release)
+        held_out = [member for member in fair.holdout if all(member.sha256 in rows for rows in views.rows.values())]
         thresholds = base.manifest.thresholds if base is not None else Thresholds()
         side = Side("candidate", "", heads, next(iter(heads), ""), thresholds, views.rows)
         return {
@@ -262,7 +262,8 @@ class Stages:
         rows = {condition.key: one.rows for condition, one in seen.items()}
         views = _Views({**rows, CONDITIONS[0].key: {**clean.rows, **extra}}, clean.skipped)
         self._views[encoder_sha256] = views
-        self._report_skipped(views.skipped)
+        quoted = [{"sha256": one.key, "reason": one.reason} for one in views.skipped[:_QUOTED]]
+        self.report["skipped"] = {"images": len(views.skipped), "some": quoted}
         return views
 
     def _more(self, taken: Snapshot) -> list[Member]:
@@ -274,9 +275,9 @@ class Stages:
     def _taught(self, release: str) -> Taught:
         return self.attempt.parts.store.run(lambda session: taught(session, release), write=False)
 
-    def _report_skipped(self, skipped: Sequence[Skipped]) -> None:
-        quoted = [{"sha256": one.key, "reason": one.reason} for one in skipped[:_QUOTED]]
-        self.report["skipped"] = {"images": len(skipped), "some": quoted}
+    def _unlearned(self, taken: Snapshot, release: str | None) -> Snapshot:
+        known = [] if release is None else [release]
+        return self.attempt.parts.store.run(lambda session: unlearned(session, taken, known), write=False)
 
     def _counter(self, what: str, total: int) -> Callable[[int], None]:
         done = 0
@@ -295,14 +296,14 @@ class Stages:
         if self.attempt.run.kind == "retrain":
             self._enter("report")
             # Once per transform of the preset, and once as they are.
-            write_report(self.attempt, loaded, taken, self._counter("report", 3 * len(taken.holdout)))
+            fair = self._unlearned(taken, candidate)
+            write_report(self.attempt, loaded, fair, self._counter("report", 3 * len(fair.holdout)))
         self._enter("gate")
         while True:
             champion = self.attempt.parts.registry.champion()
             if champion == candidate:
                 return Ending("promoted", ["somebody made it the champion before the gate could"])
             decision = self._decide(loaded, champion, taken)
-            self.report["gate"] = decision.report
             if not decision.promote:
                 return Ending("rejected", decision.reasons)
             self._enter("promote")
@@ -316,10 +317,11 @@ class Stages:
             self._side(candidate, taken, like=rival),
             None if rival is None else self._side(rival, taken, like=None),
         )
-        golden, store = self._golden(), self.attempt.parts.store
-        rows = store.run(policies.in_force, write=False)
+        golden, read = self._golden(), partial(self.attempt.parts.store.run, write=False)
+        rows = read(policies.in_force)
+        asked = read(lambda session: compared_on(session, taken, candidate=candidate.id, champion=champion))
         inputs = gate_inputs(
-            store.run(lambda session: snapshots.as_new_to(session, taken, champion), write=False),
+            asked,
             *sides,
             min_holdout=self.attempt.settings.schedule.min_holdout,
             min_labellers=self.attempt.settings.labels.min_labellers,
@@ -330,7 +332,9 @@ class Stages:
         )
         if champion is not None:
             inputs = replace(inputs, spending=self._spend(candidate.id, champion, len(inputs.labels)))
-        return decide(inputs, self.attempt.settings.gate)
+        decision = decide(inputs, self.attempt.settings.gate)
+        self.report["gate"] = {**decision.report, "learned": dict(asked.left_out.get("learned", {}))}
+        return decision
 
     def _spend(self, candidate: str, champion: str, images: int) -> Spending:
         run, error = self.attempt.run.id, self.attempt.settings.gate.error
@@ -371,21 +375,17 @@ class Stages:
             self._see(release.weights, release.encoder_sha256, taken).rows,
         )
 
-    def _stale_policies(self, candidate: str, *, challenge: bool) -> list[str]:
-        """Thresholds in force that another release's scores drew, once this one is the champion."""
-        if challenge:
-            return []
-        names = self.attempt.parts.store.run(lambda session: stale_scopes(session, candidate), write=False)
-        self.report["stale_policies"] = names
-        hint = "`code-worker calibrate --after-promote` draws them again"
-        return [f"thresholds of {name} were drawn by another release's scores: {hint}" for name in names]
-
     def _move_alias(self, candidate: str, champion: str | None, decision: GateDecision) -> bool:
-        challenge = not self.attempt.settings.gate.promote
-        reasons = [*decision.reasons, *self._stale_policies(candidate, challenge=challenge)]
+        challenge, store = not self.attempt.settings.gate.promote, self.attempt.parts.store
+        reasons = list(decision.reasons)
         if challenge:
             reasons.append("it became the challenger: CODE_WORKER_GATE__PROMOTE is off")
-        return self.attempt.parts.store.run(
+        else:
+            stale = store.run(lambda session: stale_scopes(session, candidate), write=False)
+            self.report["stale_policies"] = stale
+            hint = "`code-worker calibrate --after-promote` draws them again"
+            reasons += [f"thresholds of {name} were drawn by another release's scores: {hint}" for name in stale]
+        return store.run(
             lambda session: runs.promote(
                 session,
                 self.attempt.held.lease,

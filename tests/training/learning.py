@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
 from code_worker.releases.registry import Registry, open_registry
 from code_worker.settings import Settings
-from code_worker.store import image_groups, kept_images, labels
-from code_worker.store.engine import Store
+from code_worker.store import image_groups, kept_images, labels, retention
+from code_worker.store.engine import Session, Store
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
 
@@ -127,6 +128,28 @@ def label(
     return hashes
 
 
+def hold_out(store: Store, hashes: Iterable[str]) -> None:
+    """Puts labelled images into groups of the hold-out, by the names of records: as a caller could by luck."""
+    numbers = count()
+
+    def write(session: Session) -> None:
+        image_groups.lock(session)
+        for sha256 in hashes:
+            while True:
+                image_groups.place(session, {sha256: f"record {next(numbers)}"})
+                if image_groups.places(session, [sha256])[sha256].split == "holdout":
+                    break
+                image_groups.forget(session, [sha256])
+
+    store.run(write)
+
+
+def forget(store: Store, hashes: Sequence[str]) -> None:
+    """What retention does to the rows once labels are old, as if the files of their copies were gone then."""
+    assert store.run(lambda session: retention.forget_labels(session, hashes, days=0)) == len(hashes)
+    store.run(lambda session: kept_images.dropped(session, hashes))
+
+
 def label_world(settings: Settings, store: Store, *, real: int = 60, old: int = 40, new: int = 40) -> None:
     """Enough of everything that a refit is due and has something to gain: the new generator."""
     label(settings, store, pictures(REAL, real), "real")
@@ -148,7 +171,9 @@ __all__ = [
     "OLD",
     "REAL",
     "build_champion",
+    "forget",
     "held_out",
+    "hold_out",
     "label",
     "label_world",
     "learning_settings",

@@ -227,29 +227,6 @@ def test_a_champion_that_moves_meanwhile_is_the_one_compared_with(
     assert registry.champion() == moved[0]
 
 
-def test_after_a_rollback_the_gate_asks_what_is_new_to_the_champion_that_is_back(
-    settings: Settings, sqlite_store: Store, champion: str
-) -> None:
-    label_world(settings, sqlite_store)
-    first = learner(settings, sqlite_store).learn("refit", by="alice")
-    assert first is not None
-    assert first.state == "promoted", first.reasons
-    label(settings, sqlite_store, pictures(REAL, 1, first=7000), "real")
-
-    def roll_back(stage: str, _: Mapping[str, Any]) -> None:
-        if stage == "gate" and alias(settings, sqlite_store) != champion:
-            registry_of(settings, sqlite_store).rollback(by="bob")
-
-    second = learner(settings, sqlite_store, listen=roll_back).learn("refit", by="alice", force=True)
-    assert second is not None
-    assert second.report["snapshot"]["train"]["new_fake"] == 0, "nothing of it was new to the champion of then"
-    gate = second.report["gate"]
-    assert gate["heads"]["champion"]["release"] == champion
-    assert gate["new"] == sum(gate["images"].values()), "nobody knows what an imported release learned"
-    assert second.state == "promoted", second.reasons
-    assert f"better on {NEW}" in " ".join(second.reasons)
-
-
 def test_a_run_that_is_stopped_goes_on_in_the_next_process(
     settings: Settings, sqlite_store: Store, champion: str
 ) -> None:
