@@ -24,10 +24,13 @@ from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
 from code_worker.releases.registry import Registry, open_registry
 from code_worker.settings import Settings
-from code_worker.store import image_groups, kept_images, labels, retention
+from code_worker.store import image_groups, kept_images, labels, retention, runs
 from code_worker.store.engine import Session, Store
+from code_worker.store.ids import uuid7
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
+from code_worker.training import snapshot as snapshots
+from code_worker.training.snapshot import Snapshot
 
 TINY = VitConfig(image_size=32, patch_size=8, width=64, depth=1, heads=2, mlp_width=64)
 REAL = "real"
@@ -157,6 +160,20 @@ def label_world(settings: Settings, store: Store, *, real: int = 60, old: int = 
     label(settings, store, pictures(NEW, new), "fake", generator=NEW)
 
 
+def learn(store: Store, taken: Snapshot, release: str, base: str | None) -> None:
+    """A run that made this release from that one, by this snapshot."""
+    run_id = uuid7()
+
+    def write(session: Session) -> None:
+        run = runs.start(session, id=run_id, kind="refit", by="a", owner="a:1", config={}, base_release=base)
+        assert run is not None
+        snapshots.freeze(session, taken)
+        runs.note(session, run.lease, snapshot_id=taken.id, candidate=release)
+        runs.finish(session, run.lease, "rejected")
+
+    store.run(write)
+
+
 def learning_settings(directory: Path, **training: object) -> Settings:
     """Of a deployment whose hold-out may be small and whose training takes seconds."""
     short = {"epochs": 2, "steps_per_epoch": 3, "records": 8, "warmup_epochs": 0.0, "loader_processes": 0, **training}
@@ -176,6 +193,7 @@ __all__ = [
     "hold_out",
     "label",
     "label_world",
+    "learn",
     "learning_settings",
     "picture",
     "pictures",

@@ -18,9 +18,8 @@ from code_worker.errors import DatasetError
 from code_worker.plugins import load_plugins
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import Settings
-from code_worker.store import comparisons, image_groups, policies, runs
+from code_worker.store import comparisons, image_groups, policies
 from code_worker.store.engine import Session, Store
-from code_worker.store.ids import uuid7
 from code_worker.store.models import KeptImageRow
 from code_worker.store.policies import PolicyRow
 from code_worker.store.sql import table_of
@@ -43,6 +42,7 @@ from tests.training.learning import (
     hold_out,
     label,
     label_world,
+    learn,
     learning_settings,
     pictures,
     promote_champion,
@@ -232,20 +232,6 @@ def test_what_a_release_learned_is_not_judged_on_after_retention_put_it_on_the_o
     )
     assert asked.holdout == [one for one in left.holdout if one.new]
     assert store.run(lambda session: unlearned(session, taken, ["r-elsewhere"]), write=False) == taken
-
-
-def learn(store: Store, taken: Snapshot, release: str, base: str | None) -> None:
-    """A run that made this release from that one, by this snapshot."""
-    run_id = uuid7()
-
-    def write(session: Session) -> None:
-        run = runs.start(session, id=run_id, kind="refit", by="a", owner="a:1", config={}, base_release=base)
-        assert run is not None
-        snapshots.freeze(session, taken)
-        runs.note(session, run.lease, snapshot_id=taken.id, candidate=release)
-        runs.finish(session, run.lease, "rejected")
-
-    store.run(write)
 
 
 def sibling(store: Store, sha256: str, of: str) -> None:
