@@ -115,7 +115,7 @@ def _calibrate_one(asked: _Asked) -> None:
 
 def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calibration:
     from code_worker.data.open import open_examples  # noqa: PLC0415 - the forms, not for --help
-    from code_worker.training.calibrate import Goal, calibrate, not_held_out  # noqa: PLC0415 - numpy, not for --help
+    from code_worker.training.calibrate import Goal, calibrate, learnable  # noqa: PLC0415 - numpy, not for --help
 
     skipped: list[Skipped] = []
     goal = Goal(max_fpr=asked.max_fpr, max_fnr=asked.max_fnr or _MAX_FNR, strict_fnr=asked.max_fnr is not None)
@@ -134,7 +134,7 @@ def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calib
                 head=asked.head or before.head or measured.runtime.default_head,
                 before=before,
                 source=asked.source,
-                labelled=None if asked.everything or store is None else not_held_out(store),
+                labelled=None if asked.everything or store is None else learnable(store, measured.loaded.id),
                 known=measured.known,
                 keep=measured.keep,
                 threads=settings.worker.fetch_threads,

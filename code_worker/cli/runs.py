@@ -97,6 +97,7 @@ def _standing(run: Run) -> str:
 
 def _print_facts(run: Run) -> None:
     skipped = run.report.get("skipped", {}).get("images")
+    learned = sum(run.report.get("gate", {}).get("learned", {}).values())
     print_facts(
         {
             "by": run.by,
@@ -108,6 +109,7 @@ def _print_facts(run: Run) -> None:
             "candidate": run.candidate,
             "snapshot": run.snapshot_id,
             "unreadable images": skipped or None,
+            "not judged on": f"{learned} images of the hold-out that a release learned from" if learned else None,
         }
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -103,9 +102,8 @@ def gate_inputs(
     owed: bool = False,
     more: CrossFitted | None = None,
     policies: tuple[PolicyRule, ...] = (),
-    learned: AbstractSet[str] = frozenset(),
 ) -> GateInputs:
-    """The hold-out as both see it, without what one of them learned, or could not read under every condition.
+    """The hold-out as both see it, without what one of them could not read or decode under every condition.
 
     Of a group of images one of each class and generator counts: more would be no further evidence.
 
@@ -118,8 +116,7 @@ def gate_inputs(
         if side.head not in side.heads:
             raise TrainingError(f"{side.release} has no head {side.head!r} to decide with")
     rows = [rows for side in sides for rows in side.rows.values()]
-    fair = [member for member in snapshot.holdout if member.sha256 not in learned]
-    members = one_of_each_group(member for member in fair if all(member.sha256 in one for one in rows))
+    members = one_of_each_group(one for one in snapshot.holdout if all(one.sha256 in each for each in rows))
     noise, unchecked = _noise(snapshot, candidate, champion)
     return GateInputs(
         labels=labels_of(members),

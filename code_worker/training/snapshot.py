@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from code_worker.data.examples import FAKE, REAL
 from code_worker.data.holdout import SPLITS, Split, recorded_split
 from code_worker.errors import DatasetError
-from code_worker.store import erasures, image_groups, kept_images, labels, personal, runs, snapshots
+from code_worker.store import erasures, image_groups, kept_images, labels, personal, releases, runs, snapshots
 from code_worker.store.ids import uuid7
 from code_worker.training.trust import LeftOut, cap_shares
 
@@ -22,6 +22,7 @@ __all__ = [
     "Learned",
     "Member",
     "Snapshot",
+    "as_new_to",
     "check_classes",
     "freeze",
     "learned_by",
@@ -40,7 +41,7 @@ UNNAMED: Final = "unnamed"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One labelled image; `new` unless the last champion that learned here was taught the same of it.
+    """One labelled image; `new` unless the champion, or a release that it goes back to, was taught the same of it.
 
     `by` said what decides its label; empty in snapshots from before that was noted. `group` names the images that
     are always in the same part as this one; None in snapshots from before there were groups.
@@ -72,7 +73,7 @@ class Snapshot:
         undecided: labelled images that the rule left undecided; they are not members.
         unkept: labelled images of which no copy is kept; they are not members.
         left_out: why → by whom → labelled images that are not members. Why is `split` where an image is near images
-            of different parts, else `share`, `duplicates` or `golden`.
+            of different parts, else `share`, `duplicates` or `golden`; `learned` where only what may be judged stays.
         id: of the frozen snapshot, or of the one to be.
     """
 
@@ -150,7 +151,7 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
         session, rule=settings.rule, trusted=settings.trusted, ignored=frozenset(settings.ignored)
     )
     places = image_groups.places(session, (label.sha256 for label in resolved))
-    before = _learned_before(session)
+    before = _labels_known_to(session, releases.alias(session, releases.CHAMPION))
     kept = [(label, places[label.sha256]) for label in resolved if label.sha256 in places]
     members = [
         Member(
@@ -179,12 +180,26 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
     return taken.without("share", *cap_shares(taken.members, settings.max_share, settings.trusted))
 
 
-def _learned_before(session: Session) -> Mapping[str, int]:
-    """Labels by content hash in the snapshot of the last run that taught a champion."""
-    run = runs.learned(session)
-    if run is None or run.snapshot_id is None:
+def as_new_to(session: Session, snapshot: Snapshot, champion: str | None) -> Snapshot:
+    """The same, its members `new` as this champion has it: it may have moved since the snapshot was taken."""
+    before = _labels_known_to(session, champion)
+    members = (replace(one, new=before.get(one.sha256) != one.label) for one in snapshot.members)
+    return replace(snapshot, members=tuple(members))
+
+
+def _labels_known_to(session: Session, release: str | None) -> Mapping[str, int]:
+    """Labels by content hash that a release, or one that it goes back to, was taught or measured by; the last ones.
+
+    None are known to a release that nobody taught here.
+    """
+    if release is None:
         return {}
-    return {row["sha256"]: row["label"] for row in snapshots.unpack(snapshots.members(session, run.snapshot_id))}
+    made = [run for line in runs.ancestry(session, [release]).values() for run in line]
+    known: dict[str, int] = {}
+    for run in reversed(made):
+        rows = snapshots.unpack(snapshots.members(session, run.snapshot_id or ""))
+        known.update((row["sha256"], row["label"]) for row in rows)
+    return known
 
 
 def freeze(session: Session, snapshot: Snapshot) -> Snapshot:
@@ -244,21 +259,12 @@ class Learned:
     unknown: tuple[str, ...]
 
 
-def learned_by(session: Session, releases: Iterable[str]) -> Learned:
+def learned_by(session: Session, named: Iterable[str]) -> Learned:
     """What these releases learned from, as far as the runs that made them are recorded."""
-    waiting, images, unknown = list(dict.fromkeys(releases)), set[str](), set[str]()
-    seen = set(waiting)
-    while waiting:
-        release = waiting.pop()
-        made = [run for run in runs.made(session, release) if snapshots.get(session, run.snapshot_id or "")]
-        if not made:
-            unknown.add(release)
-        for run in made:
-            images.update(one.sha256 for one in load(session, run.snapshot_id or "").training_share)
-            if run.base_release is not None and run.base_release not in seen:
-                seen.add(run.base_release)
-                waiting.append(run.base_release)
-    return Learned(frozenset(images), tuple(sorted(unknown)))
+    line = runs.ancestry(session, named)
+    taught = {run.snapshot_id or "" for made in line.values() for run in made}
+    images = {one.sha256 for snapshot_id in sorted(taught) for one in load(session, snapshot_id).training_share}
+    return Learned(frozenset(images), tuple(sorted(release for release, made in line.items() if not made)))
 
 
 def check_classes(snapshot: Snapshot) -> None:

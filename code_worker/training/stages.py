@@ -27,7 +27,7 @@ from code_worker.training.gate import decide
 from code_worker.training.golden_set import GoldenSet, load_golden, without_golden
 from code_worker.training.opinions import CrossFitted
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
-from code_worker.training.reign import Taught, policy_rules, spend_on, taught
+from code_worker.training.reign import Taught, compared_on, policy_rules, spend_on, stale_scopes, taught, unlearned
 from code_worker.training.run_report import write_report
 from code_worker.training.train_encoder import Lacks, train_encoder
 from code_worker.training.trust import drop_floods
@@ -211,7 +211,8 @@ class Stages:
     def _evaluation(
         self, heads: Mapping[str, Head], views: _Views, taken: Snapshot, base: LoadedRelease | None
     ) -> dict[str, Any]:
-        held_out = [member for member in taken.holdout if all(member.sha256 in rows for rows in views.rows.values())]
+        fair = self._unlearned(taken, self.attempt.run.base_release)
+        held_out = [member for member in fair.holdout if all(member.sha256 in rows for rows in views.rows.values())]
         thresholds = base.manifest.thresholds if base is not None else Thresholds()
         side = Side("candidate", "", heads, next(iter(heads), ""), thresholds, views.rows)
         return {
@@ -247,7 +248,8 @@ class Stages:
         rows = {condition.key: one.rows for condition, one in seen.items()}
         views = _Views({**rows, CONDITIONS[0].key: {**clean.rows, **extra}}, clean.skipped)
         self._views[encoder_sha256] = views
-        self._report_skipped(views.skipped)
+        quoted = [{"sha256": one.key, "reason": one.reason} for one in views.skipped[:_QUOTED]]
+        self.report["skipped"] = {"images": len(views.skipped), "some": quoted}
         return views
 
     def _more(self, taken: Snapshot) -> list[Member]:
@@ -261,9 +263,9 @@ class Stages:
     def _taught(self, release: str) -> Taught:
         return self.attempt.parts.store.run(lambda session: taught(session, release), write=False)
 
-    def _report_skipped(self, skipped: Sequence[Skipped]) -> None:
-        quoted = [{"sha256": one.key, "reason": one.reason} for one in skipped[:_QUOTED]]
-        self.report["skipped"] = {"images": len(skipped), "some": quoted}
+    def _unlearned(self, taken: Snapshot, release: str | None) -> Snapshot:
+        known = [] if release is None else [release]
+        return self.attempt.parts.store.run(lambda session: unlearned(session, taken, known), write=False)
 
     def _counter(self, what: str, total: int) -> Callable[[int], None]:
         done = 0
@@ -282,14 +284,14 @@ class Stages:
         if self.attempt.run.kind == "retrain":
             self._enter("report")
             # Once per transform of the preset, and once as they are.
-            write_report(self.attempt, loaded, taken, self._counter("report", 3 * len(taken.holdout)))
+            fair = self._unlearned(taken, candidate)
+            write_report(self.attempt, loaded, fair, self._counter("report", 3 * len(fair.holdout)))
         self._enter("gate")
         while True:
             champion = self.attempt.parts.registry.champion()
             if champion == candidate:
                 return Ending("promoted", ["somebody made it the champion before the gate could"])
             decision = self._decide(loaded, champion, taken)
-            self.report["gate"] = decision.report
             if not decision.promote:
                 return Ending("rejected", decision.reasons)
             self._enter("promote")
@@ -303,14 +305,11 @@ class Stages:
             self._side(candidate, taken, like=rival),
             None if rival is None else self._side(rival, taken, like=None),
         )
-        golden, store = self._golden(), self.attempt.parts.store
-        rows = store.run(policies.in_force, write=False)
-        # Where retention or an erasure took a group, its images may be held out when they are labelled again.
-        both = partial(snapshots.learned_by, releases=[side.release for side in sides if side is not None])
-        learned = store.run(both, write=False).images
-        self.report["learned_before"] = sum(one.sha256 in learned for one in taken.holdout)
+        golden, read = self._golden(), partial(self.attempt.parts.store.run, write=False)
+        rows = read(policies.in_force)
+        asked = read(lambda session: compared_on(session, taken, candidate=candidate.id, champion=champion))
         inputs = gate_inputs(
-            taken,
+            asked,
             *sides,
             min_holdout=self.attempt.settings.schedule.min_holdout,
             min_labellers=self.attempt.settings.labels.min_labellers,
@@ -318,7 +317,6 @@ class Stages:
             owed=self._owed(champion),
             more=self._cross_fitted(taken, *sides),
             policies=() if sides[1] is None else policy_rules(rows, sides[1].head, sides[1].decides_at),
-            learned=learned,
         )
         if champion is not None:
             inputs = replace(
@@ -326,7 +324,9 @@ class Stages:
                 spending=self._spend(candidate.id, champion, len(inputs.labels)),
                 unrecorded=self._taught(champion).heads is None,
             )
-        return decide(inputs, self.attempt.settings.gate)
+        decision = decide(inputs, self.attempt.settings.gate)
+        self.report["gate"] = {**decision.report, "learned": dict(asked.left_out.get("learned", {}))}
+        return decision
 
     def _spend(self, candidate: str, champion: str, images: int) -> Spending:
         run, error = self.attempt.run.id, self.attempt.settings.gate.error
@@ -364,23 +364,18 @@ class Stages:
         rows = self._see(release.weights, release.encoder_sha256, taken).rows
         return Side(release.id, release.encoder_sha256, release.heads, head, release.manifest.thresholds, rows)
 
-    def _stale_policies(self, candidate: str, *, challenge: bool) -> list[str]:
-        """Thresholds in force that another release's scores drew, once this one is the champion."""
-        if challenge:
-            return []
-        stale = self.attempt.parts.store.run(lambda session: policies.stale(session, candidate), write=False)
-        names = [row.scope for row in stale]
-        self.report["stale_policies"] = names
-        hint = "`code-worker calibrate --after-promote` draws them again"
-        return [f"thresholds of {name} were drawn by another release's scores: {hint}" for name in names]
-
     def _move_alias(self, candidate: str, champion: str | None, decision: GateDecision) -> bool:
-        challenge = not self.attempt.settings.gate.promote
+        challenge, store = not self.attempt.settings.gate.promote, self.attempt.parts.store
         self.report["alias"] = releases.CHALLENGER if challenge else releases.CHAMPION
-        reasons = [*decision.reasons, *self._stale_policies(candidate, challenge=challenge)]
+        reasons = list(decision.reasons)
         if challenge:
             reasons.append("it became the challenger: CODE_WORKER_GATE__PROMOTE is off")
-        return self.attempt.parts.store.run(
+        else:
+            stale = store.run(lambda session: stale_scopes(session, candidate), write=False)
+            self.report["stale_policies"] = stale
+            hint = "`code-worker calibrate --after-promote` draws them again"
+            reasons += [f"thresholds of {name} were drawn by another release's scores: {hint}" for name in stale]
+        return store.run(
             lambda session: runs.promote(
                 session,
                 self.attempt.held.lease,

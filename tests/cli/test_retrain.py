@@ -129,6 +129,7 @@ def test_runs_are_shown_with_their_curves(cli: Cli, store: Store) -> None:
 
     def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
         run = runs.start(session, id=run_id, kind="retrain", by="alice", owner="a:1", config={}, base_release=None)
+        runs.note(session, run.lease, report={"gate": {"learned": {"bob": 2, "eve": 1}}})
         runs.add_metrics(session, run.lease, [RunMetrics(1, 10, {"loss": 3.25, "linear": 0.5, "svm/clean/mean": 1})])
 
     assert "no run yet" in cli("runs", "list").stdout
@@ -138,6 +139,7 @@ def test_runs_are_shown_with_their_curves(cli: Cli, store: Store) -> None:
     shown = cli("runs", "show", run_id).stdout
     assert "under way, started" in shown
     assert "3.25" in shown
+    assert "3 images of the hold-out that a release learned from" in shown
     (record,) = cli("runs", "show", run_id, "--json").records
     assert record["metrics"][0]["metrics"]["svm/clean/mean"] == 1
     missing = cli("runs", "show", uuid7())

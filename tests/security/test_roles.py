@@ -163,3 +163,10 @@ def test_commands_act_as_the_user_who_runs_them(sqlite_cli: Cli, arguments: tupl
     done = sqlite_cli(*arguments, env={"USER": "olga", "LOGNAME": "olga"})
     assert (done.status, done.stdout) == (2, "")
     assert f"{current_user()} has no role and may not" in done.stderr
+
+
+def test_what_a_run_would_learn_from_may_be_read_without_a_role(sqlite_cli: Cli) -> None:
+    sqlite_cli.env["CODE_WORKER_ROLES__OPERATORS"] = json.dumps(["olga"])
+    planned = sqlite_cli("refit", "--dry-run", "--json")
+    assert planned.status == 0
+    assert planned.records[0]["snapshot"]["holdout"]["generators"] == {}
