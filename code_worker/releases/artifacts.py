@@ -51,6 +51,13 @@ class ArtifactStore(Protocol):
             IntegrityError: it is damaged.
         """
 
+    def manifest(self, release: str) -> bytes | None:
+        """The release's manifest as it lies here, compared with nothing; None if there is no complete release.
+
+        Raises:
+            ArtifactError: it cannot be read.
+        """
+
     def signature(self, release: str) -> bytes | None:
         """What stands in the release's `manifest.sig`, or None.
 
@@ -120,6 +127,11 @@ class LocalArtifacts:
             _, sha256 = verify_files(directory, on_bytes)
         _expect_id(release, sha256, str(directory))
         return directory
+
+    def manifest(self, release: str) -> bytes | None:
+        """See `ArtifactStore.manifest`."""
+        with _translated(f"cannot read release {release} in {self.root}"):
+            return _kept_manifest(self.root / _checked_id(release))
 
     def signature(self, release: str) -> bytes | None:
         """See `ArtifactStore.signature`."""
@@ -234,6 +246,11 @@ class S3Artifacts:
                 return bytes(body.read(limit))
         except self._client.exceptions.NoSuchKey:
             return None
+
+    def manifest(self, release: str) -> bytes | None:
+        """See `ArtifactStore.manifest`."""
+        with _translated(f"cannot read release {release} from {self.address}"):
+            return self._manifest_bytes(_checked_id(release))
 
     def signature(self, release: str) -> bytes | None:
         """See `ArtifactStore.signature`."""
