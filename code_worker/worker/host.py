@@ -40,6 +40,7 @@ class Host:
         self._app = app
         self.settings = settings
         self._lock = threading.RLock()
+        self._store: Store | None = None
         self._node: Node | None = None
         self._sweeper: Sweeper | None = None
         self._repeater: Repeater | None = None
@@ -50,6 +51,21 @@ class Host:
         self._stop_learning = threading.Event()
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
+
+    def store(self) -> Store:
+        """The store that messages are accepted and judged with, opened at the first call.
+
+        Raises:
+            ConfigurationError: an address that cannot be.
+            StoreError: a database that is away or not migrated.
+        """
+        with self._lock:
+            if self._store is None:
+                worker = self.settings.worker
+                self._store = migrate.open_current(
+                    self.settings.resolved_database_url, threads=worker.concurrency + worker.fetch_threads
+                )
+            return self._store
 
     def node(self) -> Node:
         """The process's node, made and started at the first call.
@@ -62,11 +78,7 @@ class Host:
             if self._node is None:
                 from code_worker.worker.node import Node  # noqa: PLC0415 - numpy and heads: only where images are judged
 
-                store = migrate.open_current(
-                    self.settings.resolved_database_url,
-                    threads=self.settings.worker.concurrency + self.settings.worker.fetch_threads,
-                )
-                node = Node(self.settings, store)
+                node = Node(self.settings, self.store())
                 try:
                     node.start()
                 except BaseException:
@@ -99,7 +111,7 @@ class Host:
         from code_worker.worker.intake import bury  # noqa: PLC0415 - only where messages are taken
 
         try:
-            bury(self.node().store, {"unreadable": message}, error)
+            bury(self.store(), {"unreadable": message}, error)
         except CodeWorkerError as refused:
             log.warning("message_not_kept", error=str(refused))
 
@@ -151,9 +163,11 @@ class Host:
 
     def _forget(self) -> None:
         """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
-        _INHERITED.append((self._node, self._sweeper, self._repeater, self._learning, self._watcher, self._retention))
+        _INHERITED.append((self._store, self._node, self._sweeper, self._repeater, self._learning, self._watcher))
+        _INHERITED.append(self._retention)
         self._lock = threading.RLock()
-        self._node = self._sweeper = self._repeater = self._learning = self._watcher = self._retention = None
+        self._store = self._node = self._sweeper = self._repeater = None
+        self._learning = self._watcher = self._retention = None
 
     def close(self) -> None:
         """Ends the background work of this process."""
@@ -170,3 +184,6 @@ class Host:
             if self._node is not None:
                 self._node.close()
                 self._node = None
+            if self._store is not None:
+                self._store.close()
+                self._store = None

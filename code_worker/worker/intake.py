@@ -12,31 +12,39 @@ from code_worker.errors import IdConflictError, MessageError, StoreError, StoreR
 from code_worker.logs import get_logger
 from code_worker.queues import MODERATE, SUSPECTS_PER_MESSAGE, chunks, parse_message
 from code_worker.store import jobs, workers
+from code_worker.worker.ledger import Ledger
 
 if TYPE_CHECKING:
     from code_worker.store.engine import Store
     from code_worker.worker.node import Node
 
-__all__ = ["accept_items", "bury", "handle_message"]
+__all__ = ["accept_items", "bury", "judge_jobs", "take_message"]
 
 log = get_logger(__name__)
 _LOCKED_FOR_S = (0.05, 0.25)
 _MESSAGES = UUID("5f0a0f7e-6a53-5c3b-9d0e-0c7a5d3f1b21")
 
 
-def handle_message(node: Node, message: object, message_id: str) -> bool:
-    """Judges what a message lists; True when it may be acknowledged, False when the rest is for another worker.
+def take_message(store: Store, message: object, message_id: str) -> list[str]:
+    """Ids of the jobs that a message lists or brings along; one that cannot be read is kept, and has none.
 
-    `message_id` names the message in all its deliveries.
+    Needs the store alone: what a message brings has its rows although this process cannot judge. `message_id` names
+    the message in all its deliveries.
+
+    Raises:
+        StoreError: see `accept_items`.
     """
     try:
         job_ids, items = parse_message(message)
     except MessageError as error:
-        bury(node.store, message, str(error))
-        return True
-    if items:
-        job_ids = [*job_ids, *node.ledger.outlast(lambda: accept_items(node.store, items, message_id))]
-    if job_ids and node.stopping:
+        bury(store, message, str(error))
+        return []
+    return [*job_ids, *(Ledger.outlast(lambda: accept_items(store, items, message_id)) if items else ())]
+
+
+def judge_jobs(node: Node, job_ids: Sequence[str]) -> bool:
+    """Judges jobs of a message; True when it may be acknowledged, False when the rest is for another worker."""
+    if node.stopping:
         return False
     # Nearly always all are fresh, and asking for their attempts first would be a transaction more for each message.
     taken = node.moderate(job_ids, below=1)

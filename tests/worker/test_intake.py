@@ -7,19 +7,26 @@ import random
 import string
 import threading
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
+from celery.exceptions import Reject
 from sqlalchemy import event, text
 
 from code_worker.client import Client
 from code_worker.errors import StoreError, StoreUnavailableError
+from code_worker.queues import MODERATE
 from code_worker.settings import Settings, WorkerSettings
 from code_worker.store import jobs, workers
 from code_worker.store.engine import Store, open_store
 from code_worker.store.workers import DeadLetter
+from code_worker.worker import tasks
+from code_worker.worker.host import Host
 from code_worker.worker.intake import accept_items
 from code_worker.worker.ledger import Ledger
+from code_worker.worker.node import Node
 from tests.servers import PostgresServer
 from tests.store.acts import accept
 
@@ -153,3 +160,27 @@ def test_a_database_that_only_reads_for_a_while_costs_a_message_nothing(
     assert len(ids) == 3
     assert len(_letters(postgres_store)) == 1
     assert "store_unavailable" in caplog.text
+
+
+def test_items_have_rows_and_their_message_goes_back_where_no_node_can_be_made(
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithoutDevice(Host):
+        def node(self) -> Node:
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(tasks, "_REST_S", 0.0)
+    settings = Settings(data_dir=tmp_path, database_url=sqlite_store.url)
+    with (
+        Celery("theirs", broker="memory://", set_as_current=False) as app,
+        closing(WithoutDevice(app, settings)) as host,
+    ):
+        tasks.register_tasks(app, host)
+        task = app.tasks[MODERATE]
+        task.push_request(id="message-1")
+        for _ in range(2):
+            with pytest.raises(Reject, match="out of memory") as raised:
+                task.run({"v": 1, "items": GOOD})
+            assert raised.value.requeue
+    assert _uris(sqlite_store) == {item["uri"] for item in GOOD}
+    assert not _letters(sqlite_store)
