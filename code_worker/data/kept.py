@@ -126,7 +126,7 @@ class LocalKept:
     def read(self, sha256: str) -> bytes:
         """See `KeptImages.read`."""
         path = self._place(sha256)
-        with _translated(f"cannot read {path}"):
+        with _translated(f"cannot read a copy in {self.root}"):
             try:
                 return _compared(path.read_bytes(), sha256, str(path))
             except FileNotFoundError:
@@ -201,7 +201,7 @@ class S3Kept:
     def read(self, sha256: str) -> bytes:
         """See `KeptImages.read`."""
         key = self._key(sha256)
-        with _translated(f"cannot read s3://{self._bucket}/{key}"):
+        with _translated(f"cannot read a copy in {self.address}"):
             try:
                 answer = self._client.get_object(Bucket=self._bucket, Key=key)
             except self._client.exceptions.NoSuchKey:

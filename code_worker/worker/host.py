@@ -111,7 +111,7 @@ class Host:
         from code_worker.worker.intake import bury  # noqa: PLC0415 - only where messages are taken
 
         try:
-            bury(self.store(), {"unreadable": message}, error)
+            bury(self.store(), {"unreadable": message}, error, kind="unreadable")
         except CodeWorkerError as refused:
             log.warning("message_not_kept", error=str(refused))
 

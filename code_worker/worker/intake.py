@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from traceback import format_tb
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid5
 
@@ -91,30 +92,37 @@ def accept_items(store: Store, items: Sequence[object], message_id: str) -> list
             must go back.
     """
     accepted: list[str] = []
-    refused: list[tuple[object, str]] = []
+    refused: list[tuple[object, str, str]] = []
     for place, item in enumerate(items):
         try:
             new = jobs.NewJob.of(item, id=str(uuid5(_MESSAGES, f"{message_id} {place}")))
             accepted += store.run(lambda session, new=new: jobs.accept(session, [new]))  # type: ignore[misc]
         except IdConflictError as error:
-            refused.append((item, f"id_conflict: {error}"))
-        except (ValueError, StoreRefusedError) as error:
-            refused.append((item, str(error)))
+            refused.append((item, f"id_conflict: {error}", "id_conflict"))
+        except ValueError as error:
+            refused.append((item, str(error), "item"))
+        except StoreRefusedError as error:
+            refused.append((item, str(error), "database"))
         except StoreError:
             raise
-        except Exception as error:
-            # Celery acknowledges a message whose task failed: whatever went wrong, this item has no other place.
-            log.exception("item_not_accepted")
-            refused.append((item, f"{type(error).__name__}: {error}"))
+        except Exception as error:  # noqa: BLE001 - Celery acknowledges a failed task's message: it has no other place
+            # What the error says may name the item, so the log has only where it was raised.
+            raised = "".join(format_tb(error.__traceback__))
+            log.error("item_not_accepted", error=type(error).__name__, raised=raised)  # noqa: TRY400 - see above
+            refused.append((item, f"{type(error).__name__}: {error}", "internal"))
     # Last, so that an item is not kept once more by each try that ends before this.
-    for item, reason in refused:
-        bury(store, {"items": [item]}, reason)
+    for item, reason, kind in refused:
+        bury(store, {"items": [item]}, reason, kind=kind)
     return accepted
 
 
-def bury(store: Store, message: object, error: str) -> None:
-    """Keeps a message that cannot be read, for somebody to look at."""
+def bury(store: Store, message: object, error: str, *, kind: str = "message") -> None:
+    """Keeps a message that cannot be read, for somebody to look at.
+
+    The log has the id under which it is kept and the kind of fault: message and error may name an image or a tenant,
+    and an erasure does not reach the log.
+    """
     body = json.dumps(message, default=repr)
     letter = store.new_id()
     store.run(lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error, letter_id=letter))
-    log.error("message_refused", error=error)
+    log.error("message_refused", letter=letter, kind=kind)

@@ -24,7 +24,7 @@ from code_worker.store.engine import Store, open_store
 from code_worker.store.workers import DeadLetter
 from code_worker.worker import tasks
 from code_worker.worker.host import Host
-from code_worker.worker.intake import accept_items
+from code_worker.worker.intake import accept_items, take_message
 from code_worker.worker.ledger import Ledger
 from code_worker.worker.node import Node
 from tests.servers import PostgresServer
@@ -96,6 +96,25 @@ def test_a_key_that_names_another_job_is_kept_for_a_look(store: Store) -> None:
     (letter,) = _letters(store)
     assert letter.error.startswith("id_conflict: ")
     assert json.loads(letter.body) == {"items": [{"uri": "s3://b/keyed.jpg", "key": "k"}]}
+
+
+def test_the_log_of_refused_messages_names_no_image_and_no_tenant(
+    sqlite_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = "s3://b/passport-of-jane.jpg"
+    accept(sqlite_store, jobs.NewJob("s3://b/other.jpg", tenant="acme", key=uri))
+    conflict, field = {"uri": uri, "tenant": "acme", "key": uri}, {"uri": uri, uri: 1}
+    accept_items(sqlite_store, [conflict, field], "message-1")
+    assert take_message(sqlite_store, {"v": 1, uri: [field]}, "message-2") == []
+    refused = [record.getMessage() for record in caplog.records if "message_refused" in record.getMessage()]
+    kept = {letter.id: letter.error for letter in _letters(sqlite_store)}
+    assert [uri in error for error in kept.values()] == [True] * 3, "who looks there is told"
+    assert [kind for kind in ("id_conflict", "item", "message") for line in refused if f"'{kind}'" in line] == [
+        *("id_conflict", "item", "message")
+    ]
+    assert all(any(letter in line for line in refused) for letter in kept)
+    assert "passport" not in caplog.text
+    assert "acme" not in caplog.text
 
 
 def test_what_the_database_alone_refuses_is_kept_for_a_look(postgres_store: Store) -> None:
