@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from code_worker.errors import CodeWorkerError
 from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
 from code_worker.store import migrate
@@ -31,6 +31,7 @@ __all__ = ["Host"]
 
 log = get_logger(__name__)
 _INHERITED: list[object] = []
+_KEEP_AGAIN_S = 5.0
 
 
 class Host:
@@ -47,6 +48,8 @@ class Host:
         self._learning: Learning | None = None
         self._watcher: Repeater | None = None
         self._retention: Repeater | None = None
+        self._keeper: Repeater | None = None
+        self._unkept: deque[tuple[str, str]] = deque()
         self._stop_retaining: Callable[[], None] = lambda: None
         self._stop_learning = threading.Event()
         forget = weakref.WeakMethod(self._forget)
@@ -107,13 +110,44 @@ class Host:
                 self._start_retaining()
 
     def bury(self, message: str, error: str) -> None:
-        """Keeps what came off a queue and is no message."""
+        """Keeps what came off a queue and is no message; where the store does not take it, a thread tries again.
+
+        Raises nothing: it is called from Celery's event loop, which would end.
+        """
+        try:
+            self._keep_letter(message, error)
+        except Exception as refused:  # noqa: BLE001 - see above
+            log.warning("message_kept_later", error=type(refused).__name__)
+            with self._lock:
+                self._unkept.append((message, error))
+                if self._keeper is None:
+                    self._keeper = Repeater("unreadable", _KEEP_AGAIN_S, self._keep_letters)
+                    self._keeper.start()
+
+    def _keep_letter(self, message: str, error: str) -> None:
         from code_worker.worker.intake import bury  # noqa: PLC0415 - only where messages are taken
 
+        bury(self.store(), {"unreadable": message}, error, kind="unreadable")
+
+    def _keep_letters(self) -> None:
+        while self._unkept:
+            letter = self._unkept.popleft()
+            try:
+                self._keep_letter(*letter)
+            except BaseException:
+                # Behind the others: one that cannot be kept at all holds none of them up.
+                self._unkept.append(letter)
+                raise
+
+    def _stop_keeping(self) -> None:
+        if self._keeper is None:
+            return
+        self._keeper.stop()
+        self._keeper = None
         try:
-            bury(self.store(), {"unreadable": message}, error, kind="unreadable")
-        except CodeWorkerError as refused:
-            log.warning("message_not_kept", error=str(refused))
+            self._keep_letters()
+        except Exception as refused:  # noqa: BLE001 - the rest is to be closed all the same
+            log.error("messages_not_kept", count=len(self._unkept), error=type(refused).__name__)  # noqa: TRY400 - texts may name images
 
     def learning(self) -> Learning:
         """What runs retrains and refits, made at the first call.
@@ -164,13 +198,15 @@ class Host:
     def _forget(self) -> None:
         """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
         _INHERITED.append((self._store, self._node, self._sweeper, self._repeater, self._learning, self._watcher))
-        _INHERITED.append(self._retention)
+        _INHERITED.append((self._retention, self._keeper, self._unkept))
         self._lock = threading.RLock()
         self._store = self._node = self._sweeper = self._repeater = None
-        self._learning = self._watcher = self._retention = None
+        self._learning = self._watcher = self._retention = self._keeper = None
+        self._unkept = deque()
 
     def close(self) -> None:
         """Ends the background work of this process."""
+        self._stop_keeping()
         with self._lock:
             if self._retention is not None:
                 self._retention.stop()

@@ -23,6 +23,8 @@ __all__ = ["accept_items", "bury", "judge_jobs", "take_message"]
 
 log = get_logger(__name__)
 _LOCKED_FOR_S = (0.05, 0.25)
+_MAX_LEVELS = 100
+_CUT = "… nested too deeply"
 _MESSAGES = UUID("5f0a0f7e-6a53-5c3b-9d0e-0c7a5d3f1b21")
 
 
@@ -122,7 +124,21 @@ def bury(store: Store, message: object, error: str, *, kind: str = "message") ->
     The log has the id under which it is kept and the kind of fault: message and error may name an image or a tenant,
     and an erasure does not reach the log.
     """
-    body = json.dumps(message, default=repr)
+    body = json.dumps(_writable(message), default=repr)
     letter = store.new_id()
     store.run(lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error, letter_id=letter))
     log.error("message_refused", letter=letter, kind=kind)
+
+
+def _writable(value: object, levels: int = _MAX_LEVELS) -> object:
+    """What JSON can hold of a value that came as JSON or in another form; what is nested too deeply is cut off.
+
+    Reading takes less depth than writing: some of what could be read could not be written, and would be lost.
+    """
+    if not isinstance(value, Mapping | list | tuple):
+        return value
+    if not levels:
+        return _CUT
+    if isinstance(value, Mapping):
+        return {str(name): _writable(inner, levels - 1) for name, inner in value.items()}
+    return [_writable(inner, levels - 1) for inner in value]

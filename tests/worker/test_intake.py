@@ -6,7 +6,7 @@ import json
 import random
 import string
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from code_worker.settings import Settings, WorkerSettings
 from code_worker.store import jobs, workers
 from code_worker.store.engine import Store, open_store
 from code_worker.store.workers import DeadLetter
+from code_worker.worker import host as hosts
 from code_worker.worker import tasks
 from code_worker.worker.host import Host
 from code_worker.worker.intake import accept_items, take_message
@@ -203,3 +204,41 @@ def test_items_have_rows_and_their_message_goes_back_where_no_node_can_be_made(
             assert raised.value.requeue
     assert _uris(sqlite_store) == {item["uri"] for item in GOOD}
     assert not _letters(sqlite_store)
+
+
+def _deepest(text: str) -> Any:
+    """What `text` holds with as many lists in each other as can just be read."""
+    for depth in (100_000, 10_000, *range(2000, 0, -1)):
+        with suppress(RecursionError):
+            return json.loads(text % ("[" * depth + "]" * depth))
+    raise AssertionError("no list can be read")
+
+
+def test_a_refused_item_that_can_just_be_read_is_kept_with_its_neighbours(sqlite_store: Store) -> None:
+    message = _deepest('{"items": [{"uri": "s3://b/bad.jpg", "bogus": %s}, {"uri": "s3://b/other.jpg", "color": 1}]}')
+    accept_items(sqlite_store, message["items"], "message-1")
+    bodies = [json.loads(letter.body)["items"][0]["uri"] for letter in _letters(sqlite_store)]
+    assert sorted(bodies) == ["s3://b/bad.jpg", "s3://b/other.jpg"]
+
+
+def test_what_came_off_a_queue_is_kept_once_the_database_is_back(
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "_KEEP_AGAIN_S", 0.01)
+    tried = threading.Event()
+    errors: list[Exception] = [RuntimeError("a bug"), StoreUnavailableError("away"), StoreUnavailableError("away")]
+
+    class Away(Host):
+        def store(self) -> Store:
+            if errors:
+                raise errors.pop(0)
+            tried.set()
+            return super().store()
+
+    settings = Settings(data_dir=tmp_path, database_url=sqlite_store.url)
+    with Celery("theirs", broker="memory://", set_as_current=False) as app, closing(Away(app, settings)) as host:
+        for number in range(2):
+            host.bury(f"{{unreadable {number}", "JSONDecodeError")
+        assert tried.wait(30)
+    kept = sorted(json.loads(letter.body)["unreadable"] for letter in _letters(sqlite_store))
+    assert kept == ["{unreadable 0", "{unreadable 1"]
