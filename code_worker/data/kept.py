@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from code_worker.disk import flush, make_private
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
-from code_worker.object_store import storage_client, storage_errors
+from code_worker.object_store import object_versions, storage_client, storage_errors
 
 if TYPE_CHECKING:
     from code_worker.settings import S3Settings, Settings
@@ -25,7 +25,6 @@ __all__ = ["KeptImages", "LocalKept", "S3Kept", "open_kept"]
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _INCOMPLETE: Final = ".incomplete"
 _ABANDONED_AFTER_S: Final = 24 * 3600.0
-_FORBIDDEN: Final = frozenset({"403", "AccessDenied", "NotImplemented", "MethodNotAllowed"})
 _MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound"})
 
 
@@ -127,7 +126,7 @@ class LocalKept:
     def read(self, sha256: str) -> bytes:
         """See `KeptImages.read`."""
         path = self.place(sha256)
-        with _translated(f"cannot read {path}"):
+        with _translated(f"cannot read a copy in {self.root}"):
             try:
                 return _compared(path.read_bytes(), sha256, str(path))
             except FileNotFoundError:
@@ -202,7 +201,7 @@ class S3Kept:
     def read(self, sha256: str) -> bytes:
         """See `KeptImages.read`."""
         key = self._key(sha256)
-        with _translated(f"cannot read s3://{self._bucket}/{key}"):
+        with _translated(f"cannot read a copy in {self.address}"):
             try:
                 answer = self._client.get_object(Bucket=self._bucket, Key=key)
             except self._client.exceptions.NoSuchKey:
@@ -235,22 +234,12 @@ class S3Kept:
         """See `KeptImages.drop`; of a bucket that keeps versions all of them go."""
         key = self._key(sha256)
         cached = self.cache.drop(sha256)
-        with _translated(f"cannot delete s3://{self._bucket}/{key}"):
-            found = list(self._versions(key))
-            for version in found or [{}]:
-                self._client.delete_object(Bucket=self._bucket, Key=key, **version)
+        with _translated(f"cannot delete a copy in {self.address}"):
+            versions = object_versions(self._client, self._bucket, key)
+            found = [one for one in versions or () if one["Key"] == key]
+            for version in found or [{"Key": key}]:
+                self._client.delete_object(Bucket=self._bucket, **version)
         return bool(found) or cached
-
-    def _versions(self, key: str) -> Iterator[dict[str, str]]:
-        """Versions and delete markers of one object; none where they may not be listed, and then none are kept."""
-        try:
-            for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self._bucket, Prefix=key):
-                for one in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
-                    if one["Key"] == key:
-                        yield {"VersionId": one["VersionId"]}
-        except self._client.exceptions.ClientError as error:
-            if str(error.response.get("Error", {}).get("Code")) not in _FORBIDDEN:
-                raise
 
     def _key(self, sha256: str) -> str:
         return f"{self._prefix}{_name(sha256)}"

@@ -84,8 +84,9 @@ def superseded(session: Session, days: float, limit: int) -> int:
     ).all()
     if not (found := [row.id for row in rows]):
         return 0
-    # Of other bytes than the newest one, perhaps: the object changed between two tries.
-    origins.note_origins(session, sorted({row.job_id for row in rows}))
+    # Held, so that no job of these is erased before its origins are there to be found. Of other bytes than the newest
+    # verdict, perhaps: the object changed between two tries.
+    origins.note_origins(session, sorted(personal.left(session, jobs={row.job_id for row in rows}).jobs))
     with audit.removal(session, _entry(session, "superseded verdicts", days, len(found))):
         session.execute(delete(_VERDICTS).where(among(session, _VERDICTS.c.id, found)))
     return len(found)

@@ -172,9 +172,7 @@ class Stages:
         self._enter("refit")
         views = self._see(weights, digest, taken)
         self._build(weights, views, taken, base)
-        release = self.attempt.parts.registry.add(self.attempt.place.candidate, by=self.attempt.run.by)
-        self.attempt.held.note(candidate=release)
-        return release
+        return self.attempt.add_candidate()
 
     def _lacks(self, base: LoadedRelease, taken: Snapshot) -> Lacks:
         """What the training should dwell on; the gate will want the same embeddings of the champion."""

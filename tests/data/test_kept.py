@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.awsrequest import AWSResponse
 
 from code_worker.data.kept import KeptImages, LocalKept, S3Kept, open_kept
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
@@ -215,6 +216,48 @@ def test_of_a_bucket_that_keeps_versions_every_version_is_dropped(s3_server: S3S
     left = client.list_object_versions(Bucket=bucket)
     assert not left.get("Versions")
     assert not left.get("DeleteMarkers")
+
+
+def denied(**_: object) -> tuple[AWSResponse, dict[str, object]]:
+    """What a server answers to a user who may not do this."""
+    error = {"Code": "AccessDenied", "Message": "Access Denied"}
+    return AWSResponse("", 403, {}, None), {"Error": error, "ResponseMetadata": {"HTTPStatusCode": 403}}
+
+
+@pytest.mark.parametrize("status", [None, "Enabled", "Suspended"])
+def test_a_copy_is_not_called_dropped_where_versions_of_it_may_stay(
+    s3_server: S3Server, tmp_path: Path, status: str | None
+) -> None:
+    client, bucket = s3_server.client(), f"kept-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=bucket)
+    kept = S3Kept(f"s3://{bucket}/kept", s3_settings(s3_server.url), cache=tmp_path / "cache")
+    kept._client.meta.events.register("before-call.s3.ListObjectVersions", denied)
+    if status is None:
+        kept.put(DATA)
+        kept.drop(SHA)
+        assert not kept.exists(SHA)
+        # Who may not ask whether the bucket keeps any is told so.
+        kept._client.meta.events.register("before-call.s3.GetBucketVersioning", denied)
+    else:
+        client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": status})
+    kept.put(DATA)
+    with pytest.raises(StorageError, match="allow s3:ListBucketVersions and s3:DeleteObjectVersion") as raised:
+        kept.drop(SHA)
+    assert SHA not in str(raised.value), "what is logged names no image"
+    assert kept.exists(SHA)
+
+
+def test_a_server_that_knows_no_versions_keeps_none(s3_server: S3Server, tmp_path: Path) -> None:
+    def unknown(**_: object) -> tuple[AWSResponse, dict[str, object]]:
+        return AWSResponse("", 501, {}, None), {"Error": {"Code": "NotImplemented", "Message": ""}}
+
+    client, bucket = s3_server.client(), f"kept-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=bucket)
+    kept = S3Kept(f"s3://{bucket}", s3_settings(s3_server.url), cache=tmp_path / "cache")
+    kept._client.meta.events.register("before-call.s3.ListObjectVersions", unknown)
+    kept.put(DATA)
+    kept.drop(SHA)
+    assert not kept.exists(SHA)
 
 
 def test_bytes_that_a_dead_writer_left_go_with_the_copy(tmp_path: Path) -> None:
