@@ -1,11 +1,11 @@
 """Crashes: SIGKILL at random moments of runs; what the next trainer makes of each, and whether anything is broken.
 
-    python -m bench.crash DIRECTORY [--kills 20] [--stages "train gate"] [--kind retrain] [--seed 0] [--json FILE]
+    python -m bench.crash DIRECTORY [--kills 20] [--each 5] [--stages "train gate"] [--kind refit] [--json FILE]
 
-A deployment of its own with a broker, a tiny champion and a labelled store. Each round asks for a run, waits a random
-while, or until the run is seen in a stage, kills the trainer and everything below it as a power cut would, starts
-another, and checks that the run ended by its own, that no run was begun twice, and that the champion is a whole,
-verified release at every look between.
+A deployment of its own with a broker, a tiny champion and a labelled store. Each round asks for a run. As often as
+`--each` says it waits a random while, kills the trainer and everything below it as a power cut would, and starts
+another; with `--stages` one more run is killed once in each of these stages. Each round checks that the run ended by
+its own, that no run was begun twice, and that the champion is a whole, verified release at every look between.
 Exit status 1 when something was not so.
 """
 
@@ -20,9 +20,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ import psutil
 
 from code_worker.doorbell import Doorbell
 from code_worker.errors import CodeWorkerError
+from code_worker.failpoints import FAILPOINT_ENV
 from code_worker.plugins import load_plugins
 from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
 from code_worker.releases.registry import open_registry
@@ -43,6 +45,9 @@ QUICK = {
     "CODE_WORKER_DEVICE": "cpu",
     "CODE_WORKER_LOG_LEVEL": "warning",
     "CODE_WORKER_SCHEDULE__MIN_HOLDOUT": "8",
+    # A hold-out of two dozen images proves little: without these no run would be promoted.
+    "CODE_WORKER_GATE__MAX_REGRESSION": "0.3",
+    "CODE_WORKER_GATE__ERROR": "0.2",
     "CODE_WORKER_TRAINING__EPOCHS": "3",
     "CODE_WORKER_TRAINING__STEPS_PER_EPOCH": "4",
     "CODE_WORKER_TRAINING__RECORDS": "8",
@@ -50,6 +55,8 @@ QUICK = {
     "CODE_WORKER_TRAINING__LEASE_S": "3",
     "OMP_NUM_THREADS": "1",
 }
+# A stage over before anybody sees it: there a trainer is made to stand still.
+HELD = {"promote": "mid_run_promotion:hang"}
 PATIENCE_S = 300.0
 T = TypeVar("T")
 
@@ -61,11 +68,12 @@ class Trainers:
         self._log = log
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """One trainer under its supervisor."""
+    def start(self, moment: str | float = "") -> None:
+        """One trainer under its supervisor, which is to be killed in a stage or after some seconds."""
+        environment = {**os.environ, FAILPOINT_ENV: HELD.get(str(moment), "")}
         with self._log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "code_worker", "trainer"], stdout=output, stderr=output
+                [sys.executable, "-m", "code_worker", "trainer"], env=environment, stdout=output, stderr=output
             )
 
     def kill(self) -> None:
@@ -90,7 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.crash")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--stages", default="", help="kill once more in each of these stages")
+    parser.add_argument("--each", type=int, default=1, help="kills of one run, at most")
+    parser.add_argument("--stages", default="", help="kill one more run, once in each of these stages in their order")
     parser.add_argument("--kind", choices=["retrain", "refit"], default="retrain")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -103,10 +112,9 @@ def main() -> None:
         settings = load_settings()
         with closing(open_store(settings.resolved_database_url)) as store:
             migrate.upgrade(store)
-            build_champion(chosen.directory / "champion")
             label_world(settings, store)
             found = rounds(settings, store, chosen)
-    print(f"killed in: {dict(Counter(one['killed_in'] for one in found))}")
+    print(f"killed in: {dict(Counter(stage for one in found for stage in one['killed_in']))}")
     print(f"ended as:  {dict(Counter(one['state'] for one in found))}")
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -117,41 +125,78 @@ def main() -> None:
 def rounds(settings: Settings, store: Store, chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Kills and finishes so many runs."""
     rng, trainers = random.Random(chosen.seed), Trainers(chosen.directory / "log")
-    found = []
+    found: list[dict[str, Any]] = []
     with closing(Doorbell.for_producer(settings)) as bell, closing(trainers):
         usual_s = measured_s(chosen.kind, settings, store, trainers, bell)
         print(f"a {chosen.kind} takes {usual_s:.1f} s undisturbed", flush=True)
-        for number, stage in enumerate([*[""] * chosen.kills, *chosen.stages.split()]):
+        for moments in plan(found, rng, usual_s, chosen):
             known = count(store)
-            # From the same champion each time, so that there is something to promote.
-            promote_champion(settings, store, chosen.directory / "champion")
-            trainers.start()
+            crown(settings, store, len(found) + 1)
+            trainers.start(moments[0])
             ask(bell, chosen.kind)
             began = wait_for(partial(newest, store, known))
-            if stage:
-                wait_for(partial(reached, store, began.id, stage))
-            else:
-                time.sleep(rng.uniform(0, usual_s))
-            trainers.kill()
-            found.append({"round": number, **followed(settings, store, trainers, began.id)})
+            found.append({"round": len(found) + 1, **killed(settings, store, trainers, began.id, moments)})
             if (more := count(store)) != known + 1:
                 found[-1]["problems"].append(f"{more - known} runs were begun")
             print(json.dumps(found[-1]), flush=True)
     return found
 
 
-def followed(settings: Settings, store: Store, trainers: Trainers, run_id: str) -> dict[str, Any]:
-    """What the next trainer makes of a run whose trainer was killed."""
-    left = store.run(lambda session: runs.get(session, run_id), write=False)
-    problems = broken(settings, store)
-    trainers.start()
+def plan(
+    found: list[dict[str, Any]], rng: random.Random, usual_s: float, chosen: argparse.Namespace
+) -> Iterator[list[str | float]]:
+    """When to kill the next run: seconds after somebody took it up, or stages; `found` grows meanwhile."""
+    while (left := chosen.kills - sum(len(one["killed_in"]) for one in found)) > 0:
+        yield [rng.uniform(0, usual_s) for _ in range(min(left, chosen.each))]
+    if stages := chosen.stages.split():
+        yield stages
+
+
+def crown(settings: Settings, store: Store, number: int) -> None:
+    """Puts a champion in place that has something to learn, and whose reign has spent none of the gate's level."""
+    directory = settings.data_path.parent / f"champion-{number}"
+    promote_champion(settings, store, build_champion(directory, notes=f"round {number}"))
+
+
+def killed(
+    settings: Settings, store: Store, trainers: Trainers, run_id: str, moments: Sequence[str | float]
+) -> dict[str, Any]:
+    """Kills one trainer after another at these moments, and says what the last one makes of the run."""
+    stages: list[str] = []
+    problems: list[str] = []
+    for moment, after in zip_longest(moments, moments[1:], fillvalue=""):
+        if isinstance(moment, str):
+            wait_for(partial(reached, store, run_id, moment))
+        else:
+            time.sleep(moment)
+        trainers.kill()
+        left = known_run(store, run_id)
+        problems += broken(settings, store)
+        stages.append("the end" if left.finished_at else str(left.stage))
+        if left.finished_at:
+            break
+        trainers.start(after)
+        wait_for(partial(taken_up, store, run_id, left.attempts))
     run = wait_for(partial(ended, store, run_id))
     trainers.kill()
     problems += broken(settings, store)
     if run.state not in {"promoted", "rejected"}:
         problems.append(f"it {run.state}: {run.reasons}")
-    killed_in = left.stage if left and left.finished_at is None else "the end"
-    return {"killed_in": killed_in, "state": run.state, "attempts": run.attempts, "problems": problems}
+    return {"killed_in": stages, "state": run.state, "attempts": run.attempts, "problems": problems}
+
+
+def known_run(store: Store, run_id: str) -> runs.Run:
+    """The run as it stands."""
+    run = store.run(lambda session: runs.get(session, run_id), write=False)
+    if run is None:
+        raise SystemExit(f"run {run_id} is gone")
+    return run
+
+
+def taken_up(store: Store, run_id: str, attempts: int) -> runs.Run | None:
+    """The run, once another process is at it, or has ended it."""
+    run = known_run(store, run_id)
+    return run if run.attempts > attempts or run.finished_at else None
 
 
 def count(store: Store) -> int:
@@ -161,7 +206,7 @@ def count(store: Store) -> int:
 
 def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, bell: Doorbell) -> float:
     """Seconds of an undisturbed run; kills come at any moment within them."""
-    promote_champion(settings, store, settings.data_path.parent / "champion")
+    crown(settings, store, 0)
     trainers.start()
     ask(bell, kind)
     first = wait_for(partial(newest, store, 0))
@@ -185,14 +230,14 @@ def newest(store: Store, known: int) -> runs.Run | None:
 
 def reached(store: Store, run_id: str, stage: str) -> runs.Run | None:
     """The run, once it is in this stage, or has ended before anybody saw it there."""
-    run = store.run(lambda session: runs.get(session, run_id), write=False)
-    return run if run and (run.stage == stage or run.finished_at) else None
+    run = known_run(store, run_id)
+    return run if run.stage == stage or run.finished_at else None
 
 
 def ended(store: Store, run_id: str) -> runs.Run | None:
     """The run, once it has ended."""
-    run = store.run(lambda session: runs.get(session, run_id), write=False)
-    return run if run and run.finished_at else None
+    run = known_run(store, run_id)
+    return run if run.finished_at else None
 
 
 def wait_for(look: Callable[[], T | None]) -> T:
@@ -201,7 +246,7 @@ def wait_for(look: Callable[[], T | None]) -> T:
     while time.monotonic() < deadline:
         if (found := look()) is not None:
             return found
-        time.sleep(0.05)
+        time.sleep(0.01)  # some stages are short
     raise SystemExit(f"nothing came of it in {PATIENCE_S} s")
 
 

@@ -1,12 +1,13 @@
 """The gate's error rates: simulated releases that are equal, worse or better, through the gate's own functions.
 
-    python -m bench.gate [--trials 400] [--quick] [--json FILE]
+    python -m bench.gate [--trials 400] [--quick] [--only WORDS] [--json FILE]
 
 A champion judges each image of a hold-out rightly with a chance of 90 %. A candidate says the same but for a share of
 images (`redrawn`) of which it knows nothing of the champion's answer; one that is better or worse corrects or spoils
 further images. Each is the best of ten epochs on a validation part of half the hold-out's size, and under `delivery`
 each answer of either side is turned with a chance of 0 or 1 %. Reigns are ten candidates in a row on one hold-out.
-Rows that need it have a new generator besides, which the candidate finds and the champion does not.
+Rows that need it have a new generator besides, which the candidate finds and the champion does not. In rows of
+records the images are versions of the same pictures, in groups, on which releases err together.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ class World:
         redrawn: share of the images of which a candidate does not repeat the champion's answer.
         noise: chance that an answer is turned under delivery.
         candidates: in a row, until one is promoted.
+        refused: candidates that were refused on the same hold-out before.
+        records: a real image and a fake of each generator are versions of one picture, are in one group, and change
+            alike; else each image is by itself.
     """
 
     reals: int
@@ -63,6 +67,8 @@ class World:
     redrawn: float = 0.2
     noise: float = 0.0
     candidates: int = 1
+    refused: int = 0
+    records: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +94,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--quick", action="store_true", help="40 trials.")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", default="", help="Rows whose question has these words.")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     trials = 40 if chosen.quick else chosen.trials
     found = []
     with ProcessPoolExecutor(chosen.processes) as pool:
-        for row in rows():
+        for row in (one for one in rows() if chosen.only in one.question):
             share = np.mean(list(pool.map(partial(_trial, row), range(trials), chunksize=max(1, trials // 8))))
             low, high = proportion_limits(float(share) * trials, trials, 0.025)
             found.append({**asdict(row), "trials": trials, "share": float(share), "low": low, "high": high})
@@ -114,6 +121,20 @@ def rows() -> Iterator[Row]:
             yield Row("2 points worse on all that is old", worse, "promoted", "<= 0.05")
         for world, bar in ((middle, ">= 0.8"), (many, ">= 0.7")):
             yield Row("5 points better", replace(world, noise=noise, change=0.05), "promoted", bar)
+        for change, refused in ((0.05, 9), (0.025, 0), (0.025, 4), (0.025, 9)):
+            later = replace(middle, noise=noise, change=change, refused=refused)
+            yield Row(f"{100 * change:g} points better, after {refused} refused", later, "promoted", "none")
+        for world in (middle, many):
+            records = replace(world, noise=noise, records=True)
+            yield Row(
+                "equal records, promoted in a reign",
+                replace(records, candidates=10),
+                "promoted",
+                "<= 0.05",
+            )
+            yield Row("equal records, called worse", records, "worse", "<= 0.05")
+            worse = replace(records, change=-0.02, newcomer=60)
+            yield Row("records, 2 points worse on all old", worse, "promoted", "<= 0.05")
         for redrawn in (0.1, 0.2, 0.5, 1.0):
             harmed = replace(many, noise=noise, harmed=-0.15, newcomer=60, redrawn=redrawn)
             yield Row("15 points worse on one", harmed, "promoted", "<= 0.2")
@@ -143,11 +164,14 @@ def _ends(row: Row, decision: tuple[bool, tuple[str, ...]]) -> bool:
 def _reign(world: World, rng: Generator) -> Iterator[tuple[bool, tuple[str, ...]]]:
     """Decisions on candidates in a row, until one is promoted."""
     labels, generators, accuracy = _images(world)
-    champion = rng.random(len(labels)) < accuracy
+    pictures = _pictures(world)
+    champion = _draws(pictures, rng) < accuracy
     before: list[Comparison] = []
+    for _ in range(world.refused):
+        before.append(Comparison(len(labels), spend(before, len(labels), SETTINGS.error).level))
     for _ in range(world.candidates):
         spending = spend(before, len(labels), SETTINGS.error)
-        candidate = _best_epoch(world, champion, generators, rng)
+        candidate = _best_epoch(world, champion, generators, pictures, rng)
         inputs = GateInputs(
             labels=labels,
             generators=tuple(generators),
@@ -156,6 +180,7 @@ def _reign(world: World, rng: Generator) -> Iterator[tuple[bool, tuple[str, ...]
             champion=_opinion("champion", labels, champion, world, rng),
             min_holdout=20,
             spending=spending,
+            group_of=tuple(f"{picture:06}" for picture in pictures),
         )
         decision = decide(inputs, SETTINGS)
         before.append(Comparison(len(labels), spending.level))
@@ -173,21 +198,39 @@ def _images(world: World) -> tuple[NDArray[np.int8], NDArray[np.object_], NDArra
     return labels, generators, np.where(generators == "new", 0.5, ACCURACY)
 
 
-def _best_epoch(world: World, champion: Flags, generators: NDArray[np.object_], rng: Generator) -> Flags:
+def _pictures(world: World) -> NDArray[np.int64]:
+    """Number of the picture that each image is of."""
+    if not world.records:
+        return np.arange(world.reals + world.fakes * world.generators + world.newcomer)
+    fakes = np.arange(world.fakes * world.generators) // world.generators
+    return np.concatenate([np.arange(world.reals), fakes, np.arange(world.newcomer)])
+
+
+def _draws(pictures: NDArray[np.int64], rng: Generator) -> NDArray[np.float64]:
+    """A random number of each picture, for each image of it."""
+    return rng.random(int(pictures.max()) + 1)[pictures]
+
+
+def _best_epoch(
+    world: World, champion: Flags, generators: NDArray[np.object_], pictures: NDArray[np.int64], rng: Generator
+) -> Flags:
     """Of ten epochs that are equally good the one that the validation part likes best."""
     validation = rng.random((EPOCHS, max(20, len(champion) // 2))) < ACCURACY + world.change
-    epochs = [_candidate(world, champion, generators, rng) for _ in range(EPOCHS)]
+    epochs = [_candidate(world, champion, generators, pictures, rng) for _ in range(EPOCHS)]
     return epochs[int(validation.mean(axis=1).argmax())]
 
 
-def _candidate(world: World, champion: Flags, generators: NDArray[np.object_], rng: Generator) -> Flags:
-    n = len(champion)
-    own = np.where(rng.random(n) < world.redrawn, rng.random(n) < ACCURACY, champion)
-    change = np.full(n, world.change) + np.where(generators == "g00", world.harmed, 0.0)
-    spoiled = rng.random(n) < np.where(change < 0, -change / ACCURACY, 0.0)
-    corrected = rng.random(n) < np.where(change > 0, change / (1 - ACCURACY), 0.0)
+def _candidate(
+    world: World, champion: Flags, generators: NDArray[np.object_], pictures: NDArray[np.int64], rng: Generator
+) -> Flags:
+    again, anew, spoils, corrects, found = (_draws(pictures, rng) for _ in range(5))
+    own = np.where(again < world.redrawn, anew < ACCURACY, champion)
+    change = np.full(len(champion), world.change) + np.where(generators == "g00", world.harmed, 0.0)
+    spoiled = spoils < np.where(change < 0, -change / ACCURACY, 0.0)
+    corrected = corrects < np.where(change > 0, change / (1 - ACCURACY), 0.0)
     own = (own & ~spoiled) | corrected
-    return np.where(generators == "new", champion | (rng.random(n) < 0.8), own)
+    # A newcomer's half that the champion misses is its own, whatever picture it was made of.
+    return np.where(generators == "new", champion | (found < 0.8), own)
 
 
 def _opinion(name: str, labels: NDArray[np.int8], correct: Flags, world: World, rng: Generator) -> Opinion:

@@ -2,11 +2,11 @@
 
     python -m bench.gate_runs DIRECTORY [--trials 20] [--kind refit] [--margin 0.05] [--clean] [--json FILE]
 
-The starter is the champion, its heads fitted on the toy generators that it learned from. Each trial draws images of a
-pool by its own seed, among them those of a newcomer, labels them (rightly, or with 30 % of the reals or of the fakes
-called the other), and runs the same `Learner` as a schedule does, in a deployment of its own. Whatever is promoted is
-measured beside the champion on 500 images of each old generator and as many reals that nobody labelled. Exit status 1
-when anything was promoted on wrong labels.
+The starter is the champion, its heads fitted on the toy generators that it learned from. Each trial draws images of
+a pool by its own seed, none of which the champion learned from, among them those of a newcomer; labels them (rightly,
+or with 30 % of the reals or of the fakes called the other), and runs the same `Learner` as a schedule does, in a
+deployment of its own. Whatever is promoted is measured beside the champion on 500 images of each old generator and as
+many reals of each that nobody labelled. Exit status 1 when anything was promoted on wrong labels.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 SIZE = 232
 WRONG = 0.3
-OLD_POOL, NEW_POOL = 900, 300
+OLD_POOL, NEW_POOL, FITTED = 1500, 300, 500
 OLD, NEW = 600, 200
 """Records of a trial, each a real image and a generated one."""
 EVERYONE = {**GENERATORS, **NEWCOMERS}
@@ -65,7 +65,7 @@ CASES = {"clean": None, "wrong reals": 0, "wrong fakes": 1}
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A deployment to copy: champion, kept images, and their embeddings."""
+    """A deployment to copy: champion, kept images that it did not learn from, and their embeddings."""
 
     directory: Path
     old: list[Item]
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--kind", choices=["refit", "retrain"], default="refit")
     parser.add_argument("--generator", choices=list(EVERYONE), default=NEWCOMER, help="The newcomer.")
-    parser.add_argument("--fitted", type=int, default=OLD_POOL, help="Records that its heads learned from.")
+    parser.add_argument("--fitted", type=int, default=FITTED, help="Records that its heads learned from.")
     parser.add_argument("--margin", type=float, help="Loss that must be excluded, instead of the usual one.")
     parser.add_argument("--clean", action="store_true", help="Rightly labelled trials alone.")
     parser.add_argument("--json", type=Path)
@@ -136,14 +136,13 @@ def make_pool(directory: Path, generator: str, fitted: int, margin: float) -> Po
     apart = write_records(
         directory / "unlabelled", album, UNLABELLED * len(known), seed=43, size=SIZE, generators=known
     )
-    pool = Pool(directory, old, new, apart, margin)
-    settings = pool.settings(directory / "template.db")
+    settings = Pool(directory, [], [], [], margin).settings(directory / "template.db")
     plugins = load_plugins(settings)
     kept = open_kept(settings)
     with closing(open_store(settings.resolved_database_url)) as store:
         migrate.upgrade(store)
         registry = open_registry(settings, store=store, plugins=plugins)
-        taught = old[: 2 * fitted]
+        taught, old = old[: 2 * fitted], old[2 * fitted :]
         crops = np.stack([decode(Path(item.path).read_bytes(), settings.limits)[0] for item in taught])
         known_labels = np.array([item.label for item in taught], np.int8)
         build_starter_release(directory / "release", crops, known_labels, plugins)
@@ -155,7 +154,7 @@ def make_pool(directory: Path, generator: str, fitted: int, margin: float) -> Po
             rows.append(KeptImage(item.sha256, len(data), None, None, None, item.path))
         store.run(lambda session: kept_images.note_kept(session, rows))
         _embed(settings, store, [*old, *new])
-    return pool
+    return Pool(directory, old, new, apart, margin)
 
 
 def _embed(settings: Settings, store: Store, items: list[Item]) -> None:

@@ -49,7 +49,7 @@ from code_worker.store import jobs
 from code_worker.store.ids import uuid7
 from code_worker.types import EMBEDDING_DIM, Job
 from code_worker.worker.app import create_app, host_of
-from code_worker.worker.intake import handle_message
+from code_worker.worker.intake import judge_jobs, take_message
 from code_worker.worker.node import Node
 from code_worker.worker.process import consume
 from code_worker.worker.runtimes import Runtimes
@@ -260,7 +260,7 @@ class Worker:
         node.runtimes = Runtimes(lambda: "no-op", lambda _: runtime())
         node._sources.sources = self._source  # type: ignore[assignment]  # noqa: SLF001 - images from memory
         node.follow()
-        return lambda message: handle_message(node, message, uuid7())
+        return lambda message: judge_jobs(node, take_message(node.store, message, uuid7()))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ NAMES: Final = frozenset(
         "before_promotion",
         "mid_promotion",
         "after_promotion",
+        "mid_run_promotion",
     }
 )
 

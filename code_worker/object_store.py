@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from code_worker.errors import ConfigurationError
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
 
     from code_worker.settings import S3Settings
 
-__all__ = ["is_anonymous", "new_client", "storage_client", "storage_errors"]
+__all__ = ["is_anonymous", "new_client", "object_versions", "storage_client", "storage_errors"]
 
 _Checksums = Literal["when_supported", "when_required"]
 _CONNECTIONS: Final = 10
 _STORAGE_READ_TIMEOUT_S: Final = 30.0
+_WITHOUT_VERSIONS: Final = frozenset({"NotImplemented", "MethodNotAllowed"})
+_DENIED: Final = frozenset({"403", "AccessDenied"})
 
 
 def new_client(
@@ -75,6 +78,44 @@ def storage_client(settings: S3Settings, bucket: str) -> S3Client:
         ConfigurationError: boto3 is not installed.
     """
     return new_client(settings, bucket, read_timeout_s=max(settings.read_timeout_s, _STORAGE_READ_TIMEOUT_S))
+
+
+def object_versions(client: Any, bucket: str, prefix: str) -> list[dict[str, str]] | None:
+    """`Key` and `VersionId` of every version and delete marker below a prefix; None where none can be kept.
+
+    That is so on a server that knows no versions, and in a bucket that never had them enabled.
+
+    Raises:
+        PermissionError: there may be versions, and they may not be listed: deleting the objects would leave them.
+        ClientError: any other answer of the server.
+    """
+    try:
+        pages = list(client.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix))
+    except client.exceptions.ClientError as error:
+        code = _code_of(error)
+        if code in _WITHOUT_VERSIONS or (code in _DENIED and _never_versioned(client, bucket)):
+            return None
+        if code in _DENIED:
+            raise PermissionError(
+                errno.EACCES,
+                f"versions in bucket {bucket} may not be listed: allow s3:ListBucketVersions and "
+                "s3:DeleteObjectVersion, or s3:GetBucketVersioning where it keeps none",
+            ) from error
+        raise
+    found = (one for page in pages for one in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())))
+    return [{"Key": one["Key"], "VersionId": one["VersionId"]} for one in found]
+
+
+def _never_versioned(client: Any, bucket: str) -> bool:
+    """Whether the bucket says that it never kept versions; one in which they are suspended has those of before."""
+    try:
+        return not client.get_bucket_versioning(Bucket=bucket).get("Status")
+    except client.exceptions.ClientError:
+        return False
+
+
+def _code_of(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code"))
 
 
 def is_anonymous(settings: S3Settings, bucket: str) -> bool:

@@ -125,8 +125,8 @@ class ScheduleSettings(Section):
         False,
         description="After a promotion draw anew the thresholds of policies that were calibrated on another release.",
     )
-    min_new_real: int = Field(20, ge=0, description="Real images labelled since the last run, below which it waits.")
-    min_new_fake: int = Field(50, ge=0, description="Generated images labelled since, below which it waits.")
+    min_new_real: int = Field(20, ge=0, description="Real images new to the champion, below which a run waits.")
+    min_new_fake: int = Field(50, ge=0, description="Generated images new to it, below which a run waits.")
     min_holdout: int = Field(20, ge=1, description="Images of each class in the hold-out, below which it waits.")
 
 
@@ -143,7 +143,9 @@ class GateSettings(Section):
         0.15, ge=0, le=1, description="Share of labels of one class that their neighbours contradict."
     )
     golden: str | None = Field(
-        None, description="Data set of your own on which nothing may get worse; its images are never learned from."
+        None,
+        description="Data set of your own on which nothing may get worse; its images and near-duplicates of them are "
+        "never learned from.",
     )
     golden_sha256: str | None = Field(None, description="Its hash, as `code-worker data pin` prints it.")
     max_golden_loss: float = Field(

@@ -286,3 +286,17 @@ def test_the_settings_choose_the_store(tmp_path: Path) -> None:
     assert isinstance(open_artifacts(Settings(data_dir=tmp_path, artifacts="s3://bucket/p/")), S3Artifacts)
     with pytest.raises(ConfigurationError, match="names no bucket"):
         open_artifacts(Settings(data_dir=tmp_path, artifacts="s3://"))
+
+
+def test_of_a_bucket_that_keeps_versions_every_version_of_a_release_is_dropped(
+    s3_server: S3Server, bucket: str, release: Path, tmp_path: Path
+) -> None:
+    client = s3_server.client()
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    artifacts = S3Artifacts(f"s3://{bucket}/kept", s3_settings(s3_server), cache=tmp_path / "cache")
+    for _ in range(2):
+        location = artifacts.put(release)
+    assert artifacts.drop(location.rpartition("/")[2])
+    left = client.list_object_versions(Bucket=bucket)
+    assert not left.get("Versions")
+    assert not left.get("DeleteMarkers")

@@ -55,6 +55,15 @@ def test_pixels_equal_for_any_size_and_mode(width: int, height: int, mode: str) 
 def test_the_whole_image_has_the_same_centre(name: str) -> None:
     whole = decode_whole(FILES[name](), LIMITS)
     np.testing.assert_array_equal(np.asarray(CenterCrop(224)(whole)), decode(FILES[name](), LIMITS)[0])
+    with_alpha = decode_whole(FILES[name](), LIMITS, alpha=True)
+    assert with_alpha.convert("RGB").tobytes() == whole.tobytes()
+
+
+def test_the_whole_image_has_its_alpha_when_asked_for() -> None:
+    picture = pixels(90, 70)
+    assert decode_whole(encoded(picture, "PNG"), LIMITS, alpha=True).mode == "RGB"
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    assert decode_whole(encoded(picture, "PNG"), LIMITS, alpha=True).tobytes() == picture.tobytes()
 
 
 def test_the_offset_is_rounded_to_the_even_pixel() -> None:

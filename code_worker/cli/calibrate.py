@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Store
     from code_worker.store.policies import PolicyRow
-    from code_worker.training.calibrate import Calibration, Labelled
+    from code_worker.training.calibrate import Calibration
     from code_worker.training.thresholds import Shares
 
 __all__ = ["calibrate"]
@@ -115,7 +115,7 @@ def _calibrate_one(asked: _Asked) -> None:
 
 def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calibration:
     from code_worker.data.open import open_examples  # noqa: PLC0415 - the forms, not for --help
-    from code_worker.training.calibrate import Goal, calibrate  # noqa: PLC0415 - numpy, not for --help
+    from code_worker.training.calibrate import Goal, calibrate, learnable  # noqa: PLC0415 - numpy, not for --help
 
     skipped: list[Skipped] = []
     goal = Goal(max_fpr=asked.max_fpr, max_fnr=asked.max_fnr or _MAX_FNR, strict_fnr=asked.max_fnr is not None)
@@ -134,7 +134,7 @@ def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calib
                 head=asked.head or before.head or measured.runtime.default_head,
                 before=before,
                 source=asked.source,
-                labelled=None if asked.everything or store is None else _labelled(store),
+                labelled=None if asked.everything or store is None else learnable(store, measured.loaded.id),
                 known=measured.known,
                 keep=measured.keep,
                 threads=settings.worker.fetch_threads,
@@ -142,16 +142,6 @@ def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calib
             )
         skipped.extend(made.skipped)
         return made
-
-
-def _labelled(store: Store) -> Labelled:
-    from code_worker.store.image_groups import places  # noqa: PLC0415 - SQLAlchemy, only where there is a database
-
-    def labelled(hashes: Sequence[str]) -> set[str]:
-        found = store.run(lambda session: places(session, hashes), write=False)
-        return {sha256 for sha256, place in found.items() if place.split != "holdout"}
-
-    return labelled
 
 
 def _put(asked: _Asked, settings: Settings, store: Store, made: Calibration) -> PolicyRow:

@@ -40,7 +40,7 @@ def _content_hash(_context: click.Context, _parameter: click.Parameter, value: s
 @click.option(
     "--before", type=AGO_OR_DATE, help="All that was accepted or labelled before then, and not spoken of since."
 )
-@click.option("--why", default="", help="The reason, for the receipt and the audit.")
+@click.option("--why", default="", help="The reason, for the receipt.")
 @click.option("--keep-releases", is_flag=True, help="Leave the files of releases that learned from it.")
 @click.option("--resume", is_flag=True, help="Only finish what earlier erasures left, if anything.")
 @click.option("--dry-run", is_flag=True, help="Print what would be erased; erase nothing.")

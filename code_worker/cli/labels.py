@@ -225,12 +225,18 @@ def _resolved(store: Store, rules: LabelSettings, since: datetime | None) -> Ite
 @limit_option(50)
 @json_option
 def conflicts(*, after: str | None, limit: int, as_json: bool) -> None:
-    """List images of which labellers say different things now: what the rule makes of it, and all that was said."""
+    """List images of which labellers say different things now: what the rule makes of it, and all that they said.
+
+    What is said by those whom CODE_WORKER_LABELS__IGNORED names is no part of it.
+    """
     from code_worker.store.labels import conflicts as disputed  # noqa: PLC0415 - SQLAlchemy, not for --help
 
     settings = quiet_settings()
     with open_ledger(settings) as store:
-        found = store.run(lambda session: disputed(session, after=after, limit=limit + 1), write=False)
+        found = store.run(
+            lambda session: disputed(session, ignored=settings.labels.ignored, after=after, limit=limit + 1),
+            write=False,
+        )
     page = found[:limit]
     rows = [row for conflict in page for row in _conflict_rows(conflict, settings.labels)]
     if as_json:

@@ -128,10 +128,10 @@ def _split_row(name: str, part: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(plan: Plan) -> dict[str, Any]:
     counts = plan.snapshot
-    between = sum(counts["left_out"].get("split", {}).values())
+    left = {why: sum(by.values()) for why, by in counts["left_out"].items()}
     left_out = (
         f"{counts['undecided']} undecided by the rule, {counts['unkept']} without a kept copy, "
-        f"{between} near images of different parts"
+        f"{left.get('split', 0)} near images of different parts, {left.get('share', 0)} over a labeller's share"
     )
     training = plan.training
     steps = (

@@ -83,6 +83,8 @@ def _standing(run: Run) -> str:
     match run.state:
         case "running":
             return f"under way, {run.stage}"
+        case "promoted" if run.report.get("alias") == "challenger":
+            return f"{run.candidate} became the challenger; the champion stays"
         case "promoted":
             return f"promoted {run.candidate}; running workers take it over within seconds"
         case "rejected":
@@ -95,6 +97,7 @@ def _standing(run: Run) -> str:
 
 def _print_facts(run: Run) -> None:
     skipped = run.report.get("skipped", {}).get("images")
+    learned = sum(run.report.get("gate", {}).get("learned", {}).values())
     print_facts(
         {
             "by": run.by,
@@ -106,6 +109,7 @@ def _print_facts(run: Run) -> None:
             "candidate": run.candidate,
             "snapshot": run.snapshot_id,
             "unreadable images": skipped or None,
+            "not judged on": f"{learned} images of the hold-out that a release learned from" if learned else None,
         }
     )
 

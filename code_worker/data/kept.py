@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from code_worker.disk import flush, make_private
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
-from code_worker.object_store import storage_client, storage_errors
+from code_worker.object_store import object_versions, storage_client, storage_errors
 
 if TYPE_CHECKING:
     from code_worker.settings import S3Settings, Settings
@@ -25,7 +25,6 @@ __all__ = ["KeptImages", "LocalKept", "S3Kept", "open_kept"]
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _INCOMPLETE: Final = ".incomplete"
 _ABANDONED_AFTER_S: Final = 24 * 3600.0
-_FORBIDDEN: Final = frozenset({"403", "AccessDenied", "NotImplemented", "MethodNotAllowed"})
 _MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound"})
 
 
@@ -55,7 +54,7 @@ class KeptImages(Protocol):
         """
 
     def path(self, sha256: str) -> Path:
-        """A local file with the copy, not to be changed.
+        """A local file with the copy, compared with its hash, not to be changed.
 
         Raises:
             DatasetError, StorageError: as `read`.
@@ -91,7 +90,7 @@ class LocalKept:
     def put(self, data: bytes) -> str:
         """See `KeptImages.put`; a copy that was damaged is replaced."""
         sha256 = hashlib.sha256(data).hexdigest()
-        target = self._place(sha256)
+        target = self.place(sha256)
         with _translated(f"cannot keep a copy in {self.root}"):
             if not _holds(target, data):
                 self._sweep()
@@ -126,8 +125,8 @@ class LocalKept:
 
     def read(self, sha256: str) -> bytes:
         """See `KeptImages.read`."""
-        path = self._place(sha256)
-        with _translated(f"cannot read {path}"):
+        path = self.place(sha256)
+        with _translated(f"cannot read a copy in {self.root}"):
             try:
                 return _compared(path.read_bytes(), sha256, str(path))
             except FileNotFoundError:
@@ -136,17 +135,16 @@ class LocalKept:
     def exists(self, sha256: str) -> bool:
         """See `KeptImages.exists`."""
         with _translated(f"cannot read {self.root}"):
-            return self._place(sha256).is_file()
+            return self.place(sha256).is_file()
 
     def path(self, sha256: str) -> Path:
-        """See `KeptImages.path`; the kept file itself, not compared with its hash."""
-        if not self.exists(sha256):
-            raise _gone(sha256, str(self.root))
-        return self._place(sha256)
+        """See `KeptImages.path`: the kept file itself."""
+        self.read(sha256)
+        return self.place(sha256)
 
     def drop(self, sha256: str) -> bool:
         """See `KeptImages.drop`; what a writer left half written is dropped too, if it is these bytes."""
-        target = self._place(sha256)
+        target = self.place(sha256)
         with _translated(f"cannot delete a copy in {self.root}"):
             for path in (self.root / _INCOMPLETE).glob("*"):
                 with contextlib.suppress(FileNotFoundError):
@@ -163,7 +161,8 @@ class LocalKept:
         """Content hashes of every copy."""
         return (path.name for path in self.root.glob("??/??/*") if _HASH.fullmatch(path.name))
 
-    def _place(self, sha256: str) -> Path:
+    def place(self, sha256: str) -> Path:
+        """Where the copy lies if there is one, whatever is in it."""
         return self.root / _name(sha256)
 
 
@@ -202,7 +201,7 @@ class S3Kept:
     def read(self, sha256: str) -> bytes:
         """See `KeptImages.read`."""
         key = self._key(sha256)
-        with _translated(f"cannot read s3://{self._bucket}/{key}"):
+        with _translated(f"cannot read a copy in {self.address}"):
             try:
                 answer = self._client.get_object(Bucket=self._bucket, Key=key)
             except self._client.exceptions.NoSuchKey:
@@ -224,8 +223,10 @@ class S3Kept:
         return True
 
     def path(self, sha256: str) -> Path:
-        """See `KeptImages.path`."""
-        if not self.cache.exists(sha256):
+        """See `KeptImages.path`; a cached copy that was damaged is fetched again."""
+        try:
+            return self.cache.path(sha256)
+        except DatasetError:
             self.cache.put(self.read(sha256))
         return self.cache.path(sha256)
 
@@ -233,22 +234,12 @@ class S3Kept:
         """See `KeptImages.drop`; of a bucket that keeps versions all of them go."""
         key = self._key(sha256)
         cached = self.cache.drop(sha256)
-        with _translated(f"cannot delete s3://{self._bucket}/{key}"):
-            found = list(self._versions(key))
-            for version in found or [{}]:
-                self._client.delete_object(Bucket=self._bucket, Key=key, **version)
+        with _translated(f"cannot delete a copy in {self.address}"):
+            versions = object_versions(self._client, self._bucket, key)
+            found = [one for one in versions or () if one["Key"] == key]
+            for version in found or [{"Key": key}]:
+                self._client.delete_object(Bucket=self._bucket, **version)
         return bool(found) or cached
-
-    def _versions(self, key: str) -> Iterator[dict[str, str]]:
-        """Versions and delete markers of one object; none where they may not be listed, and then none are kept."""
-        try:
-            for page in self._client.get_paginator("list_object_versions").paginate(Bucket=self._bucket, Prefix=key):
-                for one in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
-                    if one["Key"] == key:
-                        yield {"VersionId": one["VersionId"]}
-        except self._client.exceptions.ClientError as error:
-            if str(error.response.get("Error", {}).get("Code")) not in _FORBIDDEN:
-                raise
 
     def _key(self, sha256: str) -> str:
         return f"{self._prefix}{_name(sha256)}"

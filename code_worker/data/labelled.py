@@ -46,7 +46,8 @@ def labelled_examples(
 
     def read(session: Session) -> tuple[list[ResolvedLabel], list[Conflict], Mapping[str, Place]]:
         decided = table.resolve(session, rule=rule.rule, trusted=rule.trusted, ignored=rule.ignored)
-        return decided, table.conflicts(session), image_groups.places(session, (one.sha256 for one in decided))
+        disputed = table.conflicts(session, ignored=rule.ignored)
+        return decided, disputed, image_groups.places(session, (one.sha256 for one in decided))
 
     decided, disputed, places = store.run(read, write=False)
     known = {label.sha256 for label in decided}

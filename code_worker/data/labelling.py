@@ -259,8 +259,14 @@ class Labeller:
         if not self._kept.exists(sha256):
             return None
         noted = self._store.run(partial(kept_images.kept, hashes=[sha256]), write=False).get(sha256)
-        # A storage may be older than the database, or shared with another one.
-        image = noted or self._inspected(self._kept.read(sha256), uri)
+        if noted is None:
+            # A storage may be older than the database, or shared with another one.
+            image = self._inspected(self._kept.read(sha256), uri)
+        elif noted.phash is None:
+            # It may be older than groups: it is put into one now, where it needs its hash.
+            image = replace(noted, phash=self._hash(self._kept.read(sha256)))
+        else:
+            image = noted
         self._note(image, since, job_id)
         # Asked again once it is noted: from here on nobody deletes it.
         return image if self._kept.exists(sha256) else None
@@ -291,8 +297,11 @@ class Labeller:
 
     def _inspected(self, data: bytes, uri: str) -> KeptImage:
         facts = inspect(data, self._limits)
-        phash = kept_images.bits(perceptual_hash(data, self._limits))
+        phash = self._hash(data)
         return KeptImage(facts.sha256, facts.size_bytes, facts.format, facts.width, facts.height, uri, phash)
+
+    def _hash(self, data: bytes) -> str | None:
+        return kept_images.bits(perceptual_hash(data, self._limits))
 
 
 def erased_meanwhile(sha256: str) -> DatasetError:

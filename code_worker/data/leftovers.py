@@ -103,7 +103,7 @@ class Leftovers:
                 return set(kept_images.kept(session, some))
 
             kept = self._store.run(known, write=False)
-            old = [sha256 for sha256 in some if sha256 not in kept and _age_s(cache.path(sha256)) > _FRESH_S]
+            old = [sha256 for sha256 in some if sha256 not in kept and _age_s(cache.place(sha256)) > _FRESH_S]
             count += sum(cache.drop(sha256) for sha256 in old)
         return count
 

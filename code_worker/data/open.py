@@ -14,6 +14,7 @@ from code_worker.data.examples import Example, Skipped
 from code_worker.data.hub import HUB_PREFIX, RealUrls, hub_examples, parquet_examples
 from code_worker.data.labelled import HOLDOUT, LABELS, labelled_examples
 from code_worker.data.manifests import manifest_examples
+from code_worker.data.names import IMAGE_SUFFIXES
 from code_worker.data.reading import allow
 from code_worker.data.shards import SHARD_SUFFIXES, expand, shard_examples
 from code_worker.data.trees import bucket_examples, tree_examples
@@ -130,7 +131,8 @@ def _form_of(source: str) -> _Form:
 def _form_of_directory(path: Path) -> _Form:
     names = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     if shards := [entry for entry in names if _is_shard(entry)]:
-        return _Form(partial(_read_shards, shards, [entry for entry in names if entry.is_dir()]), neighbours=True)
+        beside = [entry for entry in names if entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES]
+        return _Form(partial(_read_shards, shards, beside), neighbours=True)
     if parquet := [*_parquet_in(names), *_parquet_in(sorted((path / "data").glob("*")))]:
         return _Form(partial(_read_parquet, parquet), neighbours=True)
     return _Form(partial(_read_tree, path))
@@ -158,7 +160,7 @@ def _is_shard(path: Path) -> bool:
 
 
 def _read_shards(paths: Sequence[Path], beside: Sequence[Path], asked: _Asked) -> Iterator[Example]:
-    asked.skipped.extend(Skipped(str(one), "a directory beside shards, which is not read: name it") for one in beside)
+    asked.skipped.extend(Skipped(str(one), "it lies beside shards and is not read: name it") for one in beside)
     return shard_examples(paths, max_bytes=asked.max_bytes, skipped=asked.skipped)
 
 

@@ -6,14 +6,20 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from code_worker.store import erasing, erasures
+from code_worker.errors import ArtifactError, StoreError
+from code_worker.logs import get_logger
+from code_worker.releases.manifest import parse_manifest
+from code_worker.store import erasing, erasures, releases
 from code_worker.store.erasures import WAITING, Receipt
 
 if TYPE_CHECKING:
+    from code_worker.releases.artifacts import ArtifactStore
     from code_worker.store.engine import Session, Store
     from code_worker.store.turns import Turn
 
-__all__ = ["ALL", "Unlearning"]
+__all__ = ["ALL", "Unlearning", "drop_forgotten"]
+
+log = get_logger(__name__)
 
 ALL: Final = "*"
 """Stands on a receipt for all releases, where their files are to be left."""
@@ -32,17 +38,16 @@ class Unlearning:
     def forget(self, receipt: Receipt, hashes: set[str]) -> None:
         """Out of snapshots and runs; a run under way that learns from it ends.
 
-        Noted first, forgotten then: once a snapshot has forgotten, nothing tells any more which release learned.
+        Runs end first, so that none registers another release while those that there are are noted; and these are
+        noted before snapshots forget: from then on nothing tells any more which release learned.
         """
         if not hashes:
             return
-        concerned = self._note_learning(receipt, hashes)
-        for snapshot in concerned:
+        touched, learned = self._concerned(hashes)
+        self._end_runs(receipt.id, touched)
+        self._note_releases(receipt.id, learned)
+        for snapshot in touched:
             self._turn.write(partial(self._forget_in, receipt=receipt, snapshot=snapshot, hashes=hashes))
-        why = "an image that it learned from was erased: begin another run"
-        noted = self._read(partial(erasures.get, erasure_id=receipt.id))
-        for run in () if noted is None else noted.runs:
-            self._turn.write(partial(erasing.end_run, run_id=run, reason=why))
         self._turn.write(partial(erasing.forget_in_runs, hashes=hashes))
 
     @staticmethod
@@ -50,31 +55,38 @@ class Unlearning:
         forgot = erasing.forget_in_snapshot(session, snapshot, hashes, actor=receipt.by, subject=receipt.id)
         erasures.count(session, receipt.id, {"snapshots": int(forgot)})
 
-    def _note_learning(self, receipt: Receipt, hashes: set[str]) -> set[str]:
-        """Notes runs and releases on the receipt; returns the snapshots that have one of the images."""
-        touched, learned = self._concerned(hashes)
-        runs, _ = self._read(partial(erasing.learned_from, snapshot_ids=touched))
-        _, made = self._read(partial(erasing.learned_from, snapshot_ids=learned))
+    def _end_runs(self, erasure_id: str, touched: set[str]) -> None:
+        """Notes runs on the receipt and ends them: from then on none of them registers a release."""
+        runs = self._read(partial(erasing.runs_on, snapshot_ids=touched))
+
+        def note(session: Session) -> list[str]:
+            known = _noted(session, erasure_id).runs
+            erasures.note(session, erasure_id, counts={"runs": len(set(runs) - set(known))}, runs=runs)
+            return sorted({*known, *runs})
+
+        why = "an image that it learned from was erased: begin another run"
+        for run in self._turn.write(note):
+            self._turn.write(partial(erasing.end_run, run_id=run, reason=why))
+
+    def _note_releases(self, erasure_id: str, learned: set[str]) -> None:
+        made = self._read(partial(erasing.learned_from, snapshot_ids=learned))
 
         def note(session: Session) -> None:
-            known = erasures.get(session, receipt.id, lock=True) or receipt
-            files = "kept" if ALL in known.releases else WAITING
+            known = _noted(session, erasure_id).releases
+            files = "kept" if ALL in known else WAITING
             named = {
                 name: {"how": how, "files": files if how == "learned" else "kept"}
                 for name, how in made.items()
-                if name not in known.releases
+                if name not in known
             }
-            counts = {"runs": len(set(runs) - set(known.runs)), "releases": len(named)}
-            erasures.note(session, receipt.id, counts=counts, releases=named, runs=runs)
+            erasures.note(session, erasure_id, counts={"releases": len(named)}, releases=named)
 
         self._turn.write(note)
-        return touched
 
     def made_from(self, hashes: set[str]) -> Mapping[str, str]:
         """Releases that learned from one of the images, with how: `learned` or `descends`."""
         _, learned = self._concerned(hashes)
-        made: Mapping[str, str]
-        _, made = self._read(partial(erasing.learned_from, snapshot_ids=learned))
+        made: Mapping[str, str] = self._read(partial(erasing.learned_from, snapshot_ids=learned))
         return made
 
     def _concerned(self, hashes: set[str]) -> tuple[set[str], set[str]]:
@@ -82,3 +94,52 @@ class Unlearning:
         found: Mapping[str, Mapping[str, str]] = self._read(partial(erasing.snapshots_with, hashes=hashes))
         learned = {snapshot for snapshot, parts in found.items() if set(parts.values()) != {"holdout"}}
         return set(found), learned
+
+
+def drop_forgotten(store: Store, artifacts: ArtifactStore) -> int:
+    """Deletes files of releases that an erasure has deleted and somebody put back, or a run that it ended stored.
+
+    The process of such a run died before it registered what it stored, or deleted it.
+
+    Returns:
+        How many releases there were.
+
+    Raises:
+        ArtifactError: they cannot be listed, read or deleted; the next call goes on there.
+    """
+    deleted, ended = store.run(_erased, write=False)
+    if not deleted and not ended:
+        return 0
+    there = set(artifacts.list())
+    # Read after the list: whoever registers one of these meanwhile has its row by then, or is refused.
+    unknown = there - store.run(releases.registered, write=False) if ended else set()
+    sources = {release: _source(artifacts, release) for release in sorted(unknown)}
+    ours = store.run(partial(erasing.unregistered, sources=sources), write=False) if sources else set()
+    dropped = sum(artifacts.drop(release) for release in sorted(ours | deleted & there))
+    if dropped:
+        log.info("erased_releases_deleted", count=dropped)
+    return dropped
+
+
+def _erased(session: Session) -> tuple[set[str], bool]:
+    """Releases whose files erasures have deleted, and whether receipts name any run."""
+    receipts = list(erasures.learned(session))
+    named = ((name, facts["files"]) for receipt in receipts for name, facts in receipt.releases.items())
+    return {name for name, files in named if files == "deleted"}, any(receipt.runs for receipt in receipts)
+
+
+def _source(artifacts: ArtifactStore, release: str) -> str:
+    content = artifacts.manifest(release)
+    try:
+        return "" if content is None else parse_manifest(content, release).source.uri
+    except ArtifactError:
+        # Damaged, or of another version: it says nothing of its making, and keeps nobody from the others.
+        return ""
+
+
+def _noted(session: Session, erasure_id: str) -> Receipt:
+    """The receipt, in the transaction that adds to it: repeated after a lost answer, it adds nothing twice."""
+    found = erasures.get(session, erasure_id, lock=True)
+    if found is None:
+        raise StoreError(f"no erasure {erasure_id}")
+    return found

@@ -33,7 +33,7 @@ __all__ = ["FORMATS", "centre", "decode", "decode_crop", "decode_whole", "inspec
 _JPEG: Final = ("JPEG", "MPO")
 _MOST_SCANNED: Final = 1_000_000_000
 """Pixels times scans: a second of libjpeg's, and twenty scans of the largest image, where ten are usual."""
-_RGB_BYTES: Final = 4
+_PIXEL_BYTES: Final = 4
 
 
 def decode(data: bytes, limits: LimitSettings, *, sha256: str | None = None) -> tuple[NDArray[np.uint8], ImageFacts]:
@@ -117,7 +117,9 @@ def inspect(data: bytes, limits: LimitSettings, *, sha256: str | None = None) ->
         return _facts(data, image, sha256)
 
 
-def decode_whole(data: bytes, limits: LimitSettings, *, least_side: int | None = None) -> Image.Image:
+def decode_whole(
+    data: bytes, limits: LimitSettings, *, least_side: int | None = None, alpha: bool = False
+) -> Image.Image:
     """The whole image at its native resolution as RGB, for those who transform it before they crop it.
 
     Its centre is what `decode` gives.
@@ -127,6 +129,7 @@ def decode_whole(data: bytes, limits: LimitSettings, *, least_side: int | None =
         limits: What it may cost.
         least_side: A JPEG may be decoded at a half, a quarter or an eighth of its size, as long as both sides keep
             so many pixels: for those who shrink it anyway.
+        alpha: An image that has transparency is given as RGBA, its colours the same.
 
     Raises:
         ImageRejectedError, TransientError: as `decode`.
@@ -135,10 +138,10 @@ def decode_whole(data: bytes, limits: LimitSettings, *, least_side: int | None =
         if least_side is not None and image.format in _JPEG:
             image.draft(None, (least_side, least_side))
         # Whoever works on whole images has chosen them: one that takes more than all the memory has it for itself.
-        needed = pillow_bytes(image, data) + 2 * _RGB_BYTES * image.width * image.height
+        needed = pillow_bytes(image, data) + 2 * _PIXEL_BYTES * image.width * image.height
         with taking(min(needed, limits.max_decode_bytes), limits.max_decode_bytes), _pixels_let_go(image):
             image.load()
-            pixels = np.asarray(_as_rgb(image))
+            pixels = np.asarray(image.convert("RGBA") if alpha and image.has_transparency_data else _as_rgb(image))
     return Image.fromarray(pixels)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError
 from code_worker.failpoints import failpoint
-from code_worker.object_store import storage_client, storage_errors
+from code_worker.object_store import object_versions, storage_client, storage_errors
 from code_worker.releases.hashing import OnBytes
 from code_worker.releases.manifest import (
     MANIFEST_NAME,
@@ -49,6 +49,13 @@ class ArtifactStore(Protocol):
         Raises:
             ArtifactError: there is no such release, or it cannot be read.
             IntegrityError: it is damaged.
+        """
+
+    def manifest(self, release: str) -> bytes | None:
+        """The release's manifest as it lies here, compared with nothing; None if there is no complete release.
+
+        Raises:
+            ArtifactError: it cannot be read.
         """
 
     def signature(self, release: str) -> bytes | None:
@@ -120,6 +127,11 @@ class LocalArtifacts:
             _, sha256 = verify_files(directory, on_bytes)
         _expect_id(release, sha256, str(directory))
         return directory
+
+    def manifest(self, release: str) -> bytes | None:
+        """See `ArtifactStore.manifest`."""
+        with _translated(f"cannot read release {release} in {self.root}"):
+            return _kept_manifest(self.root / _checked_id(release))
 
     def signature(self, release: str) -> bytes | None:
         """See `ArtifactStore.signature`."""
@@ -235,6 +247,11 @@ class S3Artifacts:
         except self._client.exceptions.NoSuchKey:
             return None
 
+    def manifest(self, release: str) -> bytes | None:
+        """See `ArtifactStore.manifest`."""
+        with _translated(f"cannot read release {release} from {self.address}"):
+            return self._manifest_bytes(_checked_id(release))
+
     def signature(self, release: str) -> bytes | None:
         """See `ArtifactStore.signature`."""
         with _translated(f"cannot read the signature of {release}"):
@@ -263,16 +280,18 @@ class S3Artifacts:
         return sorted(found)
 
     def drop(self, release: str) -> bool:
-        """See `ArtifactStore.drop`."""
+        """See `ArtifactStore.drop`; of a bucket that keeps versions all of them go."""
         cached = LocalArtifacts(self.cache).drop(release)
         prefix = self._key(_checked_id(release), "")
         with _translated(f"cannot delete release {release} in {self.address}"):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
-            keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
+            found = object_versions(self._client, self._bucket, prefix)
+            if found is None:
+                pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
+                found = [{"Key": item["Key"]} for page in pages for item in page.get("Contents", ())]
             # The manifest first: half a release is none.
-            for key in sorted(keys, key=lambda key: not key.endswith(f"/{MANIFEST_NAME}")):
-                self._client.delete_object(Bucket=self._bucket, Key=key)
-        return bool(keys) or cached
+            for version in sorted(found, key=lambda one: not one["Key"].endswith(f"/{MANIFEST_NAME}")):
+                self._client.delete_object(Bucket=self._bucket, **version)
+        return bool(found) or cached
 
 
 @contextlib.contextmanager

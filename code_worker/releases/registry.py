@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,21 +100,25 @@ class Registry:
             build_release(source, self._plugins, built, options, keys=self._keys)
             return self.add(built, by=by)
 
-    def add(self, directory: Path, *, by: str | None = None) -> str:
+    def add(
+        self, directory: Path, *, by: str | None = None, along: Callable[[Session, str], object] | None = None
+    ) -> str:
         """Stores and registers a finished release directory; returns its id. Adding it again changes nothing.
 
         Where keys are configured it is signed: add only what was made here, or what `import_` checked. `by` is for
-        the record; unset, it is the user of this process.
+        the record; unset, it is the user of this process. `along` writes in the transaction that registers it, by its
+        id; when it raises, the release is not registered.
 
         The files are in the artifact store before the row is written: a row always leads to a whole release, and
         what a crash in between leaves behind is taken up by the next attempt.
 
         Raises:
             IntegrityError: the directory is damaged.
-            ArtifactError: it is no release, or cannot be stored.
+            ArtifactError: it is no release, cannot be stored, or its files were deleted because of an erasure.
         """
         manifest, sha256 = verify_files(directory)
         id_ = release_id(sha256)
+        _refuse_retired(id_, self._status(id_))
         failpoint("before_upload")
         location = self._artifacts.put(directory)
         if self._keys:
@@ -122,13 +126,36 @@ class Registry:
         failpoint("after_upload")
         plain, source = manifest.model_dump(mode="json"), manifest.source.uri
         who = current_user() if by is None else by
-        added = self._store.run(
-            lambda session: releases.add(
+
+        def register(session: Session) -> tuple[bool, str | None]:
+            added = releases.add(
                 session, id=id_, manifest_sha256=sha256, location=location, manifest=plain, source=source, by=who
             )
-        )
+            status = releases.status_of(session, id_)
+            if status == releases.READY and along is not None:
+                along(session, id_)
+            return added, status
+
+        added, status = self._store.run(register)
+        if status != releases.READY:
+            # Retired while it was stored.
+            self._artifacts.drop(id_)
+            _refuse_retired(id_, status)
         log.info("release_added", release=id_, new=added, source=source, heads=sorted(manifest.heads))
         return id_
+
+    def discard(self, release: str) -> None:
+        """Deletes what `add` stored of a release but did not register; only while nobody else adds it.
+
+        Raises:
+            ArtifactError: the files cannot be deleted.
+        """
+        if self._status(release) is None:
+            self._artifacts.drop(release)
+
+    def _status(self, release: str) -> str | None:
+        row = self._store.run(lambda session: releases.get(session, release), write=False)
+        return None if row is None else row.status
 
     def list(self) -> list[Registered]:
         """Every release, newest first."""
@@ -303,6 +330,11 @@ def _before(tries: Sequence[str | None], now: str | None) -> str | None:
     A try whose commit's answer was lost did move it, and the next one found it moved.
     """
     return next((found for found in reversed(tries) if found != now), now)
+
+
+def _refuse_retired(release: str, status: str | None) -> None:
+    if status not in {None, releases.READY}:
+        raise ArtifactError(f"{release} cannot be added again: {status}")
 
 
 def _pointing_to(release: str, aliases: dict[str, str]) -> tuple[str, ...]:

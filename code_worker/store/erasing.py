@@ -13,7 +13,17 @@ from sqlalchemy import RowMapping, Uuid, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.queues import chunks
-from code_worker.store import audit, erasures, image_groups, kept_images, origins, personal, scopes, snapshots
+from code_worker.store import (
+    audit,
+    erasures,
+    image_groups,
+    kept_images,
+    origins,
+    personal,
+    releases,
+    scopes,
+    snapshots,
+)
 from code_worker.store.models import (
     EmbeddingRow,
     ImageOriginRow,
@@ -21,6 +31,7 @@ from code_worker.store.models import (
     JobRow,
     KeptImageRow,
     LabelRow,
+    ReleaseRow,
     RunRow,
     ShadowScoreRow,
     SnapshotRow,
@@ -45,8 +56,10 @@ __all__ = [
     "forget_in_snapshot",
     "learned_from",
     "rows_left",
+    "runs_on",
     "snapshots_with",
     "spare_shared",
+    "unregistered",
 ]
 
 _JOBS = table_of(JobRow)
@@ -57,9 +70,12 @@ _ROWS = table_of(ImportedRow)
 _KEPT = table_of(KeptImageRow)
 _EMBEDDINGS = table_of(EmbeddingRow)
 _ORIGINS = table_of(ImageOriginRow)
+_RELEASES = table_of(ReleaseRow)
 _RUNS = table_of(RunRow)
 _SNAPSHOTS = table_of(SnapshotRow)
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
+_MADE: Final = re.compile(r"(?:refit|retrain) of (?P<base>\S+) on snapshot (?P<snapshot>\S+)")
+"""What a release says of its making by a run, see `training.refit.Origin`."""
 _OF_IMAGES: Final = (_LABELS, _ROWS, _KEPT, _SHADOW, _ORIGINS)
 """Tables whose rows go with an image; embeddings beside them, which are found by encoder."""
 _UNKNOWN: Final = "erased"
@@ -320,24 +336,41 @@ def forget_in_snapshot(
     return True
 
 
-def learned_from(session: Session, snapshot_ids: Collection[str]) -> tuple[list[str], Mapping[str, str]]:
-    """Runs on these snapshots, and the releases that they made, with how each is concerned.
+def runs_on(session: Session, snapshot_ids: Collection[str]) -> list[str]:
+    """Runs that learn from these snapshots or measure on them."""
+    rows = session.execute(select(_RUNS.c.id, _RUNS.c.snapshot_id).order_by(_RUNS.c.id))
+    return [row.id for row in rows if row.snapshot_id in snapshot_ids]
+
+
+def learned_from(session: Session, snapshot_ids: Collection[str]) -> Mapping[str, str]:
+    """Releases that were made of these snapshots, with how each is concerned.
 
     `learned`: made of one of these snapshots. `descends`: made from a release that did, whose encoder it inherited.
+    What a run noted counts, and what a release says of its own making, which was perhaps registered by hand.
     """
-    rows = session.execute(
-        select(_RUNS.c.id, _RUNS.c.snapshot_id, _RUNS.c.base_release, _RUNS.c.candidate).order_by(_RUNS.c.id)
-    ).all()
-    runs, releases = [], dict[str, str]()
-    for row in rows:
-        mine = row.snapshot_id in snapshot_ids
-        if mine:
-            runs.append(row.id)
-        if row.candidate is not None and mine:
-            releases[row.candidate] = "learned"
-        elif row.candidate is not None and row.base_release in releases:
-            releases.setdefault(row.candidate, "descends")
-    return runs, releases
+    noted = session.execute(select(_RUNS.c.candidate, _RUNS.c.base_release, _RUNS.c.snapshot_id))
+    made = [(row.candidate, row.base_release, row.snapshot_id) for row in noted if row.candidate is not None]
+    rows = session.execute(select(_RELEASES.c.id, _RELEASES.c.source))
+    said = ((row.id, _MADE.fullmatch(row.source)) for row in rows)
+    made += [(release, making["base"], making["snapshot"]) for release, making in said if making is not None]
+    concerned = dict.fromkeys((release for release, _, snapshot in made if snapshot in snapshot_ids), "learned")
+    while more := {release for release, base, _ in made if base in concerned} - concerned.keys():
+        concerned.update(dict.fromkeys(sorted(more), "descends"))
+    return concerned
+
+
+def unregistered(session: Session, sources: Mapping[str, str]) -> set[str]:
+    """Those of these releases that runs made which an erasure ended, and that nobody registered.
+
+    Args:
+        session: the unit of work.
+        sources: what each release says of its making.
+    """
+    named = {run for receipt in erasures.learned(session) for run in receipt.runs}
+    rows = session.execute(select(_RUNS.c.id, _RUNS.c.snapshot_id).where(_RUNS.c.state != "running"))
+    ended = {row.snapshot_id for row in rows if row.id in named}
+    made = {release: said["snapshot"] for release, source in sources.items() if (said := _MADE.fullmatch(source))}
+    return {release for release, snapshot in made.items() if snapshot in ended} - releases.registered(session)
 
 
 def forget_in_runs(session: Session, hashes: Collection[str]) -> int:

@@ -27,6 +27,7 @@ from code_worker.store.models import ImportedRow, LabelRow, db_now
 from code_worker.store.sql import IN_LIST, insert_new, is_plain, table_of
 
 __all__ = [
+    "RESERVED",
     "REVIEW",
     "Conflict",
     "LabelFilter",
@@ -35,6 +36,7 @@ __all__ = [
     "Statement",
     "add",
     "conflicts",
+    "generator_name",
     "imported",
     "list_labels",
     "note_imported",
@@ -50,6 +52,8 @@ _LIMITS: Final = {
     "source": 300,
     "note": 2000,
 }
+RESERVED: Final = frozenset({"all images", "fake", "mean", "new images", "old fakes", "real"})
+"""What the gate and the training call other groups of images; a generator of that name would escape both."""
 _HEX: Final = frozenset("0123456789abcdef")
 _PAGE: Final = 5000
 _CLOCKS_DIFFER: Final = timedelta(days=1)
@@ -98,6 +102,8 @@ class NewLabel:
             raise ValueError(f"a label is real or fake, not {self.label!r}")
         if self.label == "real" and self.generator is not None:
             raise ValueError(f"a real image has no generator, yet {self.generator!r} is named")
+        if self.generator in RESERVED:
+            raise ValueError(f"no generator can be called {self.generator!r}: reports name a group of images so")
         for name, limit in _LIMITS.items():
             _check_text(name, getattr(self, name), limit)
         if self.uri is not None:
@@ -111,6 +117,11 @@ class NewLabel:
     def content(self) -> tuple[str, str | None, str | None]:
         """What is said."""
         return self.label, self.generator, self.collection
+
+
+def generator_name(name: str | None) -> str | None:
+    """A generator's name among groups of images; one that was labelled before its name was reserved gets another."""
+    return f"generator {name}" if name in RESERVED else name
 
 
 def _check_text(name: str, value: str | None, limit: int) -> None:
@@ -157,7 +168,7 @@ class LabelFilter:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """An image of which its labellers' latest statements differ, and all that was ever said of it, in order."""
+    """An image of which its labellers' latest statements differ, and all that they ever said of it, in order."""
 
     sha256: str
     statements: tuple[Statement, ...]
@@ -355,24 +366,29 @@ def _by_image(session: Session, statement: Select[Any]) -> Iterator[list[Said]]:
             yield sorted(some, key=attrgetter("at"))
 
 
-def conflicts(session: Session, *, after: str | None = None, limit: int | None = None) -> list[Conflict]:
+def conflicts(
+    session: Session, *, ignored: Collection[str] = (), after: str | None = None, limit: int | None = None
+) -> list[Conflict]:
     """Images on which labellers differ now and that no reviewer settled, by content hash.
 
     Who took a statement back contradicts nobody.
 
     Args:
         session: the unit of work.
+        ignored: labellers whose statements do not count.
         after: content hash of the last one of the page before.
         limit: at most so many.
     """
+    who = [_LABELS.c.by.not_in(sorted(ignored))] if ignored else []
     disputed = (
         select(_LABELS.c.sha256)
+        .where(*who)
         .group_by(_LABELS.c.sha256)
         .having(func.min(_LABELS.c.label) != func.max(_LABELS.c.label), func.count(_LABELS.c.by.distinct()) > 1)
     )
     if after is not None:
         disputed = disputed.where(_LABELS.c.sha256 > after)
-    statement = select(*_COLUMNS).where(_LABELS.c.sha256.in_(disputed)).order_by(_LABELS.c.sha256, _LABELS.c.id)
+    statement = select(*_COLUMNS).where(_LABELS.c.sha256.in_(disputed), *who).order_by(_LABELS.c.sha256, _LABELS.c.id)
     found: list[Conflict] = []
     with closing(session.execute(statement.execution_options(yield_per=_PAGE))) as rows:
         for sha256, some in groupby(map(_statement, rows.mappings()), key=attrgetter("sha256")):

@@ -31,8 +31,10 @@ __all__ = [
     "move_alias",
     "moves",
     "note_signed",
+    "registered",
     "retire",
     "rollback",
+    "status_of",
 ]
 
 CHAMPION: Final = "champion"
@@ -125,6 +127,11 @@ def get(session: Session, release_id: str) -> ReleaseInfo | None:
     return None if row is None else _info(row)
 
 
+def registered(session: Session) -> set[str]:
+    """Ids of all releases, also of those whose files were deleted."""
+    return set(session.scalars(select(_RELEASES.c.id)))
+
+
 def list_releases(session: Session, *, limit: int | None = None) -> list[ReleaseInfo]:
     """Releases, newest first."""
     newest = select(_RELEASES).order_by(_RELEASES.c.created_at.desc(), _RELEASES.c.id).limit(limit)
@@ -145,6 +152,11 @@ def retire(session: Session, release_id: str, status: str) -> bool:
         return False
     session.execute(update(_RELEASES).where(_RELEASES.c.id == release_id).values(status=status))
     return True
+
+
+def status_of(session: Session, release_id: str) -> str | None:
+    """Status of a release, which stays until the transaction ends; None if it is not registered."""
+    return session.scalar(_lock_of(release_id))
 
 
 def _lock_of(release_id: str) -> Select[str]:

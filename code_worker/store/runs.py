@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -12,9 +13,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import ColumnElement
 
 from code_worker.errors import RunLostError, StoreError
+from code_worker.failpoints import failpoint
 from code_worker.store import audit, releases
 from code_worker.store.ids import as_uuid
-from code_worker.store.models import AliasMoveRow, RunMetricsRow, RunRow, SnapshotRow, db_now, db_now_plus
+from code_worker.store.models import RunMetricsRow, RunRow, SnapshotRow, db_now, db_now_plus
 from code_worker.store.releases import CHAMPION
 from code_worker.store.sql import insert_into, insert_new, plain, table_of
 
@@ -24,15 +26,14 @@ __all__ = [
     "Run",
     "RunMetrics",
     "add_metrics",
+    "ancestry",
     "concluded",
     "finish",
     "get",
     "hold",
     "lapsed",
-    "learned",
     "let_go",
     "list_runs",
-    "made",
     "metrics",
     "note",
     "promote",
@@ -44,7 +45,6 @@ __all__ = [
 
 _RUNS = table_of(RunRow)
 _METRICS = table_of(RunMetricsRow)
-_MOVES = table_of(AliasMoveRow)
 _SNAPSHOTS = table_of(SnapshotRow)
 _MAX_REASON: Final = 2000
 _LAPSED_S: Final = -10 * 365 * 86_400.0
@@ -228,6 +228,7 @@ def promote(
     elif releases.move_alias(session, CHAMPION, release, by=by, reason=reason) != champion:
         raise StoreError("the champion was moved by somebody else just now")
     finish(session, lease, "promoted", reasons=reasons, report=report)
+    failpoint("mid_run_promotion")
     return True
 
 
@@ -291,16 +292,22 @@ def lapsed(session: Session, *, lapse_s: float) -> bool:
     return session.scalar(waits) is not None
 
 
-def learned(session: Session) -> Run | None:
-    """The last run whose candidate was made the champion at some time, by the gate or by a person."""
-    champions = select(_MOVES.c.release_id).where(_MOVES.c.alias == CHAMPION, _MOVES.c.undoes.is_(None))
-    return _one(session, _RUNS.c.candidate.in_(champions), _RUNS.c.snapshot_id.is_not(None))
+def ancestry(session: Session, named: Iterable[str]) -> dict[str, list[Run]]:
+    """These releases and those that they go back to, nearest first; each with the runs that made it, newest first.
 
-
-def made(session: Session, release: str) -> list[Run]:
-    """Runs that made this release; none if it was imported, or registered by hand."""
-    statement = select(*_COLUMNS).where(_RUNS.c.candidate == release).order_by(_RUNS.c.id)
-    return [_run(row) for row in session.execute(statement).mappings()]
+    Runs without a snapshot do not count. A release without a run was imported, or registered by hand: nothing here
+    says what it learned from, and there the line ends.
+    """
+    kept = _RUNS.c.snapshot_id.in_(select(_SNAPSHOTS.c.id))
+    found: dict[str, list[Run]] = {}
+    waiting = deque(named)
+    while waiting:
+        if (release := waiting.popleft()) in found:
+            continue
+        made = select(*_COLUMNS).where(_RUNS.c.candidate == release, kept).order_by(_RUNS.c.id.desc())
+        found[release] = [_run(row) for row in session.execute(made).mappings()]
+        waiting.extend(run.base_release for run in found[release] if run.base_release is not None)
+    return found
 
 
 def concluded(session: Session, *, kind: str, digest: str) -> Run | None:

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from code_worker.errors import RunLostError
+from code_worker.store import runs
+
 if TYPE_CHECKING:
     from code_worker.data.kept import KeptImages
     from code_worker.plugins import Plugins
     from code_worker.releases.registry import Registry
     from code_worker.settings import Settings
-    from code_worker.store.engine import Store
-    from code_worker.store.runs import Run
+    from code_worker.store.engine import Session, Store
     from code_worker.training.lease import Held
     from code_worker.training.workplace import Workplace
 
@@ -38,7 +40,7 @@ class Attempt:
     """See the module."""
 
     parts: Parts
-    run: Run
+    run: runs.Run
     held: Held
     place: Workplace
     listen: Listener
@@ -47,3 +49,28 @@ class Attempt:
     def settings(self) -> Settings:
         """Those of this process; what the training itself goes by is kept in the run."""
         return self.parts.settings
+
+    def add_candidate(self) -> str:
+        """Adds the candidate to the releases and notes it in the run, both or neither; returns its id.
+
+        So whoever ends the run because of an erasure finds the release, or it is never registered.
+
+        Raises:
+            RunLostError: the run is not this process's any more; what it stored of a run that has ended is deleted.
+            ArtifactError: see `Registry.add`.
+        """
+        stored: set[str] = set()
+
+        def note(session: Session, release: str) -> None:
+            stored.add(release)
+            runs.note(session, self.held.lease, candidate=release)
+
+        try:
+            return self.parts.registry.add(self.place.candidate, by=self.run.by, along=note)
+        except RunLostError:
+            # Of a run that goes on, the process that has it now may be storing the same files.
+            now = self.parts.store.run(lambda session: runs.get(session, self.run.id), write=False)
+            if now is None or now.state != "running":
+                for release in stored:
+                    self.parts.registry.discard(release)
+            raise

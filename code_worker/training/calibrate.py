@@ -15,8 +15,10 @@ from code_worker._version import __version__
 from code_worker.data.examples import FAKE, REAL
 from code_worker.errors import DatasetError, UnknownHeadError
 from code_worker.releases.golden import checked_scores
+from code_worker.store import image_groups
 from code_worker.training.embed import Embedded, Keep, Known, embed_examples
 from code_worker.training.evaluation.groups import labels_of
+from code_worker.training.snapshot import learned_by
 from code_worker.training.thresholds import RULE, Shares, Thresholds, draw_thresholds, shares_at
 
 if TYPE_CHECKING:
@@ -24,11 +26,12 @@ if TYPE_CHECKING:
     from code_worker.moderation.policy import Policy
     from code_worker.moderation.runtime import Runtime
     from code_worker.settings import LimitSettings
+    from code_worker.store.engine import Store
 
-__all__ = ["Calibration", "Goal", "Labelled", "calibrate"]
+__all__ = ["Calibration", "Goal", "Labelled", "calibrate", "learnable"]
 
 Labelled = Callable[[Sequence[str]], AbstractSet[str]]
-"""Content hashes → those in the labelled store that are not held out, from which a retrain takes what it learns."""
+"""Content hashes → those in the labelled store that a release may have learned from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +132,20 @@ def calibrate(
     }
     shares_before = shares_at(reals, fakes, before.low, before.high)
     return Calibration(head, made, before, shares_before, evidence, embedded.skipped)
+
+
+def learnable(store: Store, release: str) -> Labelled:
+    """Tells which images a release may have learned from: labelled ones that are not held out, and what it learned.
+
+    An image that was learned may be held out now, since retention forgets which group it was in.
+    """
+    learned = store.run(lambda session: learned_by(session, [release]).images, write=False)
+
+    def labelled(hashes: Sequence[str]) -> set[str]:
+        found = store.run(lambda session: image_groups.places(session, hashes), write=False)
+        return {*learned.intersection(hashes), *(key for key, place in found.items() if place.split != "holdout")}
+
+    return labelled
 
 
 def _embed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,9 +31,11 @@ __all__ = [
     "Side",
     "gate_inputs",
     "golden_opinions",
+    "groups_of",
     "labels_of",
     "measured",
     "missed_generators",
+    "one_of_each_group",
     "unseen_generators",
 ]
 
@@ -103,6 +105,8 @@ def gate_inputs(
 ) -> GateInputs:
     """The hold-out as both see it, without what one of them could not read or decode under every condition.
 
+    Of a group of images one of each class and generator counts: more would be no further evidence.
+
     Raises:
         TrainingError: the candidate lacks the head that is to decide.
         ArtifactError: a head does not keep its contract.
@@ -111,11 +115,8 @@ def gate_inputs(
     for side in sides:
         if side.head not in side.heads:
             raise TrainingError(f"{side.release} has no head {side.head!r} to decide with")
-    members = [
-        member
-        for member in snapshot.holdout
-        if all(member.sha256 in rows for side in sides for rows in side.rows.values())
-    ]
+    rows = [rows for side in sides for rows in side.rows.values()]
+    members = one_of_each_group(one for one in snapshot.holdout if all(one.sha256 in each for each in rows))
     noise, unchecked = _noise(snapshot, candidate, champion)
     return GateInputs(
         labels=labels_of(members),
@@ -134,7 +135,24 @@ def gate_inputs(
         old=None if champion is None else _old_generators(snapshot, champion),
         more=more,
         policies=policies,
+        group_of=groups_of(members),
     )
+
+
+def one_of_each_group(members: Iterable[Member]) -> list[Member]:
+    """One image of each class and generator of a group, in the order of the groups' names.
+
+    These are keyed by the installation's secret: nobody who labels can choose which groups come first.
+    """
+    found: dict[tuple[str, int, str | None], Member] = {}
+    for member in sorted(members, key=lambda one: (one.group or one.sha256, one.sha256)):
+        found.setdefault((member.group or member.sha256, member.label, member.generator), member)
+    return list(found.values())
+
+
+def groups_of(members: Iterable[Member]) -> tuple[str, ...]:
+    """Names of their groups."""
+    return tuple(member.group or member.sha256 for member in members)
 
 
 def _old_generators(snapshot: Snapshot, champion: Side) -> frozenset[str]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from code_worker.data.examples import FAKE, REAL
 from code_worker.releases.golden import checked_scores
-from code_worker.training.comparison import Side, labels_of
+from code_worker.training.comparison import Side, groups_of, labels_of, one_of_each_group
 from code_worker.training.encoded import matrix
 from code_worker.training.opinions import CrossFitted
 from code_worker.training.refit import HeadPlan, fit_heads
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["cross_fitted", "more_images"]
 
 FOLDS: Final = 5
+_STILL_THERE: Final = 0.95
 _MOST_REALS: Final = 1000
 _MOST_OF_A_GENERATOR: Final = 200
 
@@ -41,12 +42,13 @@ _MOST_OF_A_GENERATOR: Final = 200
 def more_images(taken: Snapshot, learned: AbstractSet[str]) -> list[Member]:
     """Images of the training share that the encoder never learned: at most 1,000 reals and 200 of a generator.
 
-    Chosen by content hash, so that the next run sees the same ones.
+    One of each group, class and generator, in the order of the groups' names, so that the next run sees the same ones
+    and nobody who labels can choose them.
     """
     found: dict[str | None, list[Member]] = {}
     # A copy of what the encoder learned is in the same group, and no news to it either.
     known = {member.group for member in taken.members if member.sha256 in learned} - {None}
-    for member in sorted(taken.training_share, key=lambda one: one.sha256):
+    for member in one_of_each_group(taken.training_share):
         if member.sha256 not in learned and member.group not in known:
             found.setdefault(None if member.label == REAL else member.generator or UNNAMED, []).append(member)
     chosen = [
@@ -65,7 +67,7 @@ def cross_fitted(
     *,
     plans: Mapping[str, HeadPlan],
     plugins: Plugins,
-    taught_champion: Sequence[Member] | None,
+    taught_champion: Sequence[Member],
 ) -> CrossFitted | None:
     """Both sides' scores of further images, each by a head that was fitted without them.
 
@@ -76,11 +78,12 @@ def cross_fitted(
         champion: what judges now.
         plans: how heads are fitted, by name.
         plugins: where head classes come from.
-        taught_champion: what the champion's heads were fitted on; None: not on images of this deployment, so that
-            they judge as they are.
+        taught_champion: what the champion's heads were fitted on.
 
     Returns:
-        None where the images are of one class, or too few to fit a head without a fold of them.
+        None where the images are of one class, or too few to fit a head without a fold of them; and where a twentieth
+        or more of what the champion's heads were fitted on is gone: heads fitted on the rest would not be the
+        champion's, and what the candidate lost with those images would not show.
 
     Raises:
         TrainingError: a head that cannot be fitted.
@@ -89,15 +92,18 @@ def cross_fitted(
     usable = [one for one in more if all(one.sha256 in rows for rows in candidate.rows.values())]
     if {one.label for one in usable} != {REAL, FAKE} or len(usable) < 2 * FOLDS:
         return None
-    fold = np.array([_fold(one) for one in usable])
-    fits = []
-    for side, learned in ((candidate, taken.training_share), (champion, taught_champion)):
-        fits.append(None if learned is None else _Fit(plans[side.head], plugins, _regrouped(learned, taken), side))
-    if not all(fit is None or fit.has_both_classes_without(sorted(set(fold.tolist()))) for fit in fits):
+    if sum(one.sha256 in champion.clean for one in taught_champion) <= _STILL_THERE * len(taught_champion):
         return None
-    sides = [_scores(fit_side, usable, fold, fit) for fit_side, fit in zip((candidate, champion), fits, strict=True)]
+    fold = np.array([_fold(one) for one in usable])
+    fits = [
+        _Fit(plans[side.head], plugins, _regrouped(learned, taken), side)
+        for side, learned in ((candidate, taken.training_share), (champion, taught_champion))
+    ]
+    if not all(fit.has_both_classes_without(sorted(set(fold.tolist()))) for fit in fits):
+        return None
+    judged = [_scores(side, usable, fold, fit) for side, fit in zip((candidate, champion), fits, strict=True)]
     generators = tuple(one.generator if one.label == FAKE else None for one in usable)
-    return CrossFitted(labels_of(usable), generators, *sides)
+    return CrossFitted(labels_of(usable), generators, judged[0], judged[1], groups_of(usable))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,14 +128,14 @@ class _Fit:
 
 
 def _scores(
-    side: Side, usable: Sequence[Member], fold: NDArray[np.int64], fit: _Fit | None
+    side: Side, usable: Sequence[Member], fold: NDArray[np.int64], fit: _Fit
 ) -> dict[str, NDArray[np.float32]]:
     found = {condition: np.empty(len(usable), np.float32) for condition in side.rows}
     for number in range(FOLDS):
         places = np.flatnonzero(fold == number)
         if not len(places):
             continue
-        head = side.heads[side.head] if fit is None else fit.without(number)
+        head = fit.without(number)
         members = [usable[int(place)] for place in places]
         for condition, rows in side.rows.items():
             found[condition][places] = checked_scores(side.head, head, matrix(members, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from code_worker.data.examples import FAKE, REAL
+from code_worker.training.changes import Change, Loss
 from code_worker.training.metrics import LEVEL, right
 from code_worker.training.opinions import generator_names
 from code_worker.training.paired import (
@@ -20,8 +22,11 @@ from code_worker.training.paired import (
     counted,
     detectable_loss,
     difference_limits,
+    effective_number,
     images_needed,
+    joint_error,
     proven_loss,
+    signed_groups,
     tarone_level,
     worse_p,
 )
@@ -32,91 +37,14 @@ if TYPE_CHECKING:
     from code_worker.settings import GateSettings
     from code_worker.training.opinions import GateInputs, Opinion
 
-__all__ = ["ALL", "NEW", "OLD_FAKES", "Change", "Evidence", "Loss"]
+__all__ = ["ALL", "NEW", "OLD_FAKES", "Evidence"]
 
 ALL: Final = "all images"
 NEW: Final = "new images"
 OLD_FAKES: Final = "old fakes"
+_FEW: Final = 20
+"""Images of a generator below which it weighs less than others."""
 _SIDE_ERROR: Final = (1 - LEVEL) / 2
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Candidate minus champion on one group under one condition.
-
-    Attributes:
-        condition: as the images are, or after a transform; with the policy's name where one decided.
-        group: `real`, a generator, or images of all kinds.
-        figure: accuracy, or balanced_accuracy of images of both classes.
-        n: images.
-        champion: its figure.
-        candidate: its figure.
-        difference: of the two, with its 95 % interval.
-        gains: images that only the candidate judges rightly.
-        losses: images that only the champion does.
-        p: of the one-sided exact test of what was asked: whether a group is worse, or all images are better.
-        proven: of a group, the loss that is proven at the level of all these tests; 0 where none is.
-        detectable: of a group, the loss of which more than is allowed would have been proven with a chance of 80 %;
-            None where even the loss of all of it would not.
-    """
-
-    condition: str
-    group: str
-    figure: str
-    n: int
-    champion: float
-    candidate: float
-    difference: Difference
-    gains: int
-    losses: int
-    p: float
-    proven: float = 0.0
-    detectable: float | None = None
-
-    def __str__(self) -> str:
-        return (
-            f"{self.group}, {self.condition}: {self.figure.replace('_', ' ')} {self.champion:.3f} → "
-            f"{self.candidate:.3f} on {self.n} images ({self.difference.value:+.3f}, "
-            f"95 % interval {self.difference.low:+.3f} to {self.difference.high:+.3f}, "
-            f"{self.gains} gained, {self.losses} lost, p {self.p:.2g})"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """What the reals, or the old fakes of all generators, may have lost.
-
-    Attributes:
-        condition: as the images are, or after a transform.
-        group: `real` or `old fakes`.
-        n: images.
-        value: mean change, each generator weighted alike.
-        low: its lower limit.
-        error: chance that a larger loss gives this limit.
-        margin: loss that must be excluded.
-        needed: images that would do if they changed as little; None if more than a million.
-    """
-
-    condition: str
-    group: str
-    n: int
-    value: float
-    low: float
-    error: float
-    margin: float
-    needed: int | None
-
-    @property
-    def excluded(self) -> bool:
-        """Whether a loss of the margin is excluded."""
-        return self.low > -self.margin
-
-    def __str__(self) -> str:
-        needed = f", about {self.needed} would tell" if self.needed and self.needed > self.n else ""
-        return (
-            f"{self.group}, {self.condition}: {self.value:+.3f} on {self.n} images{needed}, "
-            f"and a loss of {-self.low:.3f} is not excluded; {self.margin:g} is allowed"
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +56,7 @@ class _Look:
     names: NDArray[np.object_]
     champion: NDArray[np.bool_]
     candidate: NDArray[np.bool_]
+    groups: NDArray[np.int64]
 
     @property
     def changes(self) -> NDArray[np.int8]:
@@ -189,7 +118,10 @@ class Evidence:
         return replace(
             change,
             proven=proven_loss(Stratum(change.gains, change.losses), change.n, level),
-            detectable=detectable_loss(change.n, level, self._settings.max_regression),
+            # What changed both ways is noise, which hides losses; what was gained beyond it hides none.
+            detectable=detectable_loss(
+                change.n, level, self._settings.max_regression, min(change.gains, change.losses)
+            ),
         )
 
     @cached_property
@@ -216,14 +148,20 @@ class Evidence:
         """Groups that are so small that not even the loss of every image would have shown."""
         return [change for change in self.groups if change.detectable is None]
 
+    @property
+    def absent(self) -> list[str]:
+        """Generators that the champion knows and of which there is no image at all."""
+        return sorted(self._inputs.old_generators() - {change.group for change in self.groups})
+
     @cached_property
     def losses(self) -> list[Loss]:
         """What the reals and the old fakes may have lost under each condition.
 
-        Both must exclude the margin. Reals and fakes are different images: a release that loses the margin on both
-        passes with a chance of at most `error` if each limit errs with its square root.
+        Both must exclude the margin. A release that loses it on both passes with a chance of at most `error`, by
+        what their images have in common (`joint_error`); if there are images of one only, its limit errs with
+        `error`.
         """
-        return [loss for look in self._widened for loss in (self._of_reals(look), self._of_old_fakes(look)) if loss]
+        return [loss for look in self._widened for loss in self._losses_of(look)]
 
     @cached_property
     def _looks(self) -> list[_Look]:
@@ -241,8 +179,12 @@ class Evidence:
     def _names(self) -> NDArray[np.object_]:
         return self._inputs.names()
 
+    @cached_property
+    def _groups(self) -> NDArray[np.int64]:
+        return _numbered(self._inputs.group_of, len(self._inputs.labels))
+
     def _look(self, name: str, champion: NDArray[np.bool_], candidate: NDArray[np.bool_]) -> _Look:
-        return _Look(name, self._inputs.labels, self._names, champion, candidate)
+        return _Look(name, self._inputs.labels, self._names, champion, candidate, self._groups)
 
     @cached_property
     def _widened(self) -> list[_Look]:
@@ -261,6 +203,8 @@ class Evidence:
             np.concatenate([look.names, generator_names(more.labels, more.generators)]),
             np.concatenate([look.champion, old]),
             np.concatenate([look.candidate, new]),
+            # A group is in one part: none is in both.
+            np.concatenate([look.groups, len(look.groups) + _numbered(more.group_of, len(more.labels))]),
         )
 
     def _at_policies(self) -> Iterator[_Look]:
@@ -274,27 +218,62 @@ class Evidence:
             old, new = (right(self._inputs.labels, scores, at) for scores in sides if scores is not None)
             yield self._look(f"{condition} at the policy of {rule.name}", old, new)
 
-    def _of_reals(self, look: _Look) -> Loss | None:
-        members = look.members("real")
-        return self._loss(look, "real", members, np.ones(int(members.sum())))
+    def _losses_of(self, look: _Look) -> Iterator[Loss]:
+        real, old = look.members("real"), self._inputs.old_generators()
+        fake = (look.labels == FAKE) & np.array([name in old for name in look.names], dtype=np.bool_)
+        parts = {"real": (real, np.ones(int(real.sum())))} if real.any() else {}
+        # What the champion knows and nothing was compared of is not shown to be found as well.
+        if old:
+            parts[OLD_FAKES] = (fake, _alike(look.names[fake]))
+        error = self._settings.error
+        if real.any() and fake.any():
+            each = [weights / weights.sum() for _, weights in parts.values()]
+            error = joint_error(error, _shared(look.groups, (real, fake), each))
+        for group, (members, weights) in parts.items():
+            yield self._loss(look, group, (members, weights), error)
 
-    def _of_old_fakes(self, look: _Look) -> Loss | None:
-        """Each generator weighted alike."""
-        old = self._inputs.old_generators()
-        members = (look.labels == FAKE) & np.array([name in old for name in look.names], dtype=np.bool_)
-        names = look.names[members]
-        images = {name: int((names == name).sum()) for name in old}
-        return self._loss(look, OLD_FAKES, members, np.array([1 / images[name] for name in names]))
-
-    def _loss(self, look: _Look, group: str, members: NDArray[np.bool_], weights: NDArray[np.float64]) -> Loss | None:
+    def _loss(
+        self, look: _Look, group: str, part: tuple[NDArray[np.bool_], NDArray[np.float64]], error: float
+    ) -> Loss:
+        members, weights = part
+        margin, changes, groups = self._settings.max_regression, look.changes[members], look.groups[members]
         if not members.any():
-            return None
-        changes, error = look.changes[members], sqrt(self._settings.error)
+            return Loss(look.condition, group, 0, 0.0, 0.0, -1.0, error, margin, images_needed(0.0, margin, error))
         shares = weights / weights.sum()
-        low, _ = difference_limits(changes, shares, error)
-        margin = self._settings.max_regression
+        low, _ = difference_limits(changes, shares, error, groups)
         needed = images_needed(float(shares[changes != 0].sum()), margin, error) if low <= -margin else None
-        return Loss(look.condition, group, len(changes), float(shares @ changes), low, error, margin, needed)
+        effective = effective_number(changes, shares, groups)
+        return Loss(
+            look.condition, group, len(changes), effective, float(shares @ changes), low, error, margin, needed
+        )
+
+
+def _numbered(groups: tuple[str, ...], n: int) -> NDArray[np.int64]:
+    """`(n,)` number of each image's group."""
+    return np.unique(np.array(groups), return_inverse=True)[1] if groups else np.arange(n)
+
+
+def _alike(names: NDArray[np.object_]) -> NDArray[np.float64]:
+    """Weights by which each generator counts alike; of one with few images each counts as if it had more.
+
+    Else a handful of images would decide for all, and several such handfuls would leave nothing to be shown at all.
+    """
+    images = Counter(names)
+    return np.array([1 / max(images[name], _FEW) for name in names])
+
+
+def _shared(
+    groups: NDArray[np.int64],
+    parts: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+    weights: Sequence[NDArray[np.float64]],
+) -> float:
+    """Highest correlation that the means of two parts can have by groups that both have images of.
+
+    If images of a group always changed alike: the covariance of the means over the root of their variances.
+    """
+    size = int(groups.max()) + 1
+    one, other = (np.bincount(groups[part], some, size) for part, some in zip(parts, weights, strict=True))
+    return min(1.0, float(one @ other / sqrt((one @ one) * (other @ other))))
 
 
 def _harm_level(changes: Sequence[Change], error: float) -> float:
@@ -311,26 +290,30 @@ def _gain(look: _Look, group: str, members: NDArray[np.bool_]) -> Change:
     shares = np.zeros(len(labels))
     for of_class in classes:
         shares[of_class] = 1 / (len(classes) * of_class.sum())
-    strata = [counted(changes[of_class], float(shares[of_class][0])) for of_class in classes]
+    strata = signed_groups(changes, shares, look.groups[members])
     figure = "balanced_accuracy" if len(classes) == 2 else "accuracy"
-    return _change(look, group, members, shares, (figure, better_p(strata)))
+    both = Stratum(sum(one.gains for one in strata), sum(one.losses for one in strata))
+    return _change(look, group, members, shares, (figure, better_p(strata), both))
 
 
 def _group_change(look: _Look, group: str, members: NDArray[np.bool_]) -> Change:
     n = int(members.sum())
     of_group = counted(look.changes[members])
     p = worse_p(of_group.gains, of_group.losses)
-    return _change(look, group, members, np.full(n, 1 / max(1, n)), ("accuracy", p))
+    return _change(look, group, members, np.full(n, 1 / max(1, n)), ("accuracy", p, of_group))
 
 
 def _change(
-    look: _Look, group: str, members: NDArray[np.bool_], shares: NDArray[np.float64], tested: tuple[str, float]
+    look: _Look,
+    group: str,
+    members: NDArray[np.bool_],
+    shares: NDArray[np.float64],
+    tested: tuple[str, float, Stratum],
 ) -> Change:
-    """One row of the report; `tested` is the figure and the p-value."""
-    figure, p = tested
+    """One row of the report; `tested` is the figure, the p-value and what it counted."""
+    figure, p, both = tested
     changes = look.changes[members]
-    both = counted(changes)
-    limits = difference_limits(changes, shares, _SIDE_ERROR)
+    limits = difference_limits(changes, shares, _SIDE_ERROR, look.groups[members])
     return Change(
         condition=look.condition,
         group=group,

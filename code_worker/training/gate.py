@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.examples import FAKE, REAL
 from code_worker.errors import TrainingError
-from code_worker.training.evidence import Evidence
+from code_worker.training.evidence import OLD_FAKES, Evidence
 from code_worker.training.metrics import figures, right
 from code_worker.training.opinions import CrossFitted, GateInputs, Opinion, PolicyRule
 from code_worker.training.paired import proportion_limits
@@ -69,6 +69,11 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
             f"the champion's encoder does not see {name}: only a retrain can change that" for name in inputs.unseen
         ]
     rest = {**proven, **safeguards}
+    if compared and inputs.unrecorded:
+        problems.append(
+            f"what {inputs.champion.release if inputs.champion else ''} learned from is not recorded: if it is among "
+            "these images, it knows them by heart and looks better than it is; that shows on images labelled since"
+        )
     reasons = tuple(problems or [*better, *_unknown(rest)])
     rest |= {"promote": not problems, "reasons": list(reasons)}
     return GateDecision(not problems, reasons, {**report, **rest})
@@ -94,6 +99,8 @@ def _compared(inputs: GateInputs, settings: GateSettings) -> tuple[list[str], li
             "levels": {"gain": found.gain_level, "harm": found.harm_level},
             "spending": inputs.spends(settings.error).to_dict(),
             "blind": [{"group": one.group, "condition": one.condition, "n": one.n} for one in found.blind],
+            "absent": found.absent,
+            "unrecorded": inputs.unrecorded,
             "more_images": 0 if inputs.more is None else len(inputs.more.labels),
         },
     )
@@ -101,7 +108,11 @@ def _compared(inputs: GateInputs, settings: GateSettings) -> tuple[list[str], li
 
 def _unknown(proven: Mapping[str, Any]) -> Iterator[str]:
     """What the comparison could not know, in the words of a person who promotes."""
-    groups = {one["group"]: one["n"] for one in proven.get("blind", ())}
+    compared = {loss["group"] for loss in proven.get("losses", ())}
+    if compared and OLD_FAKES not in compared:
+        yield "not known: whether it is worse on generated images that the champion knows: none was compared"
+    groups = dict.fromkeys(proven.get("absent", ()), 0)
+    groups |= {one["group"]: one["n"] for one in proven.get("blind", ())}
     if groups:
         named = ", ".join(f"{name} ({n})" for name, n in sorted(groups.items()))
         yield f"not known: whether it is worse on groups with too few images for any loss to show: {named}"

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from code_worker.data.open import open_examples
 from code_worker.errors import ConfigurationError, TrainingError
+from code_worker.images.phash import perceptual_hash
+from code_worker.store import kept_images
 
 if TYPE_CHECKING:
     from code_worker.data.examples import Example, Skipped
-    from code_worker.settings import Settings
+    from code_worker.settings import LimitSettings, Settings
+    from code_worker.store.engine import Store
+    from code_worker.store.kept_images import KeptImage
+    from code_worker.training.snapshot import Snapshot
 
-__all__ = ["GoldenSet", "load_golden", "pin_of", "read_golden"]
+__all__ = ["GoldenSet", "load_golden", "pin_of", "read_golden", "without_golden"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,20 @@ class GoldenSet:
     def hashes(self) -> frozenset[str]:
         """Content hashes of its images: none of them may be learned from."""
         return frozenset(one.sha256 or "" for one in self.examples)
+
+    def near(self, images: Iterable[KeptImage], limits: LimitSettings) -> set[str]:
+        """Content hashes of those that are near-duplicates of its images, by their perceptual hashes.
+
+        Raises:
+            TransientError: no memory is left to decode one of its images in.
+        """
+        own = {one for example in self.examples if (one := perceptual_hash(example.read(), limits)) is not None}
+        looks = {image.sha256: int(image.phash, 16) for image in images if image.phash is not None}
+        theirs = np.fromiter(looks.values(), np.uint64, len(looks))  # (images,)
+        found = np.zeros(len(looks), dtype=np.bool_)
+        for one in own:
+            found |= np.bitwise_count(theirs ^ np.uint64(one)) <= kept_images.NEAR_BITS
+        return {sha256 for sha256, is_near in zip(looks, found, strict=True) if is_near}
 
 
 def pin_of(examples: Iterable[Example]) -> str:
@@ -77,6 +99,19 @@ def load_golden(settings: Settings) -> GoldenSet | None:
             "put it back, or pin it anew if you meant it (`code-worker data pin`)"
         )
     return golden
+
+
+def without_golden(taken: Snapshot, golden: GoldenSet, store: Store, limits: LimitSettings) -> Snapshot:
+    """The snapshot without what the golden set holds and near-duplicates of it, whoever labelled them.
+
+    Raises:
+        TransientError: as `GoldenSet.near`.
+    """
+    hashes = [member.sha256 for member in taken.members]
+    kept = store.run(partial(kept_images.kept, hashes=hashes), write=False)
+    held = golden.hashes | golden.near(kept.values(), limits)
+    stay = [member for member in taken.members if member.sha256 not in held]
+    return taken.without("golden", stay, Counter(member.by for member in taken.members if member.sha256 in held))
 
 
 def _hashed(example: Example) -> Example:

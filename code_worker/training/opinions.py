@@ -70,12 +70,14 @@ class CrossFitted:
         generators: what made each fake, if known; None for reals.
         candidate: condition → `(m,) float32`, scores of the head that decides.
         champion: the same of the champion.
+        group_of: names the group of each image; empty: each is by itself.
     """
 
     labels: NDArray[np.int8]
     generators: tuple[str | None, ...]
     candidate: Mapping[str, NDArray[np.float32]]
     champion: Mapping[str, NDArray[np.float32]]
+    group_of: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +102,9 @@ class GateInputs:
         more: further images on which a loss would show.
         policies: where production decides beside the champion's own thresholds.
         spending: what this comparison may err; None: it is the first with this champion.
+        group_of: names the group of each image; empty: each is by itself. Of one class and generator a group has one
+            image.
+        unrecorded: nobody recorded what the champion learned from; these images may be among it.
     """
 
     labels: NDArray[np.int8]
@@ -119,6 +124,8 @@ class GateInputs:
     more: CrossFitted | None = None
     policies: tuple[PolicyRule, ...] = ()
     spending: Spending | None = None
+    group_of: tuple[str, ...] = ()
+    unrecorded: bool = False
 
     def spends(self, error: float) -> Spending:
         """What this comparison may err."""

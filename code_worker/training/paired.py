@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     Changes = NDArray[np.int8]
     Weights = NDArray[np.float64]
+    Groups = NDArray[np.int64]
+    """`(n,)`: images of one number are of one group (a record, a post), and count as one."""
 
 __all__ = [
     "Difference",
@@ -31,10 +33,13 @@ __all__ = [
     "counted",
     "detectable_loss",
     "difference_limits",
+    "effective_number",
     "images_needed",
+    "joint_error",
     "paired_difference",
     "proportion_limits",
     "proven_loss",
+    "signed_groups",
     "tarone_level",
     "worse_p",
 ]
@@ -54,7 +59,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Stratum:
-    """Images of one kind whose changes weigh the same.
+    """Images of one kind, or groups of images, whose changes weigh the same.
 
     Attributes:
         gains: images that only the second detector judges rightly.
@@ -103,15 +108,35 @@ def better_p(strata: Sequence[Stratum]) -> float:
     `Σ weight · (gains - losses)` given the discordant images is that of independent binomials, computed exactly by
     convolution. With one stratum this is the exact McNemar test.
     """
-    values, chances = np.zeros(1), np.ones(1)
+    unit = max((one.weight for one in strata), default=1.0)
+    values: NDArray[np.float64] = np.zeros(1)
+    chances: NDArray[np.float64] = np.ones(1)
     for one in strata:
         wins = np.arange(one.discordant + 1)
-        values = np.add.outer(values, one.weight * (2 * wins - one.discordant)).ravel()
-        chances = np.multiply.outer(chances, _coins(one.discordant)).ravel()
-    observed = sum(one.weight * (one.gains - one.losses) for one in strata)
+        sums = np.add.outer(values, one.weight / unit * (2 * wins - one.discordant)).ravel()
+        # The same sum comes about in many ways.
+        values, places = np.unique(np.round(sums, 9), return_inverse=True)
+        ways = np.multiply.outer(chances, _coins(one.discordant)).ravel()
+        chances = np.asarray(np.bincount(places, ways), np.float64)
+    observed = sum(one.weight / unit * (one.gains - one.losses) for one in strata)
     # Sums of the same weights in another order differ in the last bits, and a tie counts.
-    slack = 1e-9 * max((one.weight for one in strata), default=1.0)
-    return float(min(1.0, chances[values >= observed - slack].sum()))
+    return float(min(1.0, chances[values >= observed - 1e-6].sum()))
+
+
+def signed_groups(changes: Changes, weights: Weights, groups: Groups) -> list[Stratum]:
+    """Groups of images as strata for `better_p`, by how much the change of a whole group weighs.
+
+    Images of a group are no independent witnesses: a detector that finds a picture finds its copies. Of two detectors
+    that are equally good a group's weighted sum of changes has either sign alike, whatever its images have in common
+    (a sign test over clusters; with ranks it is that of Datta & Satten, Biometrics 64, 2008, 501-507).
+    """
+    sums = np.bincount(groups, weights * changes)
+    sums = sums[np.abs(sums) > 1e-12]
+    sizes = np.round(np.abs(sums), 12)
+    return [
+        Stratum(int((sums[sizes == size] > 0).sum()), int((sums[sizes == size] < 0).sum()), float(size))
+        for size in np.unique(sizes)
+    ]
 
 
 def _coins(n: int) -> NDArray[np.float64]:
@@ -156,7 +181,9 @@ def proportion_limits(part: float, whole: float, error: float) -> tuple[float, f
     return low, high
 
 
-def difference_limits(changes: Changes, weights: Weights, error: float) -> tuple[float, float]:
+def difference_limits(
+    changes: Changes, weights: Weights, error: float, groups: Groups | None = None
+) -> tuple[float, float]:
     """Lower and upper limit of the mean change, each with at most about `error`.
 
     The weighted shares of gains and of losses get Clopper-Pearson limits, at the effective number of images, and are
@@ -168,6 +195,7 @@ def difference_limits(changes: Changes, weights: Weights, error: float) -> tuple
         changes: `(n,)` of -1, 0, 1.
         weights: `(n,)`, positive, of sum 1.
         error: of each limit.
+        groups: which images belong together; None: each is by itself.
 
     Returns:
         Limits in [-1, 1]; without images all of it.
@@ -175,7 +203,7 @@ def difference_limits(changes: Changes, weights: Weights, error: float) -> tuple
     if len(changes) == 0:
         return -1.0, 1.0
     gained, lost = float(weights[changes > 0].sum()), float(weights[changes < 0].sum())
-    n = _effective(changes, weights)
+    n = effective_number(changes, weights, groups)
     return count_limits(gained * n, lost * n, n, error)
 
 
@@ -191,12 +219,31 @@ def count_limits(gains: float, losses: float, n: float, error: float) -> tuple[f
     return max(-1.0, low), min(1.0, high)
 
 
-def _effective(changes: Changes, weights: Weights) -> float:
-    """Number of equally weighted images that tell as much (Kish 1965), by all or by the discordant ones if fewer."""
-    numbers = [1.0 / float((weights**2).sum())]
-    if (changed := weights[changes != 0]).size:
-        numbers.append(float(changed.sum() / (changed**2).sum()))
-    return min(numbers)
+def effective_number(changes: Changes, weights: Weights, groups: Groups | None = None) -> float:
+    """Number of independent, equally weighted images that tell as much (Kish 1965), at least about.
+
+    By all of them or by the discordant ones, whichever are fewer. Images of a group count as if they always agreed.
+    """
+    by_group = np.arange(len(changes)) if groups is None else groups
+    whole = np.bincount(by_group, weights)
+    changed = np.bincount(by_group[changes != 0], weights[changes != 0])
+    return min(float(one.sum() / (one**2).sum()) for one in (whole, changed) if one.any())
+
+
+def joint_error(error: float, correlation: float) -> float:
+    """Error of each of two limits, so that both err at once with a chance of `error`.
+
+    Limits whose errors are normal and correlated miss both with the chance `P(Z1 < z, Z2 < z)` of two standard
+    normals, which is `Φ(z) - 2 T(z, √((1 - ρ) / (1 + ρ)))` with Owen's T (Annals of Mathematical Statistics 27,
+    1956, 1075-1090): √error where they have nothing in common, `error` where they are the same.
+    """
+    from scipy.optimize import brentq  # noqa: PLC0415 - scipy: a producer never loads it
+    from scipy.special import ndtri, owens_t  # noqa: PLC0415 - as above
+
+    spread = sqrt((1 - correlation) / (1 + correlation))
+    if spread in {0.0, 1.0}:
+        return sqrt(error) if spread else error
+    return float(brentq(lambda each: each - 2 * owens_t(ndtri(each), spread) - error, error, sqrt(error)))
 
 
 def paired_difference(
@@ -276,23 +323,24 @@ def _placements(labels: NDArray[np.int8], scores: NDArray[np.float32]) -> tuple[
 
 
 @lru_cache(maxsize=1024)
-def detectable_loss(images: int, level: float, margin: float) -> float | None:
+def detectable_loss(images: int, level: float, margin: float, gains: int = 0) -> float | None:
     """Smallest loss of accuracy of which more than `margin` would be proven with a chance of 80 %.
 
-    Were nothing gained: `worse_p` at most `level`, and the upper limit of the change below `-margin`.
+    By `worse_p` at most `level` and the upper limit of the change below `-margin`, were so many images gained besides
+    those that were lost.
 
     Returns:
-        A share of the images; None where even the loss of all of them would not be found.
+        A share of the images; None where even the loss of all others would not be found.
     """
     from scipy.special import betaincinv  # noqa: PLC0415 - scipy: a producer never loads it
 
-    fewest = ceil(-log2(level))
-    proving = (k for k in range(fewest, images + 1) if count_limits(0, k, images, level)[1] < -margin)
+    fewest = max(ceil(-log2(level)), gains + 1)
+    proving = (k for k in range(fewest, images - gains + 1) if proven_loss(Stratum(gains, k), images, level) > margin)
     least = next(proving, None)
     if least is None:
         return None
     # P(Binomial(n, d) >= k) is the distribution function of Beta(k, n - k + 1) at d.
-    return float(betaincinv(least, images - least + 1, _POWER))
+    return float(betaincinv(least, images - least + 1, _POWER)) - gains / images
 
 
 def images_needed(discordant_share: float, margin: float, error: float) -> int | None:

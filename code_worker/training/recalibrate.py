@@ -21,8 +21,7 @@ from code_worker.logs import get_logger
 from code_worker.moderation.load import start_runtime
 from code_worker.moderation.policy import Policy
 from code_worker.store import embeddings, policies
-from code_worker.store.kept_images import kept
-from code_worker.training.calibrate import Calibration, Goal, calibrate
+from code_worker.training.calibrate import Calibration, Goal, calibrate, learnable
 
 if TYPE_CHECKING:
     from code_worker.data.examples import Skipped
@@ -125,9 +124,7 @@ def _calibrated(settings: Settings, store: Store, runtime: Runtime, row: PolicyR
         head=row.head or runtime.default_head,
         before=Policy(row.id, row.low, row.high, row.head, row.tenant, row.content_type),
         source=evidence["source"],
-        labelled=None
-        if evidence.get("everything", False)
-        else lambda hashes: store.run(lambda session: kept(session, hashes).keys(), write=False),
+        labelled=None if evidence.get("everything", False) else learnable(store, runtime.release),
         known=lambda hashes: store.run(lambda session: embeddings.known(session, key, hashes), write=False),
         threads=settings.worker.fetch_threads,
     )

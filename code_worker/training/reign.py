@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from code_worker.store import comparisons, runs
-from code_worker.store import snapshots as table
+from code_worker.store import comparisons, image_groups, policies, runs
 from code_worker.training import snapshot as snapshots
 from code_worker.training.opinions import PolicyRule
 from code_worker.training.spending import Comparison, Spending, spend
@@ -15,9 +15,9 @@ from code_worker.training.spending import Comparison, Spending, spend
 if TYPE_CHECKING:
     from code_worker.store.engine import Session
     from code_worker.store.policies import PolicyRow
-    from code_worker.training.snapshot import Member
+    from code_worker.training.snapshot import Member, Snapshot
 
-__all__ = ["Taught", "policy_rules", "spend_on", "taught"]
+__all__ = ["Taught", "compared_on", "policy_rules", "spend_on", "stale_scopes", "taught", "unlearned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +38,35 @@ def taught(session: Session, release: str) -> Taught:
     """Follows a release back through the runs that made it and those it descends from."""
     heads: dict[str, Member] | None = None
     encoder: set[str] = set()
-    waiting, seen = [release], {release}
-    while waiting:
-        at = waiting.pop()
-        for run in runs.made(session, at):
-            if run.snapshot_id is None or table.get(session, run.snapshot_id) is None:
-                continue
-            members = {member.sha256: member for member in snapshots.load(session, run.snapshot_id).training_share}
+    for at, made in runs.ancestry(session, [release]).items():
+        for run in made:
+            members = {one.sha256: one for one in snapshots.load(session, run.snapshot_id or "").training_share}
             if at == release:
-                heads = {**(heads or {}), **members}
+                heads = {**members, **(heads or {})}
             if run.kind == "retrain":
                 encoder |= members.keys()
-            if run.base_release is not None and run.base_release not in seen:
-                seen.add(run.base_release)
-                waiting.append(run.base_release)
     return Taught(None if heads is None else tuple(heads.values()), frozenset(encoder))
+
+
+def compared_on(session: Session, taken: Snapshot, *, candidate: str, champion: str | None) -> Snapshot:
+    """What both are compared on: of the hold-out what neither learned, and `new` as the champion has it."""
+    releases = [candidate] if champion is None else [candidate, champion]
+    return unlearned(session, snapshots.as_new_to(session, taken, champion), releases)
+
+
+def unlearned(session: Session, taken: Snapshot, releases: Iterable[str]) -> Snapshot:
+    """The same without images of the hold-out that these releases, or those they go back to, learned from.
+
+    Retention forgets which group an image was in: labelled again in another one, it may be held out although it was
+    learned. With it go the images of its group, which are copies and siblings. `left_out` counts them as `learned`.
+    """
+    learned = snapshots.learned_by(session, releases).images
+    # Also by images that were learned and are no members now, such as those that labellers contradict.
+    groups = {place.group for place in image_groups.places(session, sorted(learned)).values()}
+    groups |= {one.group for one in taken.members if one.group is not None and one.sha256 in learned}
+    known = {one.sha256: one.by for one in taken.holdout if one.sha256 in learned or one.group in groups}
+    stay = [one for one in taken.members if one.sha256 not in known]
+    return taken.without("learned", stay, dict(sorted(Counter(known.values()).items())))
 
 
 def spend_on(session: Session, *, run_id: str, champion: str, candidate: str, images: int, error: float) -> Spending:
@@ -63,6 +77,11 @@ def spend_on(session: Session, *, run_id: str, champion: str, candidate: str, im
         session, run_id=run_id, champion=champion, candidate=candidate, images=images, level=spending.level
     )
     return spending
+
+
+def stale_scopes(session: Session, release: str) -> list[str]:
+    """Scopes of thresholds in force that another release's scores drew, once this one is the champion."""
+    return [row.scope for row in policies.stale(session, release)]
 
 
 def policy_rules(rows: Sequence[PolicyRow], head: str, thresholds: tuple[float, float]) -> tuple[PolicyRule, ...]:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.errors import (
@@ -56,7 +57,7 @@ class Plan:
         kind: retrain or refit.
         champion: release that it would begin from and be compared with.
         snapshot: counts of the labelled images, see `Snapshot.counts`.
-        missing: what is missing to the minimum numbers; with nothing missing it would run.
+        missing: why it would wait, such as for the minimum numbers; with nothing missing it would run.
         heads: names of the heads that it would fit.
         training: settings of the training, for a retrain.
         running: id of the run that is under way.
@@ -152,17 +153,21 @@ class Learner:
         return self._finish(taken)
 
     def plan(self, kind: str) -> Plan:
-        """What `learn` would do; writes nothing."""
+        """What `learn` would do; writes nothing, and encodes none of the images.
+
+        What only their embeddings tell (floods of near copies), and a golden set's images, are not left out yet.
+        """
         settings = self._settings
         taken = self._store.run(lambda session: snapshots.take(session, settings.labels), write=False)
         champion = self._parts.registry.champion()
         known = {} if champion is None else self._parts.registry.show(champion).info.manifest.get("heads", {})
         active = self._store.run(runs.running, write=False)
+        wait = partial(snapshots.reasons_to_wait, taken=taken, kind=kind, champion=champion, settings=settings)
         return Plan(
             kind=kind,
             champion=champion,
             snapshot=taken.counts(),
-            missing=tuple(snapshots.shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)),
+            missing=tuple(self._store.run(wait, write=False)),
             heads=tuple(sorted({*known, *self._parts.plugins.heads()})),
             training=settings.training.model_dump(mode="json") if kind == "retrain" else None,
             running=None if active is None else active.id,

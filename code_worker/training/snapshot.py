@@ -10,22 +10,24 @@ from typing import TYPE_CHECKING, Any, Final
 from code_worker.data.examples import FAKE, REAL
 from code_worker.data.holdout import SPLITS, Split, recorded_split
 from code_worker.errors import DatasetError
-from code_worker.store import image_groups, kept_images, labels, personal, runs, snapshots
+from code_worker.store import erasures, image_groups, kept_images, labels, personal, releases, runs, snapshots
 from code_worker.store.ids import uuid7
 from code_worker.training.trust import LeftOut, cap_shares
 
 if TYPE_CHECKING:
-    from code_worker.settings import LabelSettings, ScheduleSettings
+    from code_worker.settings import LabelSettings, ScheduleSettings, Settings
     from code_worker.store.engine import Session
 
 __all__ = [
     "Learned",
     "Member",
     "Snapshot",
+    "as_new_to",
     "check_classes",
     "freeze",
     "learned_by",
     "load",
+    "reasons_to_wait",
     "shortages",
     "take",
 ]
@@ -39,7 +41,7 @@ UNNAMED: Final = "unnamed"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One labelled image; `new` unless the last champion that learned here was taught the same of it.
+    """One labelled image; `new` unless the champion, or a release that it goes back to, was taught the same of it.
 
     `by` said what decides its label; empty in snapshots from before that was noted. `group` names the images that
     are always in the same part as this one; None in snapshots from before there were groups.
@@ -71,7 +73,7 @@ class Snapshot:
         undecided: labelled images that the rule left undecided; they are not members.
         unkept: labelled images of which no copy is kept; they are not members.
         left_out: why → by whom → labelled images that are not members. Why is `split` where an image is near images
-            of different parts, else `share`, `duplicates` or `golden`.
+            of different parts, else `share`, `duplicates` or `golden`; `learned` where only what may be judged stays.
         id: of the frozen snapshot, or of the one to be.
     """
 
@@ -149,13 +151,13 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
         session, rule=settings.rule, trusted=settings.trusted, ignored=frozenset(settings.ignored)
     )
     places = image_groups.places(session, (label.sha256 for label in resolved))
-    before = _learned_before(session)
+    before = _labels_known_to(session, releases.alias(session, releases.CHAMPION))
     kept = [(label, places[label.sha256]) for label in resolved if label.sha256 in places]
     members = [
         Member(
             sha256=label.sha256,
             label=(number := FAKE if label.label == "fake" else REAL),
-            generator=label.generator,
+            generator=labels.generator_name(label.generator),
             collection=label.collection,
             new=before.get(label.sha256) != number,
             by=label.by,
@@ -166,7 +168,7 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
         if place.split is not None
     ]
     between = Counter(label.by for label, place in kept if place.split is None)
-    disputed = {conflict.sha256 for conflict in labels.conflicts(session)}
+    disputed = {conflict.sha256 for conflict in labels.conflicts(session, ignored=settings.ignored)}
     taken = Snapshot(
         rule=settings.rule,
         members=tuple(sorted(members, key=lambda member: member.sha256)),
@@ -178,12 +180,26 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
     return taken.without("share", *cap_shares(taken.members, settings.max_share, settings.trusted))
 
 
-def _learned_before(session: Session) -> Mapping[str, int]:
-    """Labels by content hash in the snapshot of the last run that taught a champion."""
-    run = runs.learned(session)
-    if run is None or run.snapshot_id is None:
+def as_new_to(session: Session, snapshot: Snapshot, champion: str | None) -> Snapshot:
+    """The same, its members `new` as this champion has it: it may have moved since the snapshot was taken."""
+    before = _labels_known_to(session, champion)
+    members = (replace(one, new=before.get(one.sha256) != one.label) for one in snapshot.members)
+    return replace(snapshot, members=tuple(members))
+
+
+def _labels_known_to(session: Session, release: str | None) -> Mapping[str, int]:
+    """Labels by content hash that a release, or one that it goes back to, was taught or measured by; the last ones.
+
+    None are known to a release that nobody taught here.
+    """
+    if release is None:
         return {}
-    return {row["sha256"]: row["label"] for row in snapshots.unpack(snapshots.members(session, run.snapshot_id))}
+    made = [run for line in runs.ancestry(session, [release]).values() for run in line]
+    known: dict[str, int] = {}
+    for run in reversed(made):
+        rows = snapshots.unpack(snapshots.members(session, run.snapshot_id or ""))
+        known.update((row["sha256"], row["label"]) for row in rows)
+    return known
 
 
 def freeze(session: Session, snapshot: Snapshot) -> Snapshot:
@@ -243,21 +259,12 @@ class Learned:
     unknown: tuple[str, ...]
 
 
-def learned_by(session: Session, releases: Iterable[str]) -> Learned:
+def learned_by(session: Session, named: Iterable[str]) -> Learned:
     """What these releases learned from, as far as the runs that made them are recorded."""
-    waiting, images, unknown = list(dict.fromkeys(releases)), set[str](), set[str]()
-    seen = set(waiting)
-    while waiting:
-        release = waiting.pop()
-        made = [run for run in runs.made(session, release) if snapshots.get(session, run.snapshot_id or "")]
-        if not made:
-            unknown.add(release)
-        for run in made:
-            images.update(one.sha256 for one in load(session, run.snapshot_id or "").training_share)
-            if run.base_release is not None and run.base_release not in seen:
-                seen.add(run.base_release)
-                waiting.append(run.base_release)
-    return Learned(frozenset(images), tuple(sorted(unknown)))
+    line = runs.ancestry(session, named)
+    taught = {run.snapshot_id or "" for made in line.values() for run in made}
+    images = {one.sha256 for snapshot_id in sorted(taught) for one in load(session, snapshot_id).training_share}
+    return Learned(frozenset(images), tuple(sorted(release for release, made in line.items() if not made)))
 
 
 def check_classes(snapshot: Snapshot) -> None:
@@ -291,3 +298,19 @@ def shortages(snapshot: Snapshot, settings: ScheduleSettings, *, min_labellers: 
     if counts["labellers"]:
         wanted.append(("labellers of what is new", len(counts["labellers"]), min_labellers))
     return [f"{found} {what}, {least} are needed" for what, found, least in wanted if found < least]
+
+
+def reasons_to_wait(
+    session: Session, taken: Snapshot, *, kind: str, champion: str | None, settings: Settings
+) -> list[str]:
+    """Why no run is due, one sentence each; empty when one is.
+
+    For a champion that learned from what was erased one always is.
+    """
+    if champion in erasures.releases_owed(session):
+        return []
+    why = shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)
+    before = runs.concluded(session, kind=kind, digest=taken.digest)
+    if before is not None and champion in {before.base_release, before.candidate}:
+        why.append(f"nothing was labelled since run {before.id}, which was {before.state}")
+    return why

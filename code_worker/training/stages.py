@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.labelled import group_old_images
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
 from code_worker.releases.manifest import Thresholds
-from code_worker.store import erasures, policies, runs
+from code_worker.store import erasures, policies, releases, runs
 from code_worker.training import snapshot as snapshots
 from code_worker.training.comparison import (
     Side,
@@ -24,10 +24,10 @@ from code_worker.training.comparison import (
 from code_worker.training.crossfit import cross_fitted, more_images
 from code_worker.training.encoded import CONDITIONS, Rows, check_readable, matrix, open_encoder
 from code_worker.training.gate import decide
-from code_worker.training.golden_set import GoldenSet, load_golden
+from code_worker.training.golden_set import GoldenSet, load_golden, without_golden
 from code_worker.training.opinions import CrossFitted
 from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
-from code_worker.training.reign import Taught, policy_rules, spend_on, taught
+from code_worker.training.reign import Taught, compared_on, policy_rules, spend_on, stale_scopes, taught, unlearned
 from code_worker.training.run_report import write_report
 from code_worker.training.train_encoder import Lacks, train_encoder
 from code_worker.training.trust import drop_floods
@@ -132,13 +132,8 @@ class Stages:
         group_old_images(parts.store, parts.kept, parts.settings.limits, threads=threads, check=check)
 
     def _without_golden(self, taken: Snapshot) -> Snapshot:
-        """What the golden set holds is not learned from, whoever labelled it."""
-        golden = self._golden()
-        if golden is None:
-            return taken
-        held = [member for member in taken.members if member.sha256 in golden.hashes]
-        stay = [member for member in taken.members if member.sha256 not in golden.hashes]
-        return taken.without("golden", stay, Counter(member.by for member in held))
+        golden, parts = self._golden(), self.attempt.parts
+        return taken if golden is None else without_golden(taken, golden, parts.store, parts.settings.limits)
 
     def _without_floods(self, taken: Snapshot) -> Snapshot:
         """Nearly the same image over and over counts a few times; told by the champion's encoder, if there is one."""
@@ -161,16 +156,9 @@ class Stages:
         return champion in self.attempt.parts.store.run(erasures.releases_owed, write=False)
 
     def _why_wait(self, taken: Snapshot) -> list[str]:
-        if self._owed(self.attempt.parts.registry.champion()):
-            return []
-        settings = self.attempt.settings
-        why = snapshots.shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)
-        before = self.attempt.parts.store.run(
-            lambda session: runs.concluded(session, kind=self.attempt.run.kind, digest=taken.digest), write=False
-        )
-        if before is not None and self.attempt.parts.registry.champion() in {before.base_release, before.candidate}:
-            why.append(f"nothing was labelled since run {before.id}, which was {before.state}")
-        return why
+        parts, champion = self.attempt.parts, self.attempt.parts.registry.champion()
+        wait = partial(snapshots.reasons_to_wait, taken=taken, kind=self.attempt.run.kind, champion=champion)
+        return parts.store.run(partial(wait, settings=parts.settings), write=False)
 
     def _make_candidate(self, taken: Snapshot) -> str:
         base = self._base()
@@ -178,15 +166,13 @@ class Stages:
         if self.attempt.run.kind == "retrain":
             self._enter("train")
             lacks = Lacks() if base is None else self._lacks(base, taken)
-            weights, digest = train_encoder(self.attempt, taken, base, self._say_training, lacks)
+            weights, digest = train_encoder(self.attempt, taken, base, partial(self.attempt.listen, "train"), lacks)
         if weights is None:
             raise NoReleaseError("no champion whose encoder the heads could be fitted on: import a release first")
         self._enter("refit")
         views = self._see(weights, digest, taken)
         self._build(weights, views, taken, base)
-        release = self.attempt.parts.registry.add(self.attempt.place.candidate, by=self.attempt.run.by)
-        self.attempt.held.note(candidate=release)
-        return release
+        return self.attempt.add_candidate()
 
     def _lacks(self, base: LoadedRelease, taken: Snapshot) -> Lacks:
         """What the training should dwell on; the gate will want the same embeddings of the champion."""
@@ -200,9 +186,6 @@ class Stages:
         if self._loaded_base is None and self.attempt.run.base_release is not None:
             self._loaded_base = self.attempt.parts.registry.load(self.attempt.run.base_release)
         return self._loaded_base
-
-    def _say_training(self, said: Mapping[str, Any]) -> None:
-        self.attempt.listen("train", said)
 
     def _build(self, weights: EncoderWeights, views: _Views, taken: Snapshot, base: LoadedRelease | None) -> None:
         train = [member for member in taken.training_share if member.sha256 in views.clean]
@@ -226,7 +209,8 @@ class Stages:
     def _evaluation(
         self, heads: Mapping[str, Head], views: _Views, taken: Snapshot, base: LoadedRelease | None
     ) -> dict[str, Any]:
-        held_out = [member for member in taken.holdout if all(member.sha256 in rows for rows in views.rows.values())]
+        fair = self._unlearned(taken, self.attempt.run.base_release)
+        held_out = [member for member in fair.holdout if all(member.sha256 in rows for rows in views.rows.values())]
         thresholds = base.manifest.thresholds if base is not None else Thresholds()
         side = Side("candidate", "", heads, next(iter(heads), ""), thresholds, views.rows)
         return {
@@ -262,21 +246,24 @@ class Stages:
         rows = {condition.key: one.rows for condition, one in seen.items()}
         views = _Views({**rows, CONDITIONS[0].key: {**clean.rows, **extra}}, clean.skipped)
         self._views[encoder_sha256] = views
-        self._report_skipped(views.skipped)
+        quoted = [{"sha256": one.key, "reason": one.reason} for one in views.skipped[:_QUOTED]]
+        self.report["skipped"] = {"images": len(views.skipped), "some": quoted}
         return views
 
     def _more(self, taken: Snapshot) -> list[Member]:
         """What a refit judges beside the hold-out; a retrain's encoder learns from all of it."""
         if self.attempt.run.kind != "refit" or self.attempt.run.base_release is None:
             return []
-        return more_images(taken, self._taught(self.attempt.run.base_release).encoder)
+        known = self._taught(self.attempt.run.base_release)
+        # Of a release that was made elsewhere nobody knows whether these are what its heads were fitted on.
+        return [] if known.heads is None else more_images(taken, known.encoder)
 
     def _taught(self, release: str) -> Taught:
         return self.attempt.parts.store.run(lambda session: taught(session, release), write=False)
 
-    def _report_skipped(self, skipped: Sequence[Skipped]) -> None:
-        quoted = [{"sha256": one.key, "reason": one.reason} for one in skipped[:_QUOTED]]
-        self.report["skipped"] = {"images": len(skipped), "some": quoted}
+    def _unlearned(self, taken: Snapshot, release: str | None) -> Snapshot:
+        known = [] if release is None else [release]
+        return self.attempt.parts.store.run(lambda session: unlearned(session, taken, known), write=False)
 
     def _counter(self, what: str, total: int) -> Callable[[int], None]:
         done = 0
@@ -295,14 +282,14 @@ class Stages:
         if self.attempt.run.kind == "retrain":
             self._enter("report")
             # Once per transform of the preset, and once as they are.
-            write_report(self.attempt, loaded, taken, self._counter("report", 3 * len(taken.holdout)))
+            fair = self._unlearned(taken, candidate)
+            write_report(self.attempt, loaded, fair, self._counter("report", 3 * len(fair.holdout)))
         self._enter("gate")
         while True:
             champion = self.attempt.parts.registry.champion()
             if champion == candidate:
                 return Ending("promoted", ["somebody made it the champion before the gate could"])
             decision = self._decide(loaded, champion, taken)
-            self.report["gate"] = decision.report
             if not decision.promote:
                 return Ending("rejected", decision.reasons)
             self._enter("promote")
@@ -316,10 +303,11 @@ class Stages:
             self._side(candidate, taken, like=rival),
             None if rival is None else self._side(rival, taken, like=None),
         )
-        golden, store = self._golden(), self.attempt.parts.store
-        rows = store.run(policies.in_force, write=False)
+        golden, read = self._golden(), partial(self.attempt.parts.store.run, write=False)
+        rows = read(policies.in_force)
+        asked = read(lambda session: compared_on(session, taken, candidate=candidate.id, champion=champion))
         inputs = gate_inputs(
-            taken,
+            asked,
             *sides,
             min_holdout=self.attempt.settings.schedule.min_holdout,
             min_labellers=self.attempt.settings.labels.min_labellers,
@@ -329,8 +317,14 @@ class Stages:
             policies=() if sides[1] is None else policy_rules(rows, sides[1].head, sides[1].decides_at),
         )
         if champion is not None:
-            inputs = replace(inputs, spending=self._spend(candidate.id, champion, len(inputs.labels)))
-        return decide(inputs, self.attempt.settings.gate)
+            inputs = replace(
+                inputs,
+                spending=self._spend(candidate.id, champion, len(inputs.labels)),
+                unrecorded=self._taught(champion).heads is None,
+            )
+        decision = decide(inputs, self.attempt.settings.gate)
+        self.report["gate"] = {**decision.report, "learned": dict(asked.left_out.get("learned", {}))}
+        return decision
 
     def _spend(self, candidate: str, champion: str, images: int) -> Spending:
         run, error = self.attempt.run.id, self.attempt.settings.gate.error
@@ -345,6 +339,9 @@ class Stages:
         # Where somebody moved the champion meanwhile, another encoder may have learned from these images.
         if not more or base is None or champion is None or champion.release != base.id:
             return None
+        heads = self._taught(base.id).heads
+        if heads is None:
+            return None
         plugins = self.attempt.parts.plugins
         return cross_fitted(
             more,
@@ -353,7 +350,7 @@ class Stages:
             champion,
             plans=plan_heads(plugins, base.manifest),
             plugins=plugins,
-            taught_champion=self._taught(base.id).heads,
+            taught_champion=heads,
         )
 
     def _side(self, release: LoadedRelease, taken: Snapshot, *, like: LoadedRelease | None) -> Side:
@@ -362,31 +359,21 @@ class Stages:
         head = wanted if wanted in release.heads else release.manifest.default_head
         if head is None:
             raise TrainingError(f"{release.id} has no head to decide with")
-        return Side(
-            release.id,
-            release.encoder_sha256,
-            release.heads,
-            head,
-            release.manifest.thresholds,
-            self._see(release.weights, release.encoder_sha256, taken).rows,
-        )
-
-    def _stale_policies(self, candidate: str, *, challenge: bool) -> list[str]:
-        """Thresholds in force that another release's scores drew, once this one is the champion."""
-        if challenge:
-            return []
-        stale = self.attempt.parts.store.run(lambda session: policies.stale(session, candidate), write=False)
-        names = [row.scope for row in stale]
-        self.report["stale_policies"] = names
-        hint = "`code-worker calibrate --after-promote` draws them again"
-        return [f"thresholds of {name} were drawn by another release's scores: {hint}" for name in names]
+        rows = self._see(release.weights, release.encoder_sha256, taken).rows
+        return Side(release.id, release.encoder_sha256, release.heads, head, release.manifest.thresholds, rows)
 
     def _move_alias(self, candidate: str, champion: str | None, decision: GateDecision) -> bool:
-        challenge = not self.attempt.settings.gate.promote
-        reasons = [*decision.reasons, *self._stale_policies(candidate, challenge=challenge)]
+        challenge, store = not self.attempt.settings.gate.promote, self.attempt.parts.store
+        self.report["alias"] = releases.CHALLENGER if challenge else releases.CHAMPION
+        reasons = list(decision.reasons)
         if challenge:
             reasons.append("it became the challenger: CODE_WORKER_GATE__PROMOTE is off")
-        return self.attempt.parts.store.run(
+        else:
+            stale = store.run(lambda session: stale_scopes(session, candidate), write=False)
+            self.report["stale_policies"] = stale
+            hint = "`code-worker calibrate --after-promote` draws them again"
+            reasons += [f"thresholds of {name} were drawn by another release's scores: {hint}" for name in stale]
+        return store.run(
             lambda session: runs.promote(
                 session,
                 self.attempt.held.lease,

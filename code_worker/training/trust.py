@@ -63,7 +63,7 @@ def cap_shares(
 
     Among fewer labellers than would fit the share, each may have an equal one; a single labeller is not capped, for
     there is nobody to be outvoted. Trusted ones count and are never cut. Which images stay is decided by content
-    hash: nobody can choose.
+    hash, so that the next run keeps the same ones.
 
     Args:
         members: sorted by content hash.

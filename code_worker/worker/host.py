@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from code_worker.errors import CodeWorkerError
 from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
 from code_worker.store import migrate
@@ -31,6 +31,7 @@ __all__ = ["Host"]
 
 log = get_logger(__name__)
 _INHERITED: list[object] = []
+_KEEP_AGAIN_S = 5.0
 
 
 class Host:
@@ -40,16 +41,35 @@ class Host:
         self._app = app
         self.settings = settings
         self._lock = threading.RLock()
+        self._store: Store | None = None
+        self._background: Store | None = None
         self._node: Node | None = None
         self._sweeper: Sweeper | None = None
         self._repeater: Repeater | None = None
         self._learning: Learning | None = None
         self._watcher: Repeater | None = None
         self._retention: Repeater | None = None
+        self._keeper: Repeater | None = None
+        self._unkept: deque[tuple[str, str]] = deque()
         self._stop_retaining: Callable[[], None] = lambda: None
         self._stop_learning = threading.Event()
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
+
+    def store(self) -> Store:
+        """The store that messages are accepted and judged with, opened at the first call.
+
+        Raises:
+            ConfigurationError: an address that cannot be.
+            StoreError: a database that is away or not migrated.
+        """
+        with self._lock:
+            if self._store is None:
+                worker = self.settings.worker
+                self._store = migrate.open_current(
+                    self.settings.resolved_database_url, threads=worker.concurrency + worker.fetch_threads
+                )
+            return self._store
 
     def node(self) -> Node:
         """The process's node, made and started at the first call.
@@ -62,11 +82,7 @@ class Host:
             if self._node is None:
                 from code_worker.worker.node import Node  # noqa: PLC0415 - numpy and heads: only where images are judged
 
-                store = migrate.open_current(
-                    self.settings.resolved_database_url,
-                    threads=self.settings.worker.concurrency + self.settings.worker.fetch_threads,
-                )
-                node = Node(self.settings, store)
+                node = Node(self.settings, self.store())
                 try:
                     node.start()
                 except BaseException:
@@ -81,7 +97,7 @@ class Host:
             if self._sweeper is None:
                 from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
 
-                store = self._migrated_store()
+                store = self._background_store()
                 ledger = Ledger(store, self.settings.worker, f"sweeper-{uuid4().hex[:12]}")
                 self._sweeper = Sweeper(ledger, Doorbell(self._app), self.settings)
         return self._sweeper.sweep()
@@ -95,13 +111,44 @@ class Host:
                 self._start_retaining()
 
     def bury(self, message: str, error: str) -> None:
-        """Keeps what came off a queue and is no message."""
+        """Keeps what came off a queue and is no message; where the store does not take it, a thread tries again.
+
+        Raises nothing: it is called from Celery's event loop, which would end.
+        """
+        try:
+            self._keep_letter(message, error)
+        except Exception as refused:  # noqa: BLE001 - see above
+            log.warning("message_kept_later", error=type(refused).__name__)
+            with self._lock:
+                self._unkept.append((message, error))
+                if self._keeper is None:
+                    self._keeper = Repeater("unreadable", _KEEP_AGAIN_S, self._keep_letters)
+                    self._keeper.start()
+
+    def _keep_letter(self, message: str, error: str) -> None:
         from code_worker.worker.intake import bury  # noqa: PLC0415 - only where messages are taken
 
+        bury(self.store(), {"unreadable": message}, error, kind="unreadable")
+
+    def _keep_letters(self) -> None:
+        while self._unkept:
+            letter = self._unkept.popleft()
+            try:
+                self._keep_letter(*letter)
+            except BaseException:
+                # Behind the others: one that cannot be kept at all holds none of them up.
+                self._unkept.append(letter)
+                raise
+
+    def _stop_keeping(self) -> None:
+        if self._keeper is None:
+            return
+        self._keeper.stop()
+        self._keeper = None
         try:
-            bury(self.node().store, {"unreadable": message}, error)
-        except CodeWorkerError as refused:
-            log.warning("message_not_kept", error=str(refused))
+            self._keep_letters()
+        except Exception as refused:  # noqa: BLE001 - the rest is to be closed all the same
+            log.error("messages_not_kept", count=len(self._unkept), error=type(refused).__name__)  # noqa: TRY400 - texts may name images
 
     def learning(self) -> Learning:
         """What runs retrains and refits, made at the first call.
@@ -114,7 +161,7 @@ class Host:
             if self._learning is None:
                 from code_worker.worker.learning import Learning  # noqa: PLC0415 - numpy: only where something learns
 
-                self._learning = Learning(self.settings, self._migrated_store(), self._stop_learning)
+                self._learning = Learning(self.settings, self._background_store(), self._stop_learning)
             return self._learning
 
     def start_watching(self) -> None:
@@ -124,7 +171,7 @@ class Host:
                 from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
                 from code_worker.worker.schedule import Watcher  # noqa: PLC0415 - SQLAlchemy
 
-                watcher = Watcher(self.settings, self._migrated_store(), Doorbell(self._app))
+                watcher = Watcher(self.settings, self._background_store(), Doorbell(self._app))
                 self._watcher = Repeater("learning_watch", watcher.interval_s, watcher.look)
                 self._watcher.start()
                 # A trainer's directories of runs may be on no other machine.
@@ -134,13 +181,17 @@ class Host:
         from code_worker.worker.retention import Retention  # noqa: PLC0415 - SQLAlchemy
 
         if self._retention is None:
-            work = Retention(self.settings, self._migrated_store(), f"retention-{uuid4().hex[:12]}")
+            work = Retention(self.settings, self._background_store(), f"retention-{uuid4().hex[:12]}")
             self._stop_retaining = work.stop
             self._retention = Repeater("retention", work.interval_s, work)
             self._retention.start()
 
-    def _migrated_store(self) -> Store:
-        return migrate.open_current(self.settings.resolved_database_url)
+    def _background_store(self) -> Store:
+        """One for all that runs in the background, so that its connections are few; the node has its own."""
+        with self._lock:
+            if self._background is None:
+                self._background = migrate.open_current(self.settings.resolved_database_url)
+            return self._background
 
     def stop_taking(self) -> None:
         """The worker was asked to end: batches are finished, a run is left to the next process, nothing is begun."""
@@ -151,12 +202,16 @@ class Host:
 
     def _forget(self) -> None:
         """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
-        _INHERITED.append((self._node, self._sweeper, self._repeater, self._learning, self._watcher, self._retention))
+        parts = (self._node, self._sweeper, self._repeater, self._learning, self._watcher, self._retention)
+        _INHERITED.append((self._store, self._background, self._keeper, self._unkept, *parts))
         self._lock = threading.RLock()
-        self._node = self._sweeper = self._repeater = self._learning = self._watcher = self._retention = None
+        self._store = self._background = self._node = self._sweeper = self._repeater = None
+        self._learning = self._watcher = self._retention = self._keeper = None
+        self._unkept = deque()
 
     def close(self) -> None:
         """Ends the background work of this process."""
+        self._stop_keeping()
         with self._lock:
             if self._retention is not None:
                 self._retention.stop()
@@ -170,3 +225,6 @@ class Host:
             if self._node is not None:
                 self._node.close()
                 self._node = None
+            if self._store is not None:
+                self._store.close()
+                self._store = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from traceback import format_tb
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid5
 
@@ -12,31 +13,41 @@ from code_worker.errors import IdConflictError, MessageError, StoreError, StoreR
 from code_worker.logs import get_logger
 from code_worker.queues import MODERATE, SUSPECTS_PER_MESSAGE, chunks, parse_message
 from code_worker.store import jobs, workers
+from code_worker.worker.ledger import Ledger
 
 if TYPE_CHECKING:
     from code_worker.store.engine import Store
     from code_worker.worker.node import Node
 
-__all__ = ["accept_items", "bury", "handle_message"]
+__all__ = ["accept_items", "bury", "judge_jobs", "take_message"]
 
 log = get_logger(__name__)
 _LOCKED_FOR_S = (0.05, 0.25)
+_MAX_LEVELS = 100
+_CUT = "… nested too deeply"
 _MESSAGES = UUID("5f0a0f7e-6a53-5c3b-9d0e-0c7a5d3f1b21")
 
 
-def handle_message(node: Node, message: object, message_id: str) -> bool:
-    """Judges what a message lists; True when it may be acknowledged, False when the rest is for another worker.
+def take_message(store: Store, message: object, message_id: str) -> list[str]:
+    """Ids of the jobs that a message lists or brings along; one that cannot be read is kept, and has none.
 
-    `message_id` names the message in all its deliveries.
+    Needs the store alone: what a message brings has its rows although this process cannot judge. `message_id` names
+    the message in all its deliveries.
+
+    Raises:
+        StoreError: see `accept_items`.
     """
     try:
         job_ids, items = parse_message(message)
     except MessageError as error:
-        bury(node.store, message, str(error))
-        return True
-    if items:
-        job_ids = [*job_ids, *node.ledger.outlast(lambda: accept_items(node.store, items, message_id))]
-    if job_ids and node.stopping:
+        bury(store, message, str(error))
+        return []
+    return [*job_ids, *(Ledger.outlast(lambda: accept_items(store, items, message_id)) if items else ())]
+
+
+def judge_jobs(node: Node, job_ids: Sequence[str]) -> bool:
+    """Judges jobs of a message; True when it may be acknowledged, False when the rest is for another worker."""
+    if node.stopping:
         return False
     # Nearly always all are fresh, and asking for their attempts first would be a transaction more for each message.
     taken = node.moderate(job_ids, below=1)
@@ -83,30 +94,51 @@ def accept_items(store: Store, items: Sequence[object], message_id: str) -> list
             must go back.
     """
     accepted: list[str] = []
-    refused: list[tuple[object, str]] = []
+    refused: list[tuple[object, str, str]] = []
     for place, item in enumerate(items):
         try:
             new = jobs.NewJob.of(item, id=str(uuid5(_MESSAGES, f"{message_id} {place}")))
             accepted += store.run(lambda session, new=new: jobs.accept(session, [new]))  # type: ignore[misc]
         except IdConflictError as error:
-            refused.append((item, f"id_conflict: {error}"))
-        except (ValueError, StoreRefusedError) as error:
-            refused.append((item, str(error)))
+            refused.append((item, f"id_conflict: {error}", "id_conflict"))
+        except ValueError as error:
+            refused.append((item, str(error), "item"))
+        except StoreRefusedError as error:
+            refused.append((item, str(error), "database"))
         except StoreError:
             raise
-        except Exception as error:
-            # Celery acknowledges a message whose task failed: whatever went wrong, this item has no other place.
-            log.exception("item_not_accepted")
-            refused.append((item, f"{type(error).__name__}: {error}"))
+        except Exception as error:  # noqa: BLE001 - Celery acknowledges a failed task's message: it has no other place
+            # What the error says may name the item, so the log has only where it was raised.
+            raised = "".join(format_tb(error.__traceback__))
+            log.error("item_not_accepted", error=type(error).__name__, raised=raised)  # noqa: TRY400 - see above
+            refused.append((item, f"{type(error).__name__}: {error}", "internal"))
     # Last, so that an item is not kept once more by each try that ends before this.
-    for item, reason in refused:
-        bury(store, {"items": [item]}, reason)
+    for item, reason, kind in refused:
+        bury(store, {"items": [item]}, reason, kind=kind)
     return accepted
 
 
-def bury(store: Store, message: object, error: str) -> None:
-    """Keeps a message that cannot be read, for somebody to look at."""
-    body = json.dumps(message, default=repr)
+def bury(store: Store, message: object, error: str, *, kind: str = "message") -> None:
+    """Keeps a message that cannot be read, for somebody to look at.
+
+    The log has the id under which it is kept and the kind of fault: message and error may name an image or a tenant,
+    and an erasure does not reach the log.
+    """
+    body = json.dumps(_writable(message), default=repr)
     letter = store.new_id()
     store.run(lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error, letter_id=letter))
-    log.error("message_refused", error=error)
+    log.error("message_refused", letter=letter, kind=kind)
+
+
+def _writable(value: object, levels: int = _MAX_LEVELS) -> object:
+    """What JSON can hold of a value that came as JSON or in another form; what is nested too deeply is cut off.
+
+    Reading takes less depth than writing: some of what could be read could not be written, and would be lost.
+    """
+    if not isinstance(value, Mapping | list | tuple):
+        return value
+    if not levels:
+        return _CUT
+    if isinstance(value, Mapping):
+        return {str(name): _writable(inner, levels - 1) for name, inner in value.items()}
+    return [_writable(inner, levels - 1) for inner in value]

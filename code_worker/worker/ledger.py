@@ -191,7 +191,8 @@ class Ledger:
             log.error("job_quarantined", job=job.id, attempts=job.attempts)
         return len(found)
 
-    def outlast(self, work: Callable[[], T], progress: Callable[[], None] = lambda: None) -> T:
+    @staticmethod
+    def outlast(work: Callable[[], T], progress: Callable[[], None] = lambda: None) -> T:
         """Calls `work` until the database is back, for up to a minute."""
         deadline = time.monotonic() + _OUTAGE_S
         while True:

@@ -60,8 +60,14 @@ class Retention:
 
     def _tidy(self) -> None:
         from code_worker.data.leftovers import Leftovers  # noqa: PLC0415 - boto3, where the storage is in S3
+        from code_worker.data.unlearning import drop_forgotten  # noqa: PLC0415 - as above
+        from code_worker.releases.artifacts import open_artifacts  # noqa: PLC0415 - as above
 
         Leftovers(self._settings, self._store).tidy()
+        try:
+            drop_forgotten(self._store, open_artifacts(self._settings))
+        except ArtifactError as error:
+            log.warning("erased_releases_wait", error=str(error))
 
     def _finish_erasures(self) -> None:
         """What a dead process left of an erasure, and files of releases that are not in use any more."""

@@ -29,16 +29,20 @@ def register_tasks(app: Celery, host: Host) -> None:
     waking = {**options, "bind": True, "Request": "code_worker.worker.waker:WakingRequest"}
 
     def moderate(task: Any, *args: Any, **kwargs: Any) -> None:
-        from code_worker.worker.intake import handle_message  # noqa: PLC0415 - not in producers that list tasks
+        from code_worker.worker.intake import judge_jobs, take_message  # noqa: PLC0415 - not in producers that list tasks
 
         message = args[0] if len(args) == 1 and not kwargs else {"args": args, "kwargs": kwargs}
         try:
-            done = handle_message(host.node(), message, str(task.request.id))
+            job_ids = take_message(host.store(), message, str(task.request.id))
+            node = host.node() if job_ids else None
+        except Exception as error:
+            # No ledger, or no node, for whatever reason: a device out of memory is no error of ours. The message may
+            # carry jobs that have no row yet, and Celery acknowledges one whose task fails.
+            raise _put_back(error) from error
+        try:
+            done = node is None or judge_jobs(node, job_ids)
         except CodeWorkerError as error:
-            # No node, or no ledger: the message may carry jobs that have no row yet, so it goes back, not too fast.
-            log.error("message_put_back", error=str(error))  # noqa: TRY400 - a traceback would not help
-            time.sleep(_REST_S)
-            raise Reject(str(error), requeue=True) from error
+            raise _put_back(error) from error
         if not done:
             raise Reject("the worker stops", requeue=True)
         failpoint("before_ack")
@@ -48,3 +52,13 @@ def register_tasks(app: Celery, host: Host) -> None:
 
     app.task(moderate, name=MODERATE, **waking)
     app.task(sweep, name=SWEEP, **options)
+
+
+def _put_back(error: Exception) -> Reject:
+    """Has the message delivered again, to any worker, and not too fast."""
+    if isinstance(error, CodeWorkerError):
+        log.error("message_put_back", error=str(error))
+    else:
+        log.error("message_put_back", error=type(error).__name__, exc_info=error)
+    time.sleep(_REST_S)
+    return Reject(str(error), requeue=True)

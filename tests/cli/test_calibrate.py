@@ -15,10 +15,12 @@ from code_worker.settings import Settings
 from code_worker.store import image_groups, policies, schedule
 from code_worker.store.engine import Store
 from code_worker.training.recalibrate import recalibrate
+from code_worker.training.snapshot import Member, Snapshot
 from code_worker.worker.learning import Learning
 from tests.cli.conftest import Cli
 from tests.cli.labelled_tree import write_tree
 from tests.toy_release import write_toy_release
+from tests.training.learning import learn
 
 Promote = Callable[[], str]
 
@@ -89,7 +91,7 @@ def test_a_dry_run_says_the_same_and_sets_nothing(
 
 
 def test_of_your_own_labels_only_the_hold_out_counts_unless_told_otherwise(
-    sqlite_cli: Cli, sqlite_store: Store, champion: str, tree: Path, tmp_path: Path
+    sqlite_cli: Cli, sqlite_store: Store, champion: str, tree: Path, tmp_path: Path, another_champion: Promote
 ) -> None:
     settings = Settings(data_dir=tmp_path / "data", files={"roots": [tree]})  # type: ignore[arg-type]
     sqlite_store.run(lambda session: image_groups.begin_with(session, bytes(32)))
@@ -113,6 +115,13 @@ def test_of_your_own_labels_only_the_hold_out_counts_unless_told_otherwise(
     assert (refused.status, refused.stdout) == (1, "")
     assert "takes at least 49 real images" in refused.stderr
     assert f"{60 - len(held)} were left out, since a retrain may have learned from them" in refused.stderr
+    another = another_champion()
+    (anew,) = sqlite_cli("calibrate", "--after-promote", "--json").records
+    assert anew["problem"] is None
+    assert anew["evidence"]["digest"] == fair["evidence"]["digest"], "by the same images as then"
+    learn(sqlite_store, Snapshot("latest", (Member(held[0], 0, None, None, new=True),)), another, base=None)
+    (less,) = sqlite_cli("calibrate", "--max-fpr", "0.4", "--json", "--dry-run").records
+    assert less["evidence"]["left_out"]["learned"] == 61 - len(held), "learned before retention moved it"
 
 
 def test_copies_of_an_image_count_once(sqlite_cli: Cli, champion: str, tree: Path, tmp_path: Path) -> None:
@@ -160,7 +169,7 @@ def test_after_a_promotion_thresholds_are_drawn_anew_as_they_were_then(
     champion: str,
     tree: Path,
     tmp_path: Path,
-    another_champion: Callable[[], str],
+    another_champion: Promote,
 ) -> None:
     gone = write_tree(tmp_path / "gone", 60)
     for tenant, source, bound in (("acme", tree, "0.05"), ("knn", tree, "0.1"), ("lost", gone, "0.1")):
@@ -197,7 +206,7 @@ def test_a_trainer_draws_them_anew_once_after_each_promotion(
     champion: str,
     tree: Path,
     tmp_path: Path,
-    another_champion: Callable[[], str],
+    another_champion: Promote,
 ) -> None:
     assert sqlite_cli("calibrate", str(tree), "--max-fpr", "0.05").status == 0
     release = another_champion()
@@ -218,7 +227,7 @@ def test_what_somebody_set_meanwhile_is_not_undone(
     champion: str,
     tree: Path,
     tmp_path: Path,
-    another_champion: Callable[[], str],
+    another_champion: Promote,
 ) -> None:
     assert sqlite_cli("calibrate", str(tree), "--max-fpr", "0.05").status == 0
     another_champion()

@@ -63,6 +63,10 @@ def test_a_dry_run_prints_the_snapshot_and_the_plan_and_writes_nothing(
     (plan,) = sqlite_cli("refit", "--dry-run", "--json").records
     assert sum(plan["snapshot"][part]["real"] for part in ("train", "validation", "holdout")) == 11
     assert plan["training"] is None
+    label(settings, sqlite_store, pictures(REAL, 3, first=500), "real", by="bob")
+    capped = sqlite_cli("retrain", "--dry-run", env={"CODE_WORKER_LABELS__MAX_SHARE": "0.5"})
+    assert "over a labeller's share" in capped.stdout
+    assert " 0 over a labeller's share" not in capped.stdout
     assert sqlite_store.run(runs.list_runs) == []
     assert sqlite_cli("retrain", "--dry-run", "--enqueue").status == 2
 
@@ -77,6 +81,8 @@ def test_a_refit_runs_here_and_says_what_became_of_it(
     assert "better on all images, clean" in done.stdout
     again = sqlite_cli("refit", "--json")
     assert (again.status, again.records[0]["state"]) == (0, "skipped")
+    assert "nothing was labelled since run" in sqlite_cli("refit", "--dry-run").stdout
+    assert "nothing was labelled since run" not in sqlite_cli("retrain", "--dry-run").stdout, "it was a refit"
     forced = sqlite_cli("refit", "--force")
     assert forced.status == 1
     assert "is not promoted; the champion stays" in forced.stdout
@@ -123,6 +129,7 @@ def test_runs_are_shown_with_their_curves(cli: Cli, store: Store) -> None:
 
     def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
         run = runs.start(session, id=run_id, kind="retrain", by="alice", owner="a:1", config={}, base_release=None)
+        runs.note(session, run.lease, report={"gate": {"learned": {"bob": 2, "eve": 1}}})
         runs.add_metrics(session, run.lease, [RunMetrics(1, 10, {"loss": 3.25, "linear": 0.5, "svm/clean/mean": 1})])
 
     assert "no run yet" in cli("runs", "list").stdout
@@ -132,6 +139,7 @@ def test_runs_are_shown_with_their_curves(cli: Cli, store: Store) -> None:
     shown = cli("runs", "show", run_id).stdout
     assert "under way, started" in shown
     assert "3.25" in shown
+    assert "3 images of the hold-out that a release learned from" in shown
     (record,) = cli("runs", "show", run_id, "--json").records
     assert record["metrics"][0]["metrics"]["svm/clean/mean"] == 1
     missing = cli("runs", "show", uuid7())

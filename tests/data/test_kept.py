@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.awsrequest import AWSResponse
 
 from code_worker.data.kept import KeptImages, LocalKept, S3Kept, open_kept
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
@@ -84,10 +85,11 @@ def test_putting_it_again_changes_nothing(storage: Storage) -> None:
 def test_a_copy_that_rots_is_refused_and_put_mends_it(storage: Storage) -> None:
     storage.kept.put(DATA)
     storage.damage(NAME, b"bytes of an imagE")
-    with pytest.raises(DatasetError, match=f"{SHA} is damaged"):
-        storage.kept.read(SHA)
+    for get in (storage.kept.read, storage.kept.path):
+        with pytest.raises(DatasetError, match=f"{SHA} is damaged"):
+            get(SHA)
     storage.kept.put(DATA)
-    assert storage.kept.read(SHA) == DATA
+    assert storage.kept.read(SHA) == storage.kept.path(SHA).read_bytes() == DATA
 
 
 def test_a_copy_that_vanished_is_named(storage: Storage) -> None:
@@ -161,6 +163,9 @@ def test_from_s3_a_file_is_fetched_once(s3_server: S3Server, tmp_path: Path) -> 
     client.delete_object(Bucket=bucket, Key=NAME)
     assert kept.path(SHA) == first
     assert first.is_relative_to(tmp_path / "cache")
+    kept.put(DATA)
+    first.write_bytes(b"bytes of an imagE")
+    assert kept.path(SHA).read_bytes() == DATA, "what rots in the cache is fetched again"
 
 
 def test_a_bucket_that_is_missing_or_a_server_that_is_away_is_the_storages_fault(
@@ -211,6 +216,48 @@ def test_of_a_bucket_that_keeps_versions_every_version_is_dropped(s3_server: S3S
     left = client.list_object_versions(Bucket=bucket)
     assert not left.get("Versions")
     assert not left.get("DeleteMarkers")
+
+
+def denied(**_: object) -> tuple[AWSResponse, dict[str, object]]:
+    """What a server answers to a user who may not do this."""
+    error = {"Code": "AccessDenied", "Message": "Access Denied"}
+    return AWSResponse("", 403, {}, None), {"Error": error, "ResponseMetadata": {"HTTPStatusCode": 403}}
+
+
+@pytest.mark.parametrize("status", [None, "Enabled", "Suspended"])
+def test_a_copy_is_not_called_dropped_where_versions_of_it_may_stay(
+    s3_server: S3Server, tmp_path: Path, status: str | None
+) -> None:
+    client, bucket = s3_server.client(), f"kept-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=bucket)
+    kept = S3Kept(f"s3://{bucket}/kept", s3_settings(s3_server.url), cache=tmp_path / "cache")
+    kept._client.meta.events.register("before-call.s3.ListObjectVersions", denied)
+    if status is None:
+        kept.put(DATA)
+        kept.drop(SHA)
+        assert not kept.exists(SHA)
+        # Who may not ask whether the bucket keeps any is told so.
+        kept._client.meta.events.register("before-call.s3.GetBucketVersioning", denied)
+    else:
+        client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": status})
+    kept.put(DATA)
+    with pytest.raises(StorageError, match="allow s3:ListBucketVersions and s3:DeleteObjectVersion") as raised:
+        kept.drop(SHA)
+    assert SHA not in str(raised.value), "what is logged names no image"
+    assert kept.exists(SHA)
+
+
+def test_a_server_that_knows_no_versions_keeps_none(s3_server: S3Server, tmp_path: Path) -> None:
+    def unknown(**_: object) -> tuple[AWSResponse, dict[str, object]]:
+        return AWSResponse("", 501, {}, None), {"Error": {"Code": "NotImplemented", "Message": ""}}
+
+    client, bucket = s3_server.client(), f"kept-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=bucket)
+    kept = S3Kept(f"s3://{bucket}", s3_settings(s3_server.url), cache=tmp_path / "cache")
+    kept._client.meta.events.register("before-call.s3.ListObjectVersions", unknown)
+    kept.put(DATA)
+    kept.drop(SHA)
+    assert not kept.exists(SHA)
 
 
 def test_bytes_that_a_dead_writer_left_go_with_the_copy(tmp_path: Path) -> None:

@@ -138,6 +138,19 @@ def test_a_copy_of_an_old_image_is_in_its_part(sqlite_store: Store, tmp_path: Pa
     assert [(held, place.split == "holdout") for held, place in found] == [(True, True), (False, False)]
 
 
+def test_an_old_image_labelled_again_by_its_hash_is_near_its_copies_too(sqlite_store: Store, tmp_path: Path) -> None:
+    place = Place(tmp_path, sqlite_store)
+    old = keep_as_before(place.settings, sqlite_store, encoded(pixels(96, 96), "PNG"))
+    place.labeller.label(old, "real", by="bob")
+    (noted,) = sqlite_store.run(lambda session: kept_images.kept(session, [old]), write=False).values()
+    assert noted.phash is not None
+    group_old(place.settings, sqlite_store)
+    path = place.photos / "copy.jpg"
+    path.write_bytes(encoded(pixels(96, 96), "JPEG", quality=80))
+    copy = place.labeller.label(str(path), "real", by="bob").sha256
+    assert len(set(places(sqlite_store, old, copy))) == 1
+
+
 def test_a_storage_that_fails_ends_it_and_the_next_time_goes_on(store: Store, settings: Settings) -> None:
     (old,) = (keep_as_before(settings, store, encoded(pixels(64, 64), "PNG")),)
     with pytest.raises(StorageError):

@@ -304,10 +304,12 @@ def test_a_directory_of_shards_is_read_and_what_lies_beside_them_is_told(tmp_pat
     write_shard(tmp_path / "b.tar", published_record(2))
     write_shard(tmp_path / "a.tar", published_record(1))
     (tmp_path / "more").mkdir()
+    (tmp_path / "one.PNG").touch()
+    (tmp_path / "README.md").touch()
     skipped: list[Skipped] = []
     examples = list(open_examples(str(tmp_path), settings=Settings(), skipped=skipped))
     assert [Path(example.key.partition(":")[0]).name for example in examples[::5]] == ["a.tar", "b.tar"]
-    assert [lost.key for lost in skipped] == [str(tmp_path / "more")]
+    assert [lost.key for lost in skipped] == [str(tmp_path / "more"), str(tmp_path / "one.PNG")]
 
 
 def test_a_shard_of_a_pattern_that_is_missing_is_told(tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ from urllib.parse import unquote
 
 import pytest
 
+from code_worker.types import RejectReason
+
 ROOT = Path(__file__).resolve().parents[2]
 GENERATOR = ROOT / "docs" / "generate_settings.py"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+SOURCE = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "code_worker").rglob("*.py"))}
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
 
@@ -42,12 +45,61 @@ def test_every_link_within_the_project_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(there.read_text(encoding="utf-8")), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_setting_that_a_page_names_is_one(page: Path) -> None:
+    listed = set(
+        re.findall(r"\| `(CODE_WORKER_\w+)` \|", (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"))
+    )
+    sections = {name.rpartition("__")[0] for name in listed}
+    named = set(re.findall(r"CODE_WORKER_[A-Z0-9_]*[A-Z0-9]", page.read_text(encoding="utf-8")))
+    assert named - listed - sections - {"CODE_WORKER_CONFIG"} == set()
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    """Cells of the table under a heading, without its head."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def test_operations_lists_every_reason_and_says_which_a_retry_helps() -> None:
+    told = {
+        reason: help_ for reasons, help_ in rows("operations.md", "Reading a verdict") for reason in quoted(reasons)
+    }
+    assert set(told) == {reason.value for reason in RejectReason}
+    reserved = {reason for reason, help_ in told.items() if help_.startswith("reserved")}
+    helped = {reason for reason, help_ in told.items() if help_.startswith("yes")}
+    assert helped == {reason.value for reason in RejectReason if reason.retryable} - reserved
+    given = {path.name for reason in reserved for path in SOURCE if f"RejectReason.{reason.upper()}" in SOURCE[path]}
+    assert given == {"types.py"}
+
+
+def test_security_lists_every_act_that_is_audited() -> None:
+    told = {action for actions, _, _ in rows("security.md", "Audit") for action in quoted(actions)}
+    kinds = "|".join(sorted({action.partition(".")[0] for action in told}))
+    assert told == set(re.findall(rf'"((?:{kinds})\.[a-z]+)"', "".join(SOURCE.values())))
+
+
+def test_events_that_operations_names_are_logged() -> None:
+    section = "\n".join("|".join(row) for row in rows("operations.md", "What happens when something dies"))
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)` (?:is|when|and|are)", section))
+    assert len(named) >= 4
+    assert {name for name in named if f'"{name}"' not in "".join(SOURCE.values())} == set()
+
+
 def test_the_map_names_every_part_of_the_package() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     package = ROOT / "code_worker"
     parts = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").is_file()}
     modules = {path.name for path in package.glob("*.py") if not path.name.startswith("_")}
-    assert {part for part in parts | modules if not re.search(rf"(?m)^  .*{re.escape(part)}", text)} == set()
+    plugins = {f"{path.name}/" for path in (ROOT / "plugins").iterdir() if any(path.glob("*.py*"))}
+    named = parts | modules | plugins
+    assert {part for part in named if not re.search(rf"(?m)^  .*\b{re.escape(part)}", text)} == set()
 
 
 def test_the_picture_is_well_formed_says_what_it_shows_and_suits_dark_pages() -> None:

@@ -4,37 +4,70 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from uuid import uuid4
+from pathlib import Path
+from uuid import UUID, uuid4
 
 import psutil
 import pytest
+from sqlalchemy import text
 
 from code_worker.failpoints import FAILPOINT_STATUS
 from tests.faults.deployment import FaultDeployment
 from tests.faults.rows import Bar, Seen, row
 from tests.fork_server import CHILDREN_ENV
 from tests.servers import RedisServer, S3Server
-from tests.worker.harness import WorkerProcess, jpeg, wait_until
+from tests.worker.harness import jpeg, wait_until
 
 _CONCURRENCY = 4
+_MESSAGE = 8
+"""Jobs in a message: enough messages for the threads of both workers."""
 
 
-def _children_of(supervisors: list[WorkerProcess]) -> list[psutil.Process]:
-    return [child for supervisor in supervisors for child in supervisor.children() if child.status() != "zombie"]
+@pytest.fixture
+def held_jobs(tmp_path: Path) -> dict[str, str]:
+    """Settings under which a job gets no verdict before the file that its metadata names is there."""
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "held.py").write_text(
+        "import time\n"
+        "from pathlib import Path\n"
+        "from code_worker import hookimpl\n"
+        "@hookimpl\n"
+        "def code_worker_select_head(job, heads):\n"
+        "    while 'until' in job.metadata and not Path(job.metadata['until']).exists():\n"
+        "        time.sleep(0.02)\n"
+    )
+    return {"CODE_WORKER_PLUGINS_DIR": str(plugins)}
 
 
-def _kill_at_random(
-    deployment: FaultDeployment, supervisors: list[WorkerProcess], rng: random.Random, kills: int, pause_s: float
-) -> float:
-    """Kills one worker process after another, each while it holds claims; returns when the last one died."""
-    for _ in range(kills):
-        wait_until(lambda: deployment.counts().get("running") or not deployment.unfinished(), 120, "a claimed batch")
-        time.sleep(rng.uniform(0.05, pause_s))
-        if alive := wait_until(lambda: _children_of(supervisors), 120, "a worker to kill"):
-            rng.choice(alive).kill()
-    return time.monotonic()
+def _holders(deployment: FaultDeployment, ids: Collection[str]) -> list[int]:
+    """Process ids of the workers that hold claims on these jobs."""
+    with deployment.ledger.engine.connect() as connection:
+        claims = connection.execute(text("select id, owner from jobs where state = 'running'")).all()
+    owners = {str(owner) for job, owner in claims if str(UUID(str(job))) in ids}
+    return [event["pid"] for event in deployment.events("child_started") if event["owner"] in owners]
+
+
+def _kill_one(
+    deployment: FaultDeployment, uris: Sequence[str], gate: Path, rng: random.Random, pause_s: float
+) -> tuple[list[str], int]:
+    """Kills a worker that holds claims on these images, none of which is decided before the worker is dead.
+
+    Returns the ids, and how many jobs were unfinished then.
+    """
+    ids = []
+    for begin in range(0, len(uris), _MESSAGE):
+        ids += deployment.enqueue(uris[begin : begin + _MESSAGE], metadata={"until": str(gate)})
+    wait_until(lambda: _holders(deployment, ids), 120, "a claimed batch")
+    time.sleep(rng.uniform(0.05, pause_s))  # while it fetches, encodes, or waits at the gate
+    victim = psutil.Process(rng.choice(wait_until(lambda: _holders(deployment, ids), 120, "a worker to kill")))
+    victim.kill()
+    victim.wait(60)
+    left = deployment.unfinished()
+    gate.touch()
+    return ids, left
 
 
 def _upload(deployment: FaultDeployment, server: S3Server, count: int) -> list[str]:
@@ -62,11 +95,16 @@ def _survive(
     pause_s: float,
 ) -> None:
     deployment.workers_killed = True
-    supervisors = [deployment.worker("worker", module="code_worker", **{CHILDREN_ENV: "1"}) for _ in range(2)]
+    for _ in range(2):
+        deployment.worker("worker", module="code_worker", **{CHILDREN_ENV: "1"})
     deployment.started(2)
-    ids = deployment.enqueue(uris)
-    last_kill = _kill_at_random(deployment, supervisors, rng, kills, pause_s)
-    left = deployment.unfinished()
+    ids: list[str] = []
+    for number in range(kills):
+        gate = deployment.log_path.with_name(f"gate-{number}")
+        share, left = _kill_one(deployment, uris[number::kills], gate, rng, pause_s)
+        last_kill = time.monotonic()
+        ids += share
+        assert left, "work is left at every kill, the last one too"
     limit_s = deployment.settings.worker.lease_s + 30
     wait_until(lambda: not deployment.unfinished(), bar(limit_s), f"all verdicts: {deployment.counts()}")
     last_verdict_s = time.monotonic() - last_kill
@@ -109,11 +147,14 @@ def test_jobs_survive_killed_workers(
     kills: int,
     redis_server: RedisServer,
     s3_server: S3Server,
+    held_jobs: dict[str, str],
     fault_rng: random.Random,
     seen: Seen,
     bar: Bar,
 ) -> None:
-    deployment = deploy(request.getfixturevalue("sqlite_url" if database == "sqlite" else "migrated_postgres_url"))
+    deployment = deploy(
+        request.getfixturevalue("sqlite_url" if database == "sqlite" else "migrated_postgres_url"), **held_jobs
+    )
     _survive(deployment, _upload(deployment, s3_server, jobs), fault_rng, seen, bar, kills=kills, pause_s=1.6)
 
 
@@ -128,11 +169,12 @@ def test_2000_jobs_survive_fifty_killed_workers(
     migrated_postgres_url: str,
     redis_server: RedisServer,
     s3_server: S3Server,
+    held_jobs: dict[str, str],
     fault_rng: random.Random,
     seen: Seen,
     bar: Bar,
 ) -> None:
-    deployment = deploy(migrated_postgres_url)
+    deployment = deploy(migrated_postgres_url, **held_jobs)
     _survive(deployment, _upload(deployment, s3_server, 2000), fault_rng, seen, bar, kills=50, pause_s=1.6)
 
 

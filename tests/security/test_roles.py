@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.label_files.importing import import_rows
 from code_worker.data.label_files.rows import Row
 from code_worker.errors import ConfigurationError, NotAllowedError
@@ -109,6 +110,7 @@ def test_what_judges_is_changed_by_operators_alone(sqlite_store: Store, tmp_path
     registry = Registry(sqlite_store, LocalArtifacts(tmp_path / "releases"), Plugins(), TEAM)
     refused = {
         "import a release": lambda by: registry.import_(str(tmp_path), by=by),
+        "sign a release": lambda by: registry.sign("r-0", by=by),
         "promote a release": lambda by: registry.promote("r-0", by=by),
         "roll back": lambda by: registry.rollback(by=by),
         "choose a challenger": lambda by: registry.challenge("r-0", by=by),
@@ -117,6 +119,7 @@ def test_what_judges_is_changed_by_operators_alone(sqlite_store: Store, tmp_path
         "start a refit": lambda by: Learner(settings, sqlite_store).learn("refit", by=by),
         "start a retrain": lambda by: Learner(settings, sqlite_store).learn("retrain", by=by),
         "judge history again": lambda by: rescore(settings, sqlite_store, None, by=by),
+        "erase": lambda by: Eraser(settings, sqlite_store).erase(Scope(tenant="acme"), by=by),
     }
     for doing, act in refused.items():
         for actor in ("rob", "lea", "eve"):
@@ -124,6 +127,22 @@ def test_what_judges_is_changed_by_operators_alone(sqlite_store: Store, tmp_path
                 act(actor)
     assert entries(sqlite_store) == 0
     assert put_policy(settings, sqlite_store, by="olga", low=0.4, high=0.6).version == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("enqueue", "s3://uploads/a.jpg"),
+        ("jobs", "retry", "--state", "quarantined", "--yes"),
+        ("verdicts", "list"),
+        ("audit", "list"),
+        ("db", "upgrade"),
+    ],
+)
+def test_what_the_database_and_the_broker_allow_takes_no_role(sqlite_cli: Cli, arguments: tuple[str, ...]) -> None:
+    sqlite_cli.env["CODE_WORKER_ROLES__OPERATORS"] = json.dumps(["olga"])
+    done = sqlite_cli(*arguments, env={"CODE_WORKER_BROKER_URL": "memory://"})
+    assert (done.status, "role" in done.stderr) == (0, False)
 
 
 @pytest.mark.parametrize(
@@ -144,3 +163,10 @@ def test_commands_act_as_the_user_who_runs_them(sqlite_cli: Cli, arguments: tupl
     done = sqlite_cli(*arguments, env={"USER": "olga", "LOGNAME": "olga"})
     assert (done.status, done.stdout) == (2, "")
     assert f"{current_user()} has no role and may not" in done.stderr
+
+
+def test_what_a_run_would_learn_from_may_be_read_without_a_role(sqlite_cli: Cli) -> None:
+    sqlite_cli.env["CODE_WORKER_ROLES__OPERATORS"] = json.dumps(["olga"])
+    planned = sqlite_cli("refit", "--dry-run", "--json")
+    assert planned.status == 0
+    assert planned.records[0]["snapshot"]["holdout"]["generators"] == {}

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import uuid
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,9 @@ def test_the_policy_says_how_to_report_and_what_is_trusted() -> None:
     for heading in ("## Reporting", "## Supported versions", "## What is trusted, and what is not"):
         assert heading in text
     assert "within five days" in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    has_address = any("email" in one for one in project["authors"])
+    assert ("metadata" in text.partition("## Supported")[0]) == has_address
 
 
 def named_tests(page: str) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from code_worker.store import engine, health, jobs
 from code_worker.store.engine import MAX_TRIES, Session, Store, open_store
 from code_worker.store.ids import uuid7, uuid7_floor
 from code_worker.store.models import JobRow, db_now, db_now_plus
+from code_worker.store.purging import purge
 from code_worker.store.sql import new_id
 from code_worker.types import JobState
 from tests.faults.rows import Seen, row
@@ -321,3 +322,23 @@ def test_many_processes_write_one_sqlite_file(sqlite_store: Store, seen: Seen) -
     assert sqlite_store.run(jobs.counts)[JobState.RUNNING] == 240
     times = sorted(float(time) for text in told for time in text.split())
     seen(commits=len(times), locked=0, p99_ms=times[int(0.99 * len(times))])
+
+
+def test_a_purge_that_is_cancelled_leaves_every_connection_its_limits(postgres_store: Store) -> None:
+    waiting = text("SELECT pid FROM pg_stat_activity WHERE query LIKE 'VACUUM%' AND wait_event_type = 'Lock'")
+    with ThreadPoolExecutor(1) as pool, postgres_store.engine.connect() as other:
+        other.execute(text("BEGIN"))
+        other.execute(text("LOCK TABLE verdicts IN SHARE UPDATE EXCLUSIVE MODE"))
+        purging = pool.submit(purge, postgres_store)
+        while (pid := other.scalar(waiting)) is None and not purging.done():
+            other.execute(text("SELECT pg_stat_clear_snapshot()"))
+        other.execute(text("SELECT pg_cancel_backend(:pid)"), {"pid": pid})
+        with pytest.raises(StoreError):
+            purging.result(30)
+        other.execute(text("ROLLBACK"))
+    with ExitStack() as opened:
+        limits = []
+        for _ in range(3):
+            connection = opened.enter_context(postgres_store.engine.connect())
+            limits.append(connection.scalar(text("SHOW statement_timeout")))
+    assert limits == ["15s"] * 3

@@ -73,6 +73,8 @@ def test_without_a_time_it_is_said_when_it_is_written(store: Store) -> None:
         ({"sha256": "A" * 64}, "no content hash"),
         ({"label": "uncertain"}, "real or fake, not 'uncertain'"),
         ({"label": "real", "generator": "sdxl"}, "a real image has no generator"),
+        ({"generator": "real"}, "no generator can be called 'real'"),
+        ({"generator": "old fakes"}, "no generator can be called 'old fakes'"),
         ({"by": ""}, "by must have 1 to 200 characters, not 0"),
         ({"by": "x" * 201}, "by must have 1 to 200 characters, not 201"),
         ({"generator": ""}, "generator must have"),
@@ -243,6 +245,17 @@ def test_conflicts_are_between_what_labellers_say_now(store: Store) -> None:
     found = store.run(labels.conflicts)
     assert [conflict.sha256 for conflict in found] == [A]
     assert [statement.by for statement in found[0].statements] == ["carol", "bob", "dave", "carol", "alice"]
+
+
+def test_who_is_ignored_contradicts_nobody(store: Store) -> None:
+    add(store, said(A, "real"), said(A, "fake", "mallory"))
+    add(store, said(B, "real"), said(B, "fake", "bob"), said(B, "fake", "mallory"))
+    (left,) = store.run(lambda session: labels.conflicts(session, ignored=("mallory",)))
+    assert left.sha256 == B
+    assert [statement.by for statement in left.statements] == ["alice", "bob"]
+    assert left.resolved("majority") is None
+    (decided,) = store.run(lambda session: labels.resolve(session, rule="majority", ignored=("mallory",)))
+    assert decided.sha256 == A, "the rule leaves B undecided, as the conflict says"
 
 
 def test_conflicts_come_in_pages(store: Store) -> None:

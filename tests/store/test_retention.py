@@ -108,6 +108,30 @@ def test_finished_jobs_go_with_verdicts_and_shadow_scores_and_unfinished_ones_ne
     assert (first.actor, first.subject, '"count":1' in first.details) == ("retention", "jobs", True)
 
 
+def test_dead_letters_and_embeddings_may_be_partitioned(postgres_store: Store) -> None:
+    keys = {"dead_letters": "range (id)", "embeddings": "list (encoder_sha256)"}
+    with postgres_store.engine.begin() as connection:
+        for table, key in keys.items():
+            connection.execute(text(f"alter table {table} rename to old_{table}"))
+            connection.execute(text(f"create table {table} (like old_{table} including all) partition by {key}"))
+            connection.execute(text(f"create table all_{table} partition of {table} default"))
+
+    def keep() -> None:
+        postgres_store.run(lambda session: workers.dead_letter(session, task="t", body="b", error="e"))
+        postgres_store.run(lambda session: embeddings.keep(session, "e" * 64, {HASH: bytes(768)}))
+
+    keep()
+    assert postgres_store.look(lambda session: embeddings.known(session, "e" * 64, [HASH])) == {HASH: bytes(768)}
+    age()
+    assert [prune(postgres_store, kind) for kind in keys for _ in range(2)] == [1, 0, 1, 0]
+    keep()
+    age()
+    with postgres_store.engine.begin() as connection:
+        for table in keys:
+            connection.execute(text(f"drop table all_{table}"))
+    assert [prune(postgres_store, kind) for kind in keys] == [0, 0]
+
+
 def test_a_job_that_was_judged_again_lately_stays_whole(store: Store) -> None:
     job_id = done(store)
     moment = age()

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 
 from code_worker.errors import RunLostError, StoreError
-from code_worker.store import releases, runs, schedule, snapshots
+from code_worker.store import runs, schedule, snapshots
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
 from code_worker.store.runs import Run, RunMetrics
@@ -198,30 +198,29 @@ def test_a_snapshot_comes_back_as_it_was_taken_and_cannot_be_changed(store: Stor
         snapshots.unpack(b"damaged")
 
 
-def test_the_last_run_that_taught_a_champion_is_known_whoever_promoted_it(store: Store) -> None:
+def test_a_release_goes_back_through_the_runs_that_made_it_to_where_nothing_is_recorded(store: Store) -> None:
     chosen = snapshot(store, [])
 
-    def candidate(name: str) -> Run:
+    def made(name: str, base: str | None, snapshot_id: str | None = chosen) -> str:
         run = begun(store)
         store.run(
-            lambda session: releases.add(
-                session, id=name, manifest_sha256=name * 32, location="", manifest={}, source="", by="ann"
-            )
+            lambda session: runs.note(session, run.lease, snapshot_id=snapshot_id, candidate=name, base_release=base)
         )
-        store.run(lambda session: runs.note(session, run.lease, snapshot_id=chosen, candidate=name))
-        finish(store, run, "rejected")
-        return run
+        finish(store, run)
+        return run.id
 
-    def move(name: str) -> None:
-        store.run(lambda session: releases.move_alias(session, "champion", name, by="bob", reason=""))
+    def line(*names: str) -> dict[str, list[str]]:
+        found = store.run(lambda session: runs.ancestry(session, names), write=False)
+        return {release: [run.id for run in by] for release, by in found.items()}
 
-    assert store.run(runs.learned) is None
-    first, second, _ = candidate("r1"), candidate("r2"), candidate("r3")
-    move("r1")
-    assert store.run(runs.learned) == get(store, first.id)
-    move("r2")
-    store.run(lambda session: releases.rollback(session, "champion", by="bob", reason=""))
-    assert store.run(runs.learned) == get(store, second.id), "what was rolled back is no news"
+    first, second = made("r-1", "r-imported"), made("r-2", "r-1")
+    again, beside = made("r-2", "r-1"), made("r-3", "r-2")
+    made("r-4", "r-3", None)
+    whole = {"r-2": [again, second], "r-1": [first], "r-imported": []}
+    assert list(line("r-2").items()) == list(whole.items()), "nearest first"
+    assert line("r-3", "r-2") == {"r-3": [beside], **whole}
+    assert line("r-1") == {"r-1": [first], "r-imported": []}, "what came after it is not in its line"
+    assert line("r-4", "r-elsewhere") == {"r-4": [], "r-elsewhere": []}, "no snapshot says what it learned from"
 
 
 def take(store: Store, run_id: str | None, *, slot: datetime = SLOT, name: str = "retrain") -> bool:

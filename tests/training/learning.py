@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,13 @@ from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
 from code_worker.releases.registry import Registry, open_registry
 from code_worker.settings import Settings
-from code_worker.store import image_groups, kept_images, labels
-from code_worker.store.engine import Store
+from code_worker.store import image_groups, kept_images, labels, retention, runs
+from code_worker.store.engine import Session, Store
+from code_worker.store.ids import uuid7
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
+from code_worker.training import snapshot as snapshots
+from code_worker.training.snapshot import Snapshot
 
 TINY = VitConfig(image_size=32, patch_size=8, width=64, depth=1, heads=2, mlp_width=64)
 REAL = "real"
@@ -75,8 +79,8 @@ def registry_of(settings: Settings, store: Store, plugins: Plugins | None = None
     return open_registry(settings, store=store, plugins=plugins or load_plugins(settings))
 
 
-def build_champion(directory: Path, *, heads: Iterable[str] = ("linear",)) -> Path:
-    """A release that learned noise and one generator, and never saw the other."""
+def build_champion(directory: Path, *, heads: Iterable[str] = ("linear",), notes: str = "") -> Path:
+    """A release that learned noise and one generator, and never saw the other; other notes make another release."""
     settings = Settings()
     plugins = load_plugins(settings)
     weights = tiny_weights()
@@ -90,7 +94,9 @@ def build_champion(directory: Path, *, heads: Iterable[str] = ("linear",)) -> Pa
         head = plugins.head_class(name)()
         rows = known == 0 if head.one_class else known >= 0
         fitted[name] = head.fit(embeddings[rows], known[rows])
-    build_from_parts(directory, weights, fitted, plugins, ReleaseFacts(source=Source(uri="a test"), toy=True))
+    build_from_parts(
+        directory, weights, fitted, plugins, ReleaseFacts(source=Source(uri="a test"), toy=True, notes=notes)
+    )
     return directory
 
 
@@ -127,11 +133,47 @@ def label(
     return hashes
 
 
+def hold_out(store: Store, hashes: Iterable[str]) -> None:
+    """Puts labelled images into groups of the hold-out, by the names of records: as a caller could by luck."""
+    numbers = count()
+
+    def write(session: Session) -> None:
+        image_groups.lock(session)
+        for sha256 in hashes:
+            while True:
+                image_groups.place(session, {sha256: f"record {next(numbers)}"})
+                if image_groups.places(session, [sha256])[sha256].split == "holdout":
+                    break
+                image_groups.forget(session, [sha256])
+
+    store.run(write)
+
+
+def forget(store: Store, hashes: Sequence[str]) -> None:
+    """What retention does to the rows once labels are old, as if the files of their copies were gone then."""
+    assert store.run(lambda session: retention.forget_labels(session, hashes, days=0)) == len(hashes)
+    store.run(lambda session: kept_images.dropped(session, hashes))
+
+
 def label_world(settings: Settings, store: Store, *, real: int = 60, old: int = 40, new: int = 40) -> None:
     """Enough of everything that a refit is due and has something to gain: the new generator."""
     label(settings, store, pictures(REAL, real), "real")
     label(settings, store, pictures(OLD, old), "fake", generator=OLD)
     label(settings, store, pictures(NEW, new), "fake", generator=NEW)
+
+
+def learn(store: Store, taken: Snapshot, release: str, base: str | None) -> None:
+    """A run that made this release from that one, by this snapshot."""
+    run_id = uuid7()
+
+    def write(session: Session) -> None:
+        run = runs.start(session, id=run_id, kind="refit", by="a", owner="a:1", config={}, base_release=base)
+        assert run is not None
+        snapshots.freeze(session, taken)
+        runs.note(session, run.lease, snapshot_id=taken.id, candidate=release)
+        runs.finish(session, run.lease, "rejected")
+
+    store.run(write)
 
 
 def learning_settings(directory: Path, **training: object) -> Settings:
@@ -148,9 +190,12 @@ __all__ = [
     "OLD",
     "REAL",
     "build_champion",
+    "forget",
     "held_out",
+    "hold_out",
     "label",
     "label_world",
+    "learn",
     "learning_settings",
     "picture",
     "pictures",

@@ -13,7 +13,7 @@ from code_worker.errors import TrainingError
 from code_worker.settings import GateSettings
 from code_worker.training.gate import CrossFitted, GateDecision, GateInputs, Opinion, PolicyRule, decide
 from code_worker.training.noise import Noise, label_noise
-from code_worker.training.paired import difference_limits
+from code_worker.training.paired import difference_limits, images_needed
 from code_worker.training.spending import Comparison, spend
 from tests.training.clouds import refitted, world
 
@@ -97,6 +97,7 @@ def test_agreement_on_few_images_is_no_proof_of_equality() -> None:
         low, high = difference_limits(np.zeros(images, np.int8), np.full(images, 1 / images), error)
         assert (low > -0.02) is excluded
         assert high == -low
+    assert [images_needed(share, 0.02, error) for share in (0.05, 0.2)] == [150, 330], "where some change"
 
 
 def test_one_flipped_image_proves_nothing() -> None:
@@ -164,6 +165,32 @@ def test_groups_too_small_for_any_loss_to_show_are_named_when_it_is_promoted() -
     assert 0.04 < by_group["old"] < 0.1
 
 
+def test_a_champion_that_must_go_is_replaced_by_what_is_not_shown_to_be_worse() -> None:
+    champion = opinion("h", 0.95, 0.95, 0.4)
+    alike = gate(opinion("c", 0.95, 0.94, 0.4), champion, owed=True)
+    assert alike.promote
+    assert alike.reasons[0].endswith("the champion learned from what was erased and must go")
+    assert [loss["excluded"] for loss in alike.report["losses"] if loss["group"] == "old fakes"] == [False]
+    worse = gate(opinion("c", 0.95, 0.8, 0.4), champion, owed=True)
+    assert worse.reasons[0].startswith("worse on old, clean")
+    few = gate(opinion("c", 0.95, 0.94, 0.4), champion, owed=True, min_holdout=101)
+    assert few.reasons == ("hold-out too small: 100 real images, 101 are needed",)
+    by_one = gate(opinion("c", 0.95, 0.94, 0.4), champion, owed=True, labellers=("alice",), min_labellers=2)
+    assert by_one.reasons == ("what is new was labelled by 1 (alice): 2 labellers are needed",)
+
+
+def test_generators_that_the_champion_knows_and_that_were_not_compared_are_named_when_it_is_promoted() -> None:
+    sides = (opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4))
+    some = gate(*sides, old=frozenset({"old", "rare"}))
+    assert some.promote
+    assert some.reasons[-1].endswith("with too few images for any loss to show: rare (0)")
+    none = gate(*sides, old=frozenset(), settings=GateSettings(max_regression=0.05))
+    assert none.promote
+    assert none.reasons[-1] == (
+        "not known: whether it is worse on generated images that the champion knows: none was compared"
+    )
+
+
 def test_more_images_show_a_loss_that_the_holdout_hides() -> None:
     labels = np.repeat([0, 1], [10, 60]).astype(np.int8)
     right = np.where(labels == 1, 0.9, 0.1).astype(np.float32)
@@ -174,6 +201,55 @@ def test_more_images_show_a_loss_that_the_holdout_hides() -> None:
     decision = gate(*sides, more=more)
     assert decision.reasons[0].startswith("worse on old, clean: accuracy 0.969 → 0.906 on 160 images")
     assert decision.report["more_images"] == 70
+
+
+def test_copies_of_one_picture_are_one_piece_of_evidence() -> None:
+    """Ten newcomers found are a gain; ten versions of one picture are a coin that fell once."""
+    champion, candidate = opinion("h", 0.95, 0.95, 0.4), opinion("c", 0.95, 0.95, 0.5)
+    alone = tuple(f"{n}" for n in range(3 * N))
+    assert gate(candidate, champion, group_of=alone).promote
+    together = (*alone[: 2 * N + 40], *["one picture"] * 10, *alone[2 * N + 50 :])
+    (reason,) = gate(candidate, champion, group_of=together).reasons
+    assert reason.startswith("nothing gained")
+
+
+def test_where_reals_and_fakes_are_of_the_same_pictures_each_limit_errs_less() -> None:
+    """Both losses would come and go together: what excludes 2 points on independent images does not here."""
+    sides = opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4)
+    assert gate(*sides).promote
+    versions = tuple(f"{n % N}" for n in range(3 * N))
+    decision = gate(*sides, group_of=versions)
+    assert [one["error"] for one in decision.report["losses"]] == pytest.approx([0.05, 0.05])
+    assert [reason[:40] for reason in decision.reasons] == [
+        "not shown to be as good on real, clean: ",
+        "not shown to be as good on old fakes, cl",
+    ]
+
+
+def test_generators_with_few_images_weigh_little() -> None:
+    """Else one image of each of a few would decide, and leave the rest without weight."""
+    made = inputs(opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4))
+    names = [*made.generators[: 2 * N - 5], *[f"rare {n}" for n in range(5)], *made.generators[2 * N :]]
+    decision = decide(replace(made, generators=tuple(names), old=frozenset(names[N : 2 * N])), SETTINGS)  # type: ignore[arg-type]
+    (loss,) = [one for one in decision.report["losses"] if one["group"] == "old fakes"]
+    # One generator of 95 images, and five of a twentieth of its weight each.
+    assert loss["effective"] == pytest.approx(1.25**2 / (1 / 95 + 5 / 20**2))
+    assert "100 images, which tell as much as 68 of equal weight, about 77 would tell" in decision.reasons[0]
+
+
+def test_what_the_champion_knows_and_nobody_labelled_is_not_shown_to_be_found() -> None:
+    decision = gate(opinion("c", 0.95, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4), old=frozenset({"elsewhere"}))
+    # The reals alone must exclude as much as both would.
+    assert [reason[:77] for reason in decision.reasons] == [
+        "not shown to be as good on real, clean: +0.000 on 100 images, about 160 would",
+        "not shown to be as good on old fakes, clean: +0.000 on 0 images, about 160 wo",
+    ]
+
+
+def test_what_a_champion_that_was_made_elsewhere_learned_is_said_not_to_be_known() -> None:
+    worse = opinion("c", 0.8, 0.95, 0.9), opinion("h", 0.95, 0.95, 0.4)
+    assert "what h learned from is not recorded" in gate(*worse, unrecorded=True).reasons[-1]
+    assert all("not recorded" not in reason for reason in gate(*worse).reasons)
 
 
 def test_each_comparison_with_a_champion_spends_of_the_same_error() -> None:

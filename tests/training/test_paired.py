@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from math import comb
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +17,12 @@ from code_worker.training.paired import (
     count_limits,
     detectable_loss,
     difference_limits,
+    effective_number,
     images_needed,
+    joint_error,
     proportion_limits,
     proven_loss,
+    signed_groups,
     tarone_level,
     worse_p,
 )
@@ -163,3 +167,45 @@ def test_a_loss_is_proven_by_test_and_limit() -> None:
     assert proven_loss(Stratum(0, 4), 40, 0.05) == 0.0, "four coins fall so once in sixteen"
     assert proven_loss(Stratum(0, 10), 40, 0.05) == -count_limits(0, 10, 40, 0.05)[1] > 0.1
     assert proven_loss(Stratum(10, 0), 40, 0.05) == 0.0
+
+
+def test_groups_are_tested_by_their_signs_and_limited_by_their_number() -> None:
+    changes = np.array([1, 1, -1, 0, 1, -1, 1], np.int8)
+    groups = np.array([0, 0, 0, 1, 2, 3, 4])
+    strata = signed_groups(changes, np.full(7, 1 / 7), groups)
+    assert [(one.gains, one.losses) for one in strata] == [(3, 1)]
+    assert signed_groups(changes[:2], np.full(2, 0.5), groups[:2]) == [Stratum(1, 0, 1.0)]
+    nothing = np.zeros(100, np.int8)
+    fives = np.arange(100) // 5
+    assert effective_number(nothing, np.full(100, 0.01), fives) == pytest.approx(20)
+    low, _ = difference_limits(nothing, np.full(100, 0.01), 0.05, fives)
+    assert low == pytest.approx(-proportion_limits(0, 20, 0.05)[1])
+
+
+def test_equal_detectors_seldom_look_better_on_groups_that_agree() -> None:
+    rng = np.random.default_rng(6)
+    groups, weights = np.arange(200) // 4, np.full(200, 1 / 200)
+    found = 0
+    for _ in range(1000):
+        changes = rng.choice(np.array([-1, 0, 1], np.int8), size=50, p=[0.1, 0.8, 0.1])[groups]
+        found += better_p(signed_groups(changes, weights, groups)) <= 0.05
+    # The exact count of 1,000 trials of chance 5 % exceeds 72 once in 1,000.
+    assert found <= 72
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.9, 1.0])
+def test_two_limits_err_together_as_seldom_as_they_may(correlation: float) -> None:
+    each = joint_error(0.05, correlation)
+    rng = np.random.default_rng(7)
+    shared, *own = rng.normal(size=(3, 200_000))
+    limit = NormalDist().inv_cdf(each)
+    both = [np.sqrt(correlation) * shared + np.sqrt(1 - correlation) * one < limit for one in own]
+    # Five standard errors of the share.
+    assert np.mean(both[0] & both[1]) == pytest.approx(0.05, abs=5 * (0.05 * 0.95 / 200_000) ** 0.5)
+
+
+def test_noise_hides_losses_that_would_show_without() -> None:
+    without, beside = detectable_loss(100, 0.01, 0.02), detectable_loss(100, 0.01, 0.02, 5)
+    assert without is not None
+    assert beside is not None
+    assert without < beside

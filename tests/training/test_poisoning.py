@@ -191,11 +191,15 @@ def test_a_golden_set_that_was_changed_refuses_the_run(
     assert "is not pinned" in refit(unpinned, sqlite_store).reasons[0]
 
 
-def test_an_image_of_the_golden_set_is_never_learned_from_whoever_labels_it(
+def test_no_image_of_the_golden_set_nor_a_copy_is_learned_from_whoever_labels_it(
     settings: Settings, sqlite_store: Store, taught: str
 ) -> None:
     honest_batch(settings, sqlite_store)
-    (held,) = label(settings, sqlite_store, pictures(REAL, 1, first=90_000), "fake", by="vandal")
+    (held,) = pictures(REAL, 1, first=90_000)
+    again = io.BytesIO()
+    Image.open(io.BytesIO(held)).convert("RGB").save(again, "JPEG", quality=90)
+    copies = [held, held + b"another file", again.getvalue()]
+    hashes = label(settings, sqlite_store, copies, "fake", by="vandal")
     ended = refit(settings, sqlite_store)
-    assert ended.report["snapshot"]["left_out"]["golden"] == {"vandal": 1}
-    assert held not in learned_hashes(sqlite_store, ended)
+    assert ended.report["snapshot"]["left_out"]["golden"] == {"vandal": 3}
+    assert not learned_hashes(sqlite_store, ended).intersection(hashes)

@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import select
 
-from code_worker.data.holdout import Split
+from code_worker.data.holdout import Split, is_holdout
 from code_worker.errors import DatasetError
 from code_worker.plugins import load_plugins
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import Settings
-from code_worker.store import comparisons, policies
+from code_worker.store import comparisons, image_groups, policies
 from code_worker.store.engine import Session, Store
+from code_worker.store.models import KeptImageRow
 from code_worker.store.policies import PolicyRow
-from code_worker.training.comparison import Side
+from code_worker.store.sql import table_of
+from code_worker.training import snapshot as snapshots
+from code_worker.training.comparison import Side, one_of_each_group
 from code_worker.training.crossfit import cross_fitted, more_images
 from code_worker.training.refit import HeadPlan
-from code_worker.training.reign import policy_rules, taught
+from code_worker.training.reign import compared_on, policy_rules, taught, unlearned
 from code_worker.training.retrain import Learner
 from code_worker.training.snapshot import Member, Snapshot
 from code_worker.training.train_encoder import validation_parts
 from code_worker_heads.linear import LinearHead
-from tests.training.learning import build_champion, label_world, learning_settings, promote_champion
+from tests.training.learning import (
+    NEW,
+    OLD,
+    REAL,
+    build_champion,
+    forget,
+    held_out,
+    hold_out,
+    label,
+    label_world,
+    learn,
+    learning_settings,
+    pictures,
+    promote_champion,
+    registry_of,
+)
 
 
 def member(number: int, kind: str | None, split: Split = "train", group: str | None = None) -> Member:
@@ -113,17 +136,19 @@ def test_heads_judge_further_images_that_they_were_fitted_without(groups_since: 
         right = ((scores >= 0.5) == (found.labels == 1)).mean()
         # Chance, five standard errors of 199 coins.
         assert abs(right - 0.5) < 5 * 0.5 / 199**0.5
-    elsewhere = cross_fitted(
-        more,
-        taken,
-        side,
-        side,
-        plans={"linear": HeadPlan("linear", {})},
-        plugins=load_plugins(Settings()),
-        taught_champion=None,
-    )
-    assert elsewhere is not None
-    assert ((elsewhere.champion["clean"] >= 0.5) == (elsewhere.labels == 1)).all(), "as it is"
+    gone = Side("r", "e", {"linear": head}, "linear", Thresholds(), {"clean": dict(list(rows.items())[11:])})
+    assert (
+        cross_fitted(
+            more,
+            taken,
+            side,
+            gone,
+            plans={"linear": HeadPlan("linear", {})},
+            plugins=load_plugins(Settings()),
+            taught_champion=taught_then,
+        )
+        is None
+    ), "heads fitted on what is left are not the champion's"
 
 
 def test_where_a_fold_takes_a_whole_class_nothing_is_cross_fitted() -> None:
@@ -141,7 +166,7 @@ def test_where_a_fold_takes_a_whole_class_nothing_is_cross_fitted() -> None:
         side,
         plans=plans,
         plugins=load_plugins(Settings()),
-        taught_champion=None,
+        taught_champion=members,
     )
     assert found is None
 
@@ -150,6 +175,22 @@ def test_a_copy_of_what_the_encoder_learned_is_no_further_image() -> None:
     members = [member(0, None, group="a"), member(1, None, group="a"), member(2, None, group="b"), member(3, None)]
     more = more_images(Snapshot("latest", tuple(members)), frozenset({members[0].sha256}))
     assert more == members[2:]
+
+
+def test_of_a_group_one_image_of_each_class_and_generator_is_asked_about() -> None:
+    """Copies are no further evidence, and who adds some chooses nothing."""
+    kinds = [None, None, "sdxl", "sdxl", "flux"]
+    record = [member(n, kind, "holdout", group="b") for n, kind in enumerate(kinds)]
+    others = [member(10, None, "holdout", group="a"), member(11, None, "holdout")]
+    found = one_of_each_group([*record, *others])
+    assert sorted((one.group or one.sha256, one.generator or "") for one in found) == sorted(
+        [("a", ""), ("b", ""), ("b", "flux"), ("b", "sdxl"), (others[1].sha256, "")]
+    )
+    flood = [member(100 + n, "sdxl", "train", group="post") for n in range(50)]
+    rest = [member(200 + n, None if n % 2 else "sdxl", "train", group=f"{n}") for n in range(60)]
+    more = more_images(Snapshot("latest", (*flood, *rest)), frozenset())
+    assert sum(one.group == "post" for one in more) == 1
+    assert len(more) == 61
 
 
 def test_a_group_that_is_too_large_to_choose_by_stays_to_be_learned_from() -> None:
@@ -177,6 +218,93 @@ def test_what_a_refitted_champion_learned_is_its_runs_snapshot(tmp_path, sqlite_
         counts[part][kind] for part in ("train", "validation") for kind in ("real", "fake")
     )
     assert known.encoder == frozenset(), "a refit teaches the encoder nothing"
+
+
+def test_what_a_release_learned_is_not_judged_on_after_retention_put_it_on_the_other_side(
+    tmp_path: Path, store: Store
+) -> None:
+    settings = learning_settings(tmp_path)
+    store.run(lambda session: image_groups.begin_with(session, bytes(32)))
+
+    def take() -> Snapshot:
+        return store.run(lambda session: snapshots.take(session, settings.labels), write=False)
+
+    known = label(settings, store, held_out(REAL, 4, wanted=False), "real")
+    begun = take()
+    assert {one.sha256 for one in begun.training_share} == set(known)
+    learn(store, begun, "r-1", base=None)
+    learn(store, begun, "r-2", base="r-1")
+    forget(store, known[:2])
+    again = label(settings, store, held_out(REAL, 2, wanted=False), "real", by="bob")
+    others = label(settings, store, pictures(OLD, 3), "fake")
+    hold_out(store, [*again, *others])
+    sibling(store, others[0], again[0])
+    taken = take()
+    assert {one.sha256 for one in taken.holdout} == {*again, *others}, "retention forgot on which side they were"
+    left = store.run(lambda session: unlearned(session, taken, ["r-2"]), write=False)
+    assert {one.sha256 for one in left.holdout} == set(others[1:]), "neither do copies of them count"
+    assert left.left_out == {"learned": {"alice": 1, "bob": 2}}
+    assert left.training_share == taken.training_share
+    asked = store.run(
+        lambda session: compared_on(session, taken, candidate="r-elsewhere", champion="r-1"), write=False
+    )
+    assert asked.holdout == [one for one in left.holdout if one.new]
+    assert store.run(lambda session: unlearned(session, taken, ["r-elsewhere"]), write=False) == taken
+
+
+def sibling(store: Store, sha256: str, of: str) -> None:
+    """Puts an image into the group of another one."""
+    kept = table_of(KeptImageRow)
+    group = select(kept.c.group_id).where(kept.c.sha256 == of).scalar_subquery()
+    store.run(lambda session: session.execute(kept.update().where(kept.c.sha256 == sha256).values(group_id=group)))
+
+
+def test_after_a_rollback_the_gate_asks_what_is_new_to_the_champion_that_is_back(
+    tmp_path: Path, sqlite_store: Store
+) -> None:
+    settings = learning_settings(tmp_path / "data")
+    champion = promote_champion(settings, sqlite_store, build_champion(tmp_path / "release"))
+    label_world(settings, sqlite_store)
+    first = Learner(settings, sqlite_store).learn("refit", by="alice")
+    assert first is not None
+    assert first.state == "promoted", first.reasons
+    label(settings, sqlite_store, pictures(REAL, 1, first=7000), "real")
+
+    registry = registry_of(settings, sqlite_store)
+
+    def roll_back(stage: str, _: Mapping[str, Any]) -> None:
+        if stage == "gate" and registry.champion() != champion:
+            registry.rollback(by="bob")
+
+    second = Learner(settings, sqlite_store, listen=roll_back).learn("refit", by="alice", force=True)
+    assert second is not None
+    assert second.report["snapshot"]["train"]["new_fake"] == 0, "nothing of it was new to the champion of then"
+    gate = second.report["gate"]
+    assert gate["heads"]["champion"]["release"] == champion
+    assert gate["new"] == sum(gate["images"].values()), "nobody knows what an imported release learned"
+    assert second.state == "promoted", second.reasons
+    assert f"better on {NEW}" in " ".join(second.reasons)
+
+
+def test_the_gate_does_not_count_held_out_images_that_the_champion_learned_before_retention(
+    tmp_path: Path, sqlite_store: Store
+) -> None:
+    settings = learning_settings(tmp_path / "data")
+    promote_champion(settings, sqlite_store, build_champion(tmp_path / "release"))
+    label_world(settings, sqlite_store)
+    first = Learner(settings, sqlite_store).learn("refit", by="alice")
+    assert first is not None
+    assert first.state == "promoted", first.reasons
+    seen = [data for data in pictures(REAL, 60) if not is_holdout(hashlib.sha256(data).hexdigest())][:3]
+    forget(sqlite_store, [hashlib.sha256(data).hexdigest() for data in seen])
+    hold_out(sqlite_store, label(settings, sqlite_store, seen, "real", by="bob"))
+    second = Learner(settings, sqlite_store).learn("refit", by="alice", force=True)
+    assert second is not None
+    assert second.report["gate"]["learned"] == {"bob": 3}
+    held = second.report["snapshot"]["holdout"]
+    assert second.report["gate"]["images"] == {"real": held["real"] - 3, "fake": held["fake"]}
+    evaluation: Any = registry_of(settings, sqlite_store).load(str(second.candidate)).manifest.evaluation
+    assert evaluation["holdout"]["clean"]["linear"]["overall"]["n"] == held["real"] - 3 + held["fake"]
 
 
 def test_a_promotion_names_policies_that_another_releases_scores_drew(tmp_path, sqlite_store: Store) -> None:  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from code_worker.cli.runs import say_run
 from code_worker.data.holdout import is_holdout
 from code_worker.errors import ConfigurationError, RunActiveError, RunLostError, RunStoppedError
 from code_worker.settings import Settings
@@ -189,7 +190,7 @@ def test_without_a_champion_there_is_nothing_to_refit(settings: Settings, sqlite
 
 
 def test_a_candidate_may_be_made_the_challenger_instead(
-    settings: Settings, sqlite_store: Store, champion: str
+    settings: Settings, sqlite_store: Store, champion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     label_world(settings, sqlite_store)
     careful = settings.model_copy(update={"gate": settings.gate.model_copy(update={"promote": False})})
@@ -197,6 +198,8 @@ def test_a_candidate_may_be_made_the_challenger_instead(
     assert ended is not None
     assert ended.state == "promoted"
     assert "it became the challenger" in ended.reasons[-1]
+    say_run(ended)
+    assert f"{ended.candidate} became the challenger; the champion stays" in capsys.readouterr().out
     assert alias(settings, sqlite_store) == champion
     assert registry_of(settings, sqlite_store).challenger() == ended.candidate
 

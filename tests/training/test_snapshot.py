@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,6 +49,19 @@ def test_a_snapshot_counts_by_split_label_and_generator(store: Store, settings: 
     assert sum(part["new_real"] + part["new_fake"] for part in parts) == 63
 
 
+def test_a_generator_that_was_called_like_a_group_of_the_report_gets_a_name_of_its_own(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label_world(settings, store, real=5, old=5, new=5)
+    with monkeypatch.context() as before:
+        # As an older version let it be labelled.
+        before.setattr(labels, "RESERVED", frozenset())
+        label(settings, store, pictures("reserved", 3), "fake", generator="real")
+    taken = take(store, settings)
+    assert sum(member.generator == "generator real" for member in taken.members) == 3
+    assert not any(member.generator == "real" for member in taken.members)
+
+
 def test_the_holdout_of_what_was_labelled_before_there_were_groups_is_by_content_alone(
     store: Store, settings: Settings
 ) -> None:
@@ -92,24 +106,68 @@ def test_a_label_for_an_image_that_nobody_kept_is_left_out_and_counted(store: St
     assert (len(taken.members), taken.unkept) == (2, 1)
 
 
-def test_new_is_what_the_last_champion_that_learned_here_was_not_taught(store: Store, settings: Settings) -> None:
+def register(store: Store, *names: str) -> None:
+    def add(session: Session) -> None:
+        for name in names:
+            digest = hashlib.sha256(name.encode()).hexdigest()
+            releases.add(session, id=name, manifest_sha256=digest, location="", manifest={}, source="", by="ann")
+
+    store.run(add)
+
+
+def point(store: Store, alias: str, release: str) -> None:
+    store.run(lambda session: releases.move_alias(session, alias, release, by="ann", reason=""))
+
+
+def new(store: Store, settings: Settings) -> set[str]:
+    return {member.sha256 for member in take(store, settings).members if member.new}
+
+
+def test_new_is_what_the_champion_was_not_taught(store: Store, settings: Settings) -> None:
+    register(store, "r-1")
     label(settings, store, pictures(REAL, 10), "real")
-    taken = take(store, settings)
-    run_id = uuid7()
-
-    def learn(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
-        run = runs.start(session, id=run_id, kind="refit", by="a", owner="a:1", config={}, base_release=None)
-        snapshots.freeze(session, taken)
-        runs.note(session, run.lease, snapshot_id=taken.id, candidate="r-1")
-        runs.finish(session, run.lease, "rejected")
-        releases.add(session, id="r-1", manifest_sha256="1" * 64, location="", manifest={}, source="", by="ann")
-
-    store.run(learn)
-    assert all(member.new for member in take(store, settings).members), "a rejected run taught nobody"
-    store.run(lambda session: releases.move_alias(session, "champion", "r-1", by="a", reason=""))
+    taught(store, take(store, settings), "r-1", None)
+    assert len(new(store, settings)) == 10, "a release that judges nothing was taught, and no champion"
+    point(store, "challenger", "r-1")
+    assert len(new(store, settings)) == 10, "nor does a challenger decide"
+    point(store, "champion", "r-1")
     (changed,) = label(settings, store, pictures(REAL, 1), "fake")
     (added,) = label(settings, store, pictures(REAL, 1, first=10), "real")
-    assert {member.sha256 for member in take(store, settings).members if member.new} == {changed, added}
+    assert new(store, settings) == {changed, added}
+
+
+def test_what_only_a_release_learned_that_was_rolled_back_is_new_again(store: Store, settings: Settings) -> None:
+    register(store, "r-1", "r-2", "r-imported")
+    label(settings, store, pictures(REAL, 6), "real")
+    taught(store, take(store, settings), "r-1", None)
+    point(store, "champion", "r-1")
+    (changed,) = label(settings, store, pictures(REAL, 1), "fake")
+    newcomers = label(settings, store, pictures(NEW, 4), "fake", generator=NEW)
+    taught(store, take(store, settings), "r-2", "r-1")
+    point(store, "champion", "r-2")
+    assert new(store, settings) == set()
+    store.run(lambda session: releases.rollback(session, "champion", by="ann", reason="too strict"))
+    assert new(store, settings) == {changed, *newcomers}
+    taken = take(store, settings)
+    later = store.run(lambda session: snapshots.as_new_to(session, taken, "r-2"), write=False)
+    assert not any(member.new for member in later.members), "and not to the one that was taken back"
+    assert later.digest == taken.digest
+    point(store, "champion", "r-imported")
+    assert len(new(store, settings)) == 10, "of what an imported release learned nothing is known"
+
+
+def test_what_a_champion_goes_back_to_was_taught_counts_and_its_own_labels_count_first(
+    store: Store, settings: Settings
+) -> None:
+    register(store, "r-1", "r-2")
+    label(settings, store, pictures(REAL, 4), "real")
+    whole = take(store, settings)
+    first, second = whole.members[:2]
+    taught(store, whole, "r-1", None)
+    kept = (replace(first, label=FAKE), *whole.members[2:])
+    taught(store, replace(whole, id=uuid7(), members=kept), "r-2", "r-1")
+    point(store, "champion", "r-2")
+    assert new(store, settings) == {first.sha256}, f"{second.sha256} was taught to r-1, from which r-2 was made"
 
 
 def test_what_has_forgotten_an_image_teaches_the_same_as_if_it_had_never_known_it(

@@ -6,20 +6,28 @@ import json
 import random
 import string
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
+from celery.exceptions import Reject
 from sqlalchemy import event, text
 
 from code_worker.client import Client
 from code_worker.errors import StoreError, StoreUnavailableError
+from code_worker.queues import MODERATE
 from code_worker.settings import Settings, WorkerSettings
 from code_worker.store import jobs, workers
 from code_worker.store.engine import Store, open_store
 from code_worker.store.workers import DeadLetter
-from code_worker.worker.intake import accept_items
+from code_worker.worker import host as hosts
+from code_worker.worker import tasks
+from code_worker.worker.host import Host
+from code_worker.worker.intake import accept_items, take_message
 from code_worker.worker.ledger import Ledger
+from code_worker.worker.node import Node
 from tests.servers import PostgresServer
 from tests.store.acts import accept
 
@@ -91,6 +99,25 @@ def test_a_key_that_names_another_job_is_kept_for_a_look(store: Store) -> None:
     assert json.loads(letter.body) == {"items": [{"uri": "s3://b/keyed.jpg", "key": "k"}]}
 
 
+def test_the_log_of_refused_messages_names_no_image_and_no_tenant(
+    sqlite_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = "s3://b/passport-of-jane.jpg"
+    accept(sqlite_store, jobs.NewJob("s3://b/other.jpg", tenant="acme", key=uri))
+    conflict, field = {"uri": uri, "tenant": "acme", "key": uri}, {"uri": uri, uri: 1}
+    accept_items(sqlite_store, [conflict, field], "message-1")
+    assert take_message(sqlite_store, {"v": 1, uri: [field]}, "message-2") == []
+    refused = [record.getMessage() for record in caplog.records if "message_refused" in record.getMessage()]
+    kept = {letter.id: letter.error for letter in _letters(sqlite_store)}
+    assert [uri in error for error in kept.values()] == [True] * 3, "who looks there is told"
+    assert [kind for kind in ("id_conflict", "item", "message") for line in refused if f"'{kind}'" in line] == [
+        *("id_conflict", "item", "message")
+    ]
+    assert all(any(letter in line for line in refused) for letter in kept)
+    assert "passport" not in caplog.text
+    assert "acme" not in caplog.text
+
+
 def test_what_the_database_alone_refuses_is_kept_for_a_look(postgres_store: Store) -> None:
     index = text("CREATE INDEX theirs ON jobs (uri)")
     postgres_store.run(lambda session: session.execute(index).close())
@@ -153,3 +180,65 @@ def test_a_database_that_only_reads_for_a_while_costs_a_message_nothing(
     assert len(ids) == 3
     assert len(_letters(postgres_store)) == 1
     assert "store_unavailable" in caplog.text
+
+
+def test_items_have_rows_and_their_message_goes_back_where_no_node_can_be_made(
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithoutDevice(Host):
+        def node(self) -> Node:
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(tasks, "_REST_S", 0.0)
+    settings = Settings(data_dir=tmp_path, database_url=sqlite_store.url)
+    with (
+        Celery("theirs", broker="memory://", set_as_current=False) as app,
+        closing(WithoutDevice(app, settings)) as host,
+    ):
+        tasks.register_tasks(app, host)
+        task = app.tasks[MODERATE]
+        task.push_request(id="message-1")
+        for _ in range(2):
+            with pytest.raises(Reject, match="out of memory") as raised:
+                task.run({"v": 1, "items": GOOD})
+            assert raised.value.requeue
+    assert _uris(sqlite_store) == {item["uri"] for item in GOOD}
+    assert not _letters(sqlite_store)
+
+
+def _deepest(text: str) -> Any:
+    """What `text` holds with as many lists in each other as can just be read."""
+    for depth in (100_000, 10_000, *range(2000, 0, -1)):
+        with suppress(RecursionError):
+            return json.loads(text % ("[" * depth + "]" * depth))
+    raise AssertionError("no list can be read")
+
+
+def test_a_refused_item_that_can_just_be_read_is_kept_with_its_neighbours(sqlite_store: Store) -> None:
+    message = _deepest('{"items": [{"uri": "s3://b/bad.jpg", "bogus": %s}, {"uri": "s3://b/other.jpg", "color": 1}]}')
+    accept_items(sqlite_store, message["items"], "message-1")
+    bodies = [json.loads(letter.body)["items"][0]["uri"] for letter in _letters(sqlite_store)]
+    assert sorted(bodies) == ["s3://b/bad.jpg", "s3://b/other.jpg"]
+
+
+def test_what_came_off_a_queue_is_kept_once_the_database_is_back(
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "_KEEP_AGAIN_S", 0.01)
+    tried = threading.Event()
+    errors: list[Exception] = [RuntimeError("a bug"), StoreUnavailableError("away"), StoreUnavailableError("away")]
+
+    class Away(Host):
+        def store(self) -> Store:
+            if errors:
+                raise errors.pop(0)
+            tried.set()
+            return super().store()
+
+    settings = Settings(data_dir=tmp_path, database_url=sqlite_store.url)
+    with Celery("theirs", broker="memory://", set_as_current=False) as app, closing(Away(app, settings)) as host:
+        for number in range(2):
+            host.bury(f"{{unreadable {number}", "JSONDecodeError")
+        assert tried.wait(30)
+    kept = sorted(json.loads(letter.body)["unreadable"] for letter in _letters(sqlite_store))
+    assert kept == ["{unreadable 0", "{unreadable 1"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import text
+from sqlalchemy import Connection, Engine, QueuePool, event, text
 
 from code_worker.data.erasure import Eraser, Scope
 from code_worker.data.kept import LocalKept
@@ -132,6 +132,35 @@ def test_a_worker_does_it_in_the_background_until_it_ends(sqlite_store: Store, t
         host.stop_taking()
         host.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "retention"]
+
+
+def test_a_worker_opens_as_many_connections_as_operations_says(sqlite_store: Store, tmp_path: Path) -> None:
+    leave(sqlite_store, 2)
+    settings = Settings(
+        data_dir=tmp_path,
+        database_url=SecretStr(sqlite_store.url),
+        broker_url=SecretStr("memory://"),
+        retention=RetentionSettings(dead_letters_days=OLD, interval_s=0.1),
+    )
+    pools = {sqlite_store.engine.pool}
+
+    def note(connection: Connection) -> None:
+        pools.add(connection.engine.pool)
+
+    host = host_of(create_app(settings))
+    event.listen(Engine, "engine_connect", note)
+    try:
+        host.node()
+        host.start_sweeping()
+        host.sweep()
+        wait_until(lambda: letters(sqlite_store) == 0, 120, "retention was at work")
+    finally:
+        event.remove(Engine, "engine_connect", note)
+        host.stop_taking()
+        host.close()
+    sizes = [pool.size() for pool in pools - {sqlite_store.engine.pool} if isinstance(pool, QueuePool)]
+    # No pool grows beyond its size.
+    assert sum(sizes) == settings.worker.concurrency + settings.worker.fetch_threads + 12
 
 
 def test_what_a_dead_process_left_of_an_erasure_is_finished(
