@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from code_worker.data.kept import open_kept
 from code_worker.data.leftovers import Leftovers, drop_copies
 from code_worker.data.mentions import Mentions
-from code_worker.data.unlearning import ALL, Unlearning
+from code_worker.data.unlearning import ALL, Unlearning, drop_forgotten
 from code_worker.errors import ArtifactError, StorageError, StoreError, StoreUnavailableError
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import open_artifacts
@@ -151,12 +151,16 @@ class Eraser:
         return len(left)
 
     def settle(self) -> None:
-        """Deletes files of releases that learned from what was erased, once no alias points to them."""
+        """Deletes files of releases that learned from what was erased, once no alias points to them.
+
+        Also those that somebody put back, and what a run that an erasure ended had stored.
+        """
         for receipt in self._read(lambda session: list(erasures.learned(session))):
             waiting = [name for name, facts in receipt.releases.items() if facts["files"] == WAITING]
             if done := {name: {"how": "learned", "files": "deleted"} for name in waiting if self._retire(name)}:
                 self._store.run(partial(erasures.note, erasure_id=receipt.id, releases=done))
                 log.info("erasure_settled", erasure=receipt.id, releases=sorted(done))
+        drop_forgotten(self._store, self._artifacts)
 
     def _retire(self, release: str) -> bool:
         status = "its files were deleted: it learned from what was erased"

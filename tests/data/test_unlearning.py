@@ -235,3 +235,6 @@ def test_files_of_a_deleted_release_that_somebody_copies_back_are_deleted_again(
     sqlite_store.run(note)
     assert drop_forgotten(sqlite_store, artifacts) == 1
     assert artifacts.list() == []
+    artifacts.put(built)
+    Eraser(settings, sqlite_store).settle()
+    assert artifacts.list() == [], "at once by the next erasure on any machine"
