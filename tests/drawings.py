@@ -24,6 +24,13 @@ def symmetric_blobs(seed: int) -> Image.Image:
     return _enlarged(np.concatenate([half, half[:, ::-1]], axis=1))
 
 
+def _ornament(seed: int) -> Image.Image:
+    """Smooth blobs, mirrored to the right and below."""
+    quarter = default_rng(seed).random((5, 5)) * 255
+    half = np.concatenate([quarter, quarter[:, ::-1]], axis=1)
+    return _enlarged(np.concatenate([half, half[::-1]]))
+
+
 def _enlarged(levels: np.ndarray) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
@@ -89,6 +96,7 @@ def _shape(draw: ImageDraw.ImageDraw, rng: Generator) -> Callable[..., None]:
 
 PLAIN: dict[str, Callable[[int], Image.Image]] = {
     "blobs": symmetric_blobs,
+    "ornament": _ornament,
     "logo": _symmetric_logo,
     "gradient": _gradient,
     "stripes": _stripes,

@@ -89,7 +89,7 @@ def test_a_copy_of_what_is_no_photograph_is_near_as_well(kind: str) -> None:
         assert max(far) <= NEAR_BITS, f"{kind} {seed} differs from its copies in {far} bits"
 
 
-@pytest.mark.parametrize("kind", ["blobs", "text"])
+@pytest.mark.parametrize("kind", ["blobs", "ornament", "text"])
 def test_different_symmetric_or_sparse_pictures_are_far_from_each_other(kind: str) -> None:
     hashes = [hash_of(PLAIN[kind](seed)) for seed in range(12)]
     assert min(distance(*pair) for pair in combinations(hashes, 2)) > NEAR_BITS

@@ -2,7 +2,8 @@
 
 The hash is pHash's, by the discrete cosine transform (C. Zauner, "Implementation and Benchmarking of Perceptual Image
 Hash Functions", 2010), with the signs taken against the median of all 64 lowest frequencies but the mean.
-Coefficients as good as zero count as zero: symmetric pictures have many, and rounding would decide their bits.
+Coefficients as good as zero count as zero: symmetric pictures have many, and rounding would decide their bits. One
+that is symmetric about both axes has no odd frequencies at all: of it the 64 lowest even ones count.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ A page with a line of text has more, a surface of one colour as a camera sees it
 """
 _AS_GOOD_AS_ZERO: Final = 0.005
 """Share of the largest coefficient: what copies differ in is smaller, and photographs have few that small."""
+_AS_GOOD_AS_SYMMETRIC: Final = 0.01
+"""Share of odd frequencies: re-encoded copies of what is symmetric about both axes have less."""
 
 
 def perceptual_hash(data: bytes, limits: LimitSettings) -> int | None:
@@ -82,14 +85,24 @@ def _at_most(image: Image.Image, side: int) -> tuple[int, int]:
 def _hash(grey: NDArray[np.float64]) -> int:
     """Of `(32, 32)` grey levels."""
     transform = _cosines()
-    lowest = (transform @ grey @ transform.T).ravel()[1:]  # (63,): all but the mean
+    found = transform @ grey @ transform.T
+    # What is symmetric about both axes has no odd frequencies: 15 bits would be left, and unlike pictures be alike.
+    block = found[::2, ::2] if _odd_share(found[:_KEPT, :_KEPT]) < _AS_GOOD_AS_SYMMETRIC else found[:_KEPT, :_KEPT]
+    lowest = block.ravel()[1:]  # (63,): all but the mean
     lowest[np.abs(lowest) < _AS_GOOD_AS_ZERO * np.abs(lowest).max()] = 0
     # The mean is above any median: its bit is 1 in every image with structure, and no such hash is FEATURELESS.
     bits = np.append(True, lowest > np.median(lowest))
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
+def _odd_share(block: NDArray[np.float64]) -> float:
+    """Norm of the coefficients of an odd frequency, as a share of all but the mean."""
+    odd = block.copy()
+    odd[::2, ::2] = 0
+    return float(np.linalg.norm(odd) / np.linalg.norm(block.ravel()[1:]))
+
+
 def _cosines() -> NDArray[np.float64]:
-    """`(8, 32)`: the rows of the DCT-II of 32 points that belong to its 8 lowest frequencies."""
-    frequencies, points = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None, :]
+    """`(16, 32)`: the rows of the DCT-II of 32 points that belong to its 16 lowest frequencies."""
+    frequencies, points = np.arange(2 * _KEPT)[:, None], np.arange(_SIDE)[None, :]
     return np.cos(np.pi * frequencies * (2 * points + 1) / (2 * _SIDE))

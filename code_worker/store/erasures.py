@@ -357,15 +357,13 @@ def erased_jobs(session: Session, job_ids: Collection[str], *, within_s: float) 
     """Those of these ids whose jobs an erasure erased that is under way, or ended within so many seconds."""
     if not job_ids:
         return set()
-    salted = select(_ERASURES.c.id, _ERASURES.c.salt)
     lately = _ERASURES.c.finished_at >= db_now_plus(-within_s)
+    salts = {salt for when in (RUNNING, lately) for salt in session.scalars(select(_ERASURES.c.salt).where(when))}
+    named = {digest(salt, JOB, job_id): job_id for salt in salts for job_id in job_ids}
     found: set[str] = set()
-    for erasure_id, salt in [*session.execute(salted.where(RUNNING)), *session.execute(salted.where(lately))]:
-        named = {digest(salt, JOB, job_id): job_id for job_id in job_ids}
-        for some in chunks(sorted(named), IN_LIST):
-            mine = (_DIGESTS.c.erasure_id == erasure_id, _DIGESTS.c.digest.in_(some))
-            found.update(named[one] for one in session.scalars(select(_DIGESTS.c.digest).where(*mine)))
-    return found
+    for some in chunks(sorted(named), IN_LIST):
+        found.update(session.scalars(select(_DIGESTS.c.digest).where(_DIGESTS.c.digest.in_(some))))
+    return {named[one] for one in found}
 
 
 def was_erased(session: Session, kind: str, value: str) -> list[Receipt]:

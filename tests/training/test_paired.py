@@ -209,3 +209,21 @@ def test_noise_hides_losses_that_would_show_without() -> None:
     assert without is not None
     assert beside is not None
     assert without < beside
+
+
+def test_groups_of_many_weights_are_tested_as_coins_say() -> None:
+    """1,500 records of one real and four fakes, some reals missing: products of all sums would fill the memory."""
+    rng = np.random.default_rng(8)
+    groups = np.concatenate([np.arange(1500), np.arange(6000) // 4])
+    reals = np.arange(7500) < 1500
+    stays = ~reals | (rng.random(7500) > 0.07)
+    groups, reals = groups[stays], reals[stays]
+    weights = np.where(reals, 0.5 / reals.sum(), 0.5 / (~reals).sum())
+    changes = rng.choice(np.array([-1, 0, 1], np.int8), size=len(weights), p=[0.04, 0.92, 0.04])
+    sums = np.bincount(groups, weights * changes)
+    sums = sums[np.abs(sums) > 1e-12]
+    drawn = np.abs(sums) @ (2.0 * rng.integers(0, 2, size=(len(sums), 100_000), dtype=np.int8) - 1)
+    p = better_p(signed_groups(changes, weights, groups))
+    assert 0.01 < p < 0.99
+    # Five standard errors of the share.
+    assert p == pytest.approx((drawn >= sums.sum() - 1e-12).mean(), abs=5 * (p * (1 - p) / 100_000) ** 0.5)
