@@ -256,7 +256,7 @@ class Worker:
 
     def _ledger(self) -> Callable[[dict[str, Any]], object]:
         host = host_of(self._app)
-        node = Node(self._settings, host._migrated_store())  # noqa: SLF001 - a node with a runtime of our own
+        node = Node(self._settings, host.store())
         node.runtimes = Runtimes(lambda: "no-op", lambda _: runtime())
         node._sources.sources = self._source  # type: ignore[assignment]  # noqa: SLF001 - images from memory
         node.follow()
