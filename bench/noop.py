@@ -258,7 +258,7 @@ class Worker:
         host = host_of(self._app)
         node = Node(self._settings, host.store())
         node.runtimes = Runtimes(lambda: "no-op", lambda _: runtime())
-        node._sources.sources = self._source  # type: ignore[assignment]  # noqa: SLF001 - images from memory
+        node._guarded._sources = self._source  # noqa: SLF001 - images from memory
         node.follow()
         return lambda message: judge_jobs(node, take_message(node.store, message, uuid7()))
 
