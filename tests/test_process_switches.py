@@ -121,6 +121,7 @@ def scanned(release: Path, directory: Path, program: str) -> list[dict[str, Any]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow(reason="starts two scans as programs, each of which imports torch")
 def test_a_scan_with_every_switch_set_says_the_same(release: Path, tmp_path: Path) -> None:
     for name in ("ok_jpeg", "ok_png", "ok_gif", "ok_bmp", "ok_tiff", "ok_webp"):
         data = pictures()[name]

@@ -162,7 +162,7 @@ class LocalKept:
         return (path.name for path in self.root.glob("??/??/*") if _HASH.fullmatch(path.name))
 
     def place(self, sha256: str) -> Path:
-        """Where the copy lies if there is one, whatever is in it."""
+        """Where the copy lies if there is one; not compared with its hash."""
         return self.root / _name(sha256)
 
 

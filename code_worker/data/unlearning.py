@@ -111,7 +111,7 @@ def drop_forgotten(store: Store, artifacts: ArtifactStore) -> int:
     if not deleted and not ended:
         return 0
     there = set(artifacts.list())
-    # Read after the list: whoever registers one of these meanwhile has its row by then, or is refused.
+    # Read after the list: a process that registers one of these meanwhile has its row by then, or is refused.
     unknown = there - store.run(releases.registered, write=False) if ended else set()
     sources = {release: _source(artifacts, release) for release in sorted(unknown)}
     ours = store.run(partial(erasing.unregistered, sources=sources), write=False) if sources else set()

@@ -45,8 +45,8 @@ _AS_GOOD_AS_SYMMETRIC: Final = 0.01
 def perceptual_hash(data: bytes, limits: LimitSettings) -> int | None:
     """The hash of the image that a file holds, 0 to 2**64 - 1; None if it cannot be decoded.
 
-    Equal pixels give equal hashes, whatever the file has beside them: what is transparent counts with the colour that
-    lies there, as it is judged. Only where the colours alone have no structure (a logo of one colour) it is the hash
+    Equal pixels give equal hashes, and bytes beside them change nothing. What is transparent counts with the colour
+    that lies there, as it is judged. Only where the colours alone have no structure (a logo of one colour) it is the hash
     of the image on black, else on white. Copies that were re-encoded or resized as a whole differ in few bits (see
     `store.kept_images.NEAR_BITS`); mirrored, turned and cropped ones look like other images.
 

@@ -53,7 +53,7 @@ class Attempt:
     def add_candidate(self) -> str:
         """Adds the candidate to the releases and notes it in the run, both or neither; returns its id.
 
-        So whoever ends the run because of an erasure finds the release, or it is never registered.
+        So an erasure that ends the run finds the release, or it is never registered.
 
         Raises:
             RunLostError: the run is not this process's any more; what it stored of a run that has ended is deleted.
