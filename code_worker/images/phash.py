@@ -46,9 +46,9 @@ def perceptual_hash(data: bytes, limits: LimitSettings) -> int | None:
     """The hash of the image that a file holds, 0 to 2**64 - 1; None if it cannot be decoded.
 
     Equal pixels give equal hashes, and bytes beside them change nothing. What is transparent counts with the colour
-    that lies there, as it is judged. Only where the colours alone have no structure (a logo of one colour) it is the hash
-    of the image on black, else on white. Copies that were re-encoded or resized as a whole differ in few bits (see
-    `store.kept_images.NEAR_BITS`); mirrored, turned and cropped ones look like other images.
+    that lies there, as it is judged. Only where the colours alone have no structure (a logo of one colour) it is the
+    hash of the image on black, else on white. Copies that were re-encoded or resized as a whole differ in few bits
+    (see `store.kept_images.NEAR_BITS`); mirrored, turned and cropped ones look like other images.
 
     Raises:
         TransientError: this machine has no memory left for an image that is within the limits.
