@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
@@ -15,14 +13,16 @@ from pydantic_settings import (
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from code_worker.addresses import broker_address, database_address
+from code_worker.configuration import Layer, layers
 from code_worker.errors import ConfigurationError
 from code_worker.source_settings import FileSettings, LimitSettings, S3Settings
 from code_worker.training_settings import LabelSettings, Section, TrainingSettings
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 __all__ = [
     "BrokerSettings",
@@ -41,7 +41,6 @@ __all__ = [
     "load_settings",
 ]
 
-CONFIG_ENV = "CODE_WORKER_CONFIG"
 _KEY_LENGTH = 32
 _LONGEST_DAYS = 18_250
 """Fifty years: ids carry times from 1970 on."""
@@ -212,9 +211,7 @@ class RoleSettings(Section):
 class Settings(BaseSettings):
     """All settings of the project; every field can be set by environment or file."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="CODE_WORKER_", env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     data_dir: Path = Field(Path("~/.local/share/code_worker"), description="Where local state lives.")
     database_url: SecretStr | None = Field(
@@ -261,7 +258,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     s3: S3Settings = S3Settings()
     files: FileSettings = FileSettings()
-    limits: LimitSettings = LimitSettings()
+    limits: LimitSettings = Field(default_factory=LimitSettings)
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()
     labels: LabelSettings = LabelSettings()
@@ -277,15 +274,13 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - ours reads more
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, then environment, then the file of `CODE_WORKER_CONFIG`, then the mapping of the program."""
-        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
-        if path := os.environ.get(CONFIG_ENV):
-            sources = (*sources, TomlConfigSettingsSource(settings_cls, toml_file=path))
-        return (*sources, InitSettingsSource(settings_cls, dict(_BELOW.get())))
+        written = (InitSettingsSource(settings_cls, layer.values) for layer in layers(settings_cls, _BELOW.get()))
+        return (init_settings, *written)
 
     @field_validator("signing_keys")
     @classmethod
@@ -358,31 +353,27 @@ def load_settings(*, below: Mapping[str, object] | None = None, **overrides: obj
     """Reads the settings once; callers pass them on.
 
     Args:
-        below: Settings of the program that asks, sections as nested mappings; environment and file count before them.
+        below: Settings of the program that asks (`app.conf.code_worker`), sections as nested mappings; environment
+            and file count before them.
         overrides: Settings that count before everything else.
 
     Raises:
-        ConfigurationError: names each wrong setting; values are never shown, they may be secrets.
+        ConfigurationError: names each wrong setting and where it stands; values are never shown, they may be secrets.
     """
-    if (path := os.environ.get(CONFIG_ENV)) and not Path(path).is_file():
-        raise ConfigurationError(f"{CONFIG_ENV} names {path}, which is not a file")
-    token = _BELOW.set(below or {})
+    token = _BELOW.set({} if below is None else below)
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # values are checked by pydantic
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'__'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
-        )
+        written = layers(Settings, _BELOW.get())
+        problems = "; ".join(_described(problem, written, overrides) for problem in error.errors())
         raise ConfigurationError(f"wrong settings: {problems}") from None
-    except SettingsError as error:
-        raise ConfigurationError(f"wrong settings: {_unreadable(str(error))}") from None
     finally:
         _BELOW.reset(token)
 
 
-def _unreadable(said: str) -> str:
-    """Names the variables that may hold a value of the wrong form; pydantic names the table, or the field, alone."""
-    table = next(iter(re.findall(r'"(\w+)"', said)), "")
-    names = sorted(name for name in os.environ if name.upper().startswith(f"CODE_WORKER_{table.upper()}"))
-    form = """a list or a table is written as JSON, such as CODE_WORKER_S3__BUCKETS='["uploads"]'"""
-    return f"{' or '.join(names) or table}: {form}"
+def _described(problem: ErrorDetails, written: Sequence[Layer], overrides: Mapping[str, object]) -> str:
+    """Which setting is wrong, where it stands, and what is expected there."""
+    names = tuple(str(part) for part in problem["loc"] if not isinstance(part, int))
+    layer = None if names[0] in overrides else next((each for each in written if each.holds(names)), None)
+    place = ".".join(names) if layer is None else layer.place(names)
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
