@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr, field_validator
 
 from code_worker.addresses import endpoint_address
+from code_worker.machine import decode_memory
 from code_worker.training_settings import Section
 
 __all__ = ["FileSettings", "LimitSettings", "S3Settings"]
@@ -62,8 +63,9 @@ class LimitSettings(Section):
     max_side: int = Field(16_384, gt=0, description="Longest side, read from the header.")
     min_side: int = Field(1, ge=1, description="Shortest side that is judged.")
     max_decode_bytes: int = Field(
-        280_000_000,
+        default_factory=decode_memory,
         gt=0,
         description="Memory that one process decodes in, told from headers: large images wait for each other, and "
-        "one that takes more is refused. Enough for 50 million pixels in most files, 23 million of a WebP.",
+        "one that takes more is refused. Unset: 280000000, enough for 50 million pixels in most files, 23 million of "
+        "a WebP; in a container that may have less than four times as much, a quarter of its memory.",
     )
