@@ -55,15 +55,14 @@ class Tally:
         else:
             self._by_label[str(verdict.label)] += 1
 
-    def summary(self, passed_over: int) -> str:
-        """One line: how many of what, how fast, and what was left out."""
+    def summary(self) -> str:
+        """One line: how many of what, and how fast."""
         total = self._by_label.total() + self.rejected
         seconds = time.perf_counter() - (self._began or 0.0)
         found = [f"{count} {label}" for label, count in sorted(self._by_label.items())]
         found += [f"{self.rejected} rejected"] if self.rejected else []
         parts = [f"{total} images", ", ".join(found)] if total else ["no image found"]
         parts += [f"{total / seconds:.1f} images/s"] if total else []
-        parts += [f"{passed_over} other files passed over (--all-files)"] if passed_over else []
         return " · ".join(parts)
 
 

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.names import printable
+from code_worker.data.examples import FAKE, Example, Skipped
+from code_worker.data.names import label_of, printable
 from code_worker.data.reading import FromSource
 from code_worker.errors import DatasetError
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["manifest_examples"]
 
-_LABELS: Final[Mapping[str, int]] = {"0": REAL, "real": REAL, "1": FAKE, "fake": FAKE, "generated": FAKE}
 _WAYS: Final = ("uri", "path", "sha256")
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -99,7 +98,7 @@ def _next_header(reader: csv.DictReader[str], path: Path) -> Iterable[str]:
 
 
 def _example(row: Mapping[str, Any], path: Path, sources: Sources, kept: KeptImages) -> Example:
-    label, sha256 = _label(row.get("label")), _hash(_text(row, "sha256"))
+    label, sha256 = label_of(row.get("label")), _hash(_text(row, "sha256"))
     uri = _address(row, path.parent)
     read: Callable[[], bytes]
     if uri is not None:
@@ -118,13 +117,6 @@ def _example(row: Mapping[str, Any], path: Path, sources: Sources, kept: KeptIma
         variant=_text(row, "variant"),
         sha256=sha256,
     )
-
-
-def _label(value: object) -> int:
-    label = _LABELS.get(str(value).strip().lower())
-    if label is None or isinstance(value, float | bool):
-        raise ValueError(f"label is {str(value)[:40]!r}; it must be real (or 0) or fake (or 1)")
-    return label
 
 
 def _hash(value: str | None) -> str | None:
