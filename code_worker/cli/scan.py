@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from code_worker.cli.arguments import json_option
+from code_worker.cli.arguments import json_option, raw_option
 from code_worker.cli.ledger import quiet_settings
 from code_worker.cli.progress import progress
 from code_worker.cli.scan_inputs import Inputs
@@ -33,6 +33,7 @@ __all__ = ["scan"]
 @click.option("--all-files", is_flag=True, help="Judge every file of a directory, not only images.")
 @json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Comma-separated, with a header.")
+@raw_option
 def scan(
     *,
     paths: Sequence[str],
@@ -43,6 +44,7 @@ def scan(
     all_files: bool,
     as_json: bool,
     as_csv: bool,
+    raw: bool,
 ) -> None:
     """Judge images now, in this process: files, directories, s3://bucket/key and s3://bucket/prefix/.
 
@@ -67,7 +69,7 @@ def scan(
     show: Callable[[Verdict], None] | None = None
     with progress("judging", counted=True, beside_rows=True) as advance:
         for verdict in _verdicts(settings, inputs, release, options, tally.begin):
-            show = show or printer(form)
+            show = show or printer(form, raw=raw)
             show(verdict)
             tally.add(verdict)
             advance(1)

@@ -66,14 +66,14 @@ class Tally:
         return " · ".join(parts)
 
 
-def printer(form: Form) -> Callable[[Verdict], None]:
+def printer(form: Form, *, raw: bool = False) -> Callable[[Verdict], None]:
     """What prints one verdict; a header, where there is one, is printed now."""
     if form is Form.JSON:
         return lambda verdict: click.echo(to_json(_record(verdict)))
     if form is Form.CSV:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(SCAN_FIELDS)
-        return lambda verdict: writer.writerow(csv_cells(_record(verdict), SCAN_FIELDS))
+        return lambda verdict: writer.writerow(csv_cells(_record(verdict), SCAN_FIELDS, raw=raw))
     out = console()
     out.print(_line("verdict", "score", "head", "image"), style="bold")
     return lambda verdict: _print_row(out, verdict)
