@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -19,7 +22,7 @@ from pydantic_settings import (
 from code_worker.addresses import broker_address, database_address
 from code_worker.errors import ConfigurationError
 from code_worker.source_settings import FileSettings, LimitSettings, S3Settings
-from code_worker.training_settings import Section, TrainingSettings
+from code_worker.training_settings import LabelSettings, Section, TrainingSettings
 
 __all__ = [
     "BrokerSettings",
@@ -42,6 +45,8 @@ CONFIG_ENV = "CODE_WORKER_CONFIG"
 _KEY_LENGTH = 32
 _LONGEST_DAYS = 18_250
 """Fifty years: ids carry times from 1970 on."""
+_BELOW: ContextVar[Mapping[str, object]] = ContextVar("_BELOW", default={})  # noqa: B039 - nobody writes to it
+"""What `load_settings` was given to count below the environment and the file."""
 
 
 class BrokerSettings(Section):
@@ -90,29 +95,6 @@ class WorkerSettings(Section):
     release_poll_s: float = Field(3.0, gt=0, description="How often a worker looks whether the champion moved.")
     store_embeddings: bool = Field(
         True, description="Keep embeddings, so that bytes seen before are not encoded again."
-    )
-
-
-class LabelSettings(Section):
-    """How labels of people and systems become one truth per image."""
-
-    rule: Literal["latest", "majority", "unanimous", "trusted"] = Field(
-        "latest",
-        description="Which label holds where several contradict: the last said; the one most labellers say (a tie is "
-        "left out); only what all say; or the last of the most trusted labeller (`trusted`, in its order).",
-    )
-    trusted: tuple[str, ...] = Field((), description="Labellers by falling trust; others come after, the last first.")
-    ignored: tuple[str, ...] = Field((), description="Labellers whose statements do not count.")
-    max_share: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Share of the new images that one labeller may have in a snapshot, once several label; what is "
-        "over is left out. `trusted` ones are not cut. Unset: any.",
-    )
-    min_labellers: int = Field(1, ge=1, description="Labellers of new images without whom nothing goes live.")
-    max_duplicates: int | None = Field(
-        5, ge=1, description="New images nearly the same that one labeller may teach; unset (`null`): any number."
     )
 
 
@@ -304,11 +286,11 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then environment, then the TOML file that `CODE_WORKER_CONFIG` names."""
+        """Arguments, then environment, then the file of `CODE_WORKER_CONFIG`, then the mapping of the program."""
         sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
         if path := os.environ.get(CONFIG_ENV):
             sources = (*sources, TomlConfigSettingsSource(settings_cls, toml_file=path))
-        return sources
+        return (*sources, InitSettingsSource(settings_cls, dict(_BELOW.get())))
 
     @field_validator("signing_keys")
     @classmethod
@@ -377,14 +359,19 @@ class Settings(BaseSettings):
             ) from None
 
 
-def load_settings(**overrides: object) -> Settings:
+def load_settings(*, below: Mapping[str, object] | None = None, **overrides: object) -> Settings:
     """Reads the settings once; callers pass them on.
+
+    Args:
+        below: Settings of the program that asks, sections as nested mappings; environment and file count before them.
+        overrides: Settings that count before everything else.
 
     Raises:
         ConfigurationError: names each wrong setting; values are never shown, they may be secrets.
     """
     if (path := os.environ.get(CONFIG_ENV)) and not Path(path).is_file():
         raise ConfigurationError(f"{CONFIG_ENV} names {path}, which is not a file")
+    token = _BELOW.set(below or {})
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # values are checked by pydantic
     except ValidationError as error:
@@ -394,6 +381,8 @@ def load_settings(**overrides: object) -> Settings:
         raise ConfigurationError(f"wrong settings: {problems}") from None
     except SettingsError as error:
         raise ConfigurationError(f"wrong settings: {_unreadable(str(error))}") from None
+    finally:
+        _BELOW.reset(token)
 
 
 def _unreadable(said: str) -> str:

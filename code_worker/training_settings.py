@@ -1,16 +1,41 @@
-"""How a retrain trains: a section of the settings that is a page of its own."""
+"""The sections of the settings on learning: what labels say, and how a retrain trains."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Section", "TrainingSettings"]
+__all__ = ["LabelSettings", "Section", "TrainingSettings"]
 
 
 class Section(BaseModel):
     """A table of the settings: unknown names are refused, values never change, numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LabelSettings(Section):
+    """How labels of people and systems become one truth per image."""
+
+    rule: Literal["latest", "majority", "unanimous", "trusted"] = Field(
+        "latest",
+        description="Which label holds where several contradict: the last said; the one most labellers say (a tie is "
+        "left out); only what all say; or the last of the most trusted labeller (`trusted`, in its order).",
+    )
+    trusted: tuple[str, ...] = Field((), description="Labellers by falling trust; others come after, the last first.")
+    ignored: tuple[str, ...] = Field((), description="Labellers whose statements do not count.")
+    max_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the new images that one labeller may have in a snapshot, once several label; what is "
+        "over is left out. `trusted` ones are not cut. Unset: any.",
+    )
+    min_labellers: int = Field(1, ge=1, description="Labellers of new images without whom nothing goes live.")
+    max_duplicates: int | None = Field(
+        5, ge=1, description="New images nearly the same that one labeller may teach; unset (`null`): any number."
+    )
 
 
 class TrainingSettings(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import SecretStr
 
@@ -44,3 +46,18 @@ def test_the_longest_time_that_can_be_set_is_one_that_retention_can_reckon_with(
 )
 def test_a_pooler_is_told_of_once(url: str, resolved: str) -> None:
     assert Settings(database_url=SecretStr(url), database_pooler="transaction").resolved_database_url == resolved
+
+
+def test_what_a_program_sets_counts_below_file_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "code_worker.toml"
+    file.write_text('head = "of the file"\n[s3]\nregion = "of-the-file"\n')
+    monkeypatch.setenv("CODE_WORKER_CONFIG", str(file))
+    monkeypatch.setenv("CODE_WORKER_S3__REGION", "of-the-environment")
+    below = {"head": "of the app", "s3": {"region": "of-the-app", "buckets": ["uploads"]}, "engine": "torch"}
+
+    settings = load_settings(below=below, data_dir=tmp_path)
+    assert (settings.head, settings.s3.region) == ("of the file", "of-the-environment")
+    assert (settings.s3.buckets, settings.engine, settings.data_dir) == (("uploads",), "torch", tmp_path)
+    assert load_settings().s3.buckets == ()
