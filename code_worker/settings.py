@@ -239,6 +239,11 @@ class Settings(BaseSettings):
     head: str | None = Field(
         None, description="Head used when neither job, plugin nor policy names one; unset: the release's own default."
     )
+    changed_heads: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="A release with a head that no longer scores the release's probes as it did when it was made, as "
+        "when its plugin's code changed: `refuse` to load it, or `warn` and judge.",
+    )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     engine: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="What runs the encoder; auto: OpenVINO on a CPU where it is installed, else torch."
