@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 from code_worker.data.label_files.forms import read_rows
 from code_worker.data.label_files.rows import Row, Words
+from code_worker.data.label_files.tables import with_formulas, without_formulas
 from code_worker.errors import ConfigurationError, DatasetError
 
 SHA = "ab" * 32
@@ -63,6 +67,47 @@ def test_csv_is_read_as_spreadsheets_write_it(file: Path, delimiter: str, end: s
     ]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("first", ["", "sep=;", '"sep=;"'])
+def test_csv_of_excel_is_read_in_every_encoding_with_any_line_end(
+    file: Path, encoding: str, end: str, first: str
+) -> None:
+    lines = ["uri;label;by;note;;", "a.jpg;real;bob;;;", "b.jpg;fake", ";;;;;", 'ü.jpg;fake;;"two', 'lines";;']
+    found = rows(file, end.join([first, *lines, "d.jpg;real"]).encode(encoding))
+    assert not problems(found)
+    assert [(row.place, Path(row.uri or "").name, row.label, row.by, row.note) for row in found] == [
+        ("line 3", "a.jpg", "real", "bob", None),
+        ("line 4", "b.jpg", "fake", None, None),
+        ("line 6", "ü.jpg", "fake", None, "two\nlines"),
+        ("line 8", "d.jpg", "real", None, None),
+    ]
+
+
+def test_a_stray_carriage_return_costs_one_row(file: Path) -> None:
+    content = 'uri,label,note\na.jpg,real,fine\nb.jpg,fake,two\rlines\nc.jpg,real,"a\rb"\nd.jpg,real,\r\n'
+    found = rows(file, content)
+    assert problems(found) == [("line 3", "a carriage return stands in it outside quotes")]
+    assert [(row.place, row.note) for row in found if not row.problem] == [
+        ("line 2", "fine"),
+        ("line 4", "a\rb"),
+        ("line 5", None),
+    ]
+
+
+def test_lines_are_found_whole_wherever_the_file_is_cut(file: Path) -> None:
+    content = "uri,label\r" + "".join(f"{'x' * 70_000}{number},real\r" for number in range(5))
+    found = rows(file, content)
+    assert [(row.place, (row.uri or "")[-2:]) for row in found] == [(f"line {n + 2}", f"x{n}") for n in range(5)]
+
+
+@pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1", "-1", "@a", "\tx", "'=x", "''+x", "plain", "'quoted'", ""])
+def test_a_formula_is_escaped_so_that_it_can_be_read_back(text: str) -> None:
+    assert not without_formulas(text).startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert with_formulas(without_formulas(text)) == text
+    assert (without_formulas(text) == text) is (text in {"plain", "'quoted'", ""})
+
+
 def test_a_quote_that_is_never_closed_costs_one_row(file: Path) -> None:
     content = (
         'uri,label,note\na,fake,"open\nb,real,fine\nc,fake,"quoted"\nd,fake,"x"y\ne,real,"still\nopen"\nf,real,"'
@@ -84,7 +129,7 @@ def test_csv_names_each_bad_row_and_reads_the_others(file: Path) -> None:
     content = (
         b"uri,sha256,label,at\n"
         b"a,,maybe,\n"
-        b"b,,real\n"
+        b"b,,real,,more\n"
         b",,real,\n"
         b"d,,,\n"
         b"e,,real,yesterday\n"
@@ -95,7 +140,7 @@ def test_csv_names_each_bad_row_and_reads_the_others(file: Path) -> None:
     found = rows(file, content)
     assert problems(found) == [
         ("line 2", "label 'maybe': say what it means with --map maybe=real or --map maybe=fake"),
-        ("line 3", "3 values under 4 columns"),
+        ("line 3", "5 values under 4 columns"),
         ("line 4", "it names no image: one of uri, image, path, sha256 is needed"),
         ("line 5", "it has no label"),
         ("line 6", "'yesterday' is no time such as 2026-01-31T12:00:00Z"),
@@ -111,9 +156,11 @@ def test_csv_names_each_bad_row_and_reads_the_others(file: Path) -> None:
     [
         ("", "there is nothing in it"),
         (" \n\n", "there is nothing in it"),
-        ("a.jpg,fake\nb.jpg,real\n", "the first line must name the columns, with label and one of uri, image"),
+        ("a.jpg,fake\nb.jpg,real\n", "the first line must name the columns, among them label and one of uri, image"),
         ("uri,verdict\na,fake\n", "it is 'uri,verdict'"),
-        ("uri,label\na,fake\n".encode("utf-16"), "line 1: it is not UTF-8"),
+        ("uri,label\na,fake\n".encode("utf-16-le"), "line 1: it is not UTF-8|the first line must name"),
+        ("uri,label\na,fake\n".encode("utf-16")[:-3], "it begins as UTF-16, but is cut short or damaged"),
+        ("uri,label,Label\na,real,fake\n", "the first line names the column label twice"),
         ("[1, 2", "it is not JSON"),
     ],
 )
@@ -190,6 +237,45 @@ def task(address: object, *annotations: object, **more: Any) -> dict[str, Any]:
     return {"id": 12, "data": data, "annotations": list(annotations), "predictions": [annotation("Real")], **more}
 
 
+def minimal(address: object, choice: object, **more: Any) -> dict[str, Any]:
+    times = {"created_at": "2026-01-31T12:00:00Z", "updated_at": "2026-02-01T12:00:00Z", "lead_time": 3.2}
+    return {"image": address, "id": 12, "choice": choice, "annotator": 5, "annotation_id": 34, **times} | more
+
+
+def test_label_studios_exports_say_the_same(file: Path) -> None:
+    """JSON-MIN and CSV are the JSON export's annotations, with one answer as a word and several as an object."""
+    times = {"created_at": "2026-01-31T12:00:00Z", "updated_at": "2026-02-01T12:00:00Z"}
+    alice = {"id": 6, "email": "alice@example.com"}
+    whole = [
+        task("/data/upload/1/a.jpg", annotation("Real", **times)),
+        task("/data/upload/1/b.jpg", annotation("Fake", "outdoor", **times, completed_by=alice)),
+    ]
+    several = {"choices": ["Fake", "outdoor"]}
+    least = [
+        minimal("/data/upload/1/a.jpg", "Real"),
+        minimal("/data/upload/1/b.jpg", several, annotator="alice@example.com"),
+    ]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, least[0])
+    writer.writeheader()
+    writer.writerows([least[0], least[1] | {"choice": json.dumps(several)}])
+    expected = rows(file, json.dumps(whole))
+    assert [(row.label, row.by) for row in expected] == [("real", "label-studio:5"), ("fake", "alice@example.com")]
+    assert rows(file, json.dumps(least)) == expected
+    assert [replace(row, place=expected[0].place) for row in rows(file, table.getvalue())] == expected
+
+
+def test_label_studios_answers_may_have_any_name(file: Path) -> None:
+    answers = [
+        minimal("a.jpg", None, label="Real"),
+        minimal("a.jpg", None, origin=[{"choices": ["Fake"]}, {"x": 1}]),
+        {**minimal(None, "Fake"), "photo": "a.jpg"},
+    ]
+    for answer in answers:
+        (row,) = rows(file, json.dumps([{name: value for name, value in answer.items() if value is not None}]))
+        assert (row.problem, row.uri) == ("", str(file.parent / "a.jpg"))
+
+
 def test_label_studio_gives_one_row_for_each_annotator(file: Path) -> None:
     alice = {"id": 5, "email": "alice@example.com", "first_name": "A"}
     tasks = [
@@ -234,6 +320,14 @@ def test_label_studio_answers_of_several_questions_are_joined(file: Path) -> Non
         ("/tasks/7/resolve/?fileuri=" + base64.b64encode(b"s3://b/k?>.jpg").decode(), "s3://b/k?>.jpg"),
         ("/projects/7/presign/?fileuri=" + base64.urlsafe_b64encode(b"s3://b/k?>.jpg").decode(), "s3://b/k?>.jpg"),
         ("https://example.com/a.jpg", "https://example.com/a.jpg"),
+        ("https://example.com/data/a.jpg", "https://example.com/data/a.jpg"),
+        ("http://[ls/data/upload/a.jpg", "http://[ls/data/upload/a.jpg"),
+        ("http://ls.example:8080/data/upload/3/ab-a%20b.jpg", "{base}/upload/3/ab-a b.jpg"),
+        ("https://ls.example/studio/data/local-files/?d=dir/a.jpg", "{base}/dir/a.jpg"),
+        (
+            "https://ls.example/tasks/7/resolve/?fileuri=" + base64.b64encode(b"s3://b/k.jpg").decode(),
+            "s3://b/k.jpg",
+        ),
         ("/mnt/a.jpg", "/mnt/a.jpg"),
         ({"only": "a.jpg", "number": 7}, "{base}/a.jpg"),
         ({"note": "x", "img": "a.jpg"}, "{base}/a.jpg"),
@@ -249,6 +343,9 @@ def test_label_studio_addresses_lead_to_the_image(file: Path, address: object, u
     [
         (7, "entry 1", "no task with data and annotations"),
         ({"id": 3, "image": "a.jpg", "choice": "Fake"}, "task 3", "export from Label Studio as JSON"),
+        (minimal("a.jpg", None), "task 12, annotation 34", "it has no label"),
+        (minimal("a.jpg", "AI"), "task 12, annotation 34", "--map AI=fake"),
+        (minimal("a.jpg", "Real", image=7), "task 12, annotation 34", "none of its data is called image"),
         (task("a.jpg", annotation()), "task 12, annotation 34", "it has no label"),
         (task("a.jpg", annotation("AI")), "task 12, annotation 34", "--map AI=fake"),
         (
@@ -296,6 +393,26 @@ def test_ground_truth_gives_class_job_and_time(file: Path) -> None:
             by="labeling-job/fakes",
             at=datetime(2026, 1, 31, 12, 0, 0, 527_256, tzinfo=UTC),
         )
+    ]
+
+
+def test_a_manifest_without_metadata_is_read_by_its_only_other_field(file: Path) -> None:
+    entries = [
+        {"source-ref": "s3://b/a.png", "label": "fake", "note": "x"},
+        {"source-ref": "s3://b/b.png", "class": "1", "group": "post 7"},
+        {"source-ref": "s3://b/c.png", "class": 0},
+        {"source-ref": "s3://b/d.png", "class": "7"},
+        {"source-ref": "s3://b/e.png", "x": "1", "y": "1"},
+    ]
+    found = rows(file, manifest(*entries), "1=fake", "0=real")
+    assert [(row.label, row.group) for row in found if not row.problem] == [
+        ("fake", None),
+        ("fake", "post 7"),
+        ("real", None),
+    ]
+    assert problems(found) == [
+        ("line 4", "label '7': say what it means with --map 7=real or --map 7=fake"),
+        ("line 5", "none of its fields is called label: x, y"),
     ]
 
 
