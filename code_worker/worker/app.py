@@ -16,6 +16,7 @@ from code_worker.queues import MODERATE, NORMAL, QUEUES, REFIT, RETRAIN, SWEEP, 
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.host import Host
 from code_worker.worker.refusals import check_content, refuse_to_start
+from code_worker.worker.remote import limit_remote_control
 from code_worker.worker.schedule import beat_entries
 from code_worker.worker.tasks import register_learning, register_tasks
 from code_worker.worker.transport import report_unreadable_to
@@ -41,6 +42,7 @@ def create_app(settings: Settings | None = None) -> Celery:
     settings = settings or load_settings()
     app = Celery("code_worker", set_as_current=False)
     app.config_from_object(celery_config(settings))
+    limit_remote_control(app, settings)
     return install(app, settings)
 
 
