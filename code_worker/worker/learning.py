@@ -12,6 +12,7 @@ from code_worker.logs import get_logger
 from code_worker.queues import WATCH
 from code_worker.store import schedule
 from code_worker.worker.schedule import CALIBRATE, TASKS, calibration_due, due_slot, schedules
+from code_worker.worker.tasks import OwnTask
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -32,7 +33,7 @@ def register_learning(app: Celery, host: Host) -> None:
     They are acknowledged before they begin: a run that dies with its process is found in the ledger, and a message
     that comes back hours later would start another.
     """
-    options = {"acks_late": False, "reject_on_worker_lost": False, "ignore_result": True, "shared": False}
+    options = {"base": OwnTask, "acks_late": False, "reject_on_worker_lost": False, "shared": False}
     for kind, task in TASKS.items():
         app.task(_learning_task(kind, host), name=task, **options)
 
