@@ -186,6 +186,8 @@ def _start_background(sender: Any, **_: Any) -> None:
     host = installed.host
     # A worker of other queues may not even reach the ledger.
     queues = {queue.name for queue in sender.task_consumer.queues}
+    if queues & _JUDGING or TRAIN_QUEUE in queues:
+        host.start_reporting(queues & frozenset(_ALL_QUEUES))
     if queues & _JUDGING:
         host.start_sweeping()
     if queues & frozenset(QUEUES):
