@@ -19,7 +19,7 @@ __all__ = ["SCAN_FIELDS", "VERDICT_FIELDS", "csv_cells", "job_record", "judgemen
 SCAN_FIELDS = (
     *("uri", "sha256", "outcome", "label", "score", "reason", "head", "release"),
     *("detail", "policy", "low", "high", "format", "width", "height", "mode", "size_bytes"),
-    *("etag", "version_id", "manifest_sha256", "head_sha256", "code_version", "timings_ms"),
+    *("etag", "version_id", "manifest_sha256", "head_sha256", "head_plugin", "code_version", "timings_ms"),
 )
 """What is known of an image that was judged without a job."""
 VERDICT_FIELDS = (

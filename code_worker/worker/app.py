@@ -15,10 +15,9 @@ from code_worker.errors import ConfigurationError
 from code_worker.queues import MODERATE, NORMAL, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.host import Host
-from code_worker.worker.learning import register_learning
 from code_worker.worker.refusals import check_content, refuse_to_start
 from code_worker.worker.schedule import beat_entries
-from code_worker.worker.tasks import register_tasks
+from code_worker.worker.tasks import register_learning, register_tasks
 from code_worker.worker.transport import report_unreadable_to
 from code_worker.worker.waker import add_waker
 

@@ -11,10 +11,7 @@ from uuid import uuid4
 
 from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
-from code_worker.store import migrate
 from code_worker.worker.background import Repeater
-from code_worker.worker.ledger import Ledger
-from code_worker.worker.sweeper import Sweeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +22,7 @@ if TYPE_CHECKING:
     from code_worker.store.engine import Store
     from code_worker.worker.learning import Learning
     from code_worker.worker.node import Node
-    from code_worker.worker.sweeper import Swept
+    from code_worker.worker.sweeper import Sweeper, Swept
 
 __all__ = ["Host"]
 
@@ -65,6 +62,8 @@ class Host:
         """
         with self._lock:
             if self._store is None:
+                from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy: not where tasks are only listed
+
                 worker = self.settings.worker
                 self._store = migrate.open_current(
                     self.settings.resolved_database_url, threads=worker.concurrency + worker.fetch_threads
@@ -96,6 +95,8 @@ class Host:
         with self._lock:
             if self._sweeper is None:
                 from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
+                from code_worker.worker.ledger import Ledger  # noqa: PLC0415 - SQLAlchemy
+                from code_worker.worker.sweeper import Sweeper  # noqa: PLC0415 - SQLAlchemy
 
                 store = self._background_store()
                 ledger = Ledger(store, self.settings.worker, f"sweeper-{uuid4().hex[:12]}")
@@ -169,7 +170,7 @@ class Host:
         with self._lock:
             if self._watcher is None:
                 from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
-                from code_worker.worker.schedule import Watcher  # noqa: PLC0415 - SQLAlchemy
+                from code_worker.worker.learning import Watcher  # noqa: PLC0415 - SQLAlchemy
 
                 watcher = Watcher(self.settings, self._background_store(), Doorbell(self._app))
                 self._watcher = Repeater("learning_watch", watcher.interval_s, watcher.look)
@@ -190,6 +191,8 @@ class Host:
         """One for all that runs in the background, so that its connections are few; the node has its own."""
         with self._lock:
             if self._background is None:
+                from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy
+
                 self._background = migrate.open_current(self.settings.resolved_database_url)
             return self._background
 

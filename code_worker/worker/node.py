@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -32,17 +31,16 @@ from code_worker.worker.noted import note_settings
 from code_worker.worker.runtimes import Runtimes
 from code_worker.worker.shadow import Shadow
 from code_worker.worker.supervisor import OWNER_ENV
+from code_worker.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Store
     from code_worker.types import Job
 
-__all__ = ["STUCK_STATUS", "Node"]
+__all__ = ["Node"]
 
 log = get_logger(__name__)
-STUCK_STATUS = 70
-"""Exit status of a process whose watchdog ended it."""
 _NO_RELEASE_WAIT_S = 10.0
 
 
@@ -79,10 +77,11 @@ class Node:
             select_head=self._plugins.select_head,
         )
         self._policies = PolicyBook()
+        self._watchdog = Watchdog(self.in_flight, lambda: self.runtimes.failure, settings.worker.batch_timeout_s)
         self._background = [
             Repeater("follow", settings.worker.release_poll_s, self.follow),
             Repeater("heartbeat", settings.worker.lease_s / 3, self.heartbeat),
-            Repeater("watchdog", min(5.0, settings.worker.batch_timeout_s / 4), self.watch),
+            Repeater("watchdog", self._watchdog.interval_s, self._watchdog.look),
         ]
 
     def start(self) -> None:
@@ -164,22 +163,6 @@ class Node:
 
         self.store.run(write)
 
-    def watch(self) -> None:
-        """Ends a process in which a batch is stuck or the device is lost; its supervisor starts another.
-
-        Threads cannot be stopped, and Celery's time limits pass them by.
-        """
-        # Somebody's C code may hold the interpreter, and with it this thread: then Python's own watchdog, armed anew
-        # at every pass, writes all stacks and ends the process.
-        faulthandler.dump_traceback_later(self.settings.worker.batch_timeout_s + 30, exit=True)
-        if (failure := self.runtimes.failure) is not None:
-            log.critical("device_lost", error=str(failure))
-            os._exit(STUCK_STATUS)
-        silent_s = self.in_flight.silent_s()
-        if silent_s > self.settings.worker.batch_timeout_s:
-            log.critical("batch_stuck", silent_s=round(silent_s, 1), jobs=self.in_flight.jobs())
-            os._exit(STUCK_STATUS)
-
     def _known(self, encoder_sha256: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
         try:
             return self.store.look(lambda session: embeddings.known(session, encoder_sha256, hashes))
@@ -191,7 +174,7 @@ class Node:
         """Ends the background work and frees the device."""
         for repeater in self._background:
             repeater.stop()
-        faulthandler.cancel_dump_traceback_later()
+        self._watchdog.close()
         self.shadow.close()
         self._pool.close()
         self.runtimes.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 from code_worker.errors import ConfigurationError
 from code_worker.settings import Settings, load_settings
@@ -38,7 +38,7 @@ PARTS: Final = ("python", *_PROBES)
 """What can be looked at, in this order."""
 
 
-def examine(parts: Collection[str] = PARTS, **overrides: object) -> Iterator[Check]:
+def examine(parts: Collection[str] = PARTS, **overrides: Any) -> Iterator[Check]:
     """Yields findings about the parts as they come; each part has a limit, see `check.bounded`."""
     if "python" in parts:
         yield from bounded("python", machine.python)
