@@ -12,7 +12,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import quiet_settings
-from code_worker.cli.output import print_table, to_json
+from code_worker.cli.output import print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.errors import (
     DatasetError,
@@ -197,6 +197,6 @@ def _skipped_listed(*, as_json: bool) -> Iterator[list[Skipped]]:
     finally:
         if not as_json or failed:
             for one in skipped:
-                click.echo(f"skipped {one.key}: {one.reason}", err=True)
+                say(f"skipped {one.key}: {one.reason}", err=True)
             if skipped:
                 click.echo(f"{len(skipped)} skipped", err=True)

@@ -9,6 +9,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import quiet_settings
+from code_worker.cli.output import say
 from code_worker.cli.progress import progress
 from code_worker.cli.scan_inputs import Inputs
 from code_worker.cli.scan_report import Form, Tally, printer
@@ -65,7 +66,7 @@ def scan(
             show(verdict)
             tally.add(verdict)
             advance(1)
-    click.echo(tally.summary(inputs.passed_over), err=True)
+    say(tally.summary(inputs.passed_over), err=True)
     raise SystemExit(1 if tally.rejected else 0)
 
 
