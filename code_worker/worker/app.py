@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from celery import Celery, signals
 
-from code_worker.broker import celery_config
+from code_worker.broker import ALL_QUEUES, celery_config
 from code_worker.doorbell import Doorbell
 from code_worker.errors import CodeWorkerError, ConfigurationError
 from code_worker.logs import get_logger
@@ -187,7 +187,7 @@ def _start_background(sender: Any, **_: Any) -> None:
     # A worker of other queues may not even reach the ledger.
     queues = {queue.name for queue in sender.task_consumer.queues}
     if queues & _JUDGING or TRAIN_QUEUE in queues:
-        host.start_reporting(queues & frozenset(_ALL_QUEUES))
+        host.start_reporting(queues & frozenset(ALL_QUEUES))
     if queues & _JUDGING:
         host.start_sweeping()
     if queues & frozenset(QUEUES):
