@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
+from uuid import uuid4
 
 from celery import Celery
 from kombu.entity import Exchange, Queue
@@ -150,6 +151,22 @@ class Doorbell:
         with self._channel() as channel:
             if _is_redis(channel):
                 channel.client.hset(_MARK, "set", "1")
+
+    def identity(self, *, make: bool = False) -> str | None:
+        """A random name that lies beside the messages: who sees the same one has the same server and key prefix.
+
+        None where none lies, unless it is to be made, and on a broker that is not Redis.
+
+        Raises:
+            BrokerUnavailableError: see `depth`.
+        """
+        with self._channel() as channel:
+            if not _is_redis(channel):
+                return None
+            if make and channel.client.hget(_MARK, "id") is None:
+                channel.client.hset(_MARK, "id", uuid4().hex)
+            found: bytes | None = channel.client.hget(_MARK, "id")
+            return None if found is None else found.decode()
 
     @contextmanager
     def _channel(self) -> Iterator[Any]:

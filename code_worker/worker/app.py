@@ -18,10 +18,9 @@ from code_worker.settings import Settings, load_settings
 from code_worker.worker.additions import add_entries, add_queues, add_routes, add_transport
 from code_worker.worker.bystander import Bystander
 from code_worker.worker.host import Host
-from code_worker.worker.learning import register_learning
 from code_worker.worker.refusals import check_content, refuse_to_start, refusing
 from code_worker.worker.schedule import beat_entries
-from code_worker.worker.tasks import register_tasks
+from code_worker.worker.tasks import register_learning, register_tasks
 from code_worker.worker.transport import report_unreadable_to
 from code_worker.worker.waker import add_waker
 
@@ -209,6 +208,7 @@ def _start_background(sender: Any, **_: Any) -> None:
         installed.bystander.start()
         return
     installed.unbind()
+    host.start_reporting(queues & frozenset(ALL_QUEUES))
     if queues & _JUDGING:
         host.start_sweeping()
     if queues & frozenset(QUEUES):
