@@ -22,6 +22,7 @@ from typing import Any, Final, TypeVar
 import pluggy
 
 from code_worker import hookspecs
+from code_worker.disk import expanded
 from code_worker.errors import PluginError, UnknownHeadError
 from code_worker.heads import Head, HeadSpec
 from code_worker.logs import get_logger
@@ -222,7 +223,7 @@ def _plugin_files(directory: Path | None) -> Iterator[Path]:
     """Files of the directory in order; names with a leading underscore are parts of others, not plugins."""
     if directory is None:
         return
-    directory = directory.expanduser().absolute()
+    directory = expanded(directory, "CODE_WORKER_PLUGINS_DIR")
     if not directory.is_dir():
         raise PluginError(f"CODE_WORKER_PLUGINS_DIR names {directory}, which is not a directory")
     yield from sorted(path for path in directory.glob("*.py") if not path.name.startswith("_"))
