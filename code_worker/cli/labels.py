@@ -19,6 +19,7 @@ from code_worker.cli.progress import progress
 from code_worker.cli.records import write_csv
 from code_worker.cli.who import who
 from code_worker.cli.whole_file import whole_file
+from code_worker.data.names import printable
 
 if TYPE_CHECKING:
     from code_worker.data.label_files.importing import Imported
@@ -131,7 +132,7 @@ def _reported(done: Iterator[Imported]) -> dict[str, int]:
     with progress("importing labels", counted=True) as advance:
         for some in done:
             for place, reason in some.refused:
-                click.echo(f"{place}: {reason}", err=True)
+                click.echo(printable(f"{place}: {reason}"), err=True)
             counts["new"] += some.new
             counts["known"] += some.rows - some.new - len(some.refused)
             counts["refused"] += len(some.refused)

@@ -12,6 +12,7 @@ import click
 
 from code_worker.cli.ledger import has_database, open_ledger
 from code_worker.cli.scan_runtime import load
+from code_worker.data.names import printable
 
 if TYPE_CHECKING:
     from code_worker.data.examples import Skipped
@@ -82,6 +83,6 @@ def _cache(store: Store, encoder_sha256: str, settings: Settings) -> tuple[Known
 def list_skipped(skipped: Sequence[Skipped]) -> None:
     """Every image that could not be used and how many files were passed over, on stderr."""
     for one in skipped:
-        click.echo(str(one), err=True)
+        click.echo(printable(str(one)), err=True)
     if lost := sum(one.is_loss for one in skipped):
         click.echo(f"{lost} skipped", err=True)

@@ -66,6 +66,17 @@ def test_broken_pixels_are_noticed_when_asked_to_check(bare_cli: Cli, tmp_path: 
     assert "2.jpg: truncated" in ran.stderr
 
 
+def test_no_name_reaches_the_terminal_as_it_is(bare_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "t" / "real").mkdir(parents=True)
+    for name in ("\x1b[31m\n.jpg", "\x1b[2J.txt", "good.jpg"):
+        (tmp_path / "t" / "real" / name).write_bytes(picture(1) if name == "good.jpg" else b"no pixels")
+    ran = bare_cli("data", "show", str(tmp_path / "t"), "--check")
+    assert ran.status == 0
+    assert r"real/\x1b[31m\n.jpg: unsupported_format" in ran.stderr
+    assert r": real/\x1b[2J.txt" in ran.stderr
+    assert "\x1b" not in ran.stderr
+
+
 def test_a_packed_data_set_is_counted_as_before(bare_cli: Cli, shard: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ran = bare_cli("data", "pack", str(shard), "--out", str(out), "--shard-mb", "1")

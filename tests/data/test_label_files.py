@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from code_worker.errors import ConfigurationError, DatasetError
 from tests.data.label_rows import problems, rows
 
 SHA = "ab" * 32
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + SHA.encode() + b"\nsize 7\n"
 
 
 @pytest.fixture
@@ -149,6 +151,9 @@ def test_csv_names_each_bad_row_and_reads_the_others(file: Path) -> None:
         ("uri,label\na,fake\n".encode("utf-16")[:-3], "it begins as UTF-16, but is cut short or damaged"),
         ("uri,label,Label\na,real,fake\n", "the first line names the column label twice"),
         ("[1, 2", "it is not JSON"),
+        (gzip.compress(b"uri,label\na,fake\n"), "it is compressed with gzip: unpack it first"),
+        (b"PK\3\4\x14\0\6\0", "it is a zip archive or a spreadsheet: unpack it, or save it as CSV"),
+        (POINTER, "it is a Git LFS pointer: `git lfs pull` fetches the file"),
     ],
 )
 def test_a_file_that_is_bad_as_a_whole_says_why(file: Path, content: str | bytes, why: str) -> None:
