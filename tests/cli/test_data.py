@@ -145,6 +145,8 @@ def test_a_golden_set_is_pinned_by_bytes_and_labels_wherever_it_lies(bare_cli: C
         for label in ("real", "fake"):
             (tmp_path / root / label).mkdir(parents=True)
             (tmp_path / root / label / f"{root}.png").write_bytes(picture(len(label) + (label == "real")))
+    (tmp_path / "there" / "license.txt").write_text("These images may be measured on.")
+    (tmp_path / "there" / ".DS_Store").write_bytes(bytes(40))
     pins = [bare_cli("data", "pin", str(tmp_path / root)).stdout for root in ("here", "there")]
     assert pins[0] == pins[1]
     assert len(pins[0].strip()) == 64

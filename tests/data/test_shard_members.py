@@ -79,3 +79,10 @@ def test_classic_records_that_nothing_labels_are_told(tmp_path: Path) -> None:
         ("3", "one of its images says neither real nor fake, beside others that do"),
         ("4", "label is 'True'; it must be real (or 0) or fake (or 1)"),
     ]
+
+
+@pytest.mark.parametrize("name", ["/", "a/.", "//x", "x." * 40, "real", ".fake"])
+def test_an_odd_name_of_a_member_harms_nobody(tmp_path: Path, name: str) -> None:
+    members = {name: picture(1), "0.real.jpg": picture(2)}
+    examples, _ = read(write_shard(tmp_path / "a.tar", members))
+    assert [one.read() for one in examples] == [picture(2)]
