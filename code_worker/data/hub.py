@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.names import generator_slug, label_of, numbered_generator, printable
+from code_worker.data.names import generator_slug, label_of, numbered_generator
 from code_worker.data.reading import Held, disguise
 from code_worker.errors import ConfigurationError, DatasetError
 from code_worker.telemetry import silent_import
+from code_worker.terminal import printable
 
 if TYPE_CHECKING:
     from code_worker.data.urls import UrlSource

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from code_worker.data.examples import Skipped
-from code_worker.data.names import printable
 from code_worker.errors import DatasetError
 from code_worker.images.listing import LFS_POINTER
+from code_worker.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import IO, BinaryIO, Final, cast
 
 from code_worker.data.examples import Skipped
-from code_worker.data.names import printable
 from code_worker.data.reading import disguise, not_images
 from code_worker.errors import DatasetError
 from code_worker.images.listing import PREFIX_BYTES, LeftOut
+from code_worker.terminal import printable
 
 __all__ = ["Member", "Refuse", "list_members"]
 

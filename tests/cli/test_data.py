@@ -72,8 +72,8 @@ def test_no_name_reaches_the_terminal_as_it_is(bare_cli: Cli, tmp_path: Path) ->
         (tmp_path / "t" / "real" / name).write_bytes(picture(1) if name == "good.jpg" else b"no pixels")
     ran = bare_cli("data", "show", str(tmp_path / "t"), "--check")
     assert ran.status == 0
-    assert r"real/\x1b[31m\n.jpg: unsupported_format" in ran.stderr
-    assert r": real/\x1b[2J.txt" in ran.stderr
+    assert r"real/\e[31m\n.jpg: unsupported_format" in ran.stderr
+    assert r": real/\e[2J.txt" in ran.stderr
     assert "\x1b" not in ran.stderr
 
 

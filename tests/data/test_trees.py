@@ -232,7 +232,7 @@ def test_a_name_that_is_no_text_is_read_and_shown_escaped(tmp_path: Path) -> Non
     directory = tree(tmp_path / "t", "real/1.jpg") / "real"
     Path(os.fsdecode(os.fsencode(directory) + b"/\xff\n.jpg")).write_bytes(b"odd")
     examples, _ = read(tmp_path / "t")
-    assert examples[1].key == f"{directory}/\\udcff\\n.jpg"
+    assert examples[1].key == f"{directory}/\\xff\\n.jpg"
     assert examples[1].read() == b"odd"
 
 
