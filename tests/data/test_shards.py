@@ -220,7 +220,7 @@ def test_names_are_words_and_never_places(tmp_path: Path) -> None:
     examples, _ = read(shard)
     assert [example.read() for example in examples] == [picture(number) for number in range(4)]
     assert all(example.key.isprintable() for example in examples)
-    assert [example.collection for example in examples] == ["elsa", "up", "bell\\x07\\x1b[31m", "\\udcff"]
+    assert [example.collection for example in examples] == ["elsa", "up", "bell\\x07\\e[31m", "\\xff"]
     assert {path.name for path in tmp_path.parent.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
