@@ -47,6 +47,8 @@ def type_text(annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if origin in {Union, UnionType}:
         return " or ".join(type_text(part) for part in get_args(annotation) if part is not type(None))
+    if origin is dict:
+        return "table of tables"
     if origin is tuple:
         return f"list of {type_text(get_args(annotation)[0])}s"
     names = {
@@ -75,7 +77,7 @@ def default_text(field: FieldInfo) -> str:
     value = field.default
     if value is None:
         return "unset"
-    if value == ():
+    if value in ((), {}):
         return "none"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, St
 from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
+from code_worker.releases.builder import KeptHeads
 from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import IfChanged, LoadedRelease, load_release
 from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, verify_files
@@ -227,6 +228,24 @@ class Registry:
         self._artifacts.put_signature(release, sign(manifest, self._keys))
         self._store.run(lambda session: releases.note_signed(session, release, by=by))
         log.info("release_signed", release=release, by=by)
+
+    def directory(self, release: str) -> Path:
+        """Where the files of a registered release are, every one compared with the manifest; only to be read.
+
+        Raises:
+            NoReleaseError: it is not registered.
+            ArtifactError: it is missing or damaged (IntegrityError).
+        """
+        return self._fetch(release)[0]
+
+    def kept_heads(self, loaded: LoadedRelease, without: Collection[str]) -> KeptHeads:
+        """The heads of a release for another one with the same encoder, all but those named.
+
+        Raises:
+            NoReleaseError, ArtifactError: see `directory`.
+        """
+        entries = {name: entry for name, entry in loaded.manifest.heads.items() if name not in without}
+        return KeptHeads(self.directory(loaded.id), entries, {name: loaded.heads[name] for name in entries})
 
     def _fetch(self, release: str) -> tuple[Path, bytes]:
         """Where the verified files are, and the manifest, which is the registered one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from code_worker.errors import CodeWorkerError, RunActiveError, RunStoppedError
 from code_worker.logs import get_logger
@@ -43,11 +43,11 @@ def register_learning(app: Celery, host: Host) -> None:
 
 
 def _learning_task(kind: str, host: Host) -> Callable[..., None]:
-    def learn(*, scheduled: bool = False, by: str = "task", force: bool = False) -> None:
+    def learn(*, scheduled: bool = False, by: str = "task", **asked: Any) -> None:
         if scheduled:
             _log_instead(lambda: host.learning().on_schedule(kind))
         else:
-            _log_instead(lambda: host.learning().now(kind, by=by, force=force))
+            _log_instead(lambda: host.learning().now(kind, by=by, **asked))
 
     return learn
 
@@ -81,14 +81,14 @@ class Learning:
             self._made = Learner(self._settings, self._store, stop=self._stop)
         return self._made
 
-    def now(self, kind: str, *, by: str, force: bool) -> None:
-        """A run that somebody asked for.
+    def now(self, kind: str, *, by: str, **asked: Any) -> None:
+        """A run that somebody asked for; `asked` are the fields of `training.retrain.Asked`.
 
         Raises:
             CodeWorkerError: see `Learner.learn`.
         """
         with self._turn:
-            self._learner.learn(kind, by=by, force=force)
+            self._learner.learn(kind, by=by, **asked)
 
     def on_schedule(self, kind: str) -> None:
         """A run for the last time of its schedule, unless another trainer took that.
