@@ -1,11 +1,13 @@
-"""What a directory needs beside its files: an owner who is alone in it, and to be on disk."""
+"""What directories and files are beside their bytes: private, on disk, or only a stand-in for another file."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["flush", "make_private"]
+__all__ = ["flush", "is_lfs_pointer", "make_private"]
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def make_private(directory: Path) -> None:
@@ -37,3 +39,12 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether Git left the name of a large file here and not its content; False also where nothing can be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
