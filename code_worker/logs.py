@@ -13,8 +13,11 @@ from typing import Any
 
 import structlog
 
+from code_worker.terminal import printable, printable_lines
+
 __all__ = ["configure_logging", "get_logger", "log_uncaught", "redact"]
 
+_OF_LINES = frozenset({"exception", "stack"})
 _SECRETS = (
     # What comes before keeps the search linear: a message of somebody's may be megabytes of letters.
     # A password may hold what it should not, of a URL of somebody's that is quoted before anybody reads it.
@@ -40,6 +43,14 @@ def _redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMa
     return event
 
 
+def _printable_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """For a terminal: a traceback keeps its lines, all else stands on one."""
+    for name, value in event.items():
+        text = value if isinstance(value, str) else str(value)
+        event[name] = (printable_lines if name in _OF_LINES else printable)(text)
+    return event
+
+
 _SHARED: list[structlog.typing.Processor] = [
     structlog.contextvars.merge_contextvars,
     structlog.stdlib.add_log_level,
@@ -48,6 +59,31 @@ _SHARED: list[structlog.typing.Processor] = [
     structlog.processors.format_exc_info,
     _redact_event,
 ]
+
+
+class _Event(dict[str, Any]):
+    """An event as the message of a log record: structured for our own formatter, one line for anybody else's."""
+
+    _SAID_BY_THE_RECORD = frozenset({"event", "exception", "level", "logger", "timestamp"})
+
+    def __str__(self) -> str:
+        """`event key=value …`, and the traceback below it."""
+        facts = (f"{name}={_shown(value)}" for name, value in self.items() if name not in self._SAID_BY_THE_RECORD)
+        line = " ".join([str(self.get("event", "")), *facts])
+        return f"{line}\n{self['exception']}" if "exception" in self else line
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if text.isprintable() and " " not in text else repr(value)
+
+
+def _as_message(
+    logger: Any, name: str, event: MutableMapping[str, Any]
+) -> tuple[tuple[MutableMapping[str, Any]], dict[str, Any]]:
+    (message,), facts = structlog.stdlib.ProcessorFormatter.wrap_for_formatter(logger, name, event)
+    # The traceback is in the event: of `exception` the record would hold it a second time.
+    return (_Event(message),), {**facts, "exc_info": False}
 
 
 def configure_logging(level: str = "info", form: str = "auto") -> None:
@@ -59,11 +95,12 @@ def configure_logging(level: str = "info", form: str = "auto") -> None:
         if form == "json"
         else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
+    shown = [] if form == "json" else [_printable_event]
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=_SHARED,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _redact_event, last],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _redact_event, *shown, last],
         )
     )
     logging.captureWarnings(capture=True)
@@ -101,12 +138,12 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """Logger whose events are static snake_case names with data as keywords.
 
     It writes through the standard library's `logging`, whether or not `configure_logging` was called: in a producer's
-    process the producer decides where lines go.
+    process, or a worker of somebody's app, they decide where lines go and how they look; see `_Event`.
     """
     processors = [
         structlog.stdlib.filter_by_level,
         *_SHARED,
-        structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        _as_message,
     ]
     wrapped: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         logging.getLogger(name),

@@ -12,7 +12,7 @@ import click
 from code_worker.cli.arguments import SHARE_BETWEEN
 from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
 from code_worker.cli.measuring import list_skipped, open_measured
-from code_worker.cli.output import print_table, to_json
+from code_worker.cli.output import print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.errors import ConfigurationError
@@ -168,9 +168,7 @@ def _warn_of_another_champion(store: Store, release: str) -> None:
 
     champion = store.run(lambda session: releases.alias(session, "champion"), write=False)
     if champion != release:
-        click.echo(
-            f"{release} is not the champion: until it is, {champion or 'none'} judges by its thresholds", err=True
-        )
+        say(f"{release} is not the champion: until it is, {champion or 'none'} judges by its thresholds", err=True)
 
 
 def _record(asked: _Asked, made: Calibration, row: PolicyRow | None) -> dict[str, Any]:
@@ -205,19 +203,19 @@ def _say(asked: _Asked, made: Calibration, row: PolicyRow | None) -> None:
         {"": "now", "low": f"{made.made.low:.4f}", "high": f"{made.made.high:.4f}", **_cells(made.made.shares)},
     ]
     evidence = made.evidence
-    click.echo(
+    say(
         f"head {made.head} of {evidence['release']} on {evidence['real']} real and {evidence['fake']} fake images of "
         f"{asked.source}; shares in percent, with 95 % intervals"
     )
     print_table(rows, tuple(rows[0]), empty="")
     if learned := evidence["left_out"]["learned"]:
-        click.echo(f"{learned} images left out: a retrain may have learned from them (--all counts them)")
+        say(f"{learned} images left out: a retrain may have learned from them (--all counts them)")
     if made.made.note:
-        click.echo(made.made.note)
+        say(made.made.note)
     if row is None:
-        click.echo("nothing was set (--dry-run)")
+        say("nothing was set (--dry-run)")
     else:
-        click.echo(f"version {row.version} for {row.scope}: workers take it over")
+        say(f"version {row.version} for {row.scope}: workers take it over")
 
 
 def _cells(shares: Shares) -> dict[str, str]:

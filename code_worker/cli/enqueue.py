@@ -12,7 +12,7 @@ import click
 from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.enqueue_list import Accepted, Line, accept_lines, listed_lines, named_lines, prefix_lines
 from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
-from code_worker.cli.output import to_json
+from code_worker.cli.output import say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.waiting import print_verdicts
 from code_worker.errors import ConfigurationError, UnknownHeadError
@@ -114,7 +114,7 @@ def _enqueue(
     with closing(Client(settings)) as client, bar as advance:
         for done in accept_lines(client, lines, common):
             for line, problem in done.refused:
-                click.echo(redact(f"{line}: {problem}"), err=True)
+                say(redact(f"{line}: {problem}"), err=True)
             refused += len(done.refused)
             count += len(done.accepted)
             advance(len(done.refused) + len(done.accepted))
@@ -125,6 +125,6 @@ def _enqueue(
                 )
     if not as_json and not keep:
         for one in kept if count <= _SHOWN else ():
-            click.echo(f"{one.job_id}  {one.uri}")
-        click.echo(f"{count} jobs accepted{f', {refused} lines refused' if refused else ''}", err=True)
+            say(f"{one.job_id}  {one.uri}")
+        say(f"{count} jobs accepted{f', {refused} lines refused' if refused else ''}", err=True)
     return kept, refused

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
 from code_worker._version import __version__
 from code_worker.errors import CodeWorkerError, ConfigurationError
 from code_worker.logs import redact
+from code_worker.terminal import printable
 
 __all__ = ["cli", "main"]
 
@@ -50,6 +53,14 @@ _COMMANDS = {
 class LazyGroup(click.Group):
     """Knows its commands by name and help line; imports one when it is called."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; click's own errors quote words that somebody's list may have brought."""
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = printable(error.message)  # type: ignore[misc]  # raised anew, it would lose its class
+            raise
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Every command, sorted."""
         return sorted(_COMMANDS)
@@ -62,6 +73,16 @@ class LazyGroup(click.Group):
         command = getattr(import_module(module), attribute)
         assert isinstance(command, click.Command)  # noqa: S101 - a wrong table above is our own bug
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first word names; an unknown one is refused with those that are spelt alike."""
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            near = " or ".join(f"'{each}'" for each in difflib.get_close_matches(name, sorted(_COMMANDS)))
+            ctx.fail(f"No such command '{name}'.{f' Did you mean {near}?' if near else ''}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - as above
         """The command list, from the table: `--help` imports nothing."""
@@ -83,7 +104,7 @@ def main() -> None:
     try:
         cli(prog_name="code-worker")
     except CodeWorkerError as error:
-        click.echo(f"code-worker: {redact(str(error))}", err=True)
+        click.echo(printable(f"code-worker: {redact(str(error))}"), err=True)
         sys.exit(2 if isinstance(error, ConfigurationError) else 1)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "code_worker":

@@ -12,7 +12,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
-from code_worker.cli.output import print_json_lines, print_table, to_json
+from code_worker.cli.output import print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.errors import ConfigurationError, NoReleaseError
@@ -126,7 +126,7 @@ def _say_imported(release: Registered, *, promoted: bool, as_json: bool) -> None
         click.echo(to_json(release.summary()))
         return
     name = release.info.id
-    click.echo(f"imported {name} from {release.info.source}; heads: {', '.join(release.heads) or 'none'}")
+    say(f"imported {name} from {release.info.source}; heads: {', '.join(release.heads) or 'none'}")
     if promoted:
         click.echo(f"{name} is the champion; {_TAKES_OVER}")
     elif release.heads:

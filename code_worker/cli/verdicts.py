@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option
+from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option, raw_option
 from code_worker.cli.explanation import explain
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import print_facts, print_json_lines, print_table, to_json
+from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import VERDICT_FIELDS, judgement, verdict_record, write_csv
 from code_worker.cli.timings import COLUMNS, stage_timings
@@ -95,7 +95,7 @@ def list_(*, limit: int, after: str | None, oldest_first: bool, as_json: bool, *
             map(_row, page), columns, empty="no verdicts match" if any(filters.values()) else "no verdicts yet"
         )
     if len(found) > limit:
-        click.echo(f"more: --after {page[-1].id}", err=True)
+        say(f"more: --after {page[-1].id}", err=True)
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def show(id_: str, *, as_json: bool) -> None:
         click.echo(to_json(verdict_record(verdict)))
     else:
         sentence, facts = explain(verdict)
-        click.echo(f"{sentence}\n")
+        say(sentence, "")
         print_facts(facts)
 
 
@@ -156,9 +156,10 @@ def timings(*, limit: int, as_json: bool, **filters: Any) -> None:
 @verdicts.command()
 @click.option("--csv", "form", flag_value="csv", help="Comma-separated, with a header.")
 @click.option("--jsonl", "form", flag_value="jsonl", default=True, help="One JSON object per line (default).")
+@raw_option
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File; it appears once it is whole.")
 @_filters
-def export(*, form: str, output: Path | None, **filters: Any) -> None:
+def export(*, form: str, raw: bool, output: Path | None, **filters: Any) -> None:
     """Write every verdict that matches, oldest first, however many there are."""
     from code_worker.store.verdicts import stream  # noqa: PLC0415 - SQLAlchemy, not for --help
 
@@ -175,7 +176,7 @@ def export(*, form: str, output: Path | None, **filters: Any) -> None:
                 yield verdict_record(verdict)
 
         if form == "csv":
-            write_csv(records(), VERDICT_FIELDS, file)
+            write_csv(records(), VERDICT_FIELDS, file, raw=raw)
         else:
             file.writelines(f"{to_json(record)}\n" for record in records())
-    click.echo(f"{written} verdicts written{f' to {output}' if output else ''}", err=True)
+    say(f"{written} verdicts written{f' to {output}' if output else ''}", err=True)

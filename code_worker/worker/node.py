@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any
 
 from code_worker._version import __version__
 from code_worker.errors import CodeWorkerError, StoreUnavailableError
@@ -28,9 +25,9 @@ from code_worker.worker.gate import Gate
 from code_worker.worker.inflight import InFlight
 from code_worker.worker.ledger import Ledger
 from code_worker.worker.noted import note_settings
+from code_worker.worker.report import facts, owner_name
 from code_worker.worker.runtimes import Runtimes
 from code_worker.worker.shadow import Shadow
-from code_worker.worker.supervisor import OWNER_ENV
 from code_worker.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -47,11 +44,26 @@ _NO_RELEASE_WAIT_S = 10.0
 class Node:
     """A worker process's parts; `start` begins the background work, `close` ends all."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        *,
+        owner: str | None = None,
+        more: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Makes the parts, which load and start nothing yet.
+
+        Args:
+            settings: how they work.
+            store: the ledger.
+            owner: the name that claims carry; unset: a new one, see `owner_name`.
+            more: what to say of the process besides, with every sign of life.
+        """
         self.settings = settings
         self.store = store
-        # A supervisor names each life of its child, so that it can free the claims of one that died.
-        self.owner = os.environ.get(OWNER_ENV) or f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+        self.owner = owner or owner_name()
+        self._more = more
         self.ledger = Ledger(store, settings.worker, self.owner)
         self.gate = Gate()
         self.in_flight = InFlight()
@@ -155,9 +167,10 @@ class Node:
         """Says that this process lives, and renews the leases of what it works on."""
         held = self.in_flight.jobs()
         lease_s = self.settings.worker.lease_s
+        said = {**facts(self.settings, workers.JUDGES), "heads": sorted(self._plugins.heads()), **self._more()}
 
         def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session, known to store/ alone
-            workers.beat(session, self.owner, version=__version__, release=self.runtimes.release)
+            workers.beat(session, self.owner, version=__version__, release=self.runtimes.release, info=said)
             if held:
                 jobs.renew(session, owner=self.owner, lease_s=lease_s, ids=held)
 
