@@ -69,6 +69,10 @@ class Head(ABC):
     one_class: ClassVar[bool] = False
     """Whether `fit` is given real images only (labels all 0)."""
 
+    tolerance: ClassVar[float] = 0.0
+    """How far two scores of one embedding by one fitted head may be apart: in another batch, with other threads, on
+    another processor or device. Unset: not at all. At most 1e-4, and never across 0.5."""
+
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self.options = self.Options.model_validate(dict(options or {}))
 

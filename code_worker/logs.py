@@ -61,6 +61,31 @@ _SHARED: list[structlog.typing.Processor] = [
 ]
 
 
+class _Event(dict[str, Any]):
+    """An event as the message of a log record: structured for our own formatter, one line for anybody else's."""
+
+    _SAID_BY_THE_RECORD = frozenset({"event", "exception", "level", "logger", "timestamp"})
+
+    def __str__(self) -> str:
+        """`event key=value …`, and the traceback below it."""
+        facts = (f"{name}={_shown(value)}" for name, value in self.items() if name not in self._SAID_BY_THE_RECORD)
+        line = " ".join([str(self.get("event", "")), *facts])
+        return f"{line}\n{self['exception']}" if "exception" in self else line
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if text.isprintable() and " " not in text else repr(value)
+
+
+def _as_message(
+    logger: Any, name: str, event: MutableMapping[str, Any]
+) -> tuple[tuple[MutableMapping[str, Any]], dict[str, Any]]:
+    (message,), facts = structlog.stdlib.ProcessorFormatter.wrap_for_formatter(logger, name, event)
+    # The traceback is in the event: of `exception` the record would hold it a second time.
+    return (_Event(message),), {**facts, "exc_info": False}
+
+
 def configure_logging(level: str = "info", form: str = "auto") -> None:
     """Sends every record of this process, Celery's included, to stderr in one form."""
     if form == "auto":
@@ -113,12 +138,12 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     """Logger whose events are static snake_case names with data as keywords.
 
     It writes through the standard library's `logging`, whether or not `configure_logging` was called: in a producer's
-    process the producer decides where lines go.
+    process, or a worker of somebody's app, they decide where lines go and how they look; see `_Event`.
     """
     processors = [
         structlog.stdlib.filter_by_level,
         *_SHARED,
-        structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        _as_message,
     ]
     wrapped: structlog.stdlib.BoundLogger = structlog.wrap_logger(
         logging.getLogger(name),

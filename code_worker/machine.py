@@ -1,24 +1,96 @@
-"""What this process may use of its machine, and clocks that do not lie when it is stopped or set."""
+"""What this process may use of its machine, and clocks that do not lie when it is stopped or set.
+
+A container's limits stand in the files of its control groups: of version 2, or of version 1 with a directory for each
+controller; every group above a process's own limits it, too.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
-__all__ = ["ServerClock", "uptime_s", "usable_cores", "wait_for"]
+__all__ = ["ServerClock", "decode_memory", "memory_limit", "uptime_s", "usable_cores", "wait_for"]
+
+_DECODE_BYTES: Final = 280_000_000
+_DECODE_SHARE: Final = 4
+"""A quarter of what a container may have, as a Java machine takes for its heap: the rest is for model and files."""
+_ROOT: Final = Path("/")
 
 _TICK_S: Final = 0.25
 _LONGEST_TICK_S: Final = 0.5
 """What a tick counts at most; on a busy machine a wait is longer than it was meant to be."""
 
 
-def usable_cores() -> int:
-    """Cores this process may run on, which a container or `taskset` may have narrowed."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def usable_cores(root: Path = _ROOT) -> int:
+    """Cores this process may run on, which `taskset` or a container's quota may have narrowed, rounded up.
+
+    Args:
+        root: Where `/proc` and `/sys` are found.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cores, *(math.ceil(quota) for quota in _cpu_quotas(root))])
+
+
+def memory_limit(root: Path = _ROOT) -> int | None:
+    """Bytes that this process's control groups may use together; None where nothing limits them.
+
+    Args:
+        root: Where `/proc` and `/sys` are found.
+    """
+    limits = []
+    for group in _control_groups("memory", root):
+        limits += [words[0] for name in ("memory.max", "memory.limit_in_bytes") if (words := _numbers(group / name))]
+    # Version 1 writes the largest number of pages there is where it has no limit.
+    return min((int(limit) for limit in limits if 0 < limit < 2**60), default=None)
+
+
+def decode_memory(root: Path = _ROOT) -> int:
+    """Bytes that one process decodes in unless told: as many as 50 million pixels take, or a quarter of its limit.
+
+    Args:
+        root: Where `/proc` and `/sys` are found.
+    """
+    limit = memory_limit(root)
+    return _DECODE_BYTES if limit is None else min(_DECODE_BYTES, max(1, limit // _DECODE_SHARE))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """Cores' worth of time that each control group of this process has."""
+    for group in _control_groups("cpu", root):
+        shares = [_numbers(group / "cpu.max")]
+        shares.append([*_numbers(group / "cpu.cfs_quota_us"), *_numbers(group / "cpu.cfs_period_us")])
+        yield from (share[0] / share[1] for share in shares if len(share) == 2 and min(share) > 0)
+
+
+def _numbers(file: Path) -> list[float]:
+    """The numbers of a limit; none where there is no such file, or it says `max`."""
+    try:
+        return [float(word) for word in file.read_text(encoding="ascii").split()]
+    except (OSError, ValueError):
+        return []
+
+
+def _control_groups(controller: str, root: Path) -> Iterator[Path]:
+    """Directories of the control groups that this process is in, from the innermost outwards.
+
+    A container sees its own group at the top, though its path may be that of the machine: what is not there is left
+    out.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1):
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / (controller if controllers else "")
+        inner = () if ".." in path else Path(path).parts[1:]
+        yield from (group for depth in range(len(inner), -1, -1) if (group := top.joinpath(*inner[:depth])).is_dir())
 
 
 def uptime_s() -> float:

@@ -58,6 +58,11 @@ class InstalledPlugin:
     heads: tuple[str, ...] = ()
     path: Path | None = None
 
+    @property
+    def release(self) -> str:
+        """Distribution and version, as verdicts name what scored."""
+        return f"{self.distribution} {self.version}".strip()
+
     def __str__(self) -> str:
         return str(self.path) if self.path else f"{self.name!r} of {self.distribution} {self.version}"
 

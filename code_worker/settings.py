@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-import os
-import re
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from code_worker.addresses import broker_address, database_address
+from code_worker.configuration import Layer, layers
 from code_worker.errors import ConfigurationError
 from code_worker.source_settings import FileSettings, LimitSettings, S3Settings
-from code_worker.training_settings import Section, TrainingSettings
+from code_worker.training_settings import (
+    DAY_S,
+    MANY_IMAGES,
+    MANY_THREADS,
+    YEAR_S,
+    GateSettings,
+    LabelSettings,
+    Section,
+    TrainingSettings,
+)
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 __all__ = [
     "BrokerSettings",
@@ -38,10 +50,11 @@ __all__ = [
     "load_settings",
 ]
 
-CONFIG_ENV = "CODE_WORKER_CONFIG"
 _KEY_LENGTH = 32
 _LONGEST_DAYS = 18_250
 """Fifty years: ids carry times from 1970 on."""
+_BELOW: ContextVar[Mapping[str, object]] = ContextVar("_BELOW", default={})  # noqa: B039 - nobody writes to it
+"""What `load_settings` was given to count below the environment and the file."""
 
 
 class BrokerSettings(Section):
@@ -49,9 +62,12 @@ class BrokerSettings(Section):
 
     key_prefix: str = Field("cw:", description="Prefix of every key in Redis, for ACLs and shared servers.")
     visibility_timeout_s: int = Field(
-        600, ge=30, description="After this an unacknowledged message is delivered again; at least 4 longest batches."
+        600,
+        ge=30,
+        le=YEAR_S,
+        description="After this an unacknowledged message is delivered again; at least 4 longest batches.",
     )
-    socket_timeout_s: float = Field(10.0, gt=0, description="A half-open connection is noticed after this.")
+    socket_timeout_s: float = Field(10.0, gt=0, le=DAY_S, description="A half-open connection is noticed after this.")
     allow_insecure: bool = Field(
         False, description="Allow a broker that is neither local nor protected by a password or TLS."
     )
@@ -60,59 +76,47 @@ class BrokerSettings(Section):
 class WorkerSettings(Section):
     """How one worker process uses its machine."""
 
-    concurrency: int = Field(4, ge=1, description="Messages judged at the same time.")
-    fetch_threads: int = Field(8, ge=1, description="Objects fetched and decoded at the same time.")
-    streams: int | None = Field(None, ge=1, description="Encoder streams; unset: one per core on CPU, two on CUDA.")
-    micro_batch: int | None = Field(None, ge=1, description="Crops per forward pass; unset: 8 on CPU, 256 on CUDA.")
+    concurrency: int = Field(4, ge=1, le=MANY_THREADS, description="Messages judged at the same time.")
+    fetch_threads: int = Field(8, ge=1, le=MANY_THREADS, description="Objects fetched and decoded at the same time.")
+    streams: int | None = Field(
+        None, ge=1, le=MANY_THREADS, description="Encoder streams; unset: one per core on CPU, two on CUDA."
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, le=65_536, description="Crops per forward pass; unset: 8 on CPU, 256 on CUDA."
+    )
     compile: bool | None = Field(
         None,
         description="Fuse and record the encoder's kernels at the start, which takes a minute or two; unset: on "
         "CUDA. What cannot be compiled runs as it is, with a warning. Nothing on a CPU.",
     )
-    linger_ms: float = Field(4.0, ge=0, description="How long a stream waits for its micro-batch to fill.")
-    lease_s: int = Field(20, ge=5, description="A claim lapses after this unless the worker renews it.")
+    linger_ms: float = Field(4.0, ge=0, le=60_000, description="How long a stream waits for its micro-batch to fill.")
+    lease_s: int = Field(20, ge=5, le=DAY_S, description="A claim lapses after this unless the worker renews it.")
     batch_timeout_s: int = Field(
-        120, ge=5, description="A batch that makes no step for so long makes the watchdog end the process."
+        120, ge=5, le=DAY_S, description="A batch that makes no step for so long makes the watchdog end the process."
     )
-    max_attempts: int = Field(3, ge=1, description="Claims that may end in a dead worker before quarantine.")
+    max_attempts: int = Field(3, ge=1, le=1000, description="Claims that may end in a dead worker before quarantine.")
     max_denied: int | None = Field(
         20,
         ge=1,
+        le=1_000_000,
         description="Images of one bucket that are denied in a row, none readable in between, before the bucket is "
         "paused instead; unset (`null`): each is rejected by itself, however many.",
     )
     max_faults: int = Field(
         12, ge=1, le=1000, description="Transient faults before the job is rejected with the last one."
     )
-    backoff_s: float = Field(2.0, gt=0, description="First wait after a transient fault; doubles, jittered.")
-    backoff_max_s: float = Field(900.0, gt=0, description="Longest wait after a transient fault.")
-    sweep_interval_s: float = Field(5.0, gt=0, description="How often the sweeper looks for jobs nobody holds.")
-    release_poll_s: float = Field(3.0, gt=0, description="How often a worker looks whether the champion moved.")
+    backoff_s: float = Field(
+        2.0, gt=0, le=DAY_S, description="First wait after a transient fault; doubles, jittered."
+    )
+    backoff_max_s: float = Field(900.0, gt=0, le=30 * DAY_S, description="Longest wait after a transient fault.")
+    sweep_interval_s: float = Field(
+        5.0, ge=0.01, le=DAY_S, description="How often the sweeper looks for jobs nobody holds."
+    )
+    release_poll_s: float = Field(
+        3.0, ge=0.01, le=DAY_S, description="How often a worker looks whether the champion moved."
+    )
     store_embeddings: bool = Field(
         True, description="Keep embeddings, so that bytes seen before are not encoded again."
-    )
-
-
-class LabelSettings(Section):
-    """How labels of people and systems become one truth per image."""
-
-    rule: Literal["latest", "majority", "unanimous", "trusted"] = Field(
-        "latest",
-        description="Which label holds where several contradict: the last said; the one most labellers say (a tie is "
-        "left out); only what all say; or the last of the most trusted labeller (`trusted`, in its order).",
-    )
-    trusted: tuple[str, ...] = Field((), description="Labellers by falling trust; others come after, the last first.")
-    ignored: tuple[str, ...] = Field((), description="Labellers whose statements do not count.")
-    max_share: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Share of the new images that one labeller may have in a snapshot, once several label; what is "
-        "over is left out. `trusted` ones are not cut. Unset: any.",
-    )
-    min_labellers: int = Field(1, ge=1, description="Labellers of new images without whom nothing goes live.")
-    max_duplicates: int | None = Field(
-        5, ge=1, description="New images nearly the same that one labeller may teach; unset (`null`): any number."
     )
 
 
@@ -125,48 +129,15 @@ class ScheduleSettings(Section):
         False,
         description="After a promotion draw anew the thresholds of policies that were calibrated on another release.",
     )
-    min_new_real: int = Field(20, ge=0, description="Real images new to the champion, below which a run waits.")
-    min_new_fake: int = Field(50, ge=0, description="Generated images new to it, below which a run waits.")
-    min_holdout: int = Field(20, ge=1, description="Images of each class in the hold-out, below which it waits.")
-
-
-class GateSettings(Section):
-    """What a candidate must prove before it replaces the champion."""
-
-    max_regression: float = Field(
-        0.02, gt=0, le=1, description="Loss of accuracy that must be excluded, for the reals and for all old fakes."
+    min_new_real: int = Field(
+        20, ge=0, le=MANY_IMAGES, description="Real images new to the champion, below which a run waits."
     )
-    error: float = Field(
-        0.05, gt=0, lt=0.5, description="Chance of each kind of error of the gate, that over a reign included."
+    min_new_fake: int = Field(
+        50, ge=0, le=MANY_IMAGES, description="Generated images new to it, below which a run waits."
     )
-    max_label_noise: float = Field(
-        0.15, ge=0, le=1, description="Share of labels of one class that their neighbours contradict."
+    min_holdout: int = Field(
+        20, ge=1, le=MANY_IMAGES, description="Images of each class in the hold-out, below which it waits."
     )
-    golden: str | None = Field(
-        None,
-        description="Data set of your own on which nothing may get worse; its images and near-duplicates of them are "
-        "never learned from.",
-    )
-    golden_sha256: str | None = Field(None, description="Its hash, as `code-worker data pin` prints it.")
-    max_golden_loss: float = Field(
-        0.005, ge=0, le=1, description="Area under the ROC curve that may be lost on the golden set."
-    )
-    max_disagreement: float = Field(
-        3.0,
-        gt=0,
-        description="How much more a labeller's new labels may disagree with their neighbours than old ones.",
-    )
-    min_agreement: float | None = Field(
-        0.97,
-        ge=0,
-        le=1,
-        description="Share of old images that the champion judges rightly of which both must say the same.",
-    )
-    max_psi: float | None = Field(
-        0.2, gt=0, description="Largest population stability index of scores of old images."
-    )
-    bootstrap: int = Field(1000, ge=100, description="Resamples of the bootstrap in reports.")
-    promote: bool = Field(True, description="Promote by itself what passes; else it becomes the challenger.")
 
 
 class ShadowSettings(Section):
@@ -207,9 +178,11 @@ class RetentionSettings(Section):
         365.0, gt=0, le=_LONGEST_DAYS, description="Curves of training runs; the runs themselves stay."
     )
     slots_days: float | None = Field(365.0, gt=0, le=_LONGEST_DAYS, description="Times at which schedules fired.")
-    interval_s: float = Field(600.0, gt=0, description="How often a worker looks what is too old.")
+    interval_s: float = Field(600.0, ge=0.01, le=30 * DAY_S, description="How often a worker looks what is too old.")
     batch: int = Field(1000, ge=1, le=10_000, description="Rows deleted in one transaction.")
-    pass_s: float = Field(30.0, gt=0, description="A pass ends after so long, done or not; the next one goes on.")
+    pass_s: float = Field(
+        30.0, gt=0, le=DAY_S, description="A pass ends after so long, done or not; the next one goes on."
+    )
 
 
 class RoleSettings(Section):
@@ -230,9 +203,7 @@ class RoleSettings(Section):
 class Settings(BaseSettings):
     """All settings of the project; every field can be set by environment or file."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="CODE_WORKER_", env_nested_delimiter="__", extra="forbid", frozen=True, hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     data_dir: Path = Field(Path("~/.local/share/code_worker"), description="Where local state lives.")
     database_url: SecretStr | None = Field(
@@ -268,6 +239,11 @@ class Settings(BaseSettings):
     head: str | None = Field(
         None, description="Head used when neither job, plugin nor policy names one; unset: the release's own default."
     )
+    changed_heads: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="A release with a head that no longer scores the release's probes as it did when it was made, as "
+        "when its plugin's code changed: `refuse` to load it, or `warn` and judge.",
+    )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.")
     engine: Literal["auto", "torch", "openvino"] = Field(
         "auto", description="What runs the encoder; auto: OpenVINO on a CPU where it is installed, else torch."
@@ -279,7 +255,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
     s3: S3Settings = S3Settings()
     files: FileSettings = FileSettings()
-    limits: LimitSettings = LimitSettings()
+    limits: LimitSettings = Field(default_factory=LimitSettings)
     broker: BrokerSettings = BrokerSettings()
     worker: WorkerSettings = WorkerSettings()
     labels: LabelSettings = LabelSettings()
@@ -295,15 +271,13 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - ours reads more
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - as above
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then environment, then the TOML file that `CODE_WORKER_CONFIG` names."""
-        sources: tuple[PydanticBaseSettingsSource, ...] = (init_settings, env_settings)
-        if path := os.environ.get(CONFIG_ENV):
-            sources = (*sources, TomlConfigSettingsSource(settings_cls, toml_file=path))
-        return sources
+        """Arguments, then environment, then the file of `CODE_WORKER_CONFIG`, then the mapping of the program."""
+        written = (InitSettingsSource(settings_cls, layer.values) for layer in layers(settings_cls, _BELOW.get()))
+        return (init_settings, *written)
 
     @field_validator("signing_keys")
     @classmethod
@@ -372,28 +346,31 @@ class Settings(BaseSettings):
             ) from None
 
 
-def load_settings(**overrides: object) -> Settings:
+def load_settings(*, below: Mapping[str, object] | None = None, **overrides: object) -> Settings:
     """Reads the settings once; callers pass them on.
 
+    Args:
+        below: Settings of the program that asks (`app.conf.code_worker`), sections as nested mappings; environment
+            and file count before them.
+        overrides: Settings that count before everything else.
+
     Raises:
-        ConfigurationError: names each wrong setting; values are never shown, they may be secrets.
+        ConfigurationError: names each wrong setting and where it stands; values are never shown, they may be secrets.
     """
-    if (path := os.environ.get(CONFIG_ENV)) and not Path(path).is_file():
-        raise ConfigurationError(f"{CONFIG_ENV} names {path}, which is not a file")
+    token = _BELOW.set({} if below is None else below)
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # values are checked by pydantic
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'__'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()
-        )
+        written = layers(Settings, _BELOW.get())
+        problems = "; ".join(_described(problem, written, overrides) for problem in error.errors())
         raise ConfigurationError(f"wrong settings: {problems}") from None
-    except SettingsError as error:
-        raise ConfigurationError(f"wrong settings: {_unreadable(str(error))}") from None
+    finally:
+        _BELOW.reset(token)
 
 
-def _unreadable(said: str) -> str:
-    """Names the variables that may hold a value of the wrong form; pydantic names the table, or the field, alone."""
-    table = next(iter(re.findall(r'"(\w+)"', said)), "")
-    names = sorted(name for name in os.environ if name.upper().startswith(f"CODE_WORKER_{table.upper()}"))
-    form = """a list or a table is written as JSON, such as CODE_WORKER_S3__BUCKETS='["uploads"]'"""
-    return f"{' or '.join(names) or table}: {form}"
+def _described(problem: ErrorDetails, written: Sequence[Layer], overrides: Mapping[str, object]) -> str:
+    """Which setting is wrong, where it stands, and what is expected there."""
+    names = tuple(str(part) for part in problem["loc"] if not isinstance(part, int))
+    layer = None if names[0] in overrides else next((each for each in written if each.holds(names)), None)
+    place = ".".join(names) if layer is None else layer.place(names)
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}"

@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import Field, SecretStr, field_validator
 
 from code_worker.addresses import endpoint_address
-from code_worker.training_settings import Section
+from code_worker.machine import decode_memory
+from code_worker.training_settings import DAY_S, Section
 
 __all__ = ["FileSettings", "LimitSettings", "S3Settings"]
 
@@ -23,11 +24,15 @@ class S3Settings(Section):
         (), description="Buckets (or `bucket/prefix`) that may be read. Empty means none: nothing is read from S3."
     )
     path_style: bool = Field(False, description="Put the bucket in the path; most S3-compatible servers need it.")
-    connect_timeout_s: float = Field(3.0, gt=0, description="Limit for opening a connection.")
-    read_timeout_s: float = Field(5.0, gt=0, description="Limit between two chunks of a body.")
-    object_timeout_s: float = Field(30.0, gt=0, description="Wall-clock limit for one object, retries included.")
-    max_attempts: int = Field(4, ge=1, description="Tries of one request (botocore's standard mode).")
-    body_attempts: int = Field(3, ge=1, description="Tries of a body that was cut short; botocore never retries one.")
+    connect_timeout_s: float = Field(3.0, gt=0, le=DAY_S, description="Limit for opening a connection.")
+    read_timeout_s: float = Field(5.0, gt=0, le=DAY_S, description="Limit between two chunks of a body.")
+    object_timeout_s: float = Field(
+        30.0, gt=0, le=DAY_S, description="Wall-clock limit for one object, retries included."
+    )
+    max_attempts: int = Field(4, ge=1, le=100, description="Tries of one request (botocore's standard mode).")
+    body_attempts: int = Field(
+        3, ge=1, le=100, description="Tries of a body that was cut short; botocore never retries one."
+    )
     checksum_mode: bool = Field(
         True,
         description="Send checksums of what is written and verify those of what is read. Backblaze B2, Cloudflare R2 "
@@ -57,13 +62,15 @@ class FileSettings(Section):
 class LimitSettings(Section):
     """What an image may cost before it is refused."""
 
-    max_bytes: int = Field(50 * 2**20, gt=0, description="Largest file, enforced while it streams in.")
-    max_pixels: int = Field(50_000_000, gt=0, description="Largest width x height, read from the header.")
-    max_side: int = Field(16_384, gt=0, description="Longest side, read from the header.")
-    min_side: int = Field(1, ge=1, description="Shortest side that is judged.")
+    max_bytes: int = Field(50 * 2**20, gt=0, le=2**34, description="Largest file, enforced while it streams in.")
+    max_pixels: int = Field(50_000_000, gt=0, le=2**40, description="Largest width x height, read from the header.")
+    max_side: int = Field(16_384, gt=0, le=2**31 - 1, description="Longest side, read from the header.")
+    min_side: int = Field(1, ge=1, le=2**31 - 1, description="Shortest side that is judged.")
     max_decode_bytes: int = Field(
-        280_000_000,
+        default_factory=decode_memory,
         gt=0,
+        le=2**44,
         description="Memory that one process decodes in, told from headers: large images wait for each other, and "
-        "one that takes more is refused. Enough for 50 million pixels in most files, 23 million of a WebP.",
+        "one that takes more is refused. Unset: 280000000, enough for 50 million pixels in most files, 23 million of "
+        "a WebP; in a container that may have less than four times as much, a quarter of its memory.",
     )

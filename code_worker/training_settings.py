@@ -1,10 +1,27 @@
-"""How a retrain trains: a section of the settings that is a page of its own."""
+"""The sections of the settings on learning: what labels say, how a retrain trains, what the gate asks."""
 
 from __future__ import annotations
 
+from typing import Final, Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Section", "TrainingSettings"]
+__all__ = [
+    "DAY_S",
+    "MANY_IMAGES",
+    "MANY_THREADS",
+    "YEAR_S",
+    "GateSettings",
+    "LabelSettings",
+    "Section",
+    "TrainingSettings",
+]
+
+# Bounds of numbers that have no natural ones: above them clocks, sockets or SQL could no longer take a value.
+DAY_S: Final = 86_400
+YEAR_S: Final = 365 * DAY_S
+MANY_THREADS: Final = 1024
+MANY_IMAGES: Final = 1_000_000_000
 
 
 class Section(BaseModel):
@@ -13,30 +30,67 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class LabelSettings(Section):
+    """How labels of people and systems become one truth per image."""
+
+    rule: Literal["latest", "majority", "unanimous", "trusted"] = Field(
+        "latest",
+        description="Which label holds where several contradict: the last said; the one most labellers say (a tie is "
+        "left out); only what all say; or the last of the most trusted labeller (`trusted`, in its order).",
+    )
+    trusted: tuple[str, ...] = Field((), description="Labellers by falling trust; others come after, the last first.")
+    ignored: tuple[str, ...] = Field((), description="Labellers whose statements do not count.")
+    max_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of the new images that one labeller may have in a snapshot, once several label; what is "
+        "over is left out. `trusted` ones are not cut. Unset: any.",
+    )
+    min_labellers: int = Field(
+        1, ge=1, le=MANY_IMAGES, description="Labellers of new images without whom nothing goes live."
+    )
+    max_duplicates: int | None = Field(
+        5,
+        ge=1,
+        le=MANY_IMAGES,
+        description="New images nearly the same that one labeller may teach; unset (`null`): any number.",
+    )
+
+
 class TrainingSettings(Section):
     """How a retrain trains the encoder, and on what."""
 
-    epochs: int | None = Field(None, ge=1, description="Epochs at most; unset: 20 on CUDA, 10 on a CPU.")
+    epochs: int | None = Field(
+        None, ge=1, le=1_000_000, description="Epochs at most; unset: 20 on CUDA, 10 on a CPU."
+    )
     steps_per_epoch: int | None = Field(
-        None, ge=1, description="Optimiser steps in an epoch; unset: 200 on CUDA, 40 on a CPU."
+        None, ge=1, le=1_000_000, description="Optimiser steps in an epoch; unset: 200 on CUDA, 40 on a CPU."
     )
     records: int | None = Field(
         None,
         ge=2,
+        le=1_000_000,
         description="Records (one real and one generated image) in a step, per process; unset: 256 on CUDA, 48 on "
         "a CPU.",
     )
-    accumulate: int = Field(1, ge=1, description="Parts in which a step's records are computed, to save memory.")
+    accumulate: int = Field(
+        1, ge=1, le=1_000_000, description="Parts in which a step's records are computed, to save memory."
+    )
     learning_rate: float | None = Field(
         None,
         gt=0,
+        le=1000,
         description="Peak; from scratch the published one is 2e-3; unset: 2e-4, or 1e-3 where an encoder smaller "
         "than the published one does not see a new generator.",
     )
-    weight_decay: float = Field(2e-5, ge=0, description="AdamW's.")
-    warmup_epochs: float = Field(0.5, ge=0, description="Epochs of linear warm-up from 1e-6.")
+    weight_decay: float = Field(2e-5, ge=0, le=1000, description="AdamW's.")
+    warmup_epochs: float = Field(0.5, ge=0, le=1_000_000, description="Epochs of linear warm-up from 1e-6.")
     patience: int = Field(
-        6, ge=1, description="Epochs without a better linear head on the validation part before it stops."
+        6,
+        ge=1,
+        le=1_000_000,
+        description="Epochs without a better linear head on the validation part before it stops.",
     )
     ema_decay: float | None = Field(None, gt=0, lt=1, description="Average weights with this decay; unset: not.")
     new_share: float = Field(
@@ -58,17 +112,67 @@ class TrainingSettings(Section):
     max_forgetting: float | None = Field(
         0.005,
         ge=0,
+        le=1,
         description="A trained encoder is drawn back towards the champion's until no group of the validation part "
         "loses more than this of the probability that a linear head gives to what is right; unset (`null`): not.",
     )
     from_scratch: bool = Field(False, description="Begin with fresh weights instead of the champion's.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
-    processes: int = Field(1, ge=1, description="Processes (one per GPU) that torchrun starts on this machine.")
-    loader_processes: int | None = Field(None, ge=0, description="Processes that prepare views; unset: by cores.")
-    timeout_s: int = Field(86_400, ge=60, description="A retrain that takes longer is ended and recorded as failed.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of everything random.")
+    processes: int = Field(
+        1, ge=1, le=MANY_THREADS, description="Processes (one per GPU) that torchrun starts on this machine."
+    )
+    loader_processes: int | None = Field(
+        None, ge=0, le=MANY_THREADS, description="Processes that prepare views; unset: by cores."
+    )
+    timeout_s: int = Field(
+        86_400, ge=60, le=YEAR_S, description="A retrain that takes longer is ended and recorded as failed."
+    )
     lease_s: float = Field(
-        60, ge=1, description="A run whose process gives no sign of life for so long is taken over by another."
+        60,
+        ge=1,
+        le=DAY_S,
+        description="A run whose process gives no sign of life for so long is taken over by another.",
     )
     max_attempts: int = Field(
-        10, ge=1, description="Processes that may die over one run before it is recorded as failed."
+        10, ge=1, le=1000, description="Processes that may die over one run before it is recorded as failed."
     )
+
+
+class GateSettings(Section):
+    """What a candidate must prove before it replaces the champion."""
+
+    max_regression: float = Field(
+        0.02, gt=0, le=1, description="Loss of accuracy that must be excluded, for the reals and for all old fakes."
+    )
+    error: float = Field(
+        0.05, gt=0, lt=0.5, description="Chance of each kind of error of the gate, that over a reign included."
+    )
+    max_label_noise: float = Field(
+        0.15, ge=0, le=1, description="Share of labels of one class that their neighbours contradict."
+    )
+    golden: str | None = Field(
+        None,
+        description="Data set of your own on which nothing may get worse; its images and near-duplicates of them are "
+        "never learned from.",
+    )
+    golden_sha256: str | None = Field(None, description="Its hash, as `code-worker data pin` prints it.")
+    max_golden_loss: float = Field(
+        0.005, ge=0, le=1, description="Area under the ROC curve that may be lost on the golden set."
+    )
+    max_disagreement: float = Field(
+        3.0,
+        gt=0,
+        le=1_000_000,
+        description="How much more a labeller's new labels may disagree with their neighbours than old ones.",
+    )
+    min_agreement: float | None = Field(
+        0.97,
+        ge=0,
+        le=1,
+        description="Share of old images that the champion judges rightly of which both must say the same.",
+    )
+    max_psi: float | None = Field(
+        0.2, gt=0, le=1_000_000, description="Largest population stability index of scores of old images."
+    )
+    bootstrap: int = Field(1000, ge=100, le=100_000, description="Resamples of the bootstrap in reports.")
+    promote: bool = Field(True, description="Promote by itself what passes; else it becomes the challenger.")

@@ -150,6 +150,7 @@ class Provenance:
     low: float | None = None
     high: float | None = None
     code_version: str | None = None
+    head_plugin: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

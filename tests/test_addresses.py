@@ -123,7 +123,7 @@ def test_what_has_two_meanings_is_refused_and_not_shown(
     setting: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"CODE_WORKER_{setting.upper()}", url)
-    with pytest.raises(ConfigurationError, match=f"wrong settings: {setting}: ") as refused:
+    with pytest.raises(ConfigurationError, match=f"wrong settings: CODE_WORKER_{setting.upper()}: ") as refused:
         load_settings()
     shown = f"{refused.value}{refused.value.__cause__}"
     assert not any(piece in shown for piece in ("s3cr", "t/word"))

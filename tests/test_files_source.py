@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import TiffImagePlugin
 
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.files import FileSource
+from code_worker.images.listing import PREFIX_BYTES, signature_of
 from code_worker.images.source import Sources, source_name
 from code_worker.settings import FileSettings, LimitSettings, Settings
 from code_worker.types import RejectReason
@@ -242,6 +244,11 @@ def test_a_full_descriptor_table_is_not_the_images_fault(sources: Sources, root:
     assert caught.value.reason is RejectReason.FETCH_FAILED
 
 
+def test_a_tiff_begins_as_pillow_says() -> None:
+    for prefix in TiffImagePlugin.PREFIXES:
+        assert signature_of(prefix.ljust(PREFIX_BYTES, b"\0")) == "tiff"
+
+
 @pytest.fixture
 def tree(root: Path) -> Path:
     for name in ("b/2.png", "b/10.png", "c/deep/x.gif", "B.png"):
@@ -259,6 +266,35 @@ def test_listing_walks_in_order_and_not_through_links(sources: Sources, tree: Pa
     uris = list(sources.list(tree.as_uri()))
     assert uris == [(tree / name).as_uri() for name in expected]
     assert [sources.fetch(uri).data for uri in uris[:2]] == [b"x", b"pixels"]
+
+
+LIST_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from code_worker.images.listing import LeftOut, images_under
+from code_worker.images.source import Sources
+from code_worker.settings import FileSettings, Settings
+if os.geteuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+left_out = LeftOut()
+sources = Sources(Settings(files=FileSettings(roots=(Path(sys.argv[1]),))))
+print(*(Path(found).name for found in images_under(sources, sys.argv[1], left_out)), sep=",")
+print(left_out.unreadable, left_out.lost)
+assert not {"PIL", "numpy", "boto3"} & sys.modules.keys()
+"""
+
+
+def test_a_directory_that_cannot_be_listed_is_told_and_the_list_goes_on(public_directory: Path) -> None:
+    for name in ("a", "b/inner.jpg", "c.jpg"):
+        (public_directory / name).parent.mkdir(exist_ok=True)
+        (public_directory / name).write_bytes(b"\xff\xd8\xff\xe0" + bytes(20))
+    (public_directory / "a").chmod(0o000)
+    (public_directory / "b").chmod(0o000)
+    command = [sys.executable, "-c", LIST_AS_NOBODY, str(public_directory)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    # What cannot be looked into is listed: reading it says why.
+    lost = [(f"{public_directory}/b", "cannot be listed: Permission denied")]
+    assert ran.stdout.splitlines() == ["a,c.jpg", f"1 {lost}"]
 
 
 def test_listing_a_file_gives_the_file(sources: Sources, tree: Path) -> None:

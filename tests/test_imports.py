@@ -75,6 +75,18 @@ def test_importing_the_package_alone_loads_neither_celery_nor_sqlalchemy() -> No
     )
 
 
+def test_an_app_that_we_are_installed_in_loads_no_database_library_before_it_is_needed(tmp_path: Path) -> None:
+    code = f"""
+import celery, code_worker
+from code_worker.settings import Settings
+app = celery.Celery("theirs", broker="redis://127.0.0.1:{free_port()}/0")
+code_worker.install(app, Settings(data_dir={str(tmp_path)!r}, schedule={{"retrain": "0 3 * * sun"}}))
+app.finalize()
+assert "code_worker.moderate" in app.tasks and app.conf.task_routes
+"""
+    assert modules_after(code).isdisjoint({*HEAVY, "sqlalchemy", "alembic", "psycopg", "redbeat"})
+
+
 def test_a_heavy_import_would_be_noticed() -> None:
     assert "numpy" in modules_after("import numpy")
 

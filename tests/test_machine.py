@@ -8,10 +8,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from code_worker.machine import ServerClock, uptime_s, wait_for
+from code_worker.machine import ServerClock, decode_memory, memory_limit, uptime_s, usable_cores, wait_for
+from code_worker.settings import LimitSettings, Settings
 from tests.fault_s3 import BODY, ETAG, FaultServer
 from tests.fork_server import forking_python
 from tests.patience import LIMIT_S, polls
@@ -79,3 +81,57 @@ def test_a_clock_that_is_set_moves_no_servers_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(time, "time", lambda: 1e12)
     began = uptime_s()
     assert 1000.0 <= clock.now_s() <= 1005.0 + uptime_s() - began
+
+
+def described(root: Path, groups: str, **files: str) -> Path:
+    """A root whose `/proc` and `/sys` say so."""
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return root
+
+
+_V1 = "4:memory:/pod/box\n2:cpu,cpuacct:/pod/box\n1:name=systemd:/x\n0::/"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores", "memory"),
+    [
+        ("0::/", {}, None, None),
+        ("0::/", {"cpu.max": "max 100000", "memory.max": "max"}, None, None),
+        ("0::/", {"cpu.max": "50000 100000", "memory.max": "536870912"}, 1, 536870912),
+        ("0::/pod/box", {"pod/box/cpu.max": "max 100000", "pod/cpu.max": "100000 100000", "cpu.max": "max"}, 1, None),
+        ("0::/pod/box", {"pod/box/memory.max": "300", "pod/memory.max": "200", "memory.max": "max"}, None, 200),
+        ("0::/of/the/machine", {"cpu.max": "10000 100000", "memory.max": "100"}, 1, 100),
+        ("0::/../../elsewhere", {"memory.max": "100"}, None, 100),
+        (_V1, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, None),
+        (_V1, {"cpu/pod/cpu.cfs_quota_us": "100000", "cpu/pod/cpu.cfs_period_us": "100000"}, 1, None),
+        (_V1, {"memory/pod/box/memory.limit_in_bytes": "9223372036854771712"}, None, None),
+        (_V1, {"memory/memory.limit_in_bytes": "1000", "memory/pod/box/memory.limit_in_bytes": "2000"}, None, 1000),
+        ("not a line of cgroups", {"cpu.max": "10000 100000"}, None, None),
+        ("0::/", {"cpu.max": "garbage", "memory.max": ""}, None, None),
+    ],
+)
+def test_the_limits_of_a_container_are_those_of_every_group_around_it(
+    groups: str, files: dict[str, str], cores: int | None, memory: int | None, tmp_path: Path
+) -> None:
+    root = described(tmp_path, groups, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()})
+    assert usable_cores(root) == (cores or len(os.sched_getaffinity(0)))
+    assert memory_limit(root) == memory
+
+
+def test_part_of_a_core_is_rounded_up_and_never_above_what_there_is(tmp_path: Path) -> None:
+    there = len(os.sched_getaffinity(0))
+    for quota, cores in (("10000", 1), ("110000", min(2, there)), ("6400000", there)):
+        root = described(tmp_path, "0::/", **{"sys/fs/cgroup/cpu.max": f"{quota} 100000"})
+        assert usable_cores(root) == cores
+
+
+def test_a_container_decodes_in_a_quarter_of_its_memory_at_most(tmp_path: Path) -> None:
+    assert decode_memory(tmp_path) == 280_000_000
+    for limit, share in ((2**30, 2**28), (2**34, 280_000_000), (3, 1)):
+        root = described(tmp_path, "0::/", **{"sys/fs/cgroup/memory.max": str(limit)})
+        assert decode_memory(root) == share
+    assert Settings().limits.max_decode_bytes == decode_memory()
+    assert LimitSettings(max_decode_bytes=5).max_decode_bytes == 5

@@ -13,7 +13,8 @@ from code_worker.encoder.weights import random_weights
 from code_worker.errors import ArtifactError, IntegrityError, PluginError
 from code_worker.plugins import Plugins, load_plugins
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
-from code_worker.releases.golden import golden_embeddings
+from code_worker.releases.crops import seeded_crops
+from code_worker.releases.golden import PROBES_NAME, golden_embeddings
 from code_worker.releases.hashing import describe_files
 from code_worker.releases.loading import load_release
 from code_worker.releases.manifest import (
@@ -194,7 +195,7 @@ def test_a_plugins_head_is_saved_and_loaded_like_a_built_in_one(tmp_path: Path) 
         (SCORE, "(directory / 'mean.txt').symlink_to('/etc/hostname')", "links are not followed"),
         ("return embeddings.mean(1) * 5", SAVE, r"outside \[0, 1\]"),
         ("return embeddings.mean(1) * float('nan')", SAVE, r"outside \[0, 1\]"),
-        ("return embeddings", SAVE, r"shape \(256, 192\)"),
+        ("return embeddings", SAVE, r"shape \(80, 192\)"),
         ("return self.nothing", SAVE, "cannot score: AttributeError"),
     ],
 )
@@ -212,3 +213,83 @@ def test_a_plugin_that_fails_while_loading_is_an_artifact_error(tmp_path: Path) 
     sign_again(release)
     with pytest.raises(ArtifactError, match=r"cannot be loaded by .*MeanHead.*ValueError"):
         load_release(release, plugins)
+
+
+OTHER_SCORE = "return (0.5 + (embeddings.mean(1) - self.centre) / 100).clip(0, 1).astype(np.float32)"
+SHIFTED_SCORE = OTHER_SCORE.replace("self.centre)", "self.centre + 1e-3)")
+
+
+def with_changed_code(tmp_path: Path, *, tolerance: float = 0.0) -> tuple[Path, Plugins]:
+    """A release, and its plugin as it is after somebody edited its code and not its version."""
+    release = build_with(with_plugin(tmp_path / "plugins", score=OTHER_SCORE), tmp_path / "release")
+    changed = with_plugin(tmp_path / "changed", score=SHIFTED_SCORE)
+    changed.head_class("mean").tolerance = tolerance
+    return release, changed
+
+
+def test_a_head_whose_code_changed_is_refused_under_an_unchanged_release(tmp_path: Path) -> None:
+    release, changed = with_changed_code(tmp_path)
+    with pytest.raises(
+        ArtifactError, match=r"head 'mean' of r-\w{12} does not score as it did .* by up to 1e-05"
+    ) as caught:
+        load_release(release, changed)
+    assert "made by mean_head sha256:" in str(caught.value)
+    assert "CODE_WORKER_CHANGED_HEADS=warn" in str(caught.value)
+
+
+def test_a_head_whose_code_changed_is_used_with_a_warning_if_the_settings_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    release, changed = with_changed_code(tmp_path)
+    loaded = load_release(release, changed, if_changed="warn")
+    (line,) = [record.msg for record in caplog.records if record.msg["event"] == "head_changed"]
+    assert line["difference"] == pytest.approx(1e-5, rel=0.01)
+    made_by, loaded_by = line["made_by"], line["loaded_by"]
+    assert made_by != loaded_by == loaded.head_plugins["mean"] == changed.provider("mean").release
+    assert made_by.startswith("mean_head sha256:")
+
+
+def test_a_difference_within_the_heads_own_tolerance_is_no_change(tmp_path: Path) -> None:
+    release, changed = with_changed_code(tmp_path, tolerance=1e-4)
+    assert "mean" in load_release(release, changed).heads
+
+
+def test_a_release_from_before_there_were_probes_goes_on_loading(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    release, changed = with_changed_code(tmp_path)
+    (release / PROBES_NAME).unlink()
+    sign_again(release)
+    with caplog.at_level("INFO"):
+        load_release(release, changed)
+    assert [record.msg["event"] for record in caplog.records] == ["release_without_probes"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"embeddings": np.zeros((3, 192), np.float32)}, "has no scores of head 'mean'"),
+        ({"embeddings": np.zeros((3, 5), np.float32)}, "holds no embeddings of 192 numbers"),
+        (None, "cannot be read"),
+    ],
+)
+def test_probes_that_do_not_fit_the_release_are_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray] | None, said: str
+) -> None:
+    plugins = with_plugin(tmp_path / "plugins")
+    release = build_with(plugins, tmp_path / "release")
+    if arrays is None:
+        (release / PROBES_NAME).write_bytes(b"garbage")
+    else:
+        save_file(arrays, release / PROBES_NAME)
+    sign_again(release)
+    with pytest.raises(ArtifactError, match=said):
+        load_release(release, plugins)
+
+
+def test_the_probes_hold_what_the_encoder_makes_of_drawn_crops_too(toy_release_dir: Path, plugins: Plugins) -> None:
+    probes = load_file(toy_release_dir / PROBES_NAME)
+    drawn = Engine(load_release(toy_release_dir, plugins).weights, device="cpu").embed(seeded_crops(16, 20_241))
+    assert set(probes) == {"embeddings", "scores/knn", "scores/linear", "scores/svm"}
+    np.testing.assert_allclose(probes["embeddings"][64:], drawn, rtol=0, atol=1e-4)
+    assert probes["embeddings"][:64].tobytes() == golden_embeddings(64).tobytes()

@@ -12,7 +12,17 @@ from uuid import UUID
 
 import click
 
-__all__ = ["AGO_OR_DATE", "ID", "JSON_OBJECT", "LIMIT", "SHARE", "SHARE_BETWEEN", "json_option", "limit_option"]
+__all__ = [
+    "AGO_OR_DATE",
+    "ID",
+    "JSON_OBJECT",
+    "LIMIT",
+    "SHARE",
+    "SHARE_BETWEEN",
+    "json_option",
+    "limit_option",
+    "raw_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 LIMIT = click.IntRange(1, 10_000)
@@ -89,6 +99,12 @@ SHARE_BETWEEN = _Share(0, 1, min_open=True, max_open=True)
 def json_option(command: F) -> F:
     """`--json`, the same everywhere."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")(command)
+
+
+def raw_option(command: F) -> F:
+    """`--raw`, the same everywhere."""
+    text = "With --csv: leave what a spreadsheet runs as a formula (=, +, -, @ …) without an apostrophe."
+    return click.option("--raw", is_flag=True, help=text)(command)
 
 
 def limit_option(default: int) -> Callable[[F], F]:

@@ -12,8 +12,10 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import quiet_settings
-from code_worker.cli.output import print_table, say, to_json
+from code_worker.cli.measuring import list_skipped
+from code_worker.cli.output import print_table, to_json
 from code_worker.cli.progress import progress
+from code_worker.data.examples import losses, passed_over
 from code_worker.errors import (
     DatasetError,
     ImageRejectedError,
@@ -42,7 +44,7 @@ def data() -> None:
       holdout:                          its part that is never learned from
       hf:owner/name[@revision][:split]  a data set of the hub in the form of elsaEU/ELSA_D3
       DIR, s3://bucket/prefix/          directories named real and fake, 0_real and 1_fake, or gen_0 to gen_3
-      shard-{0000..0011}.tar, DIR       WebDataset shards in the published form
+      shard-{0000..0011}.tar, DIR       WebDataset shards in the published form, or jpg and cls
       *.parquet, DIR                    the hub's parquet files
       FILE.jsonl, FILE.csv              a manifest: label, and one of uri, path, sha256
 
@@ -87,7 +89,7 @@ def show(source: str, *, limit: int | None, real_urls: int, check: bool, as_json
             counts["fake" if example.label else "real", example.generator, example.collection, example.variant] += 1
             advance(1)
     if not counts:
-        raise DatasetError(f"{source} holds no usable image ({len(skipped)} skipped)")
+        raise DatasetError(f"{source} holds no usable image ({len(losses(skipped))} skipped)")
     _say_counts(source, counts, skipped, as_json=as_json)
 
 
@@ -99,8 +101,8 @@ def _say_counts(
         {**dict(zip(_KINDS, kind, strict=True)), "images": number} for kind, number in ordered
     ]
     if as_json:
-        lost = [{"key": one.key, "reason": one.reason} for one in skipped]
-        click.echo(to_json({"source": source, "images": counts.total(), "kinds": rows, "skipped": lost}))
+        left_out = {"skipped": losses(skipped), "passed_over": passed_over(skipped)}
+        click.echo(to_json({"source": source, "images": counts.total(), "kinds": rows, **left_out}))
         return
     print_table(rows, (*_KINDS, "images"), empty="")
     by_label = {label: sum(row["images"] for row in rows if row["label"] == label) for label in ("real", "fake")}
@@ -152,9 +154,9 @@ def pack(source: str, *, limit: int | None, real_urls: int, out: Path, shard_mb:
             on_image=advance,
         )
     if as_json:
-        lost = [{"key": one.key, "reason": one.reason} for one in skipped]
+        left_out = {"skipped": losses(skipped), "passed_over": passed_over(skipped)}
         facts = {"images": packed.images, "records": packed.records, "size_bytes": packed.size_bytes}
-        click.echo(to_json({"out": out, **facts, "shards": list(map(str, packed.shards)), "skipped": lost}))
+        click.echo(to_json({"out": out, **facts, "shards": list(map(str, packed.shards)), **left_out}))
         return
     click.echo(
         f"packed {packed.images} images in {packed.records} records into {len(packed.shards)} shards "
@@ -196,7 +198,4 @@ def _skipped_listed(*, as_json: bool) -> Iterator[list[Skipped]]:
         failed = False
     finally:
         if not as_json or failed:
-            for one in skipped:
-                say(f"skipped {one.key}: {one.reason}", err=True)
-            if skipped:
-                click.echo(f"{len(skipped)} skipped", err=True)
+            list_skipped(skipped)

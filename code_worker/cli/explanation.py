@@ -21,6 +21,7 @@ def explain(verdict: Verdict) -> tuple[str, dict[str, Any]]:
         "source version": verdict.facts and (verdict.facts.version_id or verdict.facts.etag),
         "release": _with_hash(provenance.release, provenance.manifest_sha256, "manifest"),
         "head": _with_hash(provenance.head, provenance.head_sha256, "files"),
+        "plugin": provenance.head_plugin,
         "policy": _thresholds(verdict),
         "score": None if verdict.score is None else f"{verdict.score:.6f} (0 real … 1 generated)",
         "detail": verdict.detail or None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option
+from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option, raw_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
@@ -170,9 +170,10 @@ def list_(*, limit: int, after: str | None, oldest_first: bool, as_json: bool, *
 @click.option("--statements", is_flag=True, help="All that was said, instead of one label per image.")
 @click.option("--csv", "form", flag_value="csv", help="Comma-separated, with a header.")
 @click.option("--jsonl", "form", flag_value="jsonl", default=True, help="One JSON object per line (default).")
+@raw_option
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File; it appears once it is whole.")
 @click.option("--since", type=AGO_OR_DATE, help="Only images spoken of since: 2026-01-31, 7d or 12h; UTC.")
-def export(*, statements: bool, form: str, output: Path | None, since: datetime | None) -> None:
+def export(*, statements: bool, form: str, raw: bool, output: Path | None, since: datetime | None) -> None:
     """Write one label per image, as the rule of the settings resolves them, or every statement.
 
     Images that the rule leaves undecided are left out. What is written can be imported again.
@@ -191,7 +192,7 @@ def export(*, statements: bool, form: str, output: Path | None, since: datetime 
                 yield record
 
         if form == "csv":
-            write_csv(records(), _STATEMENT if statements else _RESOLVED, file)
+            write_csv(records(), _STATEMENT if statements else _RESOLVED, file, raw=raw)
         else:
             file.writelines(f"{to_json(record)}\n" for record in records())
     click.echo(f"{written} labels written{f' to {output}' if output else ''}", err=True)

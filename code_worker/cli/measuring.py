@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +78,9 @@ def _cache(store: Store, encoder_sha256: str, settings: Settings) -> tuple[Known
     return known, keep if settings.worker.store_embeddings else None
 
 
-def list_skipped(skipped: list[Skipped]) -> None:
-    """Every image that could not be used, on stderr."""
+def list_skipped(skipped: Sequence[Skipped]) -> None:
+    """Every image that could not be used and how many files were passed over, on stderr."""
     for one in skipped:
-        say(f"skipped {one.key}: {one.reason}", err=True)
-    if skipped:
-        say(f"{len(skipped)} skipped", err=True)
+        say(str(one), err=True)
+    if lost := sum(one.is_loss for one in skipped):
+        say(f"{lost} skipped", err=True)

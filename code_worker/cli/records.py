@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 from code_worker.cli.output import to_json
+from code_worker.data.label_files.tables import without_formulas
 
 if TYPE_CHECKING:
     from code_worker.store.jobs import JobInfo
@@ -18,7 +19,7 @@ __all__ = ["SCAN_FIELDS", "VERDICT_FIELDS", "csv_cells", "job_record", "judgemen
 SCAN_FIELDS = (
     *("uri", "sha256", "outcome", "label", "score", "reason", "head", "release"),
     *("detail", "policy", "low", "high", "format", "width", "height", "mode", "size_bytes"),
-    *("etag", "version_id", "manifest_sha256", "head_sha256", "code_version", "timings_ms"),
+    *("etag", "version_id", "manifest_sha256", "head_sha256", "head_plugin", "code_version", "timings_ms"),
 )
 """What is known of an image that was judged without a job."""
 VERDICT_FIELDS = (
@@ -45,21 +46,25 @@ def judgement(verdict: Verdict) -> str:
     return str(verdict.label or verdict.reason)
 
 
-def write_csv(rows: Iterable[Mapping[str, Any]], fields: Iterable[str], stream: IO[str]) -> None:
-    """A header and one line per row; what is no plain value is written as JSON."""
+def write_csv(
+    rows: Iterable[Mapping[str, Any]], fields: Iterable[str], stream: IO[str], *, raw: bool = False
+) -> None:
+    """A header and one line per row; what is no plain value is written as JSON, formulas as text unless `raw`."""
     writer = csv.writer(stream, lineterminator="\n")
     names = tuple(fields)
     writer.writerow(names)
     for row in rows:
-        writer.writerow(csv_cells(row, names))
+        writer.writerow(csv_cells(row, names, raw=raw))
 
 
-def csv_cells(row: Mapping[str, Any], fields: Iterable[str]) -> list[object]:
-    """One line of CSV."""
-    return [_cell(row[name]) for name in fields]
+def csv_cells(row: Mapping[str, Any], fields: Iterable[str], *, raw: bool = False) -> list[object]:
+    """One line of CSV; text that a spreadsheet would run as a formula stays text, unless it is to be `raw`."""
+    return [_cell(row[name], raw=raw) for name in fields]
 
 
-def _cell(value: object) -> object:
-    if value is None or isinstance(value, str | int | float):
+def _cell(value: object, *, raw: bool) -> object:
+    if isinstance(value, str):
+        return value if raw else without_formulas(value)
+    if value is None or isinstance(value, int | float):
         return value
     return value.isoformat() if hasattr(value, "isoformat") else to_json(value)

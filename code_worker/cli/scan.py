@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from code_worker.cli.arguments import json_option
+from code_worker.cli.arguments import json_option, raw_option
 from code_worker.cli.ledger import quiet_settings
 from code_worker.cli.output import say
 from code_worker.cli.progress import progress
@@ -16,6 +16,7 @@ from code_worker.cli.scan_report import Form, Tally, printer
 from code_worker.cli.scan_runtime import start
 
 if TYPE_CHECKING:
+    from code_worker.images.listing import LeftOut
     from code_worker.moderation.scan import ScanOptions
     from code_worker.settings import Settings
     from code_worker.types import Verdict
@@ -29,9 +30,10 @@ __all__ = ["scan"]
 @click.option("--head", help="Head to judge with; unset: what plugins, policy and settings say.")
 @click.option("--tenant", help="Whose images; chooses the policy.")
 @click.option("--content-type", help="Kind of content; chooses the policy.")
-@click.option("--all-files", is_flag=True, help="Judge every file of a directory, not only images by name.")
+@click.option("--all-files", is_flag=True, help="Judge every file of a directory, not only images.")
 @json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Comma-separated, with a header.")
+@raw_option
 def scan(
     *,
     paths: Sequence[str],
@@ -42,13 +44,18 @@ def scan(
     all_files: bool,
     as_json: bool,
     as_csv: bool,
+    raw: bool,
 ) -> None:
     """Judge images now, in this process: files, directories, s3://bucket/key and s3://bucket/prefix/.
 
     Judges with the champion of the database, or with the release named. Nothing is written to the database.
     Buckets must be allowed by CODE_WORKER_S3__BUCKETS; what is named here of this machine's files may be read.
 
-    Exit status: 0 all judged; 1 some images were rejected; 2 wrong use or configuration.
+    An image of a directory or prefix is what has the suffix of one, and what begins as one whatever it is called. The
+    rest is passed over and listed on stderr.
+
+    Exit status: 0 all judged; 1 some images were rejected, or a directory could not be listed; 2 wrong use or
+    configuration.
     """
     if as_json and as_csv:
         raise click.UsageError("--json or --csv, not both")
@@ -62,12 +69,22 @@ def scan(
     show: Callable[[Verdict], None] | None = None
     with progress("judging", counted=True, beside_rows=True) as advance:
         for verdict in _verdicts(settings, inputs, release, options, tally.begin):
-            show = show or printer(form)
+            show = show or printer(form, raw=raw)
             show(verdict)
             tally.add(verdict)
             advance(1)
-    say(tally.summary(inputs.passed_over), err=True)
-    raise SystemExit(1 if tally.rejected else 0)
+    _say_left_out(inputs.left_out)
+    say(tally.summary(), err=True)
+    raise SystemExit(1 if tally.rejected or inputs.left_out.unreadable else 0)
+
+
+def _say_left_out(left_out: LeftOut) -> None:
+    for place, reason in left_out.lost:
+        say(f"{place}: {reason}", err=True)
+    for reason, count, names in left_out.passed_over:
+        some = ", ".join(names) + (", …" if count > len(names) else "")
+        files = "1 other file" if count == 1 else f"{count} other files"
+        say(f"{files} passed over (--all-files judges them): {reason}: {some}", err=True)
 
 
 def _verdicts(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from code_worker.errors import ConfigurationError, ImageRejectedError, TransientError
+from code_worker.images.listing import LeftOut, images_under
 
 if TYPE_CHECKING:
     from code_worker.images.source import Sources
@@ -14,16 +15,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Inputs"]
 
-_IMAGES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"})
-
 
 class Inputs:
-    """The arguments of a scan; `passed_over` counts files of directories that are no images by their name."""
+    """The arguments of a scan; `left_out` takes what of directories and prefixes is not judged."""
 
     def __init__(self, paths: Sequence[str], *, every_file: bool) -> None:
         self._paths = paths
         self._every_file = every_file
-        self.passed_over = 0
+        self.left_out = LeftOut()
 
     def allow(self, settings: Settings) -> Settings:
         """The settings, with what is named here allowed to be read: who runs a scan may read it anyway."""
@@ -44,12 +43,12 @@ class Inputs:
                 yield path if _is_uri(path) else str(Path(path).absolute())
 
     def _listed(self, sources: Sources, path: str) -> Iterator[str]:
+        place = path if _is_uri(path) else str(Path(path).absolute())
         try:
-            for uri in sources.list(path if _is_uri(path) else str(Path(path).absolute())):
-                if self._every_file or PurePosixPath(uri).suffix.lower() in {"", *_IMAGES}:
-                    yield uri
-                else:
-                    self.passed_over += 1
+            if self._every_file:
+                yield from sources.list(place)
+            else:
+                yield from images_under(sources, place, self.left_out)
         except (ImageRejectedError, TransientError) as error:
             raise ConfigurationError(f"cannot list {path}: {error}") from error
 

@@ -56,26 +56,25 @@ class Tally:
         else:
             self._by_label[str(verdict.label)] += 1
 
-    def summary(self, passed_over: int) -> str:
-        """One line: how many of what, how fast, and what was left out."""
+    def summary(self) -> str:
+        """One line: how many of what, and how fast."""
         total = self._by_label.total() + self.rejected
         seconds = time.perf_counter() - (self._began or 0.0)
         found = [f"{count} {label}" for label, count in sorted(self._by_label.items())]
         found += [f"{self.rejected} rejected"] if self.rejected else []
         parts = [f"{total} images", ", ".join(found)] if total else ["no image found"]
         parts += [f"{total / seconds:.1f} images/s"] if total else []
-        parts += [f"{passed_over} other files passed over (--all-files)"] if passed_over else []
         return " · ".join(parts)
 
 
-def printer(form: Form) -> Callable[[Verdict], None]:
+def printer(form: Form, *, raw: bool = False) -> Callable[[Verdict], None]:
     """What prints one verdict; a header, where there is one, is printed now."""
     if form is Form.JSON:
         return lambda verdict: click.echo(to_json(_record(verdict)))
     if form is Form.CSV:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(SCAN_FIELDS)
-        return lambda verdict: writer.writerow(csv_cells(_record(verdict), SCAN_FIELDS))
+        return lambda verdict: writer.writerow(csv_cells(_record(verdict), SCAN_FIELDS, raw=raw))
     out = console()
     out.print(_line("verdict", "score", "head", "image"), style="bold")
     return lambda verdict: _print_row(out, verdict)

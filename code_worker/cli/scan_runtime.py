@@ -68,7 +68,8 @@ def load(settings: Settings, release: str | None, plugins: Plugins) -> tuple[Loa
     from code_worker.releases.registry import open_registry  # noqa: PLC0415 - as above
 
     if release is not None and Path(release).is_dir():
-        return load_release(Path(release), plugins, keys=settings.signing_keys), PolicyBook()
+        loaded = load_release(Path(release), plugins, keys=settings.signing_keys, if_changed=settings.changed_heads)
+        return loaded, PolicyBook()
     if not has_database(settings):
         raise _no_release(release)
     from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, only where there is a database

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from code_worker.store.engine import Session
     from code_worker.store.runs import Run
     from code_worker.store.schedule import Slot
+    from code_worker.store.workers import WorkerInfo
 
 __all__ = ["schedule"]
 
@@ -39,15 +40,54 @@ def list_(*, as_json: bool) -> None:
     settings, kinds = quiet_settings(), (*TASKS, CALIBRATE)
     crons, now, last = schedules(settings), datetime.now(UTC), _last(settings, kinds)
     rows = [_row(settings, kind, crons.get(kind), now, last.get(kind, (None, None))) for kind in kinds]
+    learning = _learning_parts(settings)
+    for row in rows:
+        row["restart"] = [_named(part) for part in learning or () if _has_another(settings, part, row["schedule"])]
     if as_json:
         print_json_lines(rows)
         return
     print_table([_readable(row) for row in rows], ("schedule", "cron", "next", "last", "outcome", "run"), empty="")
+    _warn(settings, rows, learning)
+
+
+def _warn(settings: Settings, rows: Sequence[dict[str, Any]], learning: Sequence[WorkerInfo] | None) -> None:
+    """Says on stderr why a schedule that is listed may not fire."""
+    for row in rows:
+        for part in row["restart"]:
+            click.echo(
+                f"{row['schedule']}: {part} runs with another one: restart it, so that it reads this", err=True
+            )
+    wanted = any(getattr(settings.schedule, row["schedule"]) for row in rows)
+    if wanted and learning is not None and not any(part.role == "trainer" for part in learning):
+        click.echo("no trainer was heard of: start `code-worker trainer`, or `code-worker up`", err=True)
     for row in rows:
         if row["overdue"] is not None:
             click.echo(
                 f"{row['schedule']} was due at {moment(row['overdue'])}: does a `code-worker trainer` run?", err=True
             )
+
+
+def _learning_parts(settings: Settings) -> list[WorkerInfo] | None:
+    """Trainers and beats that were heard of lately; None where there is no database yet."""
+    if not has_database(settings):
+        return None
+    from code_worker.store import workers  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.worker.report import silence_s  # noqa: PLC0415 - as above
+
+    with open_ledger(settings) as store:
+        alive = store.run(
+            lambda session: workers.alive(session, within_s=silence_s(settings), role=None), write=False
+        )
+    return [part for part in alive if part.role in {"trainer", "beat"}]
+
+
+def _has_another(settings: Settings, part: WorkerInfo, kind: str) -> bool:
+    said = part.info.get("schedule", {})
+    return kind in said and said[kind] != getattr(settings.schedule, kind)
+
+
+def _named(part: WorkerInfo) -> str:
+    return f"{part.role} {part.host}:{part.pid}, since {moment(part.started_at)},"
 
 
 def _row(

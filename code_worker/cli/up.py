@@ -30,7 +30,7 @@ def up(data_dir: Path | None) -> None:
     What the settings name is used: a broker or a database of yours is neither started nor migrated here.
     Exit status: 0 stopped in order; 1 a part did not start; 2 wrong use or configuration.
     """
-    settings = load_settings(**({"data_dir": data_dir} if data_dir else {}))
+    settings = load_settings(data_dir=data_dir) if data_dir else load_settings()
     configure_logging(settings.log_level, settings.log_format)
     stack = Stack(settings)
     with stack.signals():

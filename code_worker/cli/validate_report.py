@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from rich.table import Table
 
+from code_worker.cli.measuring import list_skipped
 from code_worker.cli.output import console, say
+from code_worker.data.examples import Skipped
 from code_worker.errors import ConfigurationError
 from code_worker.terminal import printable
 
@@ -94,10 +96,7 @@ def print_report(report: Mapping[str, Any], compared: Sequence[Compared] = ()) -
     if compared:
         say("", f"compared with {report['compared']['against']}: points gained or lost, with 95 % intervals")
         console().print(_comparison(compared))
-    for one in report["skipped"]:
-        say(f"skipped {one['key']}: {one['reason']}", err=True)
-    if report["skipped"]:
-        say(f"{len(report['skipped'])} skipped", err=True)
+    list_skipped([Skipped(**one) for one in (*report["skipped"], *report["passed_over"])])
 
 
 def say_learned(data: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option
+from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option, raw_option
 from code_worker.cli.explanation import explain
 from code_worker.cli.ledger import open_ledger
 from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
@@ -156,9 +156,10 @@ def timings(*, limit: int, as_json: bool, **filters: Any) -> None:
 @verdicts.command()
 @click.option("--csv", "form", flag_value="csv", help="Comma-separated, with a header.")
 @click.option("--jsonl", "form", flag_value="jsonl", default=True, help="One JSON object per line (default).")
+@raw_option
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File; it appears once it is whole.")
 @_filters
-def export(*, form: str, output: Path | None, **filters: Any) -> None:
+def export(*, form: str, raw: bool, output: Path | None, **filters: Any) -> None:
     """Write every verdict that matches, oldest first, however many there are."""
     from code_worker.store.verdicts import stream  # noqa: PLC0415 - SQLAlchemy, not for --help
 
@@ -175,7 +176,7 @@ def export(*, form: str, output: Path | None, **filters: Any) -> None:
                 yield verdict_record(verdict)
 
         if form == "csv":
-            write_csv(records(), VERDICT_FIELDS, file)
+            write_csv(records(), VERDICT_FIELDS, file, raw=raw)
         else:
             file.writelines(f"{to_json(record)}\n" for record in records())
     say(f"{written} verdicts written{f' to {output}' if output else ''}", err=True)

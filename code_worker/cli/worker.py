@@ -63,7 +63,7 @@ def beat() -> None:
 
 def _checked(device: str | None) -> Settings:
     """Settings whose faults show here, in one line, and not in the child's log."""
-    settings = load_settings(**({"device": device} if device else {}))
+    settings = load_settings(device=device) if device else load_settings()
     configure_logging(settings.log_level, settings.log_format)
     check_broker(settings)
     return settings

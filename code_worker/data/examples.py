@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
-__all__ = ["FAKE", "REAL", "Example", "Skipped"]
+__all__ = ["FAKE", "REAL", "Example", "Skipped", "losses", "passed_over"]
 
 REAL: Final = 0
 FAKE: Final = 1
@@ -39,7 +39,38 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A record that could not be used, and why."""
+    """A record that could not be used, and why; or files that are no images, which nobody misses.
+
+    Attributes:
+        key: what a person finds it by; of passed-over files the place that they are in.
+        reason: why.
+        files: how many were passed over for this reason; 0: this is one record or place that may hold images.
+        some: the first of these files by name.
+    """
 
     key: str
     reason: str
+    files: int = 0
+    some: tuple[str, ...] = ()
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether an image may be missing."""
+        return not self.files
+
+    def __str__(self) -> str:
+        if self.is_loss:
+            return f"skipped {self.key}: {self.reason}"
+        names = ", ".join(self.some) + (", …" if self.files > len(self.some) else "")
+        count = "1 file" if self.files == 1 else f"{self.files} files"
+        return f"passed over {count} in {self.key} ({self.reason}): {names}"
+
+
+def losses(skipped: Iterable[Skipped]) -> list[dict[str, Any]]:
+    """Records and places that could not be used, as reports have them."""
+    return [{"key": one.key, "reason": one.reason} for one in skipped if one.is_loss]
+
+
+def passed_over(skipped: Iterable[Skipped]) -> list[dict[str, Any]]:
+    """Files that are no images, as reports have them: place, reason, how many, and the first of them."""
+    return [asdict(one) for one in skipped if not one.is_loss]

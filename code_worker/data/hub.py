@@ -1,4 +1,4 @@
-"""D³ as the Hugging Face hub has it: a stream of records with four generated images and the real one's URL."""
+"""Data sets of the hub: D³'s records of four generated images and a URL, or rows of `image` and `label`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.names import generator_slug, numbered_generator, printable
+from code_worker.data.names import generator_slug, label_of, numbered_generator, printable
 from code_worker.data.reading import Held
 from code_worker.errors import ConfigurationError, DatasetError
 from code_worker.telemetry import silent_import
@@ -108,7 +108,10 @@ def _rows(what: str, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]
     # The hub's client changed its HTTP library more than once; this is the base class of whichever it uses.
     http_error: type[Exception] = getattr(errors, "HTTPError", OSError)
     try:
-        yield from datasets.load_dataset(**arguments, streaming=True).decode(False)
+        found = datasets.load_dataset(**arguments, streaming=True)
+        classes = getattr((found.features or {}).get("label"), "names", None)
+        for row in found.decode(False):
+            yield _named(row, classes) if classes else row
     # RuntimeError: a data set that is a program, which is not run. The others: parquet's, and what the network says.
     except (OSError, ValueError, RuntimeError, NotImplementedError, http_error) as error:
         first = str(error).partition("\n")[0] or type(error).__name__
@@ -117,6 +120,12 @@ def _rows(what: str, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]
             if what.startswith(HUB_PREFIX)
             else f"cannot be read: {first}"
         ) from error
+
+
+def _named(row: Mapping[str, Any], classes: Sequence[str]) -> Mapping[str, Any]:
+    """The row with the name of its class for its number: which of two is 0, each data set says for itself."""
+    number = row["label"]
+    return {**row, "label": classes[number] if isinstance(number, int) and 0 <= number < len(classes) else None}
 
 
 def _examples(
@@ -131,14 +140,18 @@ def _examples(
     first = next(rows, None)
     if first is None:
         return
+    every = itertools.chain([first], rows)
     columns = sorted((int(match[1]), column) for column in first if (match := _IMAGE_COLUMN.fullmatch(column)))
+    if not columns and first.keys() >= {"image", "label"}:
+        yield from _plain_examples(every, name, collection, max_bytes=max_bytes, skipped=skipped)
+        return
     if not columns:
         raise DatasetError(
-            f"{name} is not of the form that is read: columns id, image_gen0 …, model_gen0 …, url; it has "
-            f"{printable(', '.join(map(str, first)))}"
+            f"{name} is not of a form that is read: columns id, image_gen0 …, model_gen0 …, url, or image and label; "
+            f"it has {printable(', '.join(map(str, first)))}"
         )
-    for index, row in enumerate(itertools.chain([first], rows)):
-        identity = printable(str(index if row.get("id") is None else row["id"]))
+    for index, row in enumerate(every):
+        identity = _identity(row, index)
         key, group = f"{name}#{identity}", f"{collection}#{identity}"
         for number, column in columns:
             found = _image(row[column], max_bytes)
@@ -149,6 +162,30 @@ def _examples(
             yield Example(f"{key}.gen_{number}", FAKE, found, made, collection, group=group)
         if real_urls is not None and isinstance(url := row.get("url"), str) and (read := real_urls.take(url)):
             yield Example(f"{key}.real", REAL, read, collection=collection, group=group)
+
+
+def _plain_examples(
+    rows: Iterator[Mapping[str, Any]], name: str, collection: str, *, max_bytes: int, skipped: list[Skipped]
+) -> Iterator[Example]:
+    """Rows of one image and its label: the name of a class, else real or 0, fake or 1."""
+    for index, row in enumerate(rows):
+        key = f"{name}#{_identity(row, index)}"
+        found = _image(row["image"], max_bytes)
+        if isinstance(found, str):
+            skipped.append(Skipped(key, found))
+            continue
+        try:
+            label = label_of(row["label"])
+        except ValueError as error:
+            skipped.append(Skipped(key, printable(str(error))))
+            continue
+        generator = row.get("generator")
+        made_by = generator if label == FAKE and isinstance(generator, str) and generator else None
+        yield Example(key, label, found, made_by, collection)
+
+
+def _identity(row: Mapping[str, Any], index: int) -> str:
+    return printable(str(index if row.get("id") is None else row["id"]))
 
 
 def _image(value: object, max_bytes: int) -> Held | str:

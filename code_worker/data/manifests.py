@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.names import printable
+from code_worker.data.examples import FAKE, Example, Skipped
+from code_worker.data.label_files.lines import numbered_lines
+from code_worker.data.label_files.tables import csv_records
+from code_worker.data.names import label_of, printable
 from code_worker.data.reading import FromSource
 from code_worker.errors import DatasetError
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["manifest_examples"]
 
-_LABELS: Final[Mapping[str, int]] = {"0": REAL, "real": REAL, "1": FAKE, "fake": FAKE, "generated": FAKE}
 _WAYS: Final = ("uri", "path", "sha256")
+_KNOWN: Final = (*_WAYS, "label", "generator", "collection", "group", "variant")
+_ERRORS: Final = "surrogateescape"
+"""Names on this machine need not be UTF-8."""
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -44,10 +47,8 @@ def manifest_examples(path: Path, sources: Sources, kept: KeptImages, *, skipped
         DatasetError: the manifest cannot be read, or its header has no label or nothing that names an image.
     """
     try:
-        # Names on this machine need not be UTF-8.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
-            for where, row in rows(file, path, skipped):
+        with path.open("rb") as file:
+            for where, row in (_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(file, path, skipped):
                 try:
                     yield _example(row, path, sources, kept)
                 except ValueError as error:
@@ -56,50 +57,42 @@ def manifest_examples(path: Path, sources: Sources, kept: KeptImages, *, skipped
         raise DatasetError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _json_rows(lines: Iterable[str], path: Path, skipped: list[Skipped]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+def _json_rows(file: BinaryIO, path: Path, skipped: list[Skipped]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for line in numbered_lines(file, errors=_ERRORS):
+        where = f"{path}:{line.number}"
+        if not line.problem and not line.text.strip():
             continue
-        where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = None if line.problem else json.loads(line.text)
         except (ValueError, RecursionError) as error:
             skipped.append(Skipped(where, f"not JSON: {error}"))
             continue
         if isinstance(row, dict):
             yield where, row
         else:
-            skipped.append(Skipped(where, "not a JSON object"))
+            skipped.append(Skipped(where, line.problem or "not a JSON object"))
 
 
-def _csv_rows(file: IO[str], path: Path, skipped: list[Skipped]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.DictReader(file, restkey="more")
-    header = {name.strip().lower() for name in _next_header(reader, path)}
-    if "label" not in header or header.isdisjoint(_WAYS):
-        raise DatasetError(
-            f"{path}: its first line must name the columns label and one of uri, path, sha256; it names "
-            f"{', '.join(sorted(map(printable, header))) or 'none'}"
-        )
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            skipped.append(Skipped(f"{path}:{reader.reader.line_num}", f"not CSV: {error}"))
-            continue
-        if row is None:
-            return
-        yield f"{path}:{reader.reader.line_num}", {str(name).strip().lower(): value for name, value in row.items()}
-
-
-def _next_header(reader: csv.DictReader[str], path: Path) -> Iterable[str]:
+def _csv_rows(file: BinaryIO, path: Path, skipped: list[Skipped]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        return reader.fieldnames or ()
-    except csv.Error as error:
-        raise DatasetError(f"{path}: not CSV: {error}") from error
+        for record in csv_records(
+            file, _is_header, "label and one of uri, path, sha256", known=_KNOWN, errors=_ERRORS
+        ):
+            where = f"{path}:{record.line.number}"
+            if record.problem:
+                skipped.append(Skipped(where, record.problem))
+            else:
+                yield where, record.fields
+    except DatasetError as error:
+        raise DatasetError(f"{path}: {error}") from error
+
+
+def _is_header(names: Collection[str]) -> bool:
+    return "label" in names and not set(_WAYS).isdisjoint(names)
 
 
 def _example(row: Mapping[str, Any], path: Path, sources: Sources, kept: KeptImages) -> Example:
-    label, sha256 = _label(row.get("label")), _hash(_text(row, "sha256"))
+    label, sha256 = label_of(row.get("label")), _hash(_text(row, "sha256"))
     uri = _address(row, path.parent)
     read: Callable[[], bytes]
     if uri is not None:
@@ -118,13 +111,6 @@ def _example(row: Mapping[str, Any], path: Path, sources: Sources, kept: KeptIma
         variant=_text(row, "variant"),
         sha256=sha256,
     )
-
-
-def _label(value: object) -> int:
-    label = _LABELS.get(str(value).strip().lower())
-    if label is None or isinstance(value, float | bool):
-        raise ValueError(f"label is {str(value)[:40]!r}; it must be real (or 0) or fake (or 1)")
-    return label
 
 
 def _hash(value: str | None) -> str | None:

@@ -1,27 +1,28 @@
-"""What generators, image files and shards are called in published data sets."""
+"""What generators and shards are called in published data sets."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Final
 
+from code_worker.data.examples import FAKE, REAL
+
 __all__ = [
-    "IMAGE_SUFFIXES",
     "PUBLISHED_GENERATORS",
     "PUBLISHED_VARIANTS",
     "generator_slug",
+    "label_of",
     "numbered_generator",
     "printable",
 ]
 
-IMAGE_SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
-)
 PUBLISHED_GENERATORS: Final = ("deepfloyd-if", "sd-1.4", "sd-2.1", "sd-xl")
 """D³'s gen_0 to gen_3, where a record does not say otherwise in its `model_gen*` fields."""
 PUBLISHED_VARIANTS: Final = ("augm", "no_augm")
 """The two forms of D³'s test set, in the order in which they are published."""
 
+_LABELS: Final[Mapping[str, int]] = {"0": REAL, "real": REAL, "1": FAKE, "fake": FAKE, "generated": FAKE}
 _SD_XL: Final = re.compile(r"(?:stable-diffusion-xl|sd-?xl)(?:-base)?(?:-1\.0)?")
 _SD: Final = re.compile(r"(?:stable-diffusion|sd)-?v?(\d)[-.](\d)(?:-base)?")
 
@@ -44,6 +45,18 @@ def generator_slug(model: str) -> str | None:
     if match := _SD.fullmatch(slug):
         return f"sd-{match[1]}.{match[2]}"
     return slug or None
+
+
+def label_of(value: object) -> int:
+    """Label that a word or number of a data set stands for: real or 0, fake, generated or 1.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    label = None if isinstance(value, float | bool) else _LABELS.get(str(value).strip().lower())
+    if label is None:
+        raise ValueError(f"label is {str(value)[:40]!r}; it must be real (or 0) or fake (or 1)")
+    return label
 
 
 def printable(name: str) -> str:

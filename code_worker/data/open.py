@@ -14,12 +14,12 @@ from code_worker.data.examples import Example, Skipped
 from code_worker.data.hub import HUB_PREFIX, RealUrls, hub_examples, parquet_examples
 from code_worker.data.labelled import HOLDOUT, LABELS, labelled_examples
 from code_worker.data.manifests import manifest_examples
-from code_worker.data.names import IMAGE_SUFFIXES
 from code_worker.data.reading import allow
 from code_worker.data.shards import SHARD_SUFFIXES, expand, shard_examples
 from code_worker.data.trees import bucket_examples, tree_examples
 from code_worker.data.urls import UrlSource
 from code_worker.errors import DatasetError
+from code_worker.images.listing import PREFIX_BYTES, has_image_suffix, looks_like_image
 from code_worker.images.source import Sources
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _usable(examples: Iterator[Example], source: str, skipped: list[Skipped], li
         found += 1
         yield example
     if not found:
-        lost = skipped[before:]
+        lost = [one for one in skipped[before:] if one.is_loss] or skipped[before:]
         why = f"; {len(lost)} skipped, the first: {lost[0].key}: {lost[0].reason}" if lost else ""
         raise DatasetError(f"{source} holds no usable image{why}")
 
@@ -131,7 +131,7 @@ def _form_of(source: str) -> _Form:
 def _form_of_directory(path: Path) -> _Form:
     names = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     if shards := [entry for entry in names if _is_shard(entry)]:
-        beside = [entry for entry in names if entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES]
+        beside = [entry for entry in names if entry not in shards and (entry.is_dir() or _is_image(entry))]
         return _Form(partial(_read_shards, shards, beside), neighbours=True)
     if parquet := [*_parquet_in(names), *_parquet_in(sorted((path / "data").glob("*")))]:
         return _Form(partial(_read_parquet, parquet), neighbours=True)
@@ -153,6 +153,15 @@ def _form_of_files(source: str, path: Path) -> _Form:
     if all(one.suffix == _PARQUET for one in found):
         return _Form(partial(_read_parquet, found), neighbours=True)
     raise DatasetError(f"{source} is no data set of a known form: {_FORMS}")
+
+
+def _is_image(path: Path) -> bool:
+    if has_image_suffix(path.name):
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return looks_like_image(file.read(PREFIX_BYTES))
 
 
 def _is_shard(path: Path) -> bool:

@@ -97,7 +97,7 @@ def pack(
             images += len(record.images)
             on_image(len(record.images))
         if not count:
-            raise DatasetError(f"nothing to pack: no usable image ({len(skipped)} skipped)")
+            raise DatasetError(f"nothing to pack: no usable image ({sum(one.is_loss for one in skipped)} skipped)")
     written = tuple(out / name for name in shards.names)
     return Packed(images, count, written, sum(path.stat().st_size for path in written))
 

@@ -6,15 +6,19 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from code_worker.data.examples import Skipped
+from code_worker.data.names import printable
 from code_worker.errors import DatasetError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from code_worker.images.listing import LeftOut
     from code_worker.images.source import Sources
     from code_worker.settings import Settings
 
-__all__ = ["FromSource", "Held", "allow", "check_hash"]
+__all__ = ["FromSource", "Held", "allow", "check_hash", "not_images"]
 
 
 def allow(settings: Settings, root: Path) -> Settings:
@@ -32,6 +36,14 @@ def check_hash(data: bytes, sha256: str | None, key: str) -> bytes:
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DatasetError(f"{key}: the bytes are not those of sha256 {sha256[:12]}…, which its data set names")
     return data
+
+
+def not_images(place: str, left_out: LeftOut) -> Iterator[Skipped]:
+    """One entry for each reason for which files of a place were passed over; they are named from there on."""
+    start = place.rstrip("/") + "/"
+    for reason, files, names in left_out.passed_over:
+        some = tuple(printable(name.removeprefix(start)) for name in names)
+        yield Skipped(printable(place), reason, files, some)
 
 
 @dataclass(frozen=True, slots=True)

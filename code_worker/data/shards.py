@@ -1,4 +1,7 @@
-"""WebDataset shards in the published form of D³: `<key>.real.jpg`, `<key>.gen_0.jpg`, `<key>.caption.txt`."""
+"""WebDataset shards: as D³ is published (`<key>.real.jpg`, `<key>.gen_0.jpg`, `<key>.caption.txt`), and classic ones.
+
+A classic record is an image and its class: `<key>.jpg` with `<key>.cls`, or with a label in `<key>.json`.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,29 @@ import glob
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.names import IMAGE_SUFFIXES, generator_slug, numbered_generator, printable
+from code_worker.data.names import generator_slug, label_of, numbered_generator, printable
 from code_worker.data.reading import check_hash
 from code_worker.data.tars import Member, list_members
 from code_worker.errors import DatasetError
+from code_worker.images.listing import NO_IMAGE, has_image_suffix, is_hidden, looks_like_image
 
 __all__ = ["SHARD_SUFFIXES", "Record", "expand", "read_records", "shard_examples"]
 
 SHARD_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz")
 _IMAGE: Final = re.compile(
-    r"(?is)(?P<key>.+)\.(?P<slot>real|fake|(?:image_)?gen_?(?P<number>\d{1,4}))(?P<suffix>\.[a-z0-9]+)"
+    r"(?is)(?P<key>.+)\.(?P<slot>real|fake|(?:image_)?gen_?(?P<number>\d{1,4}))(?P<suffix>\.[a-z0-9]+)?"
 )
-_TEXT: Final = re.compile(r"(?is)(?P<key>.+?)\.(?P<slot>caption\.txt|url\.txt|json)")
+_TEXT: Final = re.compile(r"(?is)(?P<key>.+?)\.(?P<slot>caption\.txt|url\.txt|json|cls)")
 _BRACES: Final = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_TEXTS: Final = frozenset({"caption", "url", "json", "cls"})
+_CLASSIC: Final = "image"
+"""Slot of an image whose name does not say what it is."""
 _TEXT_BYTES: Final = 1 << 20
 _MOST_SHARDS: Final = 100_000
 
@@ -119,7 +126,7 @@ def read_records(path: Path, *, max_bytes: int, skipped: list[Skipped]) -> Itera
     """
     drafts: dict[str, _Draft] = {}
     seen: set[tuple[str, str]] = set()
-    for member in list_members(path, _is_published, max_bytes=max_bytes, skipped=skipped):
+    for member in list_members(path, _refusal, max_bytes=max_bytes, skipped=skipped):
         key, slot = _parse(member.name)
         if (key, slot) in seen:
             skipped.append(Skipped(member.key, f"a second {slot} of its record"))
@@ -129,36 +136,57 @@ def read_records(path: Path, *, max_bytes: int, skipped: list[Skipped]) -> Itera
             yield from _finished(path, drafts, skipped)
             drafts.clear()
         draft = drafts.setdefault(key, _Draft())
-        (draft.texts if slot in {"caption", "url", "json"} else draft.images)[slot] = member
+        (draft.texts if slot in _TEXTS else draft.images)[slot] = member
     yield from _finished(path, drafts, skipped)
 
 
-def _is_published(name: str) -> bool:
-    match = _IMAGE.fullmatch(name)
-    return match["suffix"].lower() in IMAGE_SUFFIXES if match else _TEXT.fullmatch(name) is not None
+def _refusal(name: str, first: Callable[[], bytes]) -> str | None:
+    """Why a member is none of a record; images are told as in directories."""
+    if any(map(is_hidden, PurePosixPath(name).parts)):
+        return "hidden"
+    is_text = _IMAGE.fullmatch(name) is None and _TEXT.fullmatch(name) is not None
+    return None if is_text or has_image_suffix(name) or looks_like_image(first()) else NO_IMAGE
 
 
 def _parse(name: str) -> tuple[str, str]:
     if match := _IMAGE.fullmatch(name):
         return match["key"], match["slot"].lower() if match["number"] is None else f"gen_{int(match['number'])}"
-    text = _TEXT.fullmatch(name)
-    if text is None:
-        raise ValueError(f"{name!r} is no member of a record")
-    return text["key"], text["slot"].lower().removesuffix(".txt")
+    if text := _TEXT.fullmatch(name):
+        return text["key"], text["slot"].lower().removesuffix(".txt")
+    return str(PurePosixPath(name).with_suffix("")), _CLASSIC
 
 
 def _finished(path: Path, drafts: Mapping[str, _Draft], skipped: list[Skipped]) -> Iterator[Record]:
     for key, draft in drafts.items():
-        if not draft.images:
-            skipped.append(Skipped(f"{printable(str(path))}:{printable(key)}", "a record without an image"))
-            continue
+        name = f"{printable(str(path))}:{printable(key)}"
         try:
             texts = {slot: _decoded(member) for slot, member in draft.texts.items()}
             facts = _facts(texts.get("json"))
         except (DatasetError, ValueError, RecursionError) as error:
-            skipped.append(Skipped(f"{printable(str(path))}:{printable(key)}", f"its texts cannot be read: {error}"))
+            skipped.append(Skipped(name, f"its texts cannot be read: {error}"))
             continue
-        yield Record(path, key, draft.images, texts.get("caption"), texts.get("url"), facts)
+        try:
+            images = _labelled(draft.images, texts.get("cls"), facts)
+        except ValueError as error:
+            skipped.append(Skipped(name, str(error)))
+            continue
+        yield Record(path, key, images, texts.get("caption"), texts.get("url"), facts)
+
+
+def _labelled(images: Mapping[str, Member], label: str | None, facts: Mapping[str, Any]) -> Mapping[str, Member]:
+    """Images by slots that say what they are; one that does not is labelled by the record's class."""
+    if not images:
+        raise ValueError("a record without an image")
+    if images.keys() != {_CLASSIC}:
+        if _CLASSIC in images:
+            raise ValueError("one of its images says neither real nor fake, beside others that do")
+        return images
+    said = facts.get("label") if label is None else label
+    if said is None:
+        raise ValueError(
+            "nothing says what it is: no real, fake or gen_N in its name, no .cls, no label in its .json"
+        )
+    return {"fake" if label_of(said) == FAKE else "real": images[_CLASSIC]}
 
 
 def _decoded(member: Member) -> str:

@@ -13,9 +13,13 @@ from typing import IO, BinaryIO, Final, cast
 
 from code_worker.data.examples import Skipped
 from code_worker.data.names import printable
+from code_worker.data.reading import not_images
 from code_worker.errors import DatasetError
+from code_worker.images.listing import PREFIX_BYTES, LeftOut
 
-__all__ = ["Member", "list_members"]
+__all__ = ["Member", "Refuse", "list_members"]
+
+Refuse = Callable[[str, Callable[[], bytes]], str | None]
 
 _GZIP: Final = b"\x1f\x8b"
 _HEADER_BYTES: Final = 1 << 16
@@ -85,24 +89,25 @@ class _Capped:
         return self._file.tell()
 
 
-def list_members(
-    path: Path, wanted: Callable[[str], bool], *, max_bytes: int, skipped: list[Skipped]
-) -> Iterator[Member]:
-    """Members of a tar in their order, only those whose names are wanted, and of these only whole plain files.
+def list_members(path: Path, refuse: Refuse, *, max_bytes: int, skipped: list[Skipped]) -> Iterator[Member]:
+    """Members of a tar in their order, only those that are not refused, and of these only whole plain files.
 
     A tar cut short gives what is whole; the rest is one entry of `skipped`. Names are words here, never places.
 
     Args:
         path: The tar, plain or gzip.
-        wanted: Tells by name, as it stands in the tar.
+        refuse: Why a member is passed over, or None; told its name as it stands in the tar, and what gives its first
+            `PREFIX_BYTES` bytes.
         max_bytes: Larger members are skipped.
-        skipped: Takes what could not be used.
+        skipped: Takes what could not be used, and at the end how many members were passed over.
     """
+    left_out = LeftOut()
     try:
         with _opened(path) as (file, whole_bytes):
-            yield from _Listing(path, wanted, max_bytes, skipped).members(file, whole_bytes)
+            yield from _Listing(path, refuse, max_bytes, skipped, left_out).members(file, whole_bytes)
     except OSError as error:
         skipped.append(Skipped(printable(str(path)), f"cannot be read: {error.strerror or error}"))
+    skipped.extend(not_images(str(path), left_out))
 
 
 @contextmanager
@@ -120,14 +125,38 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
             yield file, path.stat().st_size
 
 
+class _Content:
+    """Content of the member at which the file stands; a compressed one is read once, and forwards only."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._first: bytes | None = None
+
+    def first(self) -> bytes:
+        """Its first `PREFIX_BYTES` bytes."""
+        if self._first is None:
+            self._first = self._file.read(min(self._size, PREFIX_BYTES))
+        return self._first
+
+    def whole(self) -> bytes:
+        """All of it."""
+        first = self._first or b""
+        data = first + self._file.read(self._size - len(first))
+        if len(data) != self._size:
+            raise tarfile.ReadError("unexpected end of data")
+        return data
+
+
 @dataclass(frozen=True, slots=True)
 class _Listing:
     """One pass over one tar; `whole_bytes` is unknown of a compressed one, whose members are held."""
 
     path: Path
-    wanted: Callable[[str], bool]
+    refuse: Refuse
     max_bytes: int
     skipped: list[Skipped]
+    left_out: LeftOut
 
     def members(self, file: BinaryIO, whole_bytes: int | None) -> Iterator[Member]:
         capped = _Capped(file)
@@ -138,9 +167,10 @@ class _Listing:
                     tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header of the shard
                     last = info.name
                     _check_size(info, whole_bytes)
-                    if self._is_usable(info):
-                        member = Member(self.path, info.name, info.offset_data, info.size)
-                        yield member if whole_bytes is not None else _held(member, file)
+                    content = _Content(file, info.size)
+                    if self._is_usable(info, content):
+                        data = None if whole_bytes is not None else content.whole()
+                        yield Member(self.path, info.name, info.offset_data, info.size, data)
             reason = _end(capped.last)
         except _TAR_ERRORS as error:
             reason = f"cut short or damaged: {error}"
@@ -148,8 +178,11 @@ class _Listing:
             after = f" (after {printable(last)})" if last else ""
             self.skipped.append(Skipped(printable(str(self.path)), f"{reason}{after}"))
 
-    def _is_usable(self, info: tarfile.TarInfo) -> bool:
-        if info.isdir() or not self.wanted(info.name):
+    def _is_usable(self, info: tarfile.TarInfo, content: _Content) -> bool:
+        if info.isdir():
+            return False
+        if (why := self.refuse(info.name, content.first)) is not None:
+            self.left_out.pass_over(info.name, why)
             return False
         if (reason := _refusal(info, self.max_bytes)) is not None:
             self.skipped.append(Skipped(f"{printable(str(self.path))}:{printable(info.name)}", reason))
@@ -169,13 +202,6 @@ def _refusal(info: tarfile.TarInfo, max_bytes: int) -> str | None:
     if not info.size:
         return "an empty file"
     return f"over {max_bytes} bytes" if info.size > max_bytes else None
-
-
-def _held(member: Member, file: BinaryIO) -> Member:
-    data = file.read(member.size)
-    if len(data) != member.size:
-        raise tarfile.ReadError("unexpected end of data")
-    return Member(member.tar, member.name, member.offset, member.size, data)
 
 
 def _end(block: bytes) -> str | None:

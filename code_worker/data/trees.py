@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.names import IMAGE_SUFFIXES, PUBLISHED_VARIANTS, numbered_generator, printable
-from code_worker.data.reading import FromSource
+from code_worker.data.names import PUBLISHED_VARIANTS, numbered_generator, printable
+from code_worker.data.reading import FromSource, not_images
 from code_worker.errors import DatasetError, ImageRejectedError, TransientError
+from code_worker.images.files import local_path
+from code_worker.images.listing import LeftOut, images_under
 
 if TYPE_CHECKING:
     from code_worker.images.source import Sources
@@ -44,18 +45,23 @@ class _Place:
 def tree_examples(root: Path, sources: Sources, *, skipped: list[Skipped]) -> Iterator[Example]:
     """Images of a directory tree, each directory in the order of its names.
 
-    Files are told by their suffix; others are passed over, as is what begins with a dot. A link to a file counts if
-    it leads to where `sources` may read; a link to a directory is not followed, and listed.
+    What an image is, `images_under` says. A link to a file counts if it leads to where `sources` may read; a link to
+    a directory is not followed, and listed.
 
     Args:
         root: The tree.
         sources: What reads the images.
-        skipped: Takes images that no directory labels, and directories that cannot be read.
+        skipped: Takes images that no directory labels, directories that cannot be read, and at the end what was
+            passed over.
+
+    Raises:
+        DatasetError: the tree cannot be listed.
     """
     base = root.resolve()
-    for path in _walk(base, skipped):
-        parts = path.relative_to(base).parts
-        yield from _example(base.name, parts, str(path), sources, skipped)
+    for uri in _images(str(base), sources, skipped):
+        path = local_path(uri)
+        parts = Path(path).relative_to(base).parts
+        yield from _example(base.name, parts, path, sources, skipped)
 
 
 def bucket_examples(prefix: str, sources: Sources, *, skipped: list[Skipped]) -> Iterator[Example]:
@@ -65,40 +71,20 @@ def bucket_examples(prefix: str, sources: Sources, *, skipped: list[Skipped]) ->
         DatasetError: the prefix cannot be listed.
     """
     start = prefix.rstrip("/") + "/"
+    for uri in _images(start, sources, skipped):
+        name = uri.removesuffix("?versionId=")
+        parts = tuple(part for part in name.removeprefix(start).split("/") if part)
+        yield from _example(start.split("/")[-2], parts, uri, sources, skipped)
+
+
+def _images(place: str, sources: Sources, skipped: list[Skipped]) -> Iterator[str]:
+    left_out = LeftOut()
     try:
-        for uri in sources.list(start):
-            name = uri.removesuffix("?versionId=")
-            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-                parts = tuple(part for part in name.removeprefix(start).split("/") if part)
-                yield from _example(start.split("/")[-2], parts, uri, sources, skipped)
+        yield from images_under(sources, place, left_out)
     except (ImageRejectedError, TransientError) as error:
-        raise DatasetError(f"cannot list {prefix}: {error}") from error
-
-
-def _walk(root: Path, skipped: list[Skipped]) -> Iterator[Path]:
-    # A stack of our own: directories can be nested deeper than Python calls.
-    pending = [iter(_entries(str(root), skipped))]
-    while pending:
-        entry = next(pending[-1], None)
-        if entry is None:
-            pending.pop()
-        elif entry.name.startswith((".", "__MACOSX")):
-            continue
-        elif entry.is_dir(follow_symlinks=False):
-            pending.append(iter(_entries(entry.path, skipped)))
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-            yield Path(entry.path)
-        elif entry.is_symlink() and Path(entry.path).is_dir():
-            skipped.append(Skipped(printable(entry.path), "a link to a directory, which is not followed"))
-
-
-def _entries(directory: str, skipped: list[Skipped]) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(directory) as found:
-            return sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        skipped.append(Skipped(printable(directory), f"cannot be listed: {error.strerror}"))
-        return []
+        raise DatasetError(f"cannot list {place}: {error}") from error
+    skipped.extend(Skipped(printable(lost), reason) for lost, reason in left_out.lost)
+    skipped.extend(not_images(place, left_out))
 
 
 def _example(

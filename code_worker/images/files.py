@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote_to_bytes
 
 from code_worker.errors import CodeWorkerError, ImageRejectedError, TransientError
+from code_worker.images.listing import has_image_suffix, is_hidden
 from code_worker.types import RejectReason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from code_worker.images.listing import LeftOut
     from code_worker.settings import FileSettings
 
 __all__ = ["FileSource", "local_path"]
@@ -59,6 +62,13 @@ class FileSource:
             ImageRejectedError: it may not be read, is not there, is no regular file or is too large.
             TransientError: the file system failed.
         """
+        return self._opened(uri, self._read)
+
+    def peek(self, uri: str, size: int) -> bytes:
+        """The first bytes of one file, at most so many; raises as `fetch`."""
+        return self._opened(uri, partial(self._read_first, size=size))
+
+    def _opened(self, uri: str, read: Callable[[int, str], bytes]) -> bytes:
         path = local_path(uri)
         root, parts = self._locate(path)
         try:
@@ -66,17 +76,22 @@ class FileSource:
         except OSError as error:
             raise _translated(error, path) from error
         try:
-            return self._read(descriptor, path)
+            return read(descriptor, path)
         except OSError as error:
             raise _translated(error, path) from error
         finally:
             os.close(descriptor)
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str, left_out: LeftOut | None = None) -> Iterator[str]:
         """Regular files under a directory, recursively, each directory in the order of its names.
 
         Links to directories are not followed; links to files are listed and judged by `fetch`. A file lists itself.
         URIs are given for a URI, paths for a path (a URI where a name is no text).
+
+        Args:
+            prefix: the directory.
+            left_out: where given, hidden files and directories are passed over and noted in it, and a directory below
+                that cannot be listed is noted too, instead of ending the list.
 
         Raises:
             ImageRejectedError: the place may not be read or is not there.
@@ -89,7 +104,7 @@ class FileSource:
             mode = Path(path).stat().st_mode
         except OSError as error:
             raise _translated(error, path) from error
-        files = _walk(path) if stat.S_ISDIR(mode) else iter((path,))
+        files = _walk(path, left_out) if stat.S_ISDIR(mode) else iter((path,))
         return (_named(file, as_uri=as_uris) for file in files)
 
     def _locate(self, path: str) -> tuple[str, tuple[str, ...]]:
@@ -104,10 +119,13 @@ class FileSource:
                 return str(base), resolved.relative_to(base).parts
         raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, f"{path} is not under an allowed directory")
 
+    @staticmethod
+    def _read_first(descriptor: int, path: str, *, size: int) -> bytes:
+        _facts(descriptor, path)
+        return os.read(descriptor, size)
+
     def _read(self, descriptor: int, path: str) -> bytes:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, f"{path} is not a regular file")
+        facts = _facts(descriptor, path)
         chunks: list[bytes] = []
         # One byte more than allowed is asked for: a file can grow after fstat.
         left = self._max_bytes + 1
@@ -167,17 +185,51 @@ def _open_under(root: str, parts: tuple[str, ...]) -> int:
         os.close(here)
 
 
-def _walk(directory: str) -> Iterator[str]:
-    try:
-        with os.scandir(directory) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise _translated(error, directory) from error
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path)
+def _facts(descriptor: int, path: str) -> os.stat_result:
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, f"{path} is not a regular file")
+    return facts
+
+
+def _walk(root: str, left_out: LeftOut | None) -> Iterator[str]:
+    # A stack of our own: directories can be nested deeper than Python calls.
+    pending = [iter(_entries(root))]
+    while pending:
+        entry = next(pending[-1], None)
+        if entry is None:
+            pending.pop()
+        elif left_out is not None and is_hidden(entry.name):
+            left_out.pass_over(entry.path, "hidden")
+        elif entry.is_dir(follow_symlinks=False):
+            pending.append(iter(_entries_below(entry.path, left_out)))
         elif _may_be_file(entry):
             yield entry.path
+        elif left_out is not None and Path(entry.path).is_dir():
+            left_out.lose(entry.path, "a link to a directory, which is not followed", unreadable=False)
+        elif left_out is not None and has_image_suffix(entry.name):
+            yield entry.path  # a link to nothing, a pipe: `fetch` says what it is
+        elif left_out is not None:
+            left_out.pass_over(entry.path, "no regular file")
+
+
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise _translated(error, directory) from error
+
+
+def _entries_below(directory: str, left_out: LeftOut | None) -> list[os.DirEntry[str]]:
+    try:
+        return _entries(directory)
+    except (ImageRejectedError, TransientError) as error:
+        if left_out is None:
+            raise
+        why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
+        left_out.lose(directory, f"cannot be listed: {why}", unreadable=True)
+        return []
 
 
 def _may_be_file(entry: os.DirEntry[str]) -> bool:

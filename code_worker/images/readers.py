@@ -8,6 +8,7 @@ import zlib
 from typing import TYPE_CHECKING, Final
 
 from code_worker.errors import ImageRejectedError
+from code_worker.images.listing import PREFIX_BYTES, signature_of
 from code_worker.images.pillow import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "PILLOW_ERRORS", "ImageBytes", "UnsupportedImageError", "kind_of", "open_image", "scans_of"]
 
-_PREFIX_BYTES: Final = 16
 _MOST_STEPS: Final = 65_000
 """A tenth of a second of Pillow's, in which every other thread waits; a PNG with 20,000 texts takes 60,000."""
 _MOST_STEPS_OF_DECODING: Final = 150_000
@@ -215,13 +215,13 @@ def _tiff(file: io.BytesIO, name: str) -> ImageFile.ImageFile:
 
 # Image.open() would turn every failed header into "cannot identify image file" and apply a process-wide pixel
 # limit of its own; the readers themselves say what is wrong, and our limits are the only ones.
-_READERS: Final[dict[str, tuple[Callable[[bytes], bool | str], Callable[[io.BytesIO, str], ImageFile.ImageFile]]]] = {
-    "jpeg": (lambda prefix: prefix.startswith(b"\xff\xd8\xff"), _jpeg),
-    "png": (lambda prefix: prefix.startswith(b"\x89PNG\r\n\x1a\n"), _Png),
-    "gif": (lambda prefix: prefix.startswith((b"GIF87a", b"GIF89a")), _Gif),
-    "bmp": (lambda prefix: prefix.startswith(b"BM"), _Bmp),
-    "tiff": (lambda prefix: prefix.startswith(tuple(TiffImagePlugin.PREFIXES)), _tiff),
-    "webp": (lambda prefix: prefix[:4] == b"RIFF" and prefix[8:15] == b"WEBPVP8", _WebP),
+_READERS: Final[dict[str, Callable[[io.BytesIO, str], ImageFile.ImageFile]]] = {
+    "jpeg": _jpeg,
+    "png": _Png,
+    "gif": _Gif,
+    "bmp": _Bmp,
+    "tiff": _tiff,
+    "webp": _WebP,
 }
 FORMATS: Final = tuple(_READERS)
 """What is judged, told by content and never by name."""
@@ -233,12 +233,8 @@ def kind_of(data: bytes) -> str:
     Raises:
         ImageRejectedError: none that is judged.
     """
-    prefix = data[:_PREFIX_BYTES]
-    # A bare signature is no header: nothing that follows could contradict it.
-    if len(data) > _PREFIX_BYTES:
-        for kind, (accepts, _) in _READERS.items():
-            if accepts(prefix):
-                return kind
+    if (kind := signature_of(data[:PREFIX_BYTES])) is not None:
+        return kind
     raise ImageRejectedError(RejectReason.UNSUPPORTED_FORMAT, f"none of {', '.join(FORMATS)}")
 
 
@@ -250,7 +246,7 @@ def open_image(kind: str, file: ImageBytes) -> ImageFile.ImageFile:
         UnsupportedImageError: a header that asks for what is not read.
         Exception: another one of `PILLOW_ERRORS`, as Pillow raises them.
     """
-    image = _READERS[kind][1](file, "")
+    image = _READERS[kind](file, "")
     file.header_is_read()
     return image
 

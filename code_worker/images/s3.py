@@ -107,13 +107,22 @@ class S3Source:
             TransientError: late, cut short, damaged on the way, or the server failed.
             SourceCredentialsError: credentials or settings do not work for this bucket.
         """
+        return self._download(uri)
+
+    def peek(self, uri: str, size: int) -> bytes:
+        """The first bytes of one object, at most so many; raises as `fetch`."""
+        return self._download(uri, first_bytes=size).data
+
+    def _download(self, uri: str, *, first_bytes: int | None = None) -> Fetched:
         location = parse_location(uri)
         if not location.key or not self._allows(location):
             raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, f"{location} is in no allowed bucket or prefix")
         client = self._shared_client(location)
         if not self._slots.acquire(blocking=False):
             raise TransientError(RejectReason.FETCH_TIMEOUT, f"{location}: too many downloads hang already")
-        return _Download(client, location, self._settings, self._max_bytes, self._slots).result()
+        return _Download(
+            client, location, self._settings, self._max_bytes, self._slots, first_bytes=first_bytes
+        ).result()
 
     def list(self, prefix: str) -> Iterator[str]:
         """URIs of the objects under `s3://bucket/prefix`, in the order of their keys, without those that end in `/`.
@@ -186,12 +195,15 @@ class _Download:
         settings: S3Settings,
         max_bytes: int,
         slots: threading.BoundedSemaphore,
+        *,
+        first_bytes: int | None = None,
     ) -> None:
         self._client = client
         self._location = location
         self._settings = settings
         self._max_bytes = max_bytes
         self._slots = slots
+        self._first_bytes = first_bytes
         self._late = False
         self._done = threading.Event()
         self._body: StreamingBody | None = None
@@ -229,12 +241,16 @@ class _Download:
         request: dict[str, Any] = {"Bucket": self._location.bucket, "Key": self._location.key}
         if self._location.version_id is not None:
             request["VersionId"] = self._location.version_id
-        if self._settings.checksum_mode:
+        if self._first_bytes is not None:
+            request["Range"] = f"bytes=0-{self._first_bytes - 1}"
+        elif self._settings.checksum_mode:
             request["ChecksumMode"] = "ENABLED"
         for left in reversed(range(self._settings.body_attempts)):
             try:
                 response = self._client.get_object(**request)
             except _BOTO_ERRORS as error:
+                if self._first_bytes is not None and _is_out_of_range(error):
+                    return Fetched(b"")  # an empty object has no first byte
                 raise self._refusal(error, request) from None
             # Another try must give the rest of the same object, not of one that took its place.
             request |= _pin(response)
@@ -271,6 +287,9 @@ class _Download:
         chunks: list[bytes] = []
         total = 0
         with closing(response["Body"]) as body:
+            if self._first_bytes is not None:
+                self._body = body
+                return body.read(self._first_bytes)
             self._check_size(response.get("ContentLength") or 0)
             self._body = body
             # The last, empty read is where botocore compares length and checksum.
@@ -309,6 +328,10 @@ def _pin(response: GetObjectOutputTypeDef) -> dict[str, str]:
 
 def _is_argument(error: Exception) -> bool:
     return isinstance(error, ClientError) and _code(error)[0] == "InvalidArgument"
+
+
+def _is_out_of_range(error: Exception) -> bool:
+    return isinstance(error, ClientError) and (_code(error)[0] == "InvalidRange" or _code(error)[1] == 416)
 
 
 def _plain(etag: str | None) -> str | None:

@@ -14,6 +14,7 @@ from code_worker.types import RejectReason
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from code_worker.images.listing import LeftOut
     from code_worker.images.s3 import S3Source
     from code_worker.settings import Settings
 
@@ -58,15 +59,26 @@ class Sources:
                 return self._s3_source().fetch(uri)
         raise _not_allowed(uri)
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def peek(self, uri: str, size: int) -> bytes:
+        """The first bytes of one file or object, at most so many; raises as `fetch`."""
+        match _scheme(uri):
+            case "file":
+                return self._files.peek(uri, size)
+            case "s3":
+                return self._s3_source().peek(uri, size)
+        raise _not_allowed(uri)
+
+    def list(self, prefix: str, left_out: LeftOut | None = None) -> Iterator[str]:
         """URIs or paths of what lies under a directory or an `s3://bucket/prefix`, in the source's own order.
+
+        All of it; with `left_out`, of a directory only what is not hidden and can be listed.
 
         Raises:
             ImageRejectedError, TransientError, SourceCredentialsError: as `fetch`, some only while iterating.
         """
         match _scheme(prefix):
             case "file":
-                return self._files.list(prefix)
+                return self._files.list(prefix, left_out)
             case "s3":
                 return self._s3_source().list(prefix)
         raise _not_allowed(prefix)

@@ -47,6 +47,7 @@ def start_runtime(
         embedder=LazyEmbedder(start) if lazy else start(),
         heads=loaded.heads,
         head_sha256=loaded.head_sha256,
+        head_plugins=loaded.head_plugins,
         default_head=default_head,
         default_policy=_thresholds(loaded),
         precision=settings.precision,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from code_worker.heads import Head
@@ -51,6 +51,7 @@ class Runtime:
         head_sha256: hash of each head's files.
         default_head: head used when nobody names one.
         default_policy: thresholds of the release, for jobs that no policy covers.
+        head_plugins: distribution and version of what loaded each head.
         precision: arithmetic of the encoder; a verdict's code version names it when it is not fp32.
     """
 
@@ -62,4 +63,5 @@ class Runtime:
     head_sha256: Mapping[str, str]
     default_head: str
     default_policy: Policy = DEFAULT_POLICY
+    head_plugins: Mapping[str, str] = field(default_factory=dict)
     precision: str = "fp32"

@@ -22,6 +22,7 @@ def judged_by(head: str, policy: Policy, runtime: Runtime) -> Provenance:
         manifest_sha256=runtime.manifest_sha256,
         head=head,
         head_sha256=runtime.head_sha256.get(head),
+        head_plugin=runtime.head_plugins.get(head),
         policy=policy.id,
         low=policy.low,
         high=policy.high,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from code_worker.errors import ArtifactError
-from code_worker.releases.golden import check_same_scores
+from code_worker.releases.golden import check_same_scores, write_probes
 from code_worker.releases.hashing import FileEntry, describe_files, files_below
 from code_worker.releases.loading import head_directory, load_head
 from code_worker.releases.manifest import (
@@ -76,6 +76,8 @@ def build_from_parts(
     save_weights(weights, directory)
     for name, head in heads.items():
         _save_head(name, head, head_directory(directory, name))
+    if heads:
+        write_probes(directory, weights, heads)
     manifest = _describe(directory, weights, heads, plugins, facts)
     loaded = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
     check_same_scores(heads, loaded)

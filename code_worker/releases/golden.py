@@ -1,23 +1,42 @@
-"""Proof that a head that was saved and loaded is the head that was fitted."""
+"""Proof that a head is still the head that was fitted: after it was saved, and in each process that loads it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from code_worker.errors import ArtifactError
+from code_worker.releases.crops import seeded_crops
 from code_worker.types import EMBEDDING_DIM
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
+    from code_worker.encoder.weights import EncoderWeights
     from code_worker.heads import Head
 
-__all__ = ["check_same_scores", "checked_scores", "golden_embeddings"]
+__all__ = [
+    "PROBES_NAME",
+    "Changed",
+    "check_same_scores",
+    "checked_scores",
+    "golden_embeddings",
+    "probe_embeddings",
+    "probe_scores_changed",
+    "read_probes",
+    "write_probes",
+]
 
 GOLDEN_COUNT = 256
+PROBES_NAME: Final = "probes.safetensors"
+"""File of a release: `embeddings` `(n, 192) float32`, and per head `scores/NAME` `(n,) float64`."""
+_FIXED_PROBES: Final = 64
+_DRAWN_PROBES: Final = 16
 
 
 def golden_embeddings(count: int = GOLDEN_COUNT, seed: int = 20_240) -> NDArray[np.float32]:
@@ -63,3 +82,72 @@ def check_same_scores(fitted: Mapping[str, Head], loaded: Mapping[str, Head]) ->
                 f"head {name!r} scores differently once saved and loaded: by up to {worst:.3g} on "
                 f"{GOLDEN_COUNT} embeddings; its save() or load() loses something"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A head that no longer scores the probes of its release as it did when the release was made."""
+
+    head: str
+    difference: float
+    allowed: float
+
+
+def probe_embeddings(weights: EncoderWeights) -> NDArray[np.float32]:
+    """`(n, 192) float32` to recognise heads by: 64 that are always the same, and what this encoder makes of 16 crops.
+
+    The crops are drawn, not anybody's images: a release's probes need never be erased.
+    """
+    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only who builds pays for it
+
+    drawn = Engine(weights, device="cpu").embed(seeded_crops(_DRAWN_PROBES, 20_241))
+    return np.concatenate((golden_embeddings(_FIXED_PROBES), drawn[np.isfinite(drawn).all(axis=1)]))
+
+
+def write_probes(directory: Path, weights: EncoderWeights, heads: Mapping[str, Head]) -> None:
+    """Writes the probes and each head's scores of them into a release directory.
+
+    Raises:
+        ArtifactError: a head that does not keep its contract.
+    """
+    from safetensors.numpy import save_file
+
+    embeddings = probe_embeddings(weights)
+    scores = {
+        f"scores/{name}": checked_scores(name, head, embeddings).astype(np.float64) for name, head in heads.items()
+    }
+    save_file({"embeddings": embeddings, **scores}, directory / PROBES_NAME)
+
+
+def read_probes(directory: Path) -> Mapping[str, NDArray[np.float64]]:
+    """The arrays of a release's probes by name, see `PROBES_NAME`.
+
+    Raises:
+        ArtifactError: the file cannot be read, or holds other arrays.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = directory / PROBES_NAME
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    embeddings = arrays.get("embeddings")
+    if embeddings is None or embeddings.ndim != 2 or embeddings.shape[1] != EMBEDDING_DIM or not len(embeddings):
+        raise ArtifactError(f"{path} holds no embeddings of {EMBEDDING_DIM} numbers")
+    return arrays
+
+
+def probe_scores_changed(name: str, head: Head, probes: Mapping[str, NDArray[np.float64]]) -> Changed | None:
+    """Compares a head's scores of the probes with those of the head that was put into the release.
+
+    Raises:
+        ArtifactError: the probes have no scores of this head, or it does not keep its contract.
+    """
+    embeddings, then = probes["embeddings"].astype(np.float32), probes.get(f"scores/{name}")
+    if then is None or then.shape != (len(embeddings),):
+        raise ArtifactError(f"{PROBES_NAME} has no scores of head {name!r}")
+    now = checked_scores(name, head, embeddings).astype(np.float64)
+    difference, allowed = float(np.abs(now - then).max()), float(head.tolerance)
+    return None if difference <= allowed else Changed(name, difference, allowed)

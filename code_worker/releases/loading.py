@@ -6,11 +6,19 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from code_worker.errors import ArtifactError, IntegrityError, PluginError, UnknownHeadError
 from code_worker.heads import Head
-from code_worker.releases.golden import checked_scores, golden_embeddings
+from code_worker.logs import get_logger
+from code_worker.releases.golden import (
+    PROBES_NAME,
+    Changed,
+    checked_scores,
+    golden_embeddings,
+    probe_scores_changed,
+    read_probes,
+)
 from code_worker.releases.manifest import MANIFEST_NAME, HeadEntry, Manifest, release_id, verify_files
 from code_worker.releases.signing import check, signature_in
 
@@ -21,8 +29,11 @@ if TYPE_CHECKING:
     from code_worker.plugins import Plugins
     from code_worker.releases.hashing import OnBytes
 
-__all__ = ["LoadedRelease", "head_directory", "load_head", "load_release"]
+__all__ = ["IfChanged", "LoadedRelease", "head_directory", "load_head", "load_release"]
 
+log = get_logger(__name__)
+IfChanged = Literal["refuse", "warn"]
+"""What becomes of a release whose head no longer scores its probes as it did when it was made."""
 _PROBES = 4
 
 
@@ -37,6 +48,7 @@ class LoadedRelease:
         weights: the encoder.
         heads: fitted heads by the name under which jobs ask for them.
         head_sha256: hash of each head's files and options.
+        head_plugins: distribution and version of what loaded each head here.
         encoder_sha256: hash of the encoder's files and the preprocessing; equal hashes give equal embeddings.
     """
 
@@ -46,6 +58,7 @@ class LoadedRelease:
     weights: EncoderWeights
     heads: Mapping[str, Head]
     head_sha256: Mapping[str, str]
+    head_plugins: Mapping[str, str]
     encoder_sha256: str
 
 
@@ -62,6 +75,7 @@ def load_release(
     keys: Sequence[SecretStr] = (),
     signature: bytes | None = None,
     expected: str | None = None,
+    if_changed: IfChanged = "refuse",
 ) -> LoadedRelease:
     """Loads a release directory, all of it or nothing.
 
@@ -72,12 +86,14 @@ def load_release(
         keys: one of them must have signed the manifest. The files are then compared once more after they were read.
         signature: the signature, where it is not the one that lies in the directory.
         expected: hash that the manifest must have.
+        if_changed: whether a head that scores the probes otherwise than when the release was made, by more than its
+            tolerance, is refused, or used with a warning. Releases made before there were probes are not compared.
 
     Raises:
         SignatureError: there are keys, and none of them made the signature.
         IntegrityError: its files are not those of the manifest, or it is another manifest, and nothing of them was
             parsed; or somebody changed them meanwhile.
-        ArtifactError: a part cannot be loaded, or a head does not keep its contract.
+        ArtifactError: a part cannot be loaded, or a head does not keep its contract or scores otherwise than it did.
         PluginError: a head's plugin is not installed.
     """
     from code_worker.encoder.weights import read_weights  # noqa: PLC0415 - torch: only who judges pays for it
@@ -90,10 +106,17 @@ def load_release(
         check(content, signature_in(directory) if signature is None else signature, keys, str(directory))
     weights = read_weights(directory)
     heads = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
+    probes = read_probes(directory) if PROBES_NAME in manifest.files else None
     if keys:
         _refuse_swapped(directory, verify_files(directory)[1], sha256)
+    head_plugins = {name: plugins.provider(entry.plugin_head).release for name, entry in manifest.heads.items()}
     for name, head in heads.items():
-        checked_scores(name, head, golden_embeddings(_PROBES))
+        if probes is None:
+            checked_scores(name, head, golden_embeddings(_PROBES))
+        elif (changed := probe_scores_changed(name, head, probes)) is not None:
+            _said_of(changed, release_id(sha256), manifest.heads[name], head_plugins[name], if_changed)
+    if probes is None and heads:
+        log.info("release_without_probes", release=release_id(sha256), hint="heads are not compared with their past")
     return LoadedRelease(
         id=release_id(sha256),
         manifest_sha256=sha256,
@@ -101,7 +124,28 @@ def load_release(
         weights=weights,
         heads=heads,
         head_sha256={name: entry.sha256 for name, entry in manifest.heads.items()},
+        head_plugins=head_plugins,
         encoder_sha256=manifest.encoder.sha256,
+    )
+
+
+def _said_of(changed: Changed, release: str, entry: HeadEntry, loaded_by: str, if_changed: IfChanged) -> None:
+    made_by = f"{entry.distribution} {entry.distribution_version}"
+    if if_changed == "warn":
+        log.warning(
+            "head_changed",
+            release=release,
+            head=changed.head,
+            difference=changed.difference,
+            allowed=changed.allowed,
+            made_by=made_by,
+            loaded_by=loaded_by,
+        )
+        return
+    raise ArtifactError(
+        f"head {changed.head!r} of {release} does not score as it did when the release was made: by up to "
+        f"{changed.difference:.3g} on the release's probes, {changed.allowed:g} is allowed (made by {made_by}, "
+        f"loaded by {loaded_by}). Install the code that made it, or set CODE_WORKER_CHANGED_HEADS=warn and refit"
     )
 
 

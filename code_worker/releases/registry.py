@@ -14,7 +14,7 @@ from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
 from code_worker.releases.importer import ImportOptions, build_release
-from code_worker.releases.loading import LoadedRelease, load_release
+from code_worker.releases.loading import IfChanged, LoadedRelease, load_release
 from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, verify_files
 from code_worker.releases.signing import check, sign
 from code_worker.roles import Role, current_user, require
@@ -79,7 +79,10 @@ class Registry:
         plugins: Plugins,
         roles: RoleSettings,
         keys: Sequence[SecretStr] = (),
+        *,
+        if_changed: IfChanged = "refuse",
     ) -> None:
+        self._if_changed = if_changed
         self._store = store
         self._keys = keys
         self._artifacts = artifacts
@@ -202,7 +205,13 @@ class Registry:
         # Not trusted to be still there: whoever may write to the artifact store could put another in its place.
         expected = hashlib.sha256(manifest).hexdigest()
         return load_release(
-            directory, self._plugins, on_bytes, keys=self._keys, signature=signature, expected=expected
+            directory,
+            self._plugins,
+            on_bytes,
+            keys=self._keys,
+            signature=signature,
+            expected=expected,
+            if_changed=self._if_changed,
         )
 
     def sign(self, release: str, *, by: str) -> None:
@@ -347,4 +356,11 @@ def open_registry(settings: Settings, *, store: Store, plugins: Plugins) -> Regi
     Raises:
         ConfigurationError: an artifact address that cannot be.
     """
-    return Registry(store, open_artifacts(settings), plugins, settings.roles, settings.signing_keys)
+    return Registry(
+        store,
+        open_artifacts(settings),
+        plugins,
+        settings.roles,
+        settings.signing_keys,
+        if_changed=settings.changed_heads,
+    )

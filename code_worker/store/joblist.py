@@ -15,10 +15,20 @@ from code_worker.queues import chunks
 from code_worker.store.accepting import ACCEPT_GRACE_S
 from code_worker.store.ids import as_uuid, uuid7_floor, valid_uuids
 from code_worker.store.models import JobRow, VerdictRow, db_now, db_now_plus
-from code_worker.store.sql import IN_LIST, among, table_of
+from code_worker.store.sql import IN_LIST, among, table_of, unindexed
 from code_worker.types import JobState, RejectReason
 
-__all__ = ["JobFilter", "JobInfo", "counts", "get", "list_jobs", "oldest_unfinished_s", "retry", "retry_denied"]
+__all__ = [
+    "JobFilter",
+    "JobInfo",
+    "counts",
+    "get",
+    "list_jobs",
+    "oldest_unfinished_s",
+    "retry",
+    "retry_denied",
+    "waiting",
+]
 
 _JOBS = table_of(JobRow)
 _VERDICTS = table_of(VerdictRow)
@@ -121,6 +131,16 @@ def counts(session: Session, *, finished: bool = True) -> dict[JobState, int]:
         statement = statement.where(_JOBS.c.due_at.is_not(None))
     found = {JobState(state): number for state, number in session.execute(statement)}
     return {state: found.get(state, 0) for state in JobState}
+
+
+def waiting(session: Session) -> dict[str, tuple[int, float]]:
+    """By queue, how many published jobs no worker has claimed, and the seconds for which the oldest has waited."""
+    rows = session.execute(
+        select(_JOBS.c.queue, func.count(), func.min(_JOBS.c.published_at), func.max(db_now()))
+        .where(_JOBS.c.due_at.is_not(None), unindexed(_JOBS.c.state) == "accepted", _JOBS.c.published_at.is_not(None))
+        .group_by(_JOBS.c.queue)
+    )
+    return {queue: (number, max(0.0, (now - first).total_seconds())) for queue, number, first, now in rows}
 
 
 def oldest_unfinished_s(session: Session) -> float | None:

@@ -114,6 +114,8 @@ class Turn:
                     return
             except StoreError as error:
                 log.warning("role_heartbeat_missed", role=self._role, error=str(error))
+            except Exception as error:  # without this thread another process takes the role over
+                log.critical("role_heartbeat_broken", role=self._role, exc_info=error)
 
     def __exit__(self, *_: object) -> None:
         self._done.set()

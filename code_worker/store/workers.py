@@ -29,6 +29,7 @@ from code_worker.store.models import (
 from code_worker.store.sql import insert_into, new_id, plain, table_of
 
 __all__ = [
+    "JUDGES",
     "DeadLetter",
     "PluginSeen",
     "SourcePause",
@@ -50,6 +51,8 @@ __all__ = [
     "take_lease",
 ]
 
+JUDGES: Final = "worker"
+"""Role of a process that judges images."""
 _WORKERS = table_of(WorkerRow)
 _LEASES = table_of(LeaseRow)
 _PAUSES = table_of(SourcePauseRow)
@@ -93,6 +96,11 @@ class WorkerInfo:
     started_at: datetime
     seen_at: datetime
     info: Mapping[str, Any]
+
+    @property
+    def role(self) -> str:
+        """What it does: `worker`, `consumer`, `trainer`, `sweeper` or `beat`."""
+        return str(self.info.get("role", JUDGES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +161,17 @@ def beat(
     session.execute(statement.on_conflict_do_update(index_elements=["owner"], set_=said))
 
 
-def alive(session: Session, *, within_s: float) -> list[WorkerInfo]:
-    """Processes that were heard of within so many seconds, longest lived first."""
+def alive(session: Session, *, within_s: float, role: str | None = JUDGES) -> list[WorkerInfo]:
+    """Processes heard of within so many seconds, longest lived first: those that judge, those of a role, or all.
+
+    Processes of an older version, which say nothing of their role, judge.
+    """
     columns = (_WORKERS.c[name] for name in WorkerInfo.__dataclass_fields__)
     rows = session.execute(
         select(*columns).where(_WORKERS.c.seen_at > db_now_plus(-within_s)).order_by(_WORKERS.c.started_at)
     )
-    return [WorkerInfo(**row) for row in rows.mappings()]
+    found = [WorkerInfo(**row) for row in rows.mappings()]
+    return [one for one in found if role is None or one.role == role]
 
 
 def gone(session: Session, owner: str) -> None:

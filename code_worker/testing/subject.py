@@ -9,13 +9,21 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from code_worker.heads import Head
+from code_worker.heads import Head, fit_head
 from code_worker.types import EMBEDDING_DIM
 
-__all__ = ["TOLERANCE", "NotConformingError", "Subject", "largest_difference", "sample_embeddings"]
+__all__ = [
+    "TOLERANCE",
+    "NotConformingError",
+    "Subject",
+    "hard_embeddings",
+    "hard_queries",
+    "largest_difference",
+    "sample_embeddings",
+]
 
 TOLERANCE: Final = 1e-4
-"""How far two scores of one embedding may be apart because sums were taken in another order, as they are in a batch.
+"""The most that a head may declare as its `tolerance`: what sums in float32, taken in another order, come to.
 
 A float32 sum of n = 192 products is off by n·u·Σ|wᵢxᵢ| at most, u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical
 Algorithms, 2002, eq. 3.5), and a score by a quarter of what its log-odds are off, the logistic function's steepest
@@ -37,6 +45,39 @@ def sample_embeddings(rows: int = _ROWS, seed: int = 0) -> tuple[NDArray[np.floa
     return (centres + rng.normal(scale=0.5, size=(rows, EMBEDDING_DIM))).astype(np.float32), labels
 
 
+def hard_embeddings(rows: int = 600, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
+    """Embeddings and labels as `sample_embeddings` has them, that no head can tell apart.
+
+    A third are of two classes that overlap, a third have labels at random, and the rest are copies of those two, half
+    of them with the other label.
+    """
+    rng = np.random.default_rng((seed, 7))
+    third = rows // 3
+    overlapping, labels = sample_embeddings(third, seed)
+    anyhow = rng.normal(size=(third, EMBEDDING_DIM))
+    found = np.concatenate((overlapping * 0.1 + rng.normal(size=(third, EMBEDDING_DIM)), anyhow))
+    known = np.concatenate((labels, rng.integers(0, 2, third, dtype=np.int8)))
+    copied = rng.integers(0, len(found), rows - 2 * third)
+    turned = np.where(np.arange(len(copied)) % 2, 1 - known[copied], known[copied])
+    return np.concatenate((found, found[copied])).astype(np.float32), np.concatenate((known, turned)).astype(np.int8)
+
+
+def hard_queries(
+    embeddings: NDArray[np.float32], labels: NDArray[np.int8], rows: int = _ROWS, seed: int = 0
+) -> NDArray[np.float32]:
+    """`(rows, 192) float32`: rows of the training data, points between its classes, others near it, and copies."""
+    rng = np.random.default_rng((seed, 8))
+    quarter = rows // 4
+    known = embeddings[rng.integers(0, len(embeddings), quarter)]
+    real, generated = (rng.choice(np.flatnonzero(labels == label), quarter) for label in (0, 1))
+    between = (embeddings[real] + embeddings[generated]) / 2
+    near = embeddings[rng.integers(0, len(embeddings), quarter)] + rng.normal(
+        scale=0.3, size=(quarter, EMBEDDING_DIM)
+    )
+    found = np.concatenate((known, between, near)).astype(np.float32)
+    return np.concatenate((found, found[rng.integers(0, len(found), rows - len(found))]))
+
+
 class NotConformingError(Exception):
     """What a check found."""
 
@@ -54,14 +95,24 @@ class Subject:
         self.directory = directory
         self.train, self.train_labels = sample_embeddings(_ROWS, seed=1)
         self.embeddings, self.labels = sample_embeddings(97, seed=2)
-        for array in (self.train, self.train_labels, self.embeddings):
+        self.hard, self.hard_labels = hard_embeddings()
+        self.queries = hard_queries(self.hard, self.hard_labels)
+        for array in (self.train, self.train_labels, self.embeddings, self.hard, self.hard_labels, self.queries):
             array.flags.writeable = False
         self.head: Head
 
+    @property
+    def tolerance(self) -> float:
+        """How far two scores of one embedding may be apart, by the head's own word."""
+        return min(float(self.head_class.tolerance), TOLERANCE)
+
     def fitted(self) -> Head:
         """A new head, fitted on the training data; one-class heads get its real images only."""
-        keep = self.train_labels == 0 if self.head_class.one_class else np.ones(len(self.train), dtype=bool)
-        return self.head_class(self.options).fit(self.train[keep], self.train_labels[keep])
+        return fit_head(self.head_class(self.options), self.train, self.train_labels)
+
+    def fitted_to_hard_data(self) -> Head:
+        """A new head, fitted on what cannot be told apart."""
+        return fit_head(self.head_class(self.options), self.hard, self.hard_labels)
 
     def saved(self, name: str) -> Path:
         """A new directory that `save` has filled."""

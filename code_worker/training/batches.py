@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from code_worker.errors import ImageRejectedError, TrainingError
 from code_worker.images.decode import decode_whole
+from code_worker.machine import usable_cores
 from code_worker.training.objective import VIEWS
 from code_worker.training.sampling import RecordSampler, generator_of_step
 from code_worker.training.views import ViewSettings, record_views
@@ -153,7 +153,7 @@ def batches(maker: BatchMaker, steps: range, *, processes: int = 0, pin: bool = 
         )
         yield from loader
         return
-    with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1), thread_name_prefix="views") as pool:
+    with ThreadPoolExecutor(max_workers=min(2, usable_cores()), thread_name_prefix="views") as pool:
         waiting: deque[Future[Tensor]] = deque()
         for step in steps:
             waiting.append(pool.submit(maker.make, step))

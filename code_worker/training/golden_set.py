@@ -68,10 +68,9 @@ def read_golden(source: str, settings: Settings) -> GoldenSet:
     """
     skipped: list[Skipped] = []
     found = [_hashed(one) for one in open_examples(source, settings=settings, skipped=skipped)]
-    if skipped:
+    if lost := [one for one in skipped if one.is_loss]:
         raise TrainingError(
-            f"golden set {source}: {len(skipped)} images cannot be read, one of them {skipped[0].key}: "
-            f"{skipped[0].reason}"
+            f"golden set {source}: {len(lost)} images cannot be read, one of them {lost[0].key}: {lost[0].reason}"
         )
     return GoldenSet(tuple(found), pin_of(found))
 

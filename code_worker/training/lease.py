@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
 from uuid import uuid4
 
-from code_worker.errors import RunLostError, RunStoppedError, StoreUnavailableError
+from code_worker.errors import CodeWorkerError, RunLostError, RunStoppedError
 from code_worker.logs import get_logger
 from code_worker.store import runs
 
@@ -90,5 +90,7 @@ class Held:
             except RunLostError as error:
                 self._lost = error
                 return
-            except StoreUnavailableError as error:
+            except CodeWorkerError as error:
                 log.warning("run_heartbeat_missed", run=self.lease.run_id, error=str(error))
+            except Exception as error:  # without this thread another process takes the run over
+                log.critical("run_heartbeat_broken", run=self.lease.run_id, exc_info=error)

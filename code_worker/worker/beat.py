@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from celery import signals
 from redbeat.decoder import RedBeatJSONEncoder
@@ -13,9 +14,14 @@ from redbeat.schedulers import RedBeatScheduler, get_redis
 from code_worker.broker import is_redis
 from code_worker.errors import CodeWorkerError, ConfigurationError
 from code_worker.logs import configure_logging, get_logger, log_uncaught, redact
-from code_worker.settings import load_settings
+from code_worker.settings import Settings, load_settings
 from code_worker.worker.app import create_app
+from code_worker.worker.background import Repeater
 from code_worker.worker.lifeline import die_with_parent
+from code_worker.worker.report import Reporter, owner_name
+
+if TYPE_CHECKING:
+    from code_worker.store.engine import Store
 
 __all__ = ["KeptScheduler", "main"]
 
@@ -80,12 +86,34 @@ def main() -> int:
         app.conf.beat_scheduler = "code_worker.worker.beat:KeptScheduler"
     else:
         app.conf.beat_schedule_filename = str(settings.data_path / "run" / "beat-schedule")
+    _start_reporting(settings)
     try:
         app.Beat(loglevel=settings.log_level.upper(), quiet=True, redirect_stdouts=False).run()
     except Exception as error:  # noqa: BLE001 - the outermost frame; Celery has logged it with its traceback
         log.critical("beat_died", error=redact(f"{type(error).__name__}: {error}"))
         return 1
     return 0
+
+
+def _start_reporting(settings: Settings) -> None:
+    """Says in the ledger by which settings this beat runs, where it reaches one: for its own work it needs none."""
+    from code_worker.store import health, migrate  # noqa: PLC0415 - SQLAlchemy
+
+    @cache
+    def store() -> Store:
+        return migrate.open_current(settings.resolved_database_url, threads=1)
+
+    reporter = Reporter(settings, store, "beat", owner=owner_name(), more=dict)
+
+    def say() -> None:
+        if health.is_missing(settings.resolved_database_url):
+            return
+        try:
+            reporter.say()
+        except CodeWorkerError as error:
+            log.debug("not_reported", error=str(error))
+
+    Repeater("report", reporter.interval_s, say).start()
 
 
 def _keep_logging(**_: object) -> None:

@@ -6,18 +6,18 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from code_worker.errors import CodeWorkerError
 from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
-from code_worker.store import migrate
+from code_worker.queues import QUEUES, TRAIN_QUEUE
 from code_worker.worker.background import Repeater
-from code_worker.worker.ledger import Ledger
-from code_worker.worker.sweeper import Sweeper
+from code_worker.worker.report import Reporter, owner_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from celery import Celery
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from code_worker.store.engine import Store
     from code_worker.worker.learning import Learning
     from code_worker.worker.node import Node
-    from code_worker.worker.sweeper import Swept
+    from code_worker.worker.sweeper import Sweeper, Swept
 
 __all__ = ["Host"]
 
@@ -37,9 +37,9 @@ _KEEP_AGAIN_S = 5.0
 class Host:
     """Makes the node and the sweeper in the process that uses them: never at import, never before a fork."""
 
-    def __init__(self, app: Celery, settings: Settings) -> None:
+    def __init__(self, app: Celery, settings: Callable[[], Settings]) -> None:
         self._app = app
-        self.settings = settings
+        self._read_settings = settings
         self._lock = threading.RLock()
         self._store: Store | None = None
         self._background: Store | None = None
@@ -50,11 +50,23 @@ class Host:
         self._watcher: Repeater | None = None
         self._retention: Repeater | None = None
         self._keeper: Repeater | None = None
+        self._reporter: tuple[Repeater, Reporter] | None = None
+        self._owner: str | None = None
+        self._queues: frozenset[str] = frozenset()
         self._unkept: deque[tuple[str, str]] = deque()
         self._stop_retaining: Callable[[], None] = lambda: None
         self._stop_learning = threading.Event()
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
+
+    @property
+    def settings(self) -> Settings:
+        """The settings, read when the app's configuration was.
+
+        Raises:
+            ConfigurationError: they cannot be read.
+        """
+        return self._read_settings()
 
     def store(self) -> Store:
         """The store that messages are accepted and judged with, opened at the first call.
@@ -65,6 +77,8 @@ class Host:
         """
         with self._lock:
             if self._store is None:
+                from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy: not where tasks are only listed
+
                 worker = self.settings.worker
                 self._store = migrate.open_current(
                     self.settings.resolved_database_url, threads=worker.concurrency + worker.fetch_threads
@@ -82,7 +96,7 @@ class Host:
             if self._node is None:
                 from code_worker.worker.node import Node  # noqa: PLC0415 - numpy and heads: only where images are judged
 
-                node = Node(self.settings, self.store())
+                node = Node(self.settings, self.store(), owner=self._named(), more=self._facts)
                 try:
                     node.start()
                 except BaseException:
@@ -91,11 +105,56 @@ class Host:
                 self._node = node
             return self._node
 
+    def start_reporting(self, queues: Collection[str]) -> None:
+        """Says in the ledger, again and again, that this process takes these queues, and what else `doctor` asks."""
+        with self._lock:
+            self._queues = frozenset(queues)
+            if self._reporter is None:
+                reporter = Reporter(
+                    self.settings, self._background_store, self._role(), owner=self._named(), more=self._facts
+                )
+                repeater = Repeater("report", reporter.interval_s, lambda: self._report(reporter))
+                self._reporter = repeater, reporter
+                repeater.start()
+
+    def _report(self, reporter: Reporter) -> None:
+        # A process that judges says it with its leases, under the same name.
+        if self._node is None:
+            reporter.say()
+
+    def _stop_reporting(self) -> None:
+        if self._reporter is None:
+            return
+        repeater, reporter = self._reporter
+        repeater.stop()
+        self._reporter = None
+        try:
+            reporter.end()
+        except CodeWorkerError as error:
+            # It is silent from now on, and that says the same a minute later.
+            log.warning("end_not_reported", error=str(error))
+
+    def _role(self) -> str:
+        if self._queues & frozenset(QUEUES):
+            return "consumer"
+        return "trainer" if TRAIN_QUEUE in self._queues else "sweeper"
+
+    def _facts(self) -> dict[str, Any]:
+        swept = {} if self._sweeper is None else self._sweeper.said()
+        return {"queues": sorted(self._queues), **swept}
+
+    def _named(self) -> str:
+        with self._lock:
+            self._owner = self._owner or owner_name()
+            return self._owner
+
     def sweep(self) -> Swept:
         """One pass of the sweeper."""
         with self._lock:
             if self._sweeper is None:
                 from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
+                from code_worker.worker.ledger import Ledger  # noqa: PLC0415 - SQLAlchemy
+                from code_worker.worker.sweeper import Sweeper  # noqa: PLC0415 - SQLAlchemy
 
                 store = self._background_store()
                 ledger = Ledger(store, self.settings.worker, f"sweeper-{uuid4().hex[:12]}")
@@ -169,7 +228,7 @@ class Host:
         with self._lock:
             if self._watcher is None:
                 from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
-                from code_worker.worker.schedule import Watcher  # noqa: PLC0415 - SQLAlchemy
+                from code_worker.worker.learning import Watcher  # noqa: PLC0415 - SQLAlchemy
 
                 watcher = Watcher(self.settings, self._background_store(), Doorbell(self._app))
                 self._watcher = Repeater("learning_watch", watcher.interval_s, watcher.look)
@@ -190,6 +249,8 @@ class Host:
         """One for all that runs in the background, so that its connections are few; the node has its own."""
         with self._lock:
             if self._background is None:
+                from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy
+
                 self._background = migrate.open_current(self.settings.resolved_database_url)
             return self._background
 
@@ -203,10 +264,11 @@ class Host:
     def _forget(self) -> None:
         """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
         parts = (self._node, self._sweeper, self._repeater, self._learning, self._watcher, self._retention)
-        _INHERITED.append((self._store, self._background, self._keeper, self._unkept, *parts))
+        _INHERITED.append((self._store, self._background, self._keeper, self._reporter, self._unkept, *parts))
         self._lock = threading.RLock()
         self._store = self._background = self._node = self._sweeper = self._repeater = None
-        self._learning = self._watcher = self._retention = self._keeper = None
+        self._learning = self._watcher = self._retention = self._keeper = self._reporter = self._owner = None
+        self._queues = frozenset()
         self._unkept = deque()
 
     def close(self) -> None:
@@ -222,9 +284,11 @@ class Host:
             if self._watcher is not None:
                 self._watcher.stop()
                 self._watcher = None
+            self._stop_reporting()
             if self._node is not None:
                 self._node.close()
                 self._node = None
-            if self._store is not None:
-                self._store.close()
-                self._store = None
+            for store in (self._store, self._background):
+                if store is not None:
+                    store.close()
+            self._store = self._background = None

@@ -1,65 +1,86 @@
-"""The tasks that learn: they carry no data, since a run is in the ledger and goes on from there."""
+"""What is due to be learned, by the ledger and the schedules, and whoever learns it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
 
-from code_worker.errors import CodeWorkerError, RunActiveError, RunStoppedError
+from code_worker.errors import BrokerUnavailableError
 from code_worker.logs import get_logger
-from code_worker.queues import WATCH
-from code_worker.store import schedule
-from code_worker.worker.schedule import CALIBRATE, TASKS, calibration_due, due_slot, schedules
+from code_worker.queues import TRAIN_QUEUE, WATCH
+from code_worker.store import policies, releases, runs, schedule
+from code_worker.worker.schedule import CALIBRATE, schedules, times_until
 
 if TYPE_CHECKING:
-    from celery import Celery
+    from celery.schedules import crontab
 
+    from code_worker.doorbell import Doorbell
     from code_worker.settings import Settings
-    from code_worker.store.engine import Store
+    from code_worker.store.engine import Session, Store
     from code_worker.training.retrain import DueSlot, Learner
-    from code_worker.worker.host import Host
 
-__all__ = ["Learning", "register_learning"]
+__all__ = ["Learning", "Watcher", "calibration_due", "due", "due_slot"]
 
+_LOOK_EVERY_S: Final = 15.0
+_FRESH: Final = timedelta(minutes=2)
 log = get_logger(__name__)
 
 
-def register_learning(app: Celery, host: Host) -> None:
-    """Adds `code_worker.retrain`, `code_worker.refit` and `code_worker.learning_watch` to the app.
+def due_slot(session: Session, kind: str, cron: crontab, now: datetime) -> datetime | None:
+    """The last time of a schedule, if nobody took it; of several that were missed only the last counts.
 
-    They are acknowledged before they begin: a run that dies with its process is found in the ledger, and a message
-    that comes back hours later would start another.
+    What lies before a schedule was first looked at was not missed: that time is noted, and no run is due.
     """
-    options = {"acks_late": False, "reject_on_worker_lost": False, "ignore_result": True, "shared": False}
-    for kind, task in TASKS.items():
-        app.task(_learning_task(kind, host), name=task, **options)
-
-    def watch() -> None:
-        _log_instead(lambda: host.learning().watch())
-
-    app.task(watch, name=WATCH, **options)
-
-
-def _learning_task(kind: str, host: Host) -> Callable[..., None]:
-    def learn(*, scheduled: bool = False, by: str = "task", force: bool = False) -> None:
-        if scheduled:
-            _log_instead(lambda: host.learning().on_schedule(kind))
-        else:
-            _log_instead(lambda: host.learning().now(kind, by=by, force=force))
-
-    return learn
+    at = next(times_until(cron, now), None)
+    if at is None:
+        return None
+    last = schedule.last(session, kind)
+    if last is None and now - at > _FRESH:
+        schedule.take(session, kind, at, run_id=None, outcome="before the schedule was watched")
+        return None
+    return at if last is None or last.slot < at else None
 
 
-def _log_instead(work: Callable[[], None]) -> None:
-    """A task's end says nothing to anybody; what our own errors say goes to the log."""
-    try:
-        work()
-    except (RunActiveError, RunStoppedError) as error:
-        log.info("learning_put_off", reason=str(error))
-    except CodeWorkerError as error:
-        log.error("learning_failed", error=str(error))  # noqa: TRY400 - a traceback would not help
+def due(session: Session, settings: Settings, now: datetime) -> list[str]:
+    """What a trainer should turn to now: `resume`, else kinds of run and `calibrate`; nothing while a run runs."""
+    if runs.lapsed(session, lapse_s=settings.training.lease_s):
+        return ["resume"]
+    if runs.running(session) is not None:
+        return []
+    found = [kind for kind, cron in schedules(settings).items() if due_slot(session, kind, cron, now) is not None]
+    return [*found, CALIBRATE] if calibration_due(session, settings) is not None else found
+
+
+def calibration_due(session: Session, settings: Settings) -> datetime | None:
+    """Time of the last promotion, if thresholds are to be drawn anew after it and nobody has tried yet."""
+    champion = releases.alias(session, releases.CHAMPION) if settings.schedule.calibrate else None
+    if not policies.redrawable(session, champion):
+        return None
+    at = next(move.at for move in releases.moves(session, releases.CHAMPION, limit=1))
+    last = schedule.last(session, CALIBRATE)
+    return at if last is None or last.slot < at else None
+
+
+class Watcher:
+    """Rings for a trainer when something is due: a run that was left behind, or a time that beat did not see."""
+
+    def __init__(self, settings: Settings, store: Store, doorbell: Doorbell) -> None:
+        self.interval_s = min(_LOOK_EVERY_S, settings.training.lease_s)
+        self._settings = settings
+        self._store = store
+        self._doorbell = doorbell
+
+    def look(self) -> None:
+        """One look; the message expires before the next one, so that none pile up."""
+        found = self._store.run(lambda session: due(session, self._settings, datetime.now(UTC)))
+        if not found:
+            return
+        log.info("learning_due", what=found)
+        try:
+            self._doorbell.call(WATCH, TRAIN_QUEUE, expires_s=self.interval_s)
+        except BrokerUnavailableError as error:
+            log.warning("broker_unavailable", error=str(error))
 
 
 class Learning:

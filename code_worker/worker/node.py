@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any
 
 from code_worker._version import __version__
 from code_worker.errors import CodeWorkerError, StoreUnavailableError
@@ -29,31 +25,45 @@ from code_worker.worker.gate import Gate
 from code_worker.worker.inflight import InFlight
 from code_worker.worker.ledger import Ledger
 from code_worker.worker.noted import note_settings
+from code_worker.worker.report import facts, owner_name
 from code_worker.worker.runtimes import Runtimes
 from code_worker.worker.shadow import Shadow
-from code_worker.worker.supervisor import OWNER_ENV
+from code_worker.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Store
     from code_worker.types import Job
 
-__all__ = ["STUCK_STATUS", "Node"]
+__all__ = ["Node"]
 
 log = get_logger(__name__)
-STUCK_STATUS = 70
-"""Exit status of a process whose watchdog ended it."""
 _NO_RELEASE_WAIT_S = 10.0
 
 
 class Node:
     """A worker process's parts; `start` begins the background work, `close` ends all."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        *,
+        owner: str | None = None,
+        more: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Makes the parts, which load and start nothing yet.
+
+        Args:
+            settings: how they work.
+            store: the ledger.
+            owner: the name that claims carry; unset: a new one, see `owner_name`.
+            more: what to say of the process besides, with every sign of life.
+        """
         self.settings = settings
         self.store = store
-        # A supervisor names each life of its child, so that it can free the claims of one that died.
-        self.owner = os.environ.get(OWNER_ENV) or f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+        self.owner = owner or owner_name()
+        self._more = more
         self.ledger = Ledger(store, settings.worker, self.owner)
         self.gate = Gate()
         self.in_flight = InFlight()
@@ -79,10 +89,11 @@ class Node:
             select_head=self._plugins.select_head,
         )
         self._policies = PolicyBook()
+        self._watchdog = Watchdog(self.in_flight, lambda: self.runtimes.failure, settings.worker.batch_timeout_s)
         self._background = [
             Repeater("follow", settings.worker.release_poll_s, self.follow),
             Repeater("heartbeat", settings.worker.lease_s / 3, self.heartbeat),
-            Repeater("watchdog", min(5.0, settings.worker.batch_timeout_s / 4), self.watch),
+            Repeater("watchdog", self._watchdog.interval_s, self._watchdog.look),
         ]
 
     def start(self) -> None:
@@ -156,29 +167,14 @@ class Node:
         """Says that this process lives, and renews the leases of what it works on."""
         held = self.in_flight.jobs()
         lease_s = self.settings.worker.lease_s
+        said = {**facts(self.settings, workers.JUDGES), "heads": sorted(self._plugins.heads()), **self._more()}
 
         def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session, known to store/ alone
-            workers.beat(session, self.owner, version=__version__, release=self.runtimes.release)
+            workers.beat(session, self.owner, version=__version__, release=self.runtimes.release, info=said)
             if held:
                 jobs.renew(session, owner=self.owner, lease_s=lease_s, ids=held)
 
         self.store.run(write)
-
-    def watch(self) -> None:
-        """Ends a process in which a batch is stuck or the device is lost; its supervisor starts another.
-
-        Threads cannot be stopped, and Celery's time limits pass them by.
-        """
-        # Somebody's C code may hold the interpreter, and with it this thread: then Python's own watchdog, armed anew
-        # at every pass, writes all stacks and ends the process.
-        faulthandler.dump_traceback_later(self.settings.worker.batch_timeout_s + 30, exit=True)
-        if (failure := self.runtimes.failure) is not None:
-            log.critical("device_lost", error=str(failure))
-            os._exit(STUCK_STATUS)
-        silent_s = self.in_flight.silent_s()
-        if silent_s > self.settings.worker.batch_timeout_s:
-            log.critical("batch_stuck", silent_s=round(silent_s, 1), jobs=self.in_flight.jobs())
-            os._exit(STUCK_STATUS)
 
     def _known(self, encoder_sha256: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
         try:
@@ -191,7 +187,7 @@ class Node:
         """Ends the background work and frees the device."""
         for repeater in self._background:
             repeater.stop()
-        faulthandler.cancel_dump_traceback_later()
+        self._watchdog.close()
         self.shadow.close()
         self._pool.close()
         self.runtimes.close()

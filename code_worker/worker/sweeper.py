@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from code_worker.errors import BrokerUnavailableError
 from code_worker.logs import get_logger
@@ -26,6 +28,7 @@ _MIN_WAIT_S = 60.0
 _MAX_WAIT_S = 3600.0
 _LOST_AFTER_S = 10.0
 _PASS_S = 30.0
+_LOOK_AT_BROKER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,36 @@ class Sweeper:
         self._ledger = ledger
         self._doorbell = doorbell
         self._settings = settings
+        self._broker: str | None = None
+        self._look_at = 0.0
+        self._unheard_last: dict[str, object] | None = None
+
+    def said(self) -> dict[str, Any]:
+        """What `doctor` asks of it: the broker's identity, and when it last published what no worker had seen."""
+        return {"broker": self._broker, "unheard": self._unheard_last}
 
     def sweep(self) -> Swept:
         """Quarantines what killed too many workers and rings for what waits unheard."""
-        if not self._take_turn(_PASS_S):
+        mine = self._take_turn(_PASS_S)
+        self._see_broker(make=mine)
+        if not mine:
             return Swept()
         try:
             return self._sweep()
         finally:
             # Held on for the interval alone: were it longer, a worker that dies would take the sweeping with it.
             self._take_turn(self._settings.worker.sweep_interval_s * 0.8)
+
+    def _see_broker(self, *, make: bool) -> None:
+        """Producers are to publish where this process takes from: `doctor` compares what both see there."""
+        if time.monotonic() < self._look_at:
+            return
+        try:
+            self._broker = self._doorbell.identity(make=make)
+        except BrokerUnavailableError as error:
+            log.warning("broker_unavailable", error=str(error))
+        if self._broker is not None:
+            self._look_at = time.monotonic() + _LOOK_AT_BROKER_S
 
     def _take_turn(self, seconds: float) -> bool:
         owner = self._ledger.owner
@@ -70,7 +93,11 @@ class Sweeper:
                 rung += self._ring(due, waits)
                 if len(due) < _LIMIT:
                     break
-            rung += self._ring(self._unheard(), waits)
+            unheard = self._ring(self._unheard(), waits)
+            if unheard:
+                self._unheard_last = {"jobs": unheard, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+                log.warning("messages_lost", jobs_rung_again=unheard)
+            rung += unheard
         except BrokerUnavailableError as error:
             log.warning("broker_unavailable", error=str(error))
         if rung or quarantined:
@@ -103,6 +130,7 @@ class Sweeper:
         lost += count
         # Last, so that a sweeper that dies before this is followed by one that does it again.
         self._doorbell.mark()
+        self._look_at = 0.0
         if lost:
             log.warning("broker_without_mark", jobs_rung_again=lost)
 

@@ -128,6 +128,10 @@ class ArrayHead(Head):
     """Per array the dtypes and the shape (None: any length) that a saved file may have."""
     kind: ClassVar[str]
 
+    tolerance: ClassVar = 2.0**-24
+    """Scores are computed in float64, whose rounding on another processor shows where a score lies between two
+    float32 numbers: they are at most 2⁻²⁴ apart."""
+
     @abstractmethod
     def state(self) -> Arrays:
         """The fitted arrays."""

@@ -46,6 +46,8 @@ class MahalanobisHead(Head):
         shrinkage: float = Field(0.1, gt=0, le=1, description="Weight of the sphere in the covariance.")
 
     one_class: ClassVar = True
+    tolerance: ClassVar = 2.0**-24
+    """A matrix product in float64 rounds a row differently alone and in a batch; in float32 that is one step."""
     options: Options
 
     mean: NDArray[np.float64]

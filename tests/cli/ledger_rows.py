@@ -29,7 +29,7 @@ def judged(store: Store, uri: str, score: float, *, tenant: str | None = None) -
         label=Label.FAKE if score >= 0.5 else Label.REAL,
         score=score,
         facts=ImageFacts("ab" * 32, 1234, format="jpeg", width=640, height=480, mode="RGB"),
-        provenance=Provenance("r-1", "cd" * 32, "linear", "ef" * 32, "published", 0.5, 0.5, "0.1"),
+        provenance=Provenance("r-1", "cd" * 32, "linear", "ef" * 32, "published", 0.5, 0.5, "0.1", "code-worker 0.1"),
         tenant=tenant,
         timings_ms={"fetch": 1.5},
     )

@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
+
+from code_worker.cli.main import cli
 
 HEAVY = {"boto3", "celery", "numpy", "PIL", "sklearn", "sqlalchemy", "torch"}
 COMMANDS = [
@@ -72,3 +75,20 @@ def test_help_imports_nothing_heavy(arguments: str, helped: dict[str, tuple[str,
     assert printed.startswith(f"Usage: code-worker {arguments}".rstrip())
     assert HEAVY.isdisjoint(modules)
     assert "click" in modules
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("scna x", "No such command 'scna'. Did you mean 'scan'?"),
+        ("wroker", "No such command 'wroker'. Did you mean 'worker'?"),
+        ("labl", "Did you mean 'label' or 'labels'?"),
+        ("xyzzy", "No such command 'xyzzy'."),
+        ("jobs lst", "'lst'. Did you mean 'list'?"),
+        ("scan --jsno", "'--jsno'. Did you mean '--json'?"),
+    ],
+)
+def test_a_misspelt_command_or_option_is_answered_with_what_was_meant(words: str, said: str) -> None:
+    ended = CliRunner().invoke(cli, words.split())
+    assert ended.exit_code == 2
+    assert said in ended.output

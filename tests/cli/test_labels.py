@@ -223,3 +223,20 @@ def test_a_group_is_said_imported_and_exported(labelling: Cli, place: Place, tmp
     hashes = [sha256_of(path) for path in pictures]
     found = place.store.run(lambda session: image_groups.places(session, hashes), write=False)
     assert found[hashes[0]] == found[hashes[1]]
+
+
+def test_formulas_are_exported_as_text_and_read_back_as_they_were(
+    labelling: Cli, place: Place, tmp_path: Path
+) -> None:
+    note = '=HYPERLINK("http://evil.example","look")'
+    labelling("label", place.image("a.png"), "fake", "--generator", "-x", "--by", "@bob", "--note", note)
+    cells = csv.DictReader(io.StringIO(labelling("labels", "export", "--statements", "--csv").stdout))
+    (escaped,) = cells
+    assert (escaped["generator"], escaped["by"], escaped["note"]) == ("'-x", "'@bob", f"'{note}")
+    plain = labelling("labels", "export", "--statements", "--csv", "--raw").stdout
+    (raw,) = csv.DictReader(io.StringIO(plain))
+    assert (raw["generator"], raw["by"], raw["note"]) == ("-x", "@bob", note)
+    exported = tmp_path / "statements.csv"
+    assert labelling("labels", "export", "--statements", "--csv", "--output", str(exported)).status == 0
+    ran = labelling("labels", "import", str(exported), "--json")
+    assert (ran.status, ran.records) == (0, [{"new": 0, "known": 1, "refused": 0}])

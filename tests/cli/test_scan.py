@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from code_worker.images.listing import NO_IMAGE
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings
@@ -58,8 +59,29 @@ def test_a_directory_is_judged_in_order_without_any_database(scan: Cli, pictures
     (broken,) = (record for record in ran.records if record["outcome"] == "rejected")
     assert broken["reason"] == "unsupported_format"
     assert "7 images" in ran.stderr
-    assert "1 other files passed over" in ran.stderr
+    assert f"1 other file passed over (--all-files judges them): {NO_IMAGE}: {pictures}/notes.txt" in ran.stderr
     assert not (tmp_path / "data").exists()
+
+
+def test_a_scan_and_a_data_set_take_the_same_files_for_images(scan: Cli, pictures: Path) -> None:
+    tree = pictures / "real"
+    tree.mkdir()
+    image = (pictures / "0.png").read_bytes()
+    for name in ("a", "b.img", "c.JPG", "d.txt", "e.jfif", "._c.JPG", ".hidden.png"):
+        (tree / name).write_bytes(image)
+    for name in ("notes.txt", "Thumbs.db", "empty"):
+        (tree / name).write_bytes(b"" if name == "empty" else b"these are no pixels at all")
+    (tree / "linked").symlink_to(pictures / "deeper")
+    judged = scan("scan", str(tree), "--release", scan.env["TOY"], "--json")
+    (counted,) = scan("data", "show", str(tree), "--json").records
+    assert [Path(record["uri"]).name for record in judged.records] == ["a", "b.img", "c.JPG", "d.txt", "e.jfif"]
+    assert (judged.status, counted["images"]) == (0, 5)
+    left_out = {one["reason"]: (one["files"], one["some"]) for one in counted["passed_over"]}
+    assert left_out == {"hidden": (2, ["._c.JPG", ".hidden.png"]), NO_IMAGE: (3, ["Thumbs.db", "empty", "notes.txt"])}
+    assert f"3 other files passed over (--all-files judges them): {NO_IMAGE}: {tree}/Thumbs.db, " in judged.stderr
+    assert "2 other files passed over (--all-files judges them): hidden: " in judged.stderr
+    assert f"{tree}/linked: a link to a directory, which is not followed" in judged.stderr
+    assert [one["key"] for one in counted["skipped"]] == [str(tree / "linked")]
 
 
 def test_every_form_of_output_says_the_same(scan: Cli, pictures: Path) -> None:

@@ -52,7 +52,17 @@ def test_show_says_what_by_what_and_why(cli: Cli, store: Store) -> None:
     job = judged(store, "s3://b/a.jpg", 0.75)
     shown = cli("verdicts", "show", job).stdout
     assert shown.startswith("Judged fake: head linear gave a score of 0.750, at or above 0.5, where fake begins.")
-    for fact in ("s3://b/a.jpg", "640×480", "1,234 bytes", "ab" * 32, "r-1", "cd" * 32, "published", job):
+    for fact in (
+        "s3://b/a.jpg",
+        "640×480",
+        "1,234 bytes",
+        "ab" * 32,
+        "r-1",
+        "cd" * 32,
+        "code-worker 0.1",
+        "published",
+        job,
+    ):
         assert fact in shown
     verdict_id = cli("verdicts", "show", job, "--json").records[0]["id"]
     assert cli("verdicts", "show", verdict_id).stdout == shown

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Features, Image, Value
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
 from code_worker.data.hub import RealUrls, parquet_examples
@@ -96,6 +97,41 @@ def test_a_copy_of_the_hub_repository_is_found_by_its_parquet_files(tmp_path: Pa
     assert [example.key.partition("#")[2] for example in examples[::4]] == ["r1.gen_0", "r2.gen_0"]
     again, _ = read(tmp_path / "copy" / "data" / "train-*.parquet")
     assert again == examples
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_rows_of_an_image_and_its_label_are_read(tmp_path: Path, as_struct: bool) -> None:
+    labels = [0, 1, 1, 2]
+    rows = [
+        {"image": {"bytes": picture(number), "path": None} if as_struct else picture(number), "label": label}
+        for number, label in enumerate(labels)
+    ]
+    path = write(tmp_path / "plain" / "train.parquet", *rows, {"image": None, "label": 0})
+    examples, skipped = read(path)
+    assert [(one.label, one.collection, one.group) for one in examples] == [
+        (REAL, "plain", None),
+        (FAKE, "plain", None),
+        (FAKE, "plain", None),
+    ]
+    assert [one.read() for one in examples] == [picture(number) for number in range(3)]
+    assert [(one.key, one.reason) for one in skipped] == [
+        (f"{path}#3", "label is '2'; it must be real (or 0) or fake (or 1)"),
+        (f"{path}#4", "its bytes are not in the data set"),
+    ]
+
+
+def test_the_names_of_classes_say_which_number_is_which(tmp_path: Path) -> None:
+    features = Features({"image": Image(), "label": ClassLabel(names=["FAKE", "REAL"]), "generator": Value("string")})
+    columns = {
+        "image": [{"bytes": picture(number), "path": None} for number in range(3)],
+        "label": [0, 1, -1],
+        "generator": ["sdxl", "", "sdxl"],
+    }
+    table = pa.table(columns, schema=pa.schema(features.arrow_schema))
+    pq.write_table(table, tmp_path / "named.parquet")
+    examples, skipped = read(tmp_path / "named.parquet")
+    assert [(one.label, one.generator) for one in examples] == [(FAKE, "sdxl"), (REAL, None)]
+    assert [one.reason for one in skipped] == ["label is 'None'; it must be real (or 0) or fake (or 1)"]
 
 
 def test_missing_and_large_images_are_left_out_alone(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -115,17 +116,40 @@ def test_wrong_rows_are_told_by_their_line_and_good_ones_kept(directory: Path) -
 
 def test_a_wrong_row_of_a_table_is_told_and_the_next_one_read(directory: Path) -> None:
     path = directory / "m.csv"
-    path.write_text(f"path,label\nb.jpg\n{'x' * 200_000},real\nb.jpg,real,too,many\n", encoding="utf-8")
+    path.write_text(f"path,label\nb.jpg\n{'x' * 200_000},real\nb.jpg,real,too,many\nb.jpg,real\n", encoding="utf-8")
     examples, skipped = read(path)
     assert [example.read() for example in examples] == [b"b"]
-    assert [lost.key for lost in skipped] == [f"{path}:2", f"{path}:3"]
+    assert [lost.key for lost in skipped] == [f"{path}:{line}" for line in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_table_is_read_as_spreadsheets_write_it(directory: Path, encoding: str) -> None:
+    path = directory / "m.csv"
+    path.write_bytes("sep=;\r\npath;label;group;;\r\nin/a.jpg;1;'=x;;\r\nb.jpg;real\r\n;;;;\r\n".encode(encoding))
+    examples, skipped = read(path)
+    assert not skipped
+    assert [(one.label, one.group, one.read()) for one in examples] == [(FAKE, "=x", b"a"), (REAL, None, b"b")]
+
+
+def test_a_name_that_is_no_text_can_stand_in_a_table(directory: Path) -> None:
+    (directory / "b.jpg").rename(os.fsdecode(os.fsencode(directory) + b"/\xe9.jpg"))
+    (directory / "m.csv").write_bytes(b"path,label\n\xe9.jpg,real\n")
+    ((example,), _) = read(directory / "m.csv")
+    assert (example.key, example.read()) == (f"{directory}/\\udce9.jpg", b"b")
+
+
+def test_a_column_that_is_named_twice_is_refused(directory: Path) -> None:
+    path = directory / "m.csv"
+    path.write_text("path,label,label\nb.jpg,real,fake\n", encoding="utf-8")
+    with pytest.raises(DatasetError, match=f"{path}: the first line names the column label twice"):
+        read(path)
 
 
 @pytest.mark.parametrize("content", ["", "path,generator\nb.jpg,x\n", "label\nreal\n", "x" * 200_000])
 def test_a_table_whose_header_does_not_fit_is_refused(directory: Path, content: str) -> None:
     path = directory / "m.csv"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(DatasetError, match=r"first line must name the columns label and one of|not CSV"):
+    with pytest.raises(DatasetError, match="first line must name the columns, among them label and one of"):
         read(path)
 
 

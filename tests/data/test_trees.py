@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
 from code_worker.data.open import open_examples
 from code_worker.errors import DatasetError, ImageRejectedError
+from code_worker.images.listing import NO_IMAGE
 from code_worker.settings import S3Settings, Settings
 from tests.data.shard_files import picture
 from tests.servers import S3Server
@@ -138,10 +140,56 @@ def test_other_files_are_passed_over_and_images_nobody_labelled_are_told(tmp_pat
     )
     examples, skipped = read(root)
     assert [Path(example.key).name for example in examples] == ["1.jpg"]
-    assert [(Path(lost.key).name, lost.reason[:29]) for lost in skipped] == [
+    assert [(Path(lost.key).name, lost.reason[:29]) for lost in skipped if lost.is_loss] == [
         ("logo.png", "no directory above it says wh"),
         ("2.jpg", "directories above it say both"),
     ]
+    assert [(one.reason, one.files, one.some) for one in skipped if not one.is_loss] == [
+        ("hidden", 3, (".cache", "__MACOSX", "real/.hidden.jpg")),
+        (NO_IMAGE, 1, ("real/notes.txt",)),
+    ]
+
+
+def test_an_image_is_told_by_its_content_where_its_name_says_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "t"
+    (root / "real").mkdir(parents=True)
+    kinds = {
+        "a": "JPEG",
+        "b.img": "PNG",
+        "c.jpg_large": "JPEG",
+        "d.txt": "GIF",
+        "e.bin": "BMP",
+        "f": "TIFF",
+        "g.0": "WEBP",
+    }
+    for name, kind in kinds.items():
+        (root / "real" / name).write_bytes(picture(1, kind))
+    others = {
+        "BM.txt": b"BMW and others are no bitmaps, though they begin like one",
+        "Thumbs.db": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512),
+        "empty": b"",
+        "short": b"\xff\xd8\xff\xe0",
+        "photo.jpg.gz": gzip.compress(picture(1)),
+        ".DS_Store": bytes(40),
+    }
+    for name, content in others.items():
+        (root / "real" / name).write_bytes(content)
+    os.mkfifo(root / "real" / "pipe")
+    examples, skipped = read(root)
+    assert [Path(example.key).name for example in examples] == sorted(kinds)
+    assert {one.reason: set(one.some) for one in skipped} == {
+        NO_IMAGE: {f"real/{name}" for name in others if name != ".DS_Store"},
+        "hidden": {"real/.DS_Store"},
+        "no regular file": {"real/pipe"},
+    }
+
+
+def test_many_files_that_are_no_images_are_counted_and_some_named(tmp_path: Path) -> None:
+    root = tree(tmp_path / "t", "real/1.jpg", *(f"real/{number:02}.json" for number in range(30)))
+    (passed,) = read(root)[1]
+    assert (passed.files, passed.some[::9]) == (30, ("real/00.json", "real/09.json"))
+    assert str(passed).startswith(f"passed over 30 files in {root} ({NO_IMAGE}): real/00.json, ")
+    assert str(passed).endswith("real/09.json, …")
 
 
 def test_links_lead_nowhere_outside_and_loops_end(tmp_path: Path) -> None:
@@ -221,8 +269,12 @@ def test_a_file_of_another_form_is_refused_with_the_known_ones(tmp_path: Path) -
 def test_a_bucket_is_read_as_a_tree(s3_server: S3Server) -> None:
     with closing(s3_server.client()) as s3:
         s3.create_bucket(Bucket="trees")
-        for name in ("set/real/1.jpg", "set/fake/sdxl/2.jpg", "set/fake/notes.txt", "other/real/3.jpg"):
+        for name in ("set/real/1.jpg", "set/fake/sdxl/2", "set/real/._1.jpg", "other/real/3.jpg"):
             s3.put_object(Bucket="trees", Key=name, Body=picture(len(name)))
+        for number in range(12):
+            s3.put_object(
+                Bucket="trees", Key=f"set/fake/{number}.txt", Body=b"" if number % 2 else b"a house at night"
+            )
     settings = Settings(
         s3=S3Settings(
             endpoint_url=s3_server.url,
@@ -233,11 +285,18 @@ def test_a_bucket_is_read_as_a_tree(s3_server: S3Server) -> None:
             buckets=("trees",),
         )
     )
-    examples, _ = read("s3://trees/set/", settings)
+    examples, skipped = read("s3://trees/set/", settings)
     assert [(example.label, example.generator, example.collection) for example in examples] == [
         (FAKE, "sdxl", "set"),
         (REAL, None, "set"),
     ]
-    assert examples[1].read() == picture(len("set/real/1.jpg"))
+    assert [example.read() for example in examples] == [
+        picture(len("set/fake/sdxl/2")),
+        picture(len("set/real/1.jpg")),
+    ]
+    assert {(one.reason, one.files, one.some[0]) for one in skipped} == {
+        (NO_IMAGE, 12, "fake/0.txt"),
+        ("hidden", 1, "real/._1.jpg"),
+    }
     with pytest.raises(DatasetError, match="cannot list s3://closed/"):
         read("s3://closed/", settings)

@@ -54,7 +54,9 @@ def judged(
     fields: dict[str, object] = {
         "label": Label.FAKE if score >= 0.5 else Label.REAL,
         "facts": ImageFacts(HASH, 1234, "JPEG", 640, 480, "RGB", '"etag"', "v1"),
-        "provenance": Provenance("release-1", "b" * 64, "linear", "c" * 64, "published", 0.5, 0.5, "1.0"),
+        "provenance": Provenance(
+            "release-1", "b" * 64, "linear", "c" * 64, "published", 0.5, 0.5, "1.0", "code-worker 1.0"
+        ),
         "metadata": {"post": 7},
         "timings_ms": {"fetch": 1.5},
         **more,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -100,5 +101,6 @@ def test_a_rollback_is_followed_within_ten_seconds_and_no_verdict_mixes_two_rele
         for one in found
     }
     assert made_by == {provenance_of(directory) for directory in two}
+    assert {one.provenance.head_plugin for one in found} == {f"code-worker {version('code-worker')}"}
     assert len({one.score for one in found}) == len(made_by), "each release has one answer to one image"
     assert worker.terminate() == 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from celery import Celery
+from celery.beat import ScheduleEntry
 
 from code_worker.errors import ConfigurationError
 from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
@@ -16,7 +18,8 @@ from code_worker.store import policies, releases, runs, schedule
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
 from code_worker.worker.app import create_app, install
-from code_worker.worker.schedule import CALIBRATE, calibration_due, due, schedules, times_from, times_until
+from code_worker.worker.learning import calibration_due, due
+from code_worker.worker.schedule import CALIBRATE, beat_entries, schedules, times_from, times_until
 
 WEDNESDAY = datetime(2026, 11, 25, 14, 30, 20, tzinfo=UTC)
 
@@ -30,6 +33,32 @@ def times(line: str, now: datetime = WEDNESDAY, count: int = 3) -> tuple[list[st
     return tuple(  # type: ignore[return-value]
         [f"{at:%Y-%m-%d %H:%M}" for at in islice(walk(cron, now), count)] for walk in (times_until, times_from)
     )
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [{}, {"timezone": "America/New_York"}, {"timezone": "Asia/Tokyo", "enable_utc": False}, {"enable_utc": False}],
+)
+@pytest.mark.parametrize("line", ["0 3 * * sun", "30 4 1 * *", "15 */6 * * *"])
+def test_an_entry_of_beat_fires_at_the_times_that_the_trainer_looks_for(
+    monkeypatch: pytest.MonkeyPatch, conf: dict[str, object], line: str
+) -> None:
+    monkeypatch.setattr("code_worker.worker.schedule.UtcCrontab.now", lambda self: WEDNESDAY.astimezone(self.tz))
+    app = Celery("theirs", broker="memory://", set_as_current=False, changes=conf)
+    cron = pickle.loads(
+        pickle.dumps(beat_entries(scheduled(retrain=line))[RETRAIN]["schedule"])
+    )  # as beat's file keeps it
+    entry = ScheduleEntry(name=RETRAIN, task=RETRAIN, schedule=cron, app=app, last_run_at=app.now())
+    before, after = next(times_until(cron, WEDNESDAY)), next(times_from(cron, WEDNESDAY))
+    local = app.timezone
+    for last_run, wait in (
+        (WEDNESDAY, after - WEDNESDAY),
+        (before, after - WEDNESDAY),
+        (before - timedelta(minutes=1), None),
+    ):
+        due, next_s = entry.schedule.is_due(last_run.astimezone(local))
+        assert due is (wait is None)
+        assert next_s == pytest.approx((after - WEDNESDAY).total_seconds())
 
 
 def test_times_before_and_after_now() -> None:

@@ -9,6 +9,7 @@ from typing import BinaryIO, Final
 
 from code_worker.data.label_files.ground_truth import ground_truth_rows
 from code_worker.data.label_files.label_studio import label_studio_rows
+from code_worker.data.label_files.lines import UTF16
 from code_worker.data.label_files.rows import Row, Words
 from code_worker.data.label_files.tables import csv_rows, json_rows
 from code_worker.errors import ConfigurationError, DatasetError
@@ -54,7 +55,10 @@ def form_of(file: BinaryIO) -> str:
     Raises:
         DatasetError: there is nothing in it.
     """
-    head = file.read(_HEAD_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    head = file.read(_HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
+    if head.startswith(UTF16):
+        head = head.decode("utf-16", "replace").encode()
+    head = head.lstrip()
     if not head:
         raise DatasetError("there is nothing in it")
     if head.startswith(b"["):

@@ -1,5 +1,7 @@
 """Manifests of SageMaker Ground Truth and Rekognition Custom Labels: image classification, one or several labels.
 
+Those that people write for training have no metadata: an image and its class, `{"source-ref": …, "class": "1"}`.
+
 Formats: https://docs.aws.amazon.com/sagemaker/latest/dg/sms-data-output.html (classification, multi-label) and
 https://docs.aws.amazon.com/rekognition/latest/customlabels-dg/md-create-manifest-file-classification.html
 """
@@ -45,6 +47,8 @@ def _entry(text: str) -> dict[str, Any]:
 def _rows(place: str, entry: Mapping[str, Any], words: Words, base: str) -> list[Row]:
     if (reference := text_of(entry, "source-ref")) is None:
         raise RowError("it has no source-ref")
+    if entry.keys() - {"source-ref", "group"} and not any(name.endswith(_SUFFIX) for name in entry):
+        return [_plain_row(place, located(reference, base), entry, words)]
     jobs = list(_jobs(entry))
     if not jobs:
         raise RowError("no image classification is in it")
@@ -53,6 +57,16 @@ def _rows(place: str, entry: Mapping[str, Any], words: Words, base: str) -> list
     # A field of this name that a labelling job made is its answer.
     group = None if f"group{_SUFFIX}" in entry else text_of(entry, "group")
     return [replace(_row(place, located(reference, base), job, words), group=group) for job in about]
+
+
+def _plain_row(place: str, uri: str, entry: Mapping[str, Any], words: Words) -> Row:
+    """A row of a manifest without metadata, whose class is called `label`, or as its only other field is."""
+    others = [name for name in entry if name not in {"source-ref", "group"}]
+    name = "label" if "label" in others else others[0] if len(others) == 1 else None
+    if name is None:
+        raise RowError(f"none of its fields is called label: {', '.join(others)[:200]}")
+    meaning = words.meaning(text_of(entry, name))
+    return Row(place, uri=uri, label=meaning.label, generator=meaning.generator, group=text_of(entry, "group"))
 
 
 def _jobs(entry: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -1,6 +1,6 @@
-"""Label Studio's JSON export: tasks with annotations, one statement for each annotator's choice.
+"""Label Studio's exports: JSON (tasks with annotations), JSON-MIN and CSV (a row for each annotation).
 
-Format: https://labelstud.io/guide/task_format
+Formats: https://labelstud.io/guide/task_format and https://labelstud.io/guide/export
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from code_worker.data.label_files.rows import Row, RowError, Words, located, moment, text_of
 from code_worker.errors import DatasetError
 
-__all__ = ["label_studio_rows"]
+__all__ = ["STUDIO_COLUMNS", "label_studio_rows", "studio_row"]
+
+STUDIO_COLUMNS: Final = frozenset({"annotation_id", "annotator"})
+"""What tells a row of JSON-MIN or CSV, beside data and answers under names of the project's own."""
+_ABOUT: Final = STUDIO_COLUMNS | {"id", "created_at", "updated_at", "lead_time", "agreement", "group"}
 
 _IMAGE: Final = ("image", "img", "uri", "url", "path")
-_STORAGE: Final = re.compile(r"/(tasks|projects)/\d+/(presign|resolve)/")
+_STORAGE: Final = re.compile(r"(?:/.*)?/(tasks|projects)/\d+/(presign|resolve)/")
+_LOCAL: Final = re.compile(r"(?:/.*)?/data/local-files/")
+_UPLOADED: Final = re.compile(r"(?:/.*)?/data/(upload/.*)")
+_SERVED: Final = re.compile(r"/data/(.*)")
 
 
 def label_studio_rows(file: BinaryIO, words: Words, base: str) -> Iterator[Row]:
@@ -34,7 +41,10 @@ def label_studio_rows(file: BinaryIO, words: Words, base: str) -> Iterator[Row]:
     if not isinstance(tasks, list):
         raise DatasetError("it is no list of tasks; export from Label Studio as JSON")
     for number, task in enumerate(tasks, 1):
-        yield from _task_rows(number, task, words, base)
+        if isinstance(task, dict) and task.keys() >= STUDIO_COLUMNS:
+            yield studio_row(f"task {task.get('id', '?')}, annotation {task['annotation_id']}", task, words, base)
+        else:
+            yield from _task_rows(number, task, words, base)
 
 
 def _task_rows(number: int, task: Any, words: Words, base: str) -> Iterator[Row]:
@@ -69,6 +79,41 @@ def _row(place: str, data: Mapping[str, Any], annotation: Mapping[str, Any], wor
         return Row(place, problem=str(error))
 
 
+def studio_row(place: str, fields: Mapping[str, Any], words: Words, base: str) -> Row:
+    """A row of JSON-MIN or CSV: an annotation beside its task's data; what people answered stands under any name."""
+    try:
+        image = _image_field({name: value for name, value in fields.items() if name not in _ABOUT}, words)
+        answers = [value for name, value in fields.items() if name not in {image, *_ABOUT}]
+        meaning = words.joint(word for value in answers for word in _answered(value))
+        return Row(
+            place,
+            uri=located(_plain_address(str(fields[image])), base),
+            label=meaning.label,
+            generator=meaning.generator,
+            group=text_of(fields, "group"),
+            by=_annotator(fields["annotator"]),
+            at=moment(text_of(fields, "updated_at") or text_of(fields, "created_at")),
+        )
+    except RowError as error:
+        return Row(place, problem=str(error))
+
+
+def _answered(value: object) -> Iterator[object]:
+    """Words of an answer: one, several as `{"choices": […]}`, a list of such, or any of it as JSON in CSV."""
+    if isinstance(value, str) and value.startswith(("{", "[")):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return
+    if isinstance(value, dict):
+        value = value.get("choices")
+    if isinstance(value, list):
+        for one in value:
+            yield from _answered(one) if isinstance(one, dict) else [one]
+    elif value not in {None, ""}:
+        yield value
+
+
 def _choices(annotation: Mapping[str, Any]) -> Iterator[object]:
     results = annotation.get("result")
     for result in results if isinstance(results, list) else ():
@@ -81,27 +126,38 @@ def _annotator(who: object) -> str | None:
     """The address of a person where the export has it, else their number, which only their server knows."""
     if isinstance(who, dict):
         return text_of(who, "email") or _annotator(who.get("id"))
+    if isinstance(who, str) and "@" in who:
+        return who
     return f"label-studio:{who}" if isinstance(who, int | str) and who != "" else None
 
 
 def _address(data: Mapping[str, Any]) -> str:
-    texts = [name for name, value in data.items() if isinstance(value, str) and name != "group"]
+    return _plain_address(data[_image_field({name: value for name, value in data.items() if name != "group"})])
+
+
+def _image_field(data: Mapping[str, Any], words: Words | None = None) -> str:
+    """Name of the field with the image's address; where answers stand beside it, none of their words is one."""
+    texts = [name for name, value in data.items() if isinstance(value, str) and not (words and words.known(value))]
     name = next((name for name in _IMAGE if name in texts), texts[0] if len(texts) == 1 else None)
     if name is None:
         raise RowError(f"none of its data is called {', '.join(_IMAGE)}: {', '.join(map(str, data))[:200]}")
-    return _plain_address(data[name])
+    return name
 
 
 def _plain_address(address: str) -> str:
-    """What stands behind the paths under which Label Studio serves images itself."""
-    parts = urlsplit(address) if address.startswith("/") else None
-    if parts is None:
+    """What stands behind the paths under which Label Studio serves images itself, whatever host it is on."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # brackets that do not match
+        return address
+    if not address.startswith("/") and parts.scheme not in {"http", "https"}:
         return address
     query = parse_qs(parts.query)
-    if parts.path == "/data/local-files/" and "d" in query:
+    if _LOCAL.fullmatch(parts.path) and "d" in query:
         return query["d"][0]
-    if parts.path.startswith("/data/"):
-        return unquote(parts.path.removeprefix("/data/"))
+    # Without a host all of /data/ is Label Studio's.
+    if served := (_UPLOADED if parts.netloc else _SERVED).fullmatch(parts.path):
+        return unquote(served[1])
     if _STORAGE.fullmatch(parts.path) and "fileuri" in query:
         try:
             return base64.b64decode(query["fileuri"][0], altchars=b"-_").decode()

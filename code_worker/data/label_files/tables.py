@@ -1,24 +1,41 @@
-"""Label files with named fields: CSV with a header, and JSON lines."""
+"""Tables with named columns: CSV as people, spreadsheets and labelling tools write it, and JSON lines."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
+import re
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import BinaryIO, Final
 
+from code_worker.data.label_files.label_studio import STUDIO_COLUMNS, studio_row
 from code_worker.data.label_files.lines import Line, numbered_lines
 from code_worker.data.label_files.rows import FIELDS, TARGETS, Row, Words, row_of
 from code_worker.errors import DatasetError
 
-__all__ = ["csv_rows", "json_rows"]
+__all__ = ["Record", "csv_records", "csv_rows", "json_rows", "with_formulas", "without_formulas"]
 
-_DELIMITERS: Final = (",", ";", "\t")
+_DELIMITERS: Final[tuple[str, ...]] = (",", ";", "\t")
+_DECLARED: Final = re.compile(r'"?sep=(.)"?')
 _MAX_JOINED: Final = 200
 _UNCLOSED: Final = "unexpected end of data"
+_FORMULA: Final = re.compile(r"'*[=+\-@\t\r\n]")
+_ESCAPED_FORMULA: Final = re.compile(r"'+[=+\-@\t\r\n]")
+
+
+def without_formulas(text: str) -> str:
+    """The text with an apostrophe before it where a spreadsheet would take it for a formula.
+
+    https://owasp.org/www-community/attacks/CSV_Injection
+    """
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def with_formulas(text: str) -> str:
+    """The text that `without_formulas` was given."""
+    return text[1:] if _ESCAPED_FORMULA.match(text) else text
 
 
 def json_rows(file: BinaryIO, words: Words, base: str) -> Iterator[Row]:
@@ -41,90 +58,140 @@ def _json_row(line: Line, words: Words, base: str) -> Row:
 
 
 def csv_rows(file: BinaryIO, words: Words, base: str) -> Iterator[Row]:
-    """Rows of a CSV file (comma, semicolon or tab) whose first line names the columns.
+    """Rows of a CSV file whose first line names the columns, of Label Studio's as well.
 
     Raises:
-        DatasetError: that line lacks a column for the label or for the image.
+        DatasetError: that line lacks a column for the label or for the image, or names one twice.
     """
-    lines = numbered_lines(file)
-    header = next((line for line in lines if line.text.strip() or line.problem), Line(1))
-    if header.problem:
-        raise DatasetError(f"{header.place}: {header.problem}")
-    delimiter, columns = _columns(header)
-    for record in _Records(lines, delimiter, len(columns)):
+    expected = f"label and one of {', '.join(TARGETS)} (known are {', '.join(FIELDS)})"
+    for record in csv_records(file, _is_header, expected, known=FIELDS):
+        place = record.line.place
         if record.problem:
-            yield Row(record.line.place, problem=record.problem)
+            yield Row(place, problem=record.problem)
+        elif record.fields.keys() >= STUDIO_COLUMNS:
+            yield studio_row(place, record.fields, words, base)
         else:
-            yield row_of(record.line.place, dict(zip(columns, record.values, strict=True)), words, base)
+            yield row_of(place, record.fields, words, base)
 
 
-def _columns(header: Line) -> tuple[str, list[str]]:
-    for delimiter in _DELIMITERS:
-        try:
-            names = [name.lower() for name in _parsed(header.text, delimiter)]
-        except csv.Error:
-            continue
-        if "label" in names and not set(TARGETS).isdisjoint(names):
-            return delimiter, names
-    raise DatasetError(
-        f"the first line must name the columns, with label and one of {', '.join(TARGETS)} among them "
-        f"(known are {', '.join(FIELDS)}); it is {header.text[:200]!r}"
-    )
+def _is_header(names: Collection[str]) -> bool:
+    return STUDIO_COLUMNS.issubset(names) or ("label" in names and not set(TARGETS).isdisjoint(names))
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class Record:
+    """One record of a table: the line that it begins in, its values by column, or what is wrong with it."""
+
     line: Line
-    values: tuple[str, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
+
+
+def csv_records(
+    file: BinaryIO,
+    is_header: Callable[[Collection[str]], bool],
+    expected: str,
+    *,
+    known: Collection[str],
+    errors: str = "strict",
+) -> Iterator[Record]:
+    """Records of a table (comma, semicolon, tab, or as a line `sep=;` says), as spreadsheets write them.
+
+    Values that are missing at the end of a row are empty, as are those beyond the last named column; rows without any
+    value are passed over. What `without_formulas` escaped is read back.
+
+    Args:
+        file: a file at its beginning.
+        is_header: whether these names, in lower case, are those of the first line.
+        expected: what it names, for people.
+        known: columns that mean something, none of which may be named twice.
+        errors: as for `numbered_lines`.
+
+    Raises:
+        DatasetError: the first line does not name the columns, or one of them twice.
+    """
+    lines = numbered_lines(file, errors=errors)
+    header, delimiters = _next_filled(lines), _DELIMITERS
+    if declared := _DECLARED.fullmatch(header.text.strip()):
+        header, delimiters = _next_filled(lines), (declared[1],)
+    if header.problem:
+        raise DatasetError(f"{header.place}: {header.problem}")
+    delimiter, columns = _columns(header.text, delimiters, is_header, expected)
+    for name in known:
+        if columns.count(name) > 1:
+            raise DatasetError(f"the first line names the column {name} twice: rename or remove one of them")
+    for record in _Records(lines, delimiter, columns):
+        if record.problem or any(record.fields.values()):
+            yield record
+
+
+def _next_filled(lines: Iterator[Line]) -> Line:
+    return next((line for line in lines if line.text.strip() or line.problem), Line(1))
+
+
+def _columns(
+    text: str, delimiters: Collection[str], is_header: Callable[[Collection[str]], bool], expected: str
+) -> tuple[str, list[str]]:
+    for delimiter in delimiters:
+        try:
+            names = [name.lower() for name in _parsed(text, delimiter)]
+        except csv.Error:
+            continue
+        if is_header(names):
+            while not names[-1]:
+                names.pop()
+            return delimiter, names
+    raise DatasetError(f"the first line must name the columns, among them {expected}; it is {text[:200]!r}")
 
 
 class _Records:
     """Records of a CSV file; a quoted field may go over several lines.
 
     A quote that somebody forgot to close would swallow all that follows up to the next quote: where that gives no
-    record of the right width, its own line is the bad one, and reading goes on with the line after it.
+    record of the full width, its own line is the bad one, and reading goes on with the line after it.
     """
 
-    def __init__(self, lines: Iterator[Line], delimiter: str, width: int) -> None:
+    def __init__(self, lines: Iterator[Line], delimiter: str, columns: list[str]) -> None:
         self._lines = lines
         self._delimiter = delimiter
-        self._width = width
+        self._columns = columns
         self._returned: deque[Line] = deque()
 
-    def __iter__(self) -> Iterator[_Record]:
+    def __iter__(self) -> Iterator[Record]:
         while (line := self._next()) is not None:
             if line.problem:
-                yield _Record(line, problem=line.problem)
+                yield Record(line, problem=line.problem)
             elif line.text.strip():
                 yield self._record(line)
 
     def _next(self) -> Line | None:
         return self._returned.popleft() if self._returned else next(self._lines, None)
 
-    def _record(self, line: Line) -> _Record:
+    def _record(self, line: Line) -> Record:
         text, taken = line.text, list[Line]()
         while True:
-            problem, values = self._tried(text)
+            problem, values = self._tried(text, may_be_short=not taken)
             if not problem:
-                return _Record(line, values)
+                return Record(line, dict(zip(self._columns, map(with_formulas, values), strict=True)))
             if problem != _UNCLOSED or len(taken) == _MAX_JOINED or (more := self._next()) is None:
                 break
             taken.append(more)
             text = f"{text}\n{more.text}"
         self._returned.extendleft(reversed(taken))
-        return _Record(line, problem="a quote is never closed" if taken or problem == _UNCLOSED else problem)
+        return Record(line, problem="a quote is never closed" if taken or problem == _UNCLOSED else problem)
 
-    def _tried(self, text: str) -> tuple[str, tuple[str, ...]]:
+    def _tried(self, text: str, *, may_be_short: bool) -> tuple[str, list[str]]:
+        width = len(self._columns)
         try:
             values = _parsed(text, self._delimiter)
         except csv.Error as error:
-            return str(error), ()
-        if len(values) != self._width:
-            return f"{len(values)} values under {self._width} columns", ()
-        return "", tuple(values)
+            is_cr = "\r" in text and str(error) != _UNCLOSED
+            return "a carriage return stands in it outside quotes" if is_cr else str(error), []
+        if any(values[width:]) or (len(values) < width and not may_be_short):
+            return f"{len(values)} values under {width} columns", []
+        return "", [*values[:width], *[""] * (width - len(values))]
 
 
 def _parsed(text: str, delimiter: str) -> list[str]:
-    (values,) = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter) if text else [[]]
+    (values,) = csv.reader([text], strict=True, delimiter=delimiter) if text else [[]]
     return [value.strip() for value in values]

@@ -113,6 +113,9 @@ class VerdictRow(Base):
     manifest_sha256: Mapped[str | None] = mapped_column(String(64), comment="Of that release's manifest.")
     head: Mapped[str | None] = mapped_column(Text, comment="Head that scored.")
     head_sha256: Mapped[str | None] = mapped_column(String(64), comment="Of that head's files.")
+    head_plugin: Mapped[str | None] = mapped_column(
+        Text, comment="Distribution and version of the plugin that scored; null: before this was kept."
+    )
     policy: Mapped[str | None] = mapped_column(Text, comment="Policy that turned the score into a label.")
     low: Mapped[float | None] = mapped_column(comment="Below this: real.")
     high: Mapped[float | None] = mapped_column(comment="From this on: fake.")

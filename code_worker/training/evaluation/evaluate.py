@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from code_worker._version import __version__
+from code_worker.data.examples import losses, passed_over
 from code_worker.data.names import PUBLISHED_GENERATORS, PUBLISHED_VARIANTS
 from code_worker.errors import DatasetError, UnknownHeadError
 from code_worker.releases.golden import checked_scores
@@ -145,7 +146,7 @@ def evaluate(
     scored = [
         _score(runtime, condition.key, head, embeddings.under(condition)) for condition in wanted for head in heads
     ]
-    unusable = [*skipped, *embeddings.skipped]
+    unusable = [*(one for one in skipped if one.is_loss), *embeddings.skipped]
     if not any(one.examples for one in scored):
         raise DatasetError(nothing_usable(source, unusable))
     whole = embeddings.under(replace(wanted[0], variant=None))
@@ -157,7 +158,8 @@ def evaluate(
         "data": describe_data(source, whole.examples),
         "plan": _describe_plan(plan, runtime, [one.key for one in wanted]),
         "results": [row for one in scored for row in measure(one, plan, _deployed(plan, runtime))],
-        "skipped": [{"key": one.key, "reason": one.reason} for one in unusable],
+        "skipped": losses(unusable),
+        "passed_over": passed_over(skipped),
     }
     return Evaluation(report, tuple(scored), whole)
 

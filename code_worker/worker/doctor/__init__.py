@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 from code_worker.errors import ConfigurationError
 from code_worker.settings import Settings, load_settings
-from code_worker.worker.doctor import ledger, machine, services
+from code_worker.worker.doctor import fleet, ledger, machine, services
 from code_worker.worker.doctor.check import Check, Status, bounded, hung
 
 __all__ = ["PARTS", "Check", "Status", "examine", "hung"]
@@ -29,16 +29,17 @@ _PROBES: Final[Mapping[str, tuple[Probe, str]]] = {
     _DATABASE: (services.database, "see CODE_WORKER_DATABASE_URL"),
     "release": (ledger.release, "code-worker releases rollback, or import it once more"),
     "policies": (ledger.policies, ""),
-    "workers": (ledger.workers, ""),
+    "workers": (fleet.workers, ""),
+    "queues": (fleet.queues, ""),
     "jobs": (ledger.jobs, ""),
     "sources": (ledger.pauses, ""),
 }
-_OF_LEDGER: Final = frozenset({"release", "policies", "workers", "jobs", "sources"})
+_OF_LEDGER: Final = frozenset({"release", "policies", "workers", "queues", "jobs", "sources"})
 PARTS: Final = ("python", *_PROBES)
 """What can be looked at, in this order."""
 
 
-def examine(parts: Collection[str] = PARTS, **overrides: object) -> Iterator[Check]:
+def examine(parts: Collection[str] = PARTS, **overrides: Any) -> Iterator[Check]:
     """Yields findings about the parts as they come; each part has a limit, see `check.bounded`."""
     if "python" in parts:
         yield from bounded("python", machine.python)

@@ -1,4 +1,4 @@
-"""What the ledger says of the running system: release, workers, unfinished jobs, paused sources."""
+"""What the ledger says: release, policies, unfinished jobs, paused sources."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from code_worker.store import policies as thresholds
 from code_worker.store import workers as fleet
 from code_worker.store.engine import open_store
 from code_worker.worker.doctor.check import Check, Status
+from code_worker.worker.doctor.fleet import needed_heads
 
 if TYPE_CHECKING:
     from code_worker.store.engine import Session
 
-__all__ = ["jobs", "pauses", "policies", "release", "workers"]
+__all__ = ["jobs", "pauses", "policies", "release"]
 
 T = TypeVar("T")
 _OLD_S: Final = 600.0
@@ -47,16 +48,33 @@ def release(settings: Settings) -> Iterator[Check]:
         there = artifacts.exists(champion)
         text = f"champion {champion} is {'kept' if there else 'missing'} in {settings.resolved_artifacts}"
         yield Check("release", Status.OK if there else Status.FAIL, text, "code-worker releases import, once more")
+        yield from _without_plugin(settings, champion)
         return
     manifest, _ = read_manifest(artifacts.fetch(champion))
     heads = ", ".join(sorted(manifest.heads))
     yield Check("release", Status.OK, f"champion {champion} is whole: {len(manifest.files)} files; heads: {heads}")
+    yield from _without_plugin(settings, champion)
     if settings.head is not None and settings.head not in manifest.heads:
         yield Check(
             "release",
             Status.FAIL,
             f"champion {champion} lacks the default head {settings.head!r}",
             f"CODE_WORKER_HEAD={next(iter(sorted(manifest.heads)))}, or promote a release that has it",
+        )
+
+
+def _without_plugin(settings: Settings, champion: str) -> Iterator[Check]:
+    """A worker loads all heads of a release or none of it."""
+    from code_worker.plugins import load_plugins  # noqa: PLC0415 - imports strangers' code
+
+    registered = _ask(settings, lambda session: releases.get(session, champion))
+    needed = {} if registered is None else needed_heads(registered.manifest)
+    for name in sorted(set(needed).difference(load_plugins(settings).heads())):
+        yield Check(
+            "release",
+            Status.FAIL,
+            f"champion {champion} has a head {name!r}, and no plugin here offers it: a worker here cannot judge",
+            f"install {needed[name]} on every worker; see CODE_WORKER_PLUGINS_DIR and CODE_WORKER_PLUGINS_ALLOWED",
         )
 
 
@@ -77,28 +95,6 @@ def policies(settings: Settings) -> Iterator[Check]:
         )
     if not stale:
         yield Check("policies", Status.OK, f"{number} in force, none calibrated on another release than the champion")
-
-
-def workers(settings: Settings) -> Iterator[Check]:
-    """Somebody works, and with the champion."""
-    within_s = 3.0 * settings.worker.lease_s
-    alive, champion = _ask(
-        settings,
-        lambda session: (fleet.alive(session, within_s=within_s), releases.alias(session, CHAMPION)),
-    )
-    if not alive:
-        yield Check("workers", Status.WARN, f"none was heard of for {within_s:.0f} s", "code-worker worker")
-        return
-    names = ", ".join(f"{each.host}:{each.pid}" for each in alive)
-    yield Check("workers", Status.OK, f"{len(alive)} at work: {names}")
-    for each in alive:
-        if champion is not None and each.release != champion:
-            yield Check(
-                "workers",
-                Status.WARN,
-                f"{each.host}:{each.pid} has release {each.release or 'none'}, the champion is {champion}",
-                "it follows within seconds; if not, its log says why",
-            )
 
 
 def jobs(settings: Settings) -> Iterator[Check]:

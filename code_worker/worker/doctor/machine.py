@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import shutil
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from code_worker._version import __version__
-from code_worker.settings import CONFIG_ENV, Settings
+from code_worker.configuration import PREFIX, config_file, is_setting_variable
+from code_worker.settings import Settings
 from code_worker.worker.doctor.check import Check, Status
-from code_worker.worker.lifeline import SUPERVISOR_ENV
-from code_worker.worker.supervisor import OWNER_ENV
 
 __all__ = ["data_directory", "decoding", "device", "environment", "image_directories", "plugins", "python"]
 
-_PREFIX: Final = "CODE_WORKER_"
 _FREE_FAIL: Final = 2**30
 _FREE_WARN: Final = 5 * 2**30
 
@@ -50,22 +47,9 @@ def _version(distribution: str) -> str:
 
 
 def environment(_settings: Settings) -> Iterator[Check]:
-    """Variables that look like settings and are none: the usual way for a setting to have no effect."""
-    known = {f"{_PREFIX}{name.upper()}" for name in Settings.model_fields}
-    known |= {CONFIG_ENV, OWNER_ENV, SUPERVISOR_ENV}
-    found = [name for name in os.environ if name.upper().startswith(_PREFIX)]
-    for name in sorted(found):
-        if name.upper() not in known and name.upper().partition("__")[0] not in known:
-            near = difflib.get_close_matches(name.upper(), known, n=1)
-            yield Check(
-                "settings",
-                Status.WARN,
-                f"{name} is no setting and has no effect",
-                f"did you mean {near[0]}?" if near else "unset it; docs/settings.md lists all settings",
-            )
-    yield Check(
-        "settings", Status.OK, f"{len(found)} from the environment, {os.environ.get(CONFIG_ENV) or 'no file'}"
-    )
+    """Where the settings come from; loading them has refused what is none."""
+    found = sum(is_setting_variable(name, text) for name, text in os.environ.items())
+    yield Check("settings", Status.OK, f"{found} from the environment, {config_file() or 'no file'}")
 
 
 def data_directory(settings: Settings) -> Iterator[Check]:
@@ -96,7 +80,7 @@ def _with_secrets(directory: Path) -> list[Path]:
 def _room(path: Path) -> Check:
     free = shutil.disk_usage(path).free
     text = f"{free / 2**30:.1f} GiB free at {path}"
-    hint = f"free some space, or move the data: {_PREFIX}DATA_DIR"
+    hint = f"free some space, or move the data: {PREFIX}DATA_DIR"
     if free < _FREE_FAIL:
         return Check("disk", Status.FAIL, text, hint)
     return Check("disk", Status.WARN, text, hint) if free < _FREE_WARN else Check("disk", Status.OK, text)
@@ -115,7 +99,7 @@ def image_directories(settings: Settings) -> Iterator[Check]:
                 "files",
                 Status.FAIL,
                 f"{path} is no directory that this user can read",
-                f"mend it, or take it out of {_PREFIX}FILES__ROOTS",
+                f"mend it, or take it out of {PREFIX}FILES__ROOTS",
             )
 
 
@@ -133,7 +117,7 @@ def plugins(settings: Settings) -> Iterator[Check]:
             "plugins",
             Status.FAIL,
             f"the default head {settings.head!r} is not among {', '.join(heads) or 'none'}",
-            f"install its plugin, or set {_PREFIX}HEAD",
+            f"install its plugin, or set {PREFIX}HEAD",
         )
 
 

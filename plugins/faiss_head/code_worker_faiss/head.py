@@ -41,6 +41,8 @@ class HnswHead(NearestNeighbourHead):
         )
 
     kind: ClassVar = "knn-faiss"
+    tolerance: ClassVar = 1e-4
+    """The graph is searched in float32: on another processor it may lead to another reference, as near in float32."""
     layout: ClassVar = {
         "graph_generated": (("uint8",), (None,)),
         "graph_real": (("uint8",), (None,)),

@@ -1,0 +1,165 @@
+"""Images of a directory or bucket: told by suffix, else by the first bytes; the rest is counted and named."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from code_worker.errors import ImageRejectedError, TransientError
+
+if TYPE_CHECKING:
+    from code_worker.images.source import Sources
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "NO_IMAGE",
+    "PREFIX_BYTES",
+    "SIGNATURES",
+    "LeftOut",
+    "has_image_suffix",
+    "images_under",
+    "is_hidden",
+    "looks_like_image",
+    "signature_of",
+]
+
+IMAGE_SUFFIXES: Final = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
+)
+_TIFF: Final = (b"MM\0*", b"II*\0", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
+SIGNATURES: Final[Mapping[str, Callable[[bytes], bool]]] = {
+    "jpeg": lambda prefix: prefix.startswith(b"\xff\xd8\xff"),
+    "png": lambda prefix: prefix.startswith(b"\x89PNG\r\n\x1a\n"),
+    "gif": lambda prefix: prefix.startswith((b"GIF87a", b"GIF89a")),
+    "bmp": lambda prefix: prefix.startswith(b"BM"),
+    "tiff": lambda prefix: prefix.startswith(_TIFF),
+    "webp": lambda prefix: prefix[:4] == b"RIFF" and prefix[8:15] == b"WEBPVP8",
+}
+"""By format that is judged, what its files begin with."""
+PREFIX_BYTES: Final = 17
+"""One more than the longest signature: a bare signature is no header, nothing that follows could contradict it."""
+NO_IMAGE: Final = "neither the name nor the content is that of an image"
+_NAMED: Final = 10
+_LOOKS_AT_ONCE: Final = 8
+
+
+class LeftOut:
+    """What a walk left out: files that are no images by reason, and places that could not be looked into.
+
+    Attributes:
+        lost: places and why: links to directories, directories that cannot be listed.
+        unreadable: how many of them cannot be listed.
+    """
+
+    def __init__(self) -> None:
+        self.lost: list[tuple[str, str]] = []
+        self.unreadable = 0
+        self._passed_over: dict[str, tuple[int, list[str]]] = {}
+
+    def pass_over(self, name: str, reason: str) -> None:
+        """Counts a file, or a directory that is not looked into; the first 10 of a reason are named."""
+        count, names = self._passed_over.get(reason, (0, []))
+        if count < _NAMED:
+            names.append(name)
+        self._passed_over[reason] = count + 1, names
+
+    def lose(self, place: str, reason: str, *, unreadable: bool) -> None:
+        """Notes a place that may hold images."""
+        self.lost.append((place, reason))
+        self.unreadable += unreadable
+
+    @property
+    def passed_over(self) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+        """Reason, number of files, and the first of them by name."""
+        for reason, (count, names) in self._passed_over.items():
+            yield reason, count, tuple(names)
+
+
+def signature_of(prefix: bytes) -> str | None:
+    """Format that is judged of a file that begins like this, if any; see `PREFIX_BYTES`."""
+    if len(prefix) < PREFIX_BYTES:
+        return None
+    return next((kind for kind, begins in SIGNATURES.items() if begins(prefix)), None)
+
+
+def looks_like_image(prefix: bytes) -> bool:
+    """Whether a file whose name says nothing is an image, by its first `PREFIX_BYTES` bytes."""
+    kind = signature_of(prefix)
+    # Two letters make no BMP: behind them stand its size and four reserved bytes, which are 0.
+    return kind is not None and (kind != "bmp" or prefix[6:10] == bytes(4))
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a name ends as those of images that are judged do, in any case."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_hidden(part: str) -> bool:
+    """Whether a part of a path is of the system: `.DS_Store`, `._photo.jpg`, `__MACOSX`."""
+    return part.startswith((".", "__MACOSX")) and part not in {".", ".."}
+
+
+def images_under(sources: Sources, place: str, left_out: LeftOut) -> Iterator[str]:
+    """Images under a directory or `s3://bucket/prefix/`, in the order of their names, listed as they are asked for.
+
+    An image is what has the suffix of one, whatever it holds, and what begins as one, whatever it is called. Hidden
+    files and directories and `__MACOSX` are passed over, links to directories not followed.
+
+    Args:
+        sources: what lists and reads.
+        place: a directory or prefix that it may read.
+        left_out: takes everything else.
+
+    Raises:
+        ImageRejectedError, TransientError, SourceCredentialsError: as `Sources.list`.
+    """
+    listed = sources.list(place, left_out)
+    if not place.startswith("s3://"):
+        yield from _told(((uri, _look(sources, uri)) for uri in listed), left_out)
+        return
+    visible = _visible(listed, place, left_out)
+    with ThreadPoolExecutor(_LOOKS_AT_ONCE, thread_name_prefix="look") as pool:
+        yield from _told(_looked_ahead(sources, visible, pool), left_out)
+
+
+def _told(looked: Iterable[tuple[str, bool]], left_out: LeftOut) -> Iterator[str]:
+    for uri, is_image in looked:
+        if is_image:
+            yield uri
+        else:
+            left_out.pass_over(uri, NO_IMAGE)
+
+
+def _visible(listed: Iterable[str], place: str, left_out: LeftOut) -> Iterator[str]:
+    start = place[: place.rindex("/") + 1]
+    for uri in listed:
+        if any(map(is_hidden, uri.removeprefix(start).split("/"))):
+            left_out.pass_over(uri, "hidden")
+        else:
+            yield uri
+
+
+def _looked_ahead(sources: Sources, uris: Iterable[str], pool: ThreadPoolExecutor) -> Iterator[tuple[str, bool]]:
+    """In the order of the list, though many objects are looked into at the same time."""
+    pending: deque[tuple[str, Future[bool]]] = deque()
+    for uri in uris:
+        pending.append((uri, pool.submit(_look, sources, uri)))
+        if len(pending) > _LOOKS_AT_ONCE:
+            first, look = pending.popleft()
+            yield first, look.result()
+    while pending:
+        first, look = pending.popleft()
+        yield first, look.result()
+
+
+def _look(sources: Sources, uri: str) -> bool:
+    if has_image_suffix(uri.removesuffix("?versionId=")):
+        return True
+    try:
+        return looks_like_image(sources.peek(uri, PREFIX_BYTES))
+    except (ImageRejectedError, TransientError):
+        # Reading it says what is wrong; leaving it out would hide that.
+        return True

@@ -1,0 +1,164 @@
+"""What the running parts say of themselves, compared with each other, with the champion and with these settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from code_worker.errors import BrokerUnavailableError, ConfigurationError
+from code_worker.queues import QUEUES, TRAIN_QUEUE
+from code_worker.releases.registry import CHAMPION
+from code_worker.settings import Settings
+from code_worker.store import joblist, releases
+from code_worker.store import workers as fleet
+from code_worker.store.engine import open_store
+from code_worker.worker.doctor.check import Check, Status
+from code_worker.worker.report import differing, silence_s
+
+if TYPE_CHECKING:
+    from code_worker.store.engine import Session
+    from code_worker.store.workers import WorkerInfo
+
+__all__ = ["needed_heads", "queues", "workers"]
+
+_UNTAKEN_S: Final = 30.0
+_LATELY: Final = timedelta(minutes=10)
+
+
+def workers(settings: Settings) -> Iterator[Check]:
+    """Somebody works, with the champion, with its plugins and with these settings, and nothing fails in it."""
+    within_s = silence_s(settings)
+
+    def read(session: Session) -> tuple[list[WorkerInfo], str | None, dict[str, str]]:
+        champion = releases.alias(session, CHAMPION)
+        info = None if champion is None else releases.get(session, champion)
+        heads = {} if info is None else needed_heads(info.manifest)
+        return fleet.alive(session, within_s=within_s, role=None), champion, heads
+
+    with closing(open_store(settings.resolved_database_url, threads=1)) as store:
+        alive, champion, heads = store.run(read, write=False)
+    judging = [part for part in alive if part.role == fleet.JUDGES]
+    if not judging:
+        waiting = [_named(part) for part in alive if part.role == "consumer"]
+        none = f"none was heard of for {within_s:.0f} s"
+        text = f"{', '.join(waiting)} loads the model with the first job" if waiting else none
+        yield Check("workers", Status.OK if waiting else Status.WARN, text, "code-worker worker")
+    else:
+        yield Check("workers", Status.OK, f"{len(judging)} at work: {', '.join(map(_named, judging))}")
+    for part in judging:
+        yield from _follows(part, champion, heads)
+    for part in alive:
+        yield from _fails(part)
+        yield from _differs(settings, part)
+
+
+def needed_heads(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Plugin heads that a release needs, with the distribution that has each."""
+    entries = manifest.get("heads", {}).values()
+    return {entry["plugin_head"]: f"{entry['distribution']} {entry['distribution_version']}" for entry in entries}
+
+
+def _named(part: WorkerInfo) -> str:
+    return f"{part.host}:{part.pid}"
+
+
+def _follows(part: WorkerInfo, champion: str | None, heads: Mapping[str, str]) -> Iterator[Check]:
+    # One of an older version does not say which heads it has.
+    missing = sorted(set(heads).difference(part.info.get("heads", heads)))
+    for name in missing:
+        yield Check(
+            "workers",
+            Status.FAIL,
+            f"{_named(part)} has no plugin for the head {name!r} of champion {champion}",
+            f"install {heads[name]} there, and restart it",
+        )
+    if champion is not None and part.release != champion and not missing:
+        yield Check(
+            "workers",
+            Status.WARN,
+            f"{_named(part)} has release {part.release or 'none'}, the champion is {champion}",
+            "it follows within seconds; if not, its log says why",
+        )
+
+
+def _fails(part: WorkerInfo) -> Iterator[Check]:
+    for name, facts in part.info.get("failing", {}).items():
+        text = f"{name!r} failed {facts['failures']} times in a row, for {facts['seconds']:.0f} s: {facts['error']}"
+        yield Check("workers", Status.FAIL, f"{part.role} {_named(part)}: {text}", "see background_part_… in its log")
+
+
+def _differs(settings: Settings, part: WorkerInfo) -> Iterator[Check]:
+    if sections := differing(settings, part.info):
+        since = f"{part.started_at:%Y-%m-%d %H:%M} UTC"
+        text = (
+            f"{part.role} {_named(part)}, running since {since}, has other settings than here: {', '.join(sections)}"
+        )
+        hint = "restart it, so that it reads them, or set the same here: all parts should share them"
+        yield Check("workers", Status.WARN, text, hint)
+
+
+def queues(settings: Settings) -> Iterator[Check]:
+    """Somebody takes from each queue in which jobs wait, and producers publish where workers take from."""
+
+    def read(session: Session) -> tuple[list[WorkerInfo], dict[str, tuple[int, float]]]:
+        return fleet.alive(session, within_s=silence_s(settings), role=None), joblist.waiting(session)
+
+    with closing(open_store(settings.resolved_database_url, threads=1)) as store:
+        alive, waiting = store.run(read, write=False)
+    found = [*_untaken(settings, alive, waiting), *_elsewhere(settings, alive), *_unheard(alive)]
+    yield from found
+    if not found:
+        number = sum(count for count, _ in waiting.values())
+        yield Check("queues", Status.OK, f"{number} published and not taken yet" if number else "none waits")
+
+
+def _untaken(
+    settings: Settings, alive: Sequence[WorkerInfo], waiting: Mapping[str, tuple[int, float]]
+) -> Iterator[Check]:
+    if any("queues" not in part.info for part in alive if part.role == fleet.JUDGES):
+        return  # of an older version, or a child of a pool whose parent says it
+    taken = {queue for part in alive for queue in part.info.get("queues", ())}
+    for queue, (number, oldest_s) in sorted(waiting.items()):
+        if queue not in taken and oldest_s > _UNTAKEN_S:
+            yield Check(
+                "queues",
+                Status.FAIL,
+                f"no worker takes from {queue}: {number} wait, the oldest for {oldest_s:.0f} s",
+                f"code-worker worker, or in your own app a worker with -Q {','.join(QUEUES)}",
+            )
+    if (settings.schedule.retrain or settings.schedule.refit) and TRAIN_QUEUE not in taken:
+        text = f"a schedule is set and nobody takes from {TRAIN_QUEUE}"
+        yield Check("queues", Status.WARN, text, f"code-worker trainer, or a worker with -Q {TRAIN_QUEUE}")
+
+
+def _elsewhere(settings: Settings, alive: Sequence[WorkerInfo]) -> Iterator[Check]:
+    theirs = {part.info["broker"]: part for part in alive if part.info.get("broker")}
+    if not theirs:
+        return
+    from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only where there is something to compare
+
+    try:
+        with closing(Doorbell.for_producer(settings)) as doorbell:
+            here = doorbell.identity()
+    except (BrokerUnavailableError, ConfigurationError):
+        return  # the part `broker` says it
+    others = [_named(part) for name, part in theirs.items() if name != here]
+    if others:
+        status = Status.WARN if here in theirs else Status.FAIL
+        text = f"{', '.join(others)} takes from another broker or key prefix than these settings publish to"
+        hint = "give producers and workers the same CODE_WORKER_BROKER_URL and CODE_WORKER_BROKER__KEY_PREFIX"
+        yield Check("queues", status, text, f"{hint}; until then only the sweeper tells workers of jobs")
+
+
+def _unheard(alive: Sequence[WorkerInfo]) -> Iterator[Check]:
+    now = datetime.now(UTC)
+    for part in alive:
+        last = part.info.get("unheard")
+        if last and now - (at := datetime.fromisoformat(last["at"])) < _LATELY:
+            text = f"messages of {last['jobs']} jobs were seen by no worker; published again at {at:%H:%M} UTC"
+            hint = (
+                "has their producer another broker or key prefix? Run `code-worker doctor queues` with its settings"
+            )
+            yield Check("queues", Status.WARN, text, hint)

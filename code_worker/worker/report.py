@@ -1,0 +1,98 @@
+"""What a running part says of itself in the ledger: what it takes, by which settings it runs, what fails in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
+
+from code_worker._version import __version__
+from code_worker.worker.background import failing_parts
+from code_worker.worker.supervisor import OWNER_ENV
+
+if TYPE_CHECKING:
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Store
+
+__all__ = ["Reporter", "differing", "facts", "owner_name", "silence_s"]
+
+_COMPARED: Final = ("gate", "head", "labels", "limits", "retention", "roles", "schedule", "shadow", "training")
+_SILENT_LEASES: Final = 3.0
+
+
+def owner_name() -> str:
+    """A name for this process's life: its supervisor's, which frees its claims when it dies, or one of its own."""
+    return os.environ.get(OWNER_ENV) or f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
+
+
+def silence_s(settings: Settings) -> float:
+    """After so long without a word a part counts as gone."""
+    return _SILENT_LEASES * settings.worker.lease_s
+
+
+def facts(settings: Settings, role: str) -> dict[str, Any]:
+    """What every part says: its role, digests of the settings that all parts should share, schedules, what fails."""
+    return {
+        "role": role,
+        "settings": {name: _digest(settings, name) for name in _COMPARED},
+        "schedule": settings.schedule.model_dump(mode="json", include={"retrain", "refit", "calibrate"}),
+        "failing": dict(failing_parts()),
+    }
+
+
+def differing(settings: Settings, said: Mapping[str, Any]) -> list[str]:
+    """Sections of the settings in which a part that said `said` runs with others than these."""
+    theirs: Mapping[str, str] = said.get("settings") or {}
+    return [name for name in _COMPARED if name in theirs and theirs[name] != _digest(settings, name)]
+
+
+def _digest(settings: Settings, name: str) -> str:
+    """Of the values, which name people: a digest is enough to see that they differ."""
+    value = settings.model_dump(mode="json", include={name})
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Reporter:
+    """Signs of life of a process that judges nothing; one that does gives them with its leases."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Callable[[], Store],
+        role: str,
+        *,
+        owner: str,
+        more: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """Says nothing yet.
+
+        Args:
+            settings: those that the process runs by.
+            store: where to say it.
+            role: what the process does.
+            owner: its name.
+            more: what it has to say besides.
+        """
+        self.interval_s = settings.worker.lease_s / 3
+        self._settings = settings
+        self._store = store
+        self._role = role
+        self._owner = owner
+        self._more = more
+
+    def say(self) -> None:
+        """One sign of life."""
+        from code_worker.store import workers  # noqa: PLC0415 - SQLAlchemy: not where tasks are only listed
+
+        said = {**facts(self._settings, self._role), **self._more()}
+        self._store().run(lambda session: workers.beat(session, self._owner, version=__version__, info=said))
+
+    def end(self) -> None:
+        """The process ends in order."""
+        from code_worker.store import workers  # noqa: PLC0415 - as above
+
+        self._store().run(lambda session: workers.gone(session, self._owner))

@@ -1,0 +1,199 @@
+"""What running parts say of themselves, and what `doctor` and `schedule list` make of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from click.testing import CliRunner
+
+from code_worker.cli.schedule import schedule
+from code_worker.client import Client
+from code_worker.doorbell import Doorbell
+from code_worker.plugins import load_plugins
+from code_worker.queues import LIVE, NORMAL, QUEUES, SWEEP_QUEUE, TRAIN_QUEUE
+from code_worker.releases.registry import open_registry
+from code_worker.settings import Settings
+from code_worker.store import jobs, workers
+from code_worker.store.engine import Store
+from code_worker.worker import beat
+from code_worker.worker.app import create_app, install
+from code_worker.worker.background import Repeater
+from code_worker.worker.doctor import Check, Status, examine, fleet
+from code_worker.worker.host import Host
+from code_worker.worker.report import differing, facts
+from tests.servers import RedisServer
+from tests.worker.harness import wait_until
+
+Make = Callable[..., Settings]
+
+
+@pytest.fixture
+def make(sqlite_store: Store, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Settings of one deployment, in which some part may have others."""
+    monkeypatch.setenv("CODE_WORKER_DATABASE_URL", sqlite_store.url)
+    monkeypatch.setenv("CODE_WORKER_BROKER_URL", redis_server.url)
+    monkeypatch.setenv("CODE_WORKER_DATA_DIR", str(tmp_path))
+
+    def build(**other: Any) -> Settings:
+        return Settings(**other)
+
+    return build
+
+
+@pytest.fixture
+def running() -> Iterator[Callable[..., Host]]:
+    """Duties of a worker in this process."""
+    hosts: list[Host] = []
+
+    def start(settings: Settings, queues: frozenset[str], app: Celery | None = None) -> Host:
+        host = Host(app or create_app(settings), settings)
+        Doorbell._installed = None  # producers are other processes
+        hosts.append(host)
+        if queues & {*QUEUES, SWEEP_QUEUE}:
+            host.sweep()
+        host.start_reporting(queues)
+        return host
+
+    yield start
+    for host in hosts:
+        host.close()
+
+
+def found(part: str, **settings: Any) -> list[Check]:
+    return list(examine([part], **settings))
+
+
+def parts(store: Store) -> list[workers.WorkerInfo]:
+    return store.run(lambda session: workers.alive(session, within_s=60, role=None), write=False)
+
+
+def test_a_part_says_which_settings_it_runs_with_and_no_value_of_them(make: Make) -> None:
+    said = json.loads(json.dumps(facts(make(roles={"operators": ["alice"]}), "trainer")))
+    assert "alice" not in json.dumps(said)
+    assert differing(make(roles={"operators": ["alice"]}), said) == []
+    assert differing(make(schedule={"retrain": "0 3 * * sun"}), said) == ["roles", "schedule"]
+    assert differing(make(), {}) == [], "a part of an older version says nothing"
+
+
+def test_a_schedule_that_a_running_trainer_does_not_know_is_told_by_list_and_doctor(
+    make: Make, running: Callable[..., Host], sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = running(make(), frozenset({TRAIN_QUEUE}))
+    wait_until(lambda: parts(sqlite_store), 120, "the trainer's sign of life")
+    assert "restart" not in CliRunner().invoke(schedule, ["list"]).stderr
+    monkeypatch.setenv("CODE_WORKER_SCHEDULE__REFIT", "0 4 * * *")
+    listed = CliRunner().invoke(schedule, ["list"])
+    assert "refit: trainer " in listed.stderr
+    assert "restart it" in listed.stderr
+    refit = [json.loads(row) for row in CliRunner().invoke(schedule, ["list", "--json"]).stdout.splitlines()][1]
+    assert len(refit["restart"]) == 1
+    (silent, differs) = found("workers")
+    assert "none was heard of" in silent.message, "a trainer judges nothing"
+    assert "other settings than here: schedule" in differs.message
+    assert differs.status is Status.WARN
+    trainer.close()
+    assert "no trainer was heard of" in CliRunner().invoke(schedule, ["list"]).stderr
+    assert parts(sqlite_store) == []
+
+
+def test_a_beat_says_so_too_and_makes_no_database(make: Make, sqlite_store: Store, tmp_path: Path) -> None:
+    gone = tmp_path / "none.db"
+    for settings in (make(database_url=f"sqlite:///{gone}"), make()):
+        beat._start_reporting(settings)
+    wait_until(lambda: parts(sqlite_store), 120, "the beat's sign of life")
+    assert [part.role for part in parts(sqlite_store)] == ["beat"]
+    assert not gone.exists()
+
+
+def test_a_queue_from_which_nobody_takes_is_a_fault_once_jobs_wait(
+    make: Make, running: Callable[..., Host], sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = install(Celery("theirs", broker=make().resolved_broker_url, set_as_current=False), make())
+    running(make(), frozenset({LIVE, SWEEP_QUEUE}), app)
+    wait_until(lambda: parts(sqlite_store), 120, "a sign of life")
+    with closing(Client(make())) as client:
+        client.enqueue("s3://b/live", priority=9)
+        client.enqueue("s3://b/normal")
+    (waits,) = [check for check in found("queues") if check.status is not Status.FAIL]
+    assert "2 published" in waits.message
+    monkeypatch.setattr(fleet, "_UNTAKEN_S", -1.0)
+    (untaken,) = found("queues")
+    assert untaken.status is Status.FAIL
+    assert f"no worker takes from {NORMAL}: 1 wait" in untaken.message
+    assert f"-Q {','.join(QUEUES)}" in untaken.hint
+    (takes,) = found("workers")
+    assert "loads the model with the first job" in takes.message
+
+
+def test_a_producer_with_another_key_prefix_is_told(
+    make: Make, running: Callable[..., Host], sqlite_store: Store
+) -> None:
+    running(make(), frozenset(QUEUES))
+    wait_until(lambda: parts(sqlite_store), 120, "a sign of life")
+    assert [check.status for check in found("queues")] == [Status.OK]
+    (elsewhere,) = found("queues", broker={"key_prefix": "other:"})
+    assert elsewhere.status is Status.FAIL
+    assert "CODE_WORKER_BROKER__KEY_PREFIX" in elsewhere.hint
+
+
+def test_messages_that_no_worker_saw_are_told_wherever_doctor_runs(
+    make: Make, running: Callable[..., Host], sqlite_store: Store
+) -> None:
+    host = running(make(), frozenset(QUEUES))
+    with closing(Client(make(broker={"key_prefix": "other:"}))) as client:
+        job = client.enqueue("s3://b/k")
+    ago = "update jobs set published_at = datetime('now', '-60 seconds') || '.000000'"
+    with sqlite_store.engine.begin() as connection:
+        connection.exec_driver_sql(ago)
+    assert host.sweep().rung == 1
+    assert Doorbell(create_app(make())).depth(NORMAL) == 1
+    wait_until(lambda: any(part.info["unheard"] for part in parts(sqlite_store)), 120, "what the sweeper saw")
+    (unseen,) = found("queues")
+    assert unseen.status is Status.WARN
+    assert "messages of 1 jobs were seen by no worker" in unseen.message
+    assert sqlite_store.run(lambda session: jobs.get(session, job), write=False) is not None
+
+
+def test_a_champion_whose_head_no_plugin_offers_is_a_fault_here_and_on_each_worker(
+    make: Make, sqlite_store: Store, toy_release_dir: Path
+) -> None:
+    plugins = load_plugins(make())
+    registry = open_registry(make(), store=sqlite_store, plugins=plugins)
+    release = registry.add(toy_release_dir)
+    registry.promote(release, by="test")
+
+    def say(heads: list[str]) -> None:
+        said = {**facts(make(), "worker"), "heads": heads, "queues": list(QUEUES)}
+        sqlite_store.run(
+            lambda session: workers.beat(session, "a", version="0", release=release, host="first", pid=1, info=said)
+        )
+
+    say(sorted(plugins.heads()))
+    assert {check.status for check in (*found("release"), *found("workers"))} == {Status.OK}
+    say(["linear"])
+    lacking = [check for check in found("workers") if check.status is Status.FAIL]
+    assert {"first:1 has no plugin for the head 'knn'", "first:1 has no plugin for the head 'svm'"} == {
+        check.message.partition(" of champion")[0] for check in lacking
+    }
+    here = [check for check in found("release", plugins_allowed=["nobody"]) if check.status is Status.FAIL]
+    assert here, "a plugin that is not allowed is none"
+
+
+def test_a_part_that_fails_is_a_fault(make: Make, running: Callable[..., Host], sqlite_store: Store) -> None:
+    def fail() -> None:
+        raise LookupError("secret")
+
+    broken = Repeater("retention", 3600, fail)
+    broken.start()
+    running(make(), frozenset({TRAIN_QUEUE}))
+    wait_until(lambda: any(part.info["failing"] for part in parts(sqlite_store)), 120, "its sign of life")
+    broken.stop()
+    (failing,) = [check for check in found("workers") if check.status is Status.FAIL]
+    assert "'retention' failed 1 times in a row" in failing.message
+    assert "secret" not in failing.message
