@@ -93,7 +93,8 @@ class Registry:
     def import_(self, source: str, options: ImportOptions | None = None, *, by: str | None = None) -> str:
         """Builds a release from `source` (see `build_release`), stores and registers it; returns its id.
 
-        A checkpoint that was imported before, and differs in nothing but the time, is the release that is here already.
+        A checkpoint that was imported before, and differs in nothing but the time, is the release that is
+        here already.
 
         Raises:
             NotAllowedError: `by` (unset: the user of this process) is no operator.
