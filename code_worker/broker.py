@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ssl
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from code_worker.errors import ConfigurationError
-from code_worker.queues import MODERATE, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
+from code_worker.logs import redact
+from code_worker.queues import MODERATE, NORMAL, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.settings import Settings
 
 __all__ = [
+    "ALL_QUEUES",
+    "OWN_VISIBILITY",
     "REDIS_TRANSPORT",
+    "ROUTES",
+    "TRANSPORTS",
     "celery_config",
     "check_broker",
     "check_visibility",
@@ -20,7 +25,16 @@ __all__ = [
     "transport_options",
 ]
 
-REDIS_TRANSPORT = "code_worker.worker.transport:RedisTransport"
+REDIS_TRANSPORT: Final = "code_worker.worker.transport:RedisTransport"
+TRANSPORTS: Final = {"redis": REDIS_TRANSPORT, "rediss": "code_worker.worker.transport:TlsRedisTransport"}
+"""Our transport by the scheme of a broker's URL."""
+ALL_QUEUES: Final = (*QUEUES, SWEEP_QUEUE, TRAIN_QUEUE)
+ROUTES: Final = {
+    MODERATE: {"queue": NORMAL},
+    SWEEP: {"queue": SWEEP_QUEUE},
+    **{task: {"queue": TRAIN_QUEUE} for task in (RETRAIN, REFIT, WATCH)},
+}
+OWN_VISIBILITY: Final = "CODE_WORKER_BROKER__VISIBILITY_TIMEOUT_S"
 _OTHER_REDIS = frozenset({"redis+socket", "sentinel"})
 _BATCHES_PER_VISIBILITY = 4
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", None, ""})
@@ -28,7 +42,7 @@ _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", None, ""})
 
 def is_redis(url: str) -> bool:
     """Whether the URL names a Redis server reached by TCP or TLS."""
-    return urlsplit(url).scheme in {"redis", "rediss"}
+    return urlsplit(url).scheme in TRANSPORTS
 
 
 def check_broker(settings: Settings) -> str:
@@ -57,8 +71,8 @@ def check_broker(settings: Settings) -> str:
     return url
 
 
-def check_visibility(visibility_timeout_s: float, settings: Settings) -> None:
-    """Refuses a visibility timeout within which a batch may still be under way.
+def check_visibility(visibility_timeout_s: float, settings: Settings, *, setting: str = OWN_VISIBILITY) -> None:
+    """Refuses a visibility timeout within which a batch may still be under way; `setting` is where it was set.
 
     Raises:
         ConfigurationError: it is shorter than four of the longest silences that a batch is allowed.
@@ -67,9 +81,17 @@ def check_visibility(visibility_timeout_s: float, settings: Settings) -> None:
     if visibility_timeout_s < least_s:
         raise ConfigurationError(
             f"visibility timeout of {visibility_timeout_s:g} s: messages of batches still under way would be "
-            f"delivered again; set CODE_WORKER_BROKER__VISIBILITY_TIMEOUT_S to {least_s} or more (four times "
-            "CODE_WORKER_WORKER__BATCH_TIMEOUT_S)"
+            f"delivered again; set {setting} to {least_s} or more (four times CODE_WORKER_WORKER__BATCH_TIMEOUT_S)"
         )
+
+
+class _Masked(str):
+    """A URL that shows no password where a configuration is printed, as `celery report` does."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(redact(str(self)))
 
 
 def tls_options(url: str) -> dict[str, Any] | None:
@@ -125,11 +147,15 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "worker_send_task_events": settings.worker.remote_control != "off",
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
-        "task_routes": {
-            SWEEP: {"queue": SWEEP_QUEUE},
-            MODERATE: {"queue": "code_worker.normal"},
-            **{task: {"queue": TRAIN_QUEUE} for task in (RETRAIN, REFIT, WATCH)},
+        "task_routes": dict(ROUTES),
+        # What a worker takes that is told of none: training takes long, and has a worker of its own.
+        "task_queues": {
+            name: {"exchange": name, "exchange_type": "direct", "routing_key": name}
+            for name in (*QUEUES, SWEEP_QUEUE)
         },
+        # The encoder is shared by threads; a process each would load it again.
+        "worker_pool": "threads",
+        "worker_concurrency": settings.worker.concurrency,
         "task_publish_retry_policy": {
             "max_retries": 2,
             "interval_start": 0.1,
@@ -139,15 +165,17 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "redbeat_key_prefix": f"{settings.broker.key_prefix}redbeat:",
         "redbeat_lock_timeout": 50,
         "beat_max_loop_interval": 5,
+        "beat_schedule_filename": str(settings.data_path / "run" / "beat-schedule"),
     }
     return {**config, **_redis_config(url, settings)} if is_redis(url) else config
 
 
 def _redis_config(url: str, settings: Settings) -> dict[str, Any]:
     return {
-        "broker_transport": REDIS_TRANSPORT,
+        "broker_transport": TRANSPORTS[urlsplit(url).scheme],
         "broker_transport_options": transport_options(settings),
         "broker_use_ssl": tls_options(url),
-        "redbeat_redis_url": url,
+        "beat_scheduler": "code_worker.worker.beat:KeptScheduler",
+        "redbeat_redis_url": _Masked(url),
         "redbeat_redis_options": {"socket_timeout": settings.broker.socket_timeout_s, "socket_keepalive": True},
     }

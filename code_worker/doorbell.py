@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
 
 from celery import Celery
-from kombu.entity import Queue
+from kombu.entity import Exchange, Queue
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
@@ -20,10 +20,24 @@ from code_worker.queues import MODERATE, jobs_message
 if TYPE_CHECKING:
     from code_worker.settings import Settings
 
-__all__ = ["Doorbell"]
+__all__ = ["Doorbell", "bound_queue"]
 
 log = get_logger(__name__)
 _MARK = "code_worker.mark"
+_PERSISTENT = 2
+
+
+def bound_queue(name: str) -> Queue:
+    """A queue of ours: bound to a direct exchange of its own by its name, so that nobody else's messages reach it."""
+    return Queue(name, Exchange(name, type="direct"), routing_key=name)
+
+
+class _Straight:
+    """A router that leaves a message where it was sent, whatever an app's own routes catch."""
+
+    def route(self, options: dict[str, Any], *_: object, **__: object) -> dict[str, Any]:
+        """The options as they are."""
+        return options
 
 
 class Doorbell:
@@ -59,18 +73,8 @@ class Doorbell:
         Raises:
             BrokerUnavailableError: the broker did not take it in time.
         """
-        try:
-            self._app.send_task(
-                MODERATE,
-                args=(jobs_message(job_ids),),
-                # What monitors show of the arguments; Celery's own text of them takes longer than all else here.
-                argsrepr=f"({len(job_ids)} jobs)",
-                queue=queue,
-                ignore_result=True,
-                serializer="json",
-            )
-        except (OperationalError, RedisError, ConnectionError, TimeoutError) as error:
-            raise BrokerUnavailableError(f"broker did not take the message: {error}") from error
+        # What monitors show of the arguments; Celery's own text of them takes longer than all else here.
+        self._send(MODERATE, queue, args=(jobs_message(job_ids),), argsrepr=f"({len(job_ids)} jobs)")
         log.debug("jobs_published", jobs=job_ids)
 
     def call(
@@ -81,14 +85,20 @@ class Doorbell:
         Raises:
             BrokerUnavailableError: the broker did not take it in time.
         """
+        self._send(task, queue, kwargs=dict(arguments or {}), expires=expires_s)
+
+    def _send(self, task: str, queue: str, **message: Any) -> None:
+        """Publishes to a queue of ours, by its own exchange; routes and defaults of the app change nothing of it."""
         try:
             self._app.send_task(
                 task,
-                kwargs=dict(arguments or {}),
-                queue=queue,
+                queue=bound_queue(queue),
+                router=_Straight(),
                 ignore_result=True,
                 serializer="json",
-                expires=expires_s,
+                delivery_mode=_PERSISTENT,
+                priority=0,
+                **message,
             )
         except (OperationalError, RedisError, ConnectionError, TimeoutError) as error:
             raise BrokerUnavailableError(f"broker did not take the message: {error}") from error
@@ -101,7 +111,22 @@ class Doorbell:
         """
         with self._channel() as channel:
             # Not passively: kombu looks for the key without its prefix then, and calls every queue unknown.
-            return int(Queue(queue, channel=channel).queue_declare().message_count)
+            return int(bound_queue(queue)(channel).queue_declare().message_count)
+
+    def unbind(self, exchange: str, queues: Iterable[str]) -> list[str]:
+        """Takes queues from an exchange that they are bound to in Redis, and returns which were.
+
+        Raises:
+            BrokerUnavailableError: see `depth`.
+        """
+        with self._channel() as channel:
+            if not _is_redis(channel):
+                return []
+            bound = [binding for binding in channel.get_table(exchange) if binding[-1] in set(queues)]
+            for key in (channel.keyprefix_queue, getattr(channel, "keyprefix_binding_permanent", None)):
+                if key and bound:
+                    channel.client.srem(key % (exchange,), *(channel.sep.join(binding) for binding in bound))
+            return sorted({binding[-1] for binding in bound})
 
     def marked(self) -> bool:
         """Whether the broker still holds the mark of an earlier `mark`; a broker that is not Redis is trusted to.

@@ -13,12 +13,19 @@ from typing import Any
 
 import structlog
 
+from code_worker.terminal import printable, printable_lines
+
 __all__ = ["configure_logging", "get_logger", "log_uncaught", "redact"]
 
+_OF_LINES = frozenset({"exception", "stack"})
 _SECRETS = (
     # What comes before keeps the search linear: a message of somebody's may be megabytes of letters.
     # A password may hold what it should not, of a URL of somebody's that is quoted before anybody reads it.
-    re.compile(r"(?<![a-zA-Z0-9+.\-])(?P<keep>[a-zA-Z0-9+.\-]+://[^\s/:@]*:)(?:[^\s,;\"']{1,200}|[^\s/@]+)(?=@)"),
+    # Commas, semicolons and quotes may end it; where no @ comes before them, they are in it.
+    re.compile(
+        r"(?<![a-zA-Z0-9+.\-])(?P<keep>[a-zA-Z0-9+.\-]+://[^\s/:@]*:)"
+        r"(?:[^\s,;\"']{1,200}|(?:(?!://)\S){1,200}|[^\s/@]+)(?=@)"
+    ),
     re.compile(
         r"(?P<keep>\b(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId)=)[^&\s\"']+",
         re.IGNORECASE,
@@ -37,6 +44,14 @@ def _redact_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMa
     for name, value in event.items():
         if isinstance(value, str):
             event[name] = redact(value)
+    return event
+
+
+def _printable_event(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """For a terminal: a traceback keeps its lines, all else stands on one."""
+    for name, value in event.items():
+        text = value if isinstance(value, str) else str(value)
+        event[name] = (printable_lines if name in _OF_LINES else printable)(text)
     return event
 
 
@@ -84,11 +99,12 @@ def configure_logging(level: str = "info", form: str = "auto") -> None:
         if form == "json"
         else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
+    shown = [] if form == "json" else [_printable_event]
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=_SHARED,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _redact_event, last],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _redact_event, *shown, last],
         )
     )
     logging.captureWarnings(capture=True)

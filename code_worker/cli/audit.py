@@ -13,7 +13,7 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, json_option, limit_option
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import print_json_lines, print_table, to_json
+from code_worker.cli.output import print_json_lines, print_table, say, to_json
 
 if TYPE_CHECKING:
     from code_worker.store.audit import Entry, Verified
@@ -74,7 +74,7 @@ def list_(
         columns = ("seq", "at", "actor", "action", "subject", "details")
         print_table([asdict(entry) for entry in page], columns, empty="nothing was recorded")
     if len(found) > limit:
-        click.echo(f"more: --after {page[-1].seq}", err=True)
+        say(f"more: --after {page[-1].seq}", err=True)
 
 
 def _record(entry: Entry) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def verify(*, head: tuple[int, str] | None, as_json: bool) -> None:
 
 def _say(found: Verified) -> None:
     for flaw in found.flaws:
-        click.echo(f"entry {flaw.seq}: {flaw.problem}", err=True)
+        say(f"entry {flaw.seq}: {flaw.problem}", err=True)
     if found.flaws:
-        click.echo(f"FAILED: {len(found.flaws)} flaws in {found.entries} entries", err=True)
+        say(f"FAILED: {len(found.flaws)} flaws in {found.entries} entries", err=True)
     else:
-        click.echo(f"{found.entries} entries, whole; the last is {found.entries}:{found.hash}")
+        say(f"{found.entries} entries, whole; the last is {found.entries}:{found.hash}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from code_worker.cli.ledger import quiet_settings
-from code_worker.cli.output import print_json_lines
+from code_worker.cli.output import print_json_lines, say
 
 if TYPE_CHECKING:
     from code_worker.store.engine import Store
@@ -50,11 +50,11 @@ def upgrade(*, sql: bool, beside: bool, as_json: bool) -> None:
         newer = migrate.is_newer(now)
         print_json_lines([{"before": before, "revision": now, "changed": before != now, "newer": newer}])
     elif migrate.is_newer(now):
-        click.echo(f"{_newer(now, migrate.head())}: nothing to do")
+        say(f"{_newer(now, migrate.head())}: nothing to do")
     elif before == now:
-        click.echo(f"database is current ({now})")
+        say(f"database is current ({now})")
     else:
-        click.echo(f"database upgraded from {before or 'empty'} to {now}")
+        say(f"database upgraded from {before or 'empty'} to {now}")
 
 
 @db.command()
@@ -71,10 +71,10 @@ def current(context: click.Context, *, as_json: bool) -> None:
         found = {"dialect": kind, "revision": have, "needed": need, "current": have == need, "newer": newer}
         print_json_lines([found])
     elif newer:
-        click.echo(f"{kind} database: {_newer(have, need)}; it serves")
+        say(f"{kind} database: {_newer(have, need)}; it serves")
     else:
         hint = "" if have == need else f"; this version needs {need}: run `code-worker db upgrade`"
-        click.echo(f"{kind} database, revision {have or 'none'}{hint}")
+        say(f"{kind} database, revision {have or 'none'}{hint}")
     if have != need and not newer:
         context.exit(1)
 
@@ -97,7 +97,7 @@ def backup(file: Path, *, as_json: bool) -> None:
     if as_json:
         print_json_lines([{"file": str(file), "size_bytes": size}])
     else:
-        click.echo(f"{file}: {size} bytes")
+        say(f"{file}: {size} bytes")
 
 
 @db.command()
@@ -117,5 +117,5 @@ def restore(file: Path, *, as_json: bool) -> None:
     if as_json:
         print_json_lines([{"restored": str(file), "before": kept and str(kept)}])
         return
-    click.echo(f"restored {file}{f'; what was there before is in {kept}' if kept else ''}")
-    click.echo("next: code-worker db upgrade, then start the workers")
+    say(f"restored {file}{f'; what was there before is in {kept}' if kept else ''}")
+    say("next: code-worker db upgrade, then start the workers")

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from code_worker.cli.output import console, print_json_lines
 from code_worker.logs import configure_logging
+from code_worker.terminal import printable
 from code_worker.worker.doctor import PARTS, Check, Status, examine, hung
 
 __all__ = ["doctor"]
@@ -57,7 +58,7 @@ def _print(found: Sequence[Check]) -> None:
     table.add_column(overflow="fold")
     for check in found:
         style = _STYLES[check.status]
-        table.add_row(Text(check.status.value, style=style), Text(check.name), Text(check.message))
+        table.add_row(Text(check.status.value, style=style), Text(check.name), Text(printable(check.message)))
         if check.hint and check.status is not Status.OK:
-            table.add_row("", "", Text(f"→ {check.hint}", style="dim"))
+            table.add_row("", "", Text(printable(f"→ {check.hint}"), style="dim"))
     console().print(table)

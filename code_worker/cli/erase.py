@@ -13,12 +13,13 @@ import click
 from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option
 from code_worker.cli.erasures import receipt_record, say_receipt
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_facts, to_json
+from code_worker.cli.output import print_facts, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 
 if TYPE_CHECKING:
     from code_worker.data.erasure import Eraser, Preview, Scope
+    from code_worker.store.erasures import Receipt
 
 __all__ = ["erase"]
 
@@ -63,8 +64,11 @@ def erase(
 
     Rows, embeddings, labels, kept copies, caches and directories of runs go; releases whose heads may hold embeddings
     lose their files once no alias points to them; the database's files are rewritten. Begun again after a crash it
-    goes on where it ended. Exit status 1 when something could not be erased now, or nothing is kept of the job or
-    tenant; 2 when there is no terminal to ask at and no `--yes`.
+    goes on where it ended. What was erased before and of which nothing is kept is not erased again: its receipt is
+    shown.
+
+    Exit status: 0 erased; 1 something could not be erased now, or nothing is kept of the job, image or tenant nor was
+    anything erased of it; 2 when there is no terminal to ask at and no `--yes`.
     """
     from code_worker.data.erasure import Eraser, Scope  # noqa: PLC0415 - SQLAlchemy and storage: not for --help
 
@@ -78,7 +82,7 @@ def erase(
     with open_ledger(settings) as store:
         eraser = Eraser(settings, store)
         if resume:
-            click.echo(f"{eraser.resume()} erasures were left, and are finished")
+            say(f"{eraser.resume()} erasures were left, and are finished")
         elif dry_run:
             _say_preview(eraser.preview(scope), as_json=as_json)
         else:
@@ -86,11 +90,19 @@ def erase(
 
 
 def _erase(eraser: Eraser, scope: Scope, why: str, *, keep_releases: bool, ask: bool, as_json: bool) -> None:
+    if (before := eraser.erased_before(scope)) is not None:
+        say("it was erased before, and nothing is kept of it; this is the receipt of then:", err=True)
+        _say_erased(before, as_json=as_json)
+        return
     if ask:
         _say_preview(eraser.preview(scope), as_json=False)
         click.confirm("This cannot be undone. Erase it?", abort=True)
     with progress("erasing", counted=True) as advance:
         receipt = eraser.erase(scope, by=who(), why=why, keep_releases=keep_releases, say=advance)
+    _say_erased(receipt, as_json=as_json)
+
+
+def _say_erased(receipt: Receipt, *, as_json: bool) -> None:
     if as_json:
         click.echo(to_json(receipt_record(receipt)))
     else:

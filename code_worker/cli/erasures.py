@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import ID, json_option, limit_option
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import print_facts, print_json_lines, print_table, to_json
+from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
 from code_worker.errors import StoreError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def receipt_record(receipt: Receipt) -> dict[str, Any]:
 def say_receipt(receipt: Receipt) -> None:
     """A receipt in a few lines."""
     state = "erased" if receipt.state == "done" else "not finished: code-worker erase --resume"
-    click.echo(f"{receipt.id}: {state}")
+    say(f"{receipt.id}: {state}")
     print_facts(
         {
             "scope": receipt.scope,
@@ -114,7 +114,7 @@ def say_receipt(receipt: Receipt) -> None:
     if rows:
         print_table(rows, ("release", "how", "files"), empty="")
     if any(row["files"] == "waiting" for row in rows):
-        click.echo(
+        say(
             "A release in use learned from it, and its heads may hold embeddings: code-worker refit. Its files are "
             "deleted once another is in use."
         )

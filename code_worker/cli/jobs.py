@@ -11,7 +11,7 @@ import click
 
 from code_worker.cli.arguments import ID, json_option, limit_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_facts, print_json_lines, print_table, to_json
+from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import job_record, judgement, verdict_record
 from code_worker.errors import StoreError
@@ -58,7 +58,7 @@ def list_(
         columns = ("created_at", "id", "state", "queue", "attempts", "faults", "uri")
         print_table(map(_row, page), columns, empty="no jobs match" if wanted != JobFilter() else "no jobs yet")
     if len(found) > limit:
-        click.echo(f"more: --after {page[-1].id}", err=True)
+        say(f"more: --after {page[-1].id}", err=True)
 
 
 def _row(job: JobInfo) -> dict[str, Any]:
@@ -83,9 +83,9 @@ def show(id_: str, *, as_json: bool) -> None:
     facts = {name.replace("_", " "): value for name, value in job_record(job).items() if value not in ({}, "")}
     print_facts({**facts, "metadata": to_json(job.metadata) if job.metadata else None})
     if verdict is None:
-        click.echo("\nno verdict yet")
+        say("", "no verdict yet")
     else:
-        click.echo(f"\nverdict: {judgement(verdict)}   (code-worker verdicts show {id_})")
+        say("", f"verdict: {judgement(verdict)}   (code-worker verdicts show {id_})")
 
 
 @jobs.command()
@@ -107,14 +107,14 @@ def retry(ids: Sequence[str], *, state: str | None, reason: str | None, limit: i
     with open_ledger(settings) as store:
         wanted = list(ids) or list(_found(store, reason, limit))
         if not wanted:
-            click.echo("no job to retry")
+            say("no job to retry")
             return
         if not ids and not yes:
             click.confirm(f"retry {len(wanted)} jobs?", abort=True, err=True)
         again = _retry(store, wanted)
-    click.echo(f"{again} of {len(wanted)} jobs are judged again; workers hear of them within seconds")
+    say(f"{again} of {len(wanted)} jobs are judged again; workers hear of them within seconds")
     if ids and again < len(wanted):
-        click.echo("the others are unknown or not finished: see `code-worker jobs show ID`", err=True)
+        say("the others are unknown or not finished: see `code-worker jobs show ID`", err=True)
         raise SystemExit(1)
 
 
@@ -190,4 +190,4 @@ def dead_letters(*, limit: int, after: str | None, as_json: bool) -> None:
         rows = [{**letter, "message": letter["body"][:_SHOWN_OF_MESSAGE]} for letter in page]
         print_table(rows, ("at", "id", "error", "message"), empty="no dead letters: every message could be read")
     if len(found) > limit:
-        click.echo(f"more: --after {found[limit - 1].id}", err=True)
+        say(f"more: --after {found[limit - 1].id}", err=True)

@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import to_json
+from code_worker.cli.output import say, to_json
 from code_worker.cli.who import who
 
 __all__ = ["label"]
@@ -63,4 +63,4 @@ def label(
     if as_json:
         click.echo(to_json({**asdict(done), "label": label_}))
     else:
-        click.echo(f"{'labelled' if done.new else 'said before:'} {label_}: {done.uri} ({done.sha256})")
+        say(f"{'labelled' if done.new else 'said before:'} {label_}: {done.uri} ({done.sha256})")

@@ -14,7 +14,7 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option, raw_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_json_lines, print_table, to_json
+from code_worker.cli.output import print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import write_csv
 from code_worker.cli.who import who
@@ -131,7 +131,7 @@ def _reported(done: Iterator[Imported]) -> dict[str, int]:
     with progress("importing labels", counted=True) as advance:
         for some in done:
             for place, reason in some.refused:
-                click.echo(f"{place}: {reason}", err=True)
+                say(f"{place}: {reason}", err=True)
             counts["new"] += some.new
             counts["known"] += some.rows - some.new - len(some.refused)
             counts["refused"] += len(some.refused)
@@ -267,7 +267,7 @@ def settle(target: str, label: str, generator: str | None, note: str) -> None:
             done = labeller.label(target, label, by=who(), generator=generator, note=note, source=REVIEW)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
-    click.echo(f"{'settled' if done.new else 'settled before:'} {label}: {done.uri} ({done.sha256})")
+    say(f"{'settled' if done.new else 'settled before:'} {label}: {done.uri} ({done.sha256})")
 
 
 def _conflict_record(conflict: Conflict, rules: LabelSettings) -> dict[str, Any]:

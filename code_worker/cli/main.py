@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
 from code_worker._version import __version__
 from code_worker.errors import CodeWorkerError, ConfigurationError
 from code_worker.logs import redact
+from code_worker.terminal import printable
 
 __all__ = ["cli", "main"]
 
@@ -50,6 +52,14 @@ _COMMANDS = {
 
 class LazyGroup(click.Group):
     """Knows its commands by name and help line; imports one when it is called."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; click's own errors quote words that somebody's list may have brought."""
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            error.message = printable(error.message)  # type: ignore[misc]  # raised anew, it would lose its class
+            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Every command, sorted."""
@@ -94,8 +104,12 @@ def main() -> None:
     try:
         cli(prog_name="code-worker")
     except CodeWorkerError as error:
-        click.echo(f"code-worker: {redact(str(error))}", err=True)
+        click.echo(printable(f"code-worker: {redact(str(error))}"), err=True)
         sys.exit(2 if isinstance(error, ConfigurationError) else 1)
+    except PermissionError as error:
+        place = error.filename or "a file"
+        click.echo(printable(f"code-worker: this user may not use {place}: {error.strerror}"), err=True)
+        sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "code_worker":
             raise

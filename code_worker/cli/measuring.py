@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from code_worker.cli.ledger import has_database, open_ledger
+from code_worker.cli.output import say
 from code_worker.cli.scan_runtime import load
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def open_measured(settings: Settings, release: str | None) -> Iterator[Measured]
 
     loaded, policies = load(settings, release, load_plugins(settings))
     if loaded.manifest.toy:
-        click.echo(f"{loaded.id} is a toy: its figures say nothing about real images", err=True)
+        say(f"{loaded.id} is a toy: its figures say nothing about real images", err=True)
     in_database = has_database(settings) and not (release is not None and Path(release).is_dir())
     with open_ledger(settings) if in_database else nullcontext() as store:
         runtime = start_runtime(loaded, settings, lazy=True)
@@ -82,6 +81,6 @@ def _cache(store: Store, encoder_sha256: str, settings: Settings) -> tuple[Known
 def list_skipped(skipped: Sequence[Skipped]) -> None:
     """Every image that could not be used and how many files were passed over, on stderr."""
     for one in skipped:
-        click.echo(str(one), err=True)
+        say(str(one), err=True)
     if lost := sum(one.is_loss for one in skipped):
-        click.echo(f"{lost} skipped", err=True)
+        say(f"{lost} skipped", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -12,8 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["console", "moment", "print_facts", "print_json_lines", "print_table", "to_json"]
+from code_worker.terminal import printable
 
+__all__ = ["console", "moment", "print_facts", "print_json_lines", "print_table", "say", "to_json"]
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _WHOLE = frozenset({"id", "job", "created_at", "at"})
 
 
@@ -23,9 +27,17 @@ def console(*, stderr: bool = False) -> Console:
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=200)
 
 
+def say(*lines: str, err: bool = False) -> None:
+    """Prints messages, one on each line; what came from outside cannot change the terminal or forge a line."""
+    for line in lines:
+        click.echo(printable(line), err=err)
+
+
 def to_json(value: Any) -> str:
     """One line of JSON; times in ISO 8601."""
-    return json.dumps(value, default=_plain, ensure_ascii=False)
+    text = json.dumps(value, default=_plain, ensure_ascii=False)
+    # Of a file's name that is not UTF-8; alone they cannot be written.
+    return _SURROGATES.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _plain(value: object) -> str:
@@ -47,7 +59,7 @@ def print_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, em
     """A plain table of the named columns; `empty` is said when there is no row. Ids and times stay in one piece."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=column in _WHOLE)
+        table.add_column(Text(printable(column.replace("_", " "))), overflow="fold", no_wrap=column in _WHOLE)
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     if table.row_count:
@@ -63,11 +75,11 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts.items():
         if value is not None:
-            table.add_row(name, _cell(value))
+            table.add_row(_cell(name), _cell(value))
     console().print(table)
 
 
 def _cell(value: object) -> Text:
     if value is None:
         return Text("")
-    return Text((moment(value) or "") if isinstance(value, datetime) else str(value))
+    return Text((moment(value) or "") if isinstance(value, datetime) else printable(str(value)))

@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_json_lines, print_table, to_json
+from code_worker.cli.output import print_json_lines, print_table, say, to_json
 from code_worker.cli.who import who
 from code_worker.errors import UnknownHeadError
 
@@ -69,7 +69,7 @@ def list_(*, history: bool, tenant: str | None, content_type: str | None, as_jso
     )
     print_table([_readable(row, row.id in stale) for row in found], (*columns, "note"), empty=_PUBLISHED)
     if stale & {row.id for row in found}:
-        click.echo(
+        say(
             f"stale: the champion is {champion}; draw them anew with `code-worker calibrate --after-promote`",
             err=True,
         )
@@ -128,9 +128,7 @@ def set_(
     if as_json:
         click.echo(to_json(asdict(made)))
         return
-    click.echo(
-        f"version {made.version} for {made.scope}: real below {low:g}, fake from {high:g}; workers take it over"
-    )
+    say(f"version {made.version} for {made.scope}: real below {low:g}, fake from {high:g}; workers take it over")
 
 
 def _check_head(store: Store, head: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from code_worker.cli.output import console
+from code_worker.terminal import printable
 
 __all__ = ["progress"]
 
@@ -24,7 +25,7 @@ def progress(
     """
     bar = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         *([] if total is None else [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]),
         *([TextColumn("{task.completed}")] if total is None and counted else []),
         console=console(stderr=True),
@@ -34,5 +35,5 @@ def progress(
         redirect_stdout=False,
     )
     with bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(printable(what), total=total)
         yield lambda done: bar.advance(task, done)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_json_lines, print_table
+from code_worker.cli.output import print_json_lines, print_table, say
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.roles import Role, require
@@ -41,7 +41,7 @@ def draw_anew(*, dry_run: bool, as_json: bool) -> None:
         rows = [_readable(one) for one in redrawn]
         print_table(rows, ("scope", "head", "low", "high", "version", "problem"), empty="no policy is stale")
         if dry_run and redrawn:
-            click.echo("nothing was set (--dry-run)")
+            say("nothing was set (--dry-run)")
     if any(one.problem for one in redrawn):
         click.get_current_context().exit(1)
 

@@ -10,7 +10,7 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_table, to_json
+from code_worker.cli.output import print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.types import Label, RejectReason
@@ -88,16 +88,16 @@ def rescore(
 
 def _say(release: str, tally: RescoreTally, *, dry_run: bool) -> None:
     facts = tally.to_dict()
-    click.echo(
+    say(
         f"{tally.examined} verdicts looked at, {tally.rescored} {'would be' if dry_run else 'were'} given again by "
         f"{release}; {tally.unchanged} say so already"
     )
     if tally.rescored:
-        click.echo(f"scores moved by {facts['mean_shift']:+.4f} on average\n")
+        say(f"scores moved by {facts['mean_shift']:+.4f} on average", "")
         rows = [{"before": was, **{f"now {now}": tally.transitions[was][now] for now in Label}} for was in Label]
         print_table(rows, ("before", *(f"now {now}" for now in Label)), empty="")
     if tally.left:
-        click.echo("\nleft as they are")
+        say("", "left as they are")
         left: list[dict[str, Any]] = [
             {"images": number, "reason": reason, "what it means": _LEFT.get(reason) or _of_rejection(reason)}
             for reason, number in tally.left.most_common()

@@ -28,7 +28,7 @@ def run_progress(kind: str) -> Iterator[Callable[[str, Mapping[str, Any]], None]
     """A bar that goes when the run ends; yields what hears its stages."""
     bar = Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

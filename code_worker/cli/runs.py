@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import ID, json_option, limit_option
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import print_facts, print_json_lines, print_table, to_json
+from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
 from code_worker.errors import StoreError
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def run_record(run: Run) -> dict[str, Any]:
 
 def say_run(run: Run) -> None:
     """How a run stands, in a few lines."""
-    click.echo(f"{run.kind} {run.id}: {_standing(run)}")
+    say(f"{run.kind} {run.id}: {_standing(run)}")
     for reason in run.reasons:
-        click.echo(f"  {reason}")
+        say(f"  {reason}")
 
 
 def _standing(run: Run) -> str:
@@ -152,7 +152,7 @@ def _print_evidence(run: Run) -> None:
     if rows:
         print_table(rows, tuple(rows[0]), empty="")
     if spending := gate.get("spending"):
-        click.echo(
+        say(
             f"comparison {spending['before'] + 1} with this champion: {spending['level']:.2%} of the "
             f"{spending['error']:.0%} that an equal release may pass by luck in its reign, {spending['left']:.2%} "
             f"are left, {spending['left_now']:.2%} of them on this hold-out; the rest opens as it grows"

@@ -9,11 +9,11 @@ import click
 
 from code_worker.cli.arguments import json_option, raw_option
 from code_worker.cli.ledger import quiet_settings
+from code_worker.cli.output import say
 from code_worker.cli.progress import progress
 from code_worker.cli.scan_inputs import Inputs
 from code_worker.cli.scan_report import Form, Tally, printer
 from code_worker.cli.scan_runtime import start
-from code_worker.data.names import printable
 
 if TYPE_CHECKING:
     from code_worker.images.listing import LeftOut
@@ -74,17 +74,17 @@ def scan(
             tally.add(verdict)
             advance(1)
     _say_left_out(inputs.left_out)
-    click.echo(tally.summary(), err=True)
+    say(tally.summary(), err=True)
     raise SystemExit(1 if tally.rejected or inputs.left_out.unreadable else 0)
 
 
 def _say_left_out(left_out: LeftOut) -> None:
     for place, reason in left_out.lost:
-        click.echo(f"{printable(place)}: {reason}", err=True)
+        say(f"{place}: {reason}", err=True)
     for reason, count, names in left_out.passed_over:
-        some = ", ".join(map(printable, names)) + (", …" if count > len(names) else "")
+        some = ", ".join(names) + (", …" if count > len(names) else "")
         files = "1 other file" if count == 1 else f"{count} other files"
-        click.echo(f"{files} passed over (--all-files judges them): {reason}: {some}", err=True)
+        say(f"{files} passed over (--all-files judges them): {reason}: {some}", err=True)
 
 
 def _verdicts(

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from code_worker.cli.output import console, to_json
 from code_worker.cli.records import SCAN_FIELDS, csv_cells, judgement, verdict_record
+from code_worker.terminal import printable
 from code_worker.types import Label, Outcome
 
 if TYPE_CHECKING:
@@ -86,10 +87,10 @@ def _record(verdict: Verdict) -> dict[str, Any]:
 
 def _print_row(out: Console, verdict: Verdict) -> None:
     score = "" if verdict.score is None else f"{verdict.score:.3f}"
-    row = Text(_line(judgement(verdict), score, verdict.head or "", verdict.uri))
+    row = Text(printable(_line(judgement(verdict), score, verdict.head or "", verdict.uri)))
     row.stylize(_STYLES.get(verdict.label, "magenta") if verdict.label else "magenta", 0, _VERDICT_WIDTH)
     if verdict.detail:
-        row.append(f"  {verdict.detail}", style="dim")
+        row.append(printable(f"  {verdict.detail}"), style="dim")
     out.print(row, soft_wrap=True)
 
 

@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_table, to_json
+from code_worker.cli.output import print_table, say, to_json
 from code_worker.types import Label
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def report(
         if found is not None:
             click.echo(to_json(found.to_dict()))
     elif found is None:
-        click.echo(_NEVER)
+        say(_NEVER)
     else:
         _say(found)
 
@@ -86,28 +86,28 @@ def _report(session: Session, wanted: ShadowFilter, rule: LabelSettings, limit: 
 
 def _say(report: ShadowReport) -> None:
     if report.agreement is None or report.shift is None:
-        click.echo(f"challenger {report.release} has scored nothing that matches")
+        say(f"challenger {report.release} has scored nothing that matches")
         return
-    click.echo(f"challenger {report.release} beside {', '.join(report.champions)}: {report.images} images")
-    click.echo(f"they agree on {report.agreement:.2%}; its scores are {report.shift:+.4f} away on average")
-    click.echo("\nlabels, champion down, challenger across")
+    say(f"challenger {report.release} beside {', '.join(report.champions)}: {report.images} images")
+    say(f"they agree on {report.agreement:.2%}; its scores are {report.shift:+.4f} away on average")
+    say("", "labels, champion down, challenger across")
     rows = [{"champion": was, **{now: report.confusion[was][now] for now in Label}} for was in Label]
     print_table(rows, ("champion", *Label), empty="")
     if len(report.scopes) > 1:
-        click.echo("\nby tenant and content type")
+        say("", "by tenant and content type")
         print_table(map(_scope_row, report.scopes), _SCOPE_COLUMNS, empty="")
     _say_labelled(report)
     if report.disagreements:
-        click.echo("\nwhere they differ most")
+        say("", "where they differ most")
         print_table(map(_disagreement_row, report.disagreements), _DISAGREEMENT_COLUMNS, empty="")
 
 
 def _say_labelled(report: ShadowReport) -> None:
     known = report.labelled
     if not known.images:
-        click.echo("\nnone of these images is labelled, so nobody knows who is right: code-worker label")
+        say("", "none of these images is labelled, so nobody knows who is right: code-worker label")
         return
-    click.echo(
+    say(
         f"\nof {known.images} labelled images both are right on {known.both}, only the champion on "
         f"{known.only_champion}, only the challenger on {known.only_challenger}, neither on {known.neither}"
     )

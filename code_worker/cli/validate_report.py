@@ -12,9 +12,10 @@ import click
 from rich.table import Table
 
 from code_worker.cli.measuring import list_skipped
-from code_worker.cli.output import console
+from code_worker.cli.output import console, say
 from code_worker.data.examples import Skipped
 from code_worker.errors import ConfigurationError
+from code_worker.terminal import printable
 
 if TYPE_CHECKING:
     from code_worker.training.evaluation.compare import Compared
@@ -73,7 +74,7 @@ def write_reports(directory: Path, report: Mapping[str, Any], page: str) -> None
             beside.replace(directory / name)
     except OSError as error:
         raise ConfigurationError(f"--out {directory}: {error.strerror}") from error
-    click.echo(f"wrote {directory / METRICS} and {directory / PAGE}", err=True)
+    say(f"wrote {directory / METRICS} and {directory / PAGE}", err=True)
 
 
 def print_report(report: Mapping[str, Any], compared: Sequence[Compared] = ()) -> None:
@@ -81,21 +82,19 @@ def print_report(report: Mapping[str, Any], compared: Sequence[Compared] = ()) -
     release, data, plan = report["release"], report["data"], report["plan"]
     deployed = plan["thresholds"]["deployed"]
     toy = ", a toy" if release["toy"] else ""
-    click.echo(f"release {release['id']}{toy} on {data['source']}: {data['real']} real, {data['fake']} fake")
-    click.echo(
-        f"real below {deployed['low']:g}, fake from {deployed['high']:g} (policy {deployed['policy']}); percent"
-    )
+    say(f"release {release['id']}{toy} on {data['source']}: {data['real']} real, {data['fake']} fake")
+    say(f"real below {deployed['low']:g}, fake from {deployed['high']:g} (policy {deployed['policy']}); percent")
     say_learned(data)
     for head in release["heads"]:
         for condition in plan["conditions"]:
-            click.echo(f"\n{head}, {condition}")
+            say("", f"{head}, {condition}")
             console().print(_groups(report, head, condition))
     for head in release["heads"]:
         if lines := published_lines(report, head):
-            click.echo(f"\n{head} at 0.5, in the published form (real fake all)")
-            click.echo("\n".join(lines))
+            say("", f"{head} at 0.5, in the published form (real fake all)")
+            say(*lines)
     if compared:
-        click.echo(f"\ncompared with {report['compared']['against']}: points gained or lost, with 95 % intervals")
+        say("", f"compared with {report['compared']['against']}: points gained or lost, with 95 % intervals")
         console().print(_comparison(compared))
     list_skipped([Skipped(**one) for one in (*report["skipped"], *report["passed_over"])])
 
@@ -106,9 +105,9 @@ def say_learned(data: Mapping[str, Any]) -> None:
 
     said, warned = learned_lines(data)
     for line in said:
-        click.echo(line)
+        say(line)
     for line in warned:
-        click.secho(line, fg="red", err=True)
+        click.secho(printable(line), fg="red", err=True)
 
 
 def published_lines(report: Mapping[str, Any], head: str) -> list[str]:

@@ -11,7 +11,7 @@ import click
 from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option, raw_option
 from code_worker.cli.explanation import explain
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import print_facts, print_json_lines, print_table, to_json
+from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import VERDICT_FIELDS, judgement, verdict_record, write_csv
 from code_worker.cli.timings import COLUMNS, stage_timings
@@ -95,7 +95,7 @@ def list_(*, limit: int, after: str | None, oldest_first: bool, as_json: bool, *
             map(_row, page), columns, empty="no verdicts match" if any(filters.values()) else "no verdicts yet"
         )
     if len(found) > limit:
-        click.echo(f"more: --after {page[-1].id}", err=True)
+        say(f"more: --after {page[-1].id}", err=True)
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def show(id_: str, *, as_json: bool) -> None:
         click.echo(to_json(verdict_record(verdict)))
     else:
         sentence, facts = explain(verdict)
-        click.echo(f"{sentence}\n")
+        say(sentence, "")
         print_facts(facts)
 
 
@@ -179,4 +179,4 @@ def export(*, form: str, raw: bool, output: Path | None, **filters: Any) -> None
             write_csv(records(), VERDICT_FIELDS, file, raw=raw)
         else:
             file.writelines(f"{to_json(record)}\n" for record in records())
-    click.echo(f"{written} verdicts written{f' to {output}' if output else ''}", err=True)
+    say(f"{written} verdicts written{f' to {output}' if output else ''}", err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import to_json
+from code_worker.cli.output import say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import judgement, verdict_record
 from code_worker.types import Outcome
@@ -36,7 +36,7 @@ def print_verdicts(
         for number, one in enumerate(accepted):
             verdict = _await(store, one.job_id, deadline)
             if verdict is None:
-                click.echo(f"gave up after {timeout_s:g} s: {len(accepted) - number} jobs are not decided", err=True)
+                say(f"gave up after {timeout_s:g} s: {len(accepted) - number} jobs are not decided", err=True)
                 return False
             advance(1)
             click.echo(to_json(verdict_record(verdict)) if as_json else _line(verdict))

@@ -22,7 +22,7 @@ from code_worker.logs import get_logger
 from code_worker.releases.artifacts import open_artifacts
 from code_worker.roles import Role, require
 from code_worker.store import audit, erasing, erasures, kept_images, personal, releases, scopes, workers
-from code_worker.store.erasures import ERASED, IMAGE, JOB, TENANT, WAITING, Receipt
+from code_worker.store.erasures import ERASED, IMAGE, JOB, WAITING, Receipt
 from code_worker.store.ids import uuid7
 from code_worker.store.purging import purge
 from code_worker.store.scopes import Scope
@@ -64,10 +64,6 @@ class Preview:
     releases: Mapping[str, str] = field(default_factory=dict)
 
 
-def _unheard(_done: int) -> None:
-    """Nobody listens."""
-
-
 class Eraser:
     """Erases, one process of the deployment at a time.
 
@@ -92,10 +88,10 @@ class Eraser:
         """What `erase` would do; writes nothing.
 
         Raises:
-            StoreError: nobody knows the job or tenant.
+            StoreError: nothing is kept of the job, image or tenant, and nothing was ever erased of it.
         """
         jobs, images = set[str](), {scope.sha256} if scope.sha256 is not None else set[str]()
-        self._read(partial(scopes.require_known, scope=scope))
+        self.erased_before(scope)
         after: str | None = None
         while ids := self._read(partial(scopes.job_page, scope=scope, after=after, limit=_PAGE)):
             jobs.update(ids)
@@ -110,12 +106,26 @@ class Eraser:
         said, copies = self._read(partial(erasing.counted, job_ids=jobs, hashes=goes))
         return Preview(len(jobs), len(goes), len(shared), said, copies, self._unlearning.made_from(goes))
 
+    def erased_before(self, scope: Scope) -> Receipt | None:
+        """The finished erasure after which nothing is left of a job, image or tenant; None where something is kept.
+
+        Raises:
+            StoreError: nothing is kept of it, and nothing was ever erased of it.
+        """
+        if self._read(partial(scopes.is_known, scope=scope)) or self._mentions.is_named(*scope.named):
+            return None
+        if scope.sha256 is not None and self._kept.exists(scope.sha256):
+            return None
+        before: Receipt = self._read(partial(scopes.erased_before, scope=scope))
+        return before if before.state == "done" else None
+
     def erase(
-        self, scope: Scope, *, by: str, why: str = "", keep_releases: bool = False, say: Say = _unheard
+        self, scope: Scope, *, by: str, why: str = "", keep_releases: bool = False, say: Say = lambda _done: None
     ) -> Receipt:
         """Erases what is in scope, and before it what earlier erasures left; returns the receipt.
 
-        What is accepted later is not in scope. An unfinished erasure of the same is asked for anew and finished.
+        What is accepted later is not in scope. An unfinished erasure of the same is asked for anew and finished; one
+        that left nothing is not begun again: its receipt is returned.
 
         Args:
             scope: what to forget.
@@ -126,11 +136,13 @@ class Eraser:
 
         Raises:
             NotAllowedError: they are no operator; nothing was done.
-            StoreError: nobody knows the job or tenant, and nothing was done; or somebody else is erasing, or workers
-                are still judging some of it: do the same again.
+            StoreError: nothing is kept of the job, image or tenant nor was anything erased, and nothing was done; or
+                somebody else is erasing, or workers are still judging some of it: do the same again.
             StorageError, ArtifactError: a copy or release cannot be deleted; likewise.
         """
         require(self._roles, by, Role.OPERATOR, "erase")
+        if (before := self.erased_before(scope)) is not None:
+            return before
         with self._turn:
             erasure_id = self._open(scope, by=by, why=why, keep_releases=keep_releases)
             self._finish_all(say)
@@ -146,7 +158,7 @@ class Eraser:
         left = self._read(erasures.still_open)
         if left:
             with self._turn:
-                self._finish_all(_unheard)
+                self._finish_all(lambda _done: None)
         self.settle()
         return len(left)
 
@@ -186,13 +198,12 @@ class Eraser:
         chosen, salt = uuid7(), erasures.new_salt()
 
         def begin(session: Session) -> str:
-            for receipt in erasures.still_open(session):
-                if erasures.target_of(session, receipt.id) == scope.target():
-                    erasures.ask_again(session, receipt.id)
-                    return receipt.id
-            scopes.require_known(session, scope)
+            if (under_way := erasures.open_with(session, scope.target())) is not None:
+                erasures.ask_again(session, under_way.id)
+                return under_way.id
             erasures.begin(session, id=chosen, scope=str(scope), target=scope.target(), by=by, why=why, salt=salt)
-            erasures.add_targets(session, chosen, TENANT, [scope.tenant] if scope.tenant is not None else [])
+            if scope.job is not None or scope.tenant is not None:
+                erasures.add_targets(session, chosen, scope.named[0], [scope.named[1]])
             if scope.sha256 is not None:
                 # Nobody shares it: from here on no worker writes a verdict of it either.
                 personal.keep_out(session)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from code_worker.data.kept import KeptImages, open_kept
 from code_worker.errors import DatasetError
 from code_worker.images.decode import inspect
+from code_worker.images.files import storable
 from code_worker.images.phash import perceptual_hash
 from code_worker.images.source import Sources
 from code_worker.roles import Role, current_user, require
@@ -305,10 +306,10 @@ def erased_meanwhile(sha256: str) -> DatasetError:
 
 
 def absolute(target: str) -> str:
-    """A URI as it is; a path independent of this process's directory."""
+    """A URI as it is; a path independent of this process's directory, as a URI where its name is no text."""
     if "://" in target or target.startswith("file:"):
         return target
-    return str(Path(target).absolute())
+    return storable(str(Path(target).absolute()))
 
 
 def _named(new: Sequence[NewLabel]) -> dict[str, str | None]:

@@ -56,6 +56,18 @@ class Mentions:
         erasures.count(session, receipt.id, done.counts)
         return done.counts["addresses"], following
 
+    def is_named(self, kind: str, value: str) -> bool:
+        """Whether an unreadable message or, of an image, a snapshot of the labelled ones names it."""
+        if kind == erasures.IMAGE and self._read(partial(erasing.snapshots_with, hashes={value})):
+            return True
+        after: str | None = ""
+        while after is not None:
+            page = partial(letters.is_named, kind=kind, value=value, after=after, limit=_LETTERS)
+            found, after = self._read(page)
+            if found:
+                return True
+        return False
+
     def erase_letters(self, receipt: Receipt, scope: Scope) -> int:
         """Takes what was erased out of unreadable messages.
 

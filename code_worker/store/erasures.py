@@ -45,6 +45,7 @@ __all__ = [
     "mark",
     "new_salt",
     "note",
+    "open_with",
     "releases_owed",
     "salt_of",
     "spare",
@@ -334,6 +335,11 @@ def still_open(session: Session) -> list[Receipt]:
     """Erasures of which something is left, oldest first."""
     statement = select(*_COLUMNS).where(RUNNING).order_by(_ERASURES.c.id)
     return [Receipt(**row) for row in session.execute(statement).mappings()]
+
+
+def open_with(session: Session, target: Mapping[str, str]) -> Receipt | None:
+    """The erasure under way of this scope, or None."""
+    return next((one for one in still_open(session) if target_of(session, one.id) == target), None)
 
 
 def learned(session: Session) -> Iterator[Learned]:

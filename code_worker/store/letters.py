@@ -19,7 +19,7 @@ from code_worker.store.retention import rowcount
 from code_worker.store.scopes import Scope
 from code_worker.store.sql import table_of
 
-__all__ = ["Naming", "cut", "naming", "rewrite"]
+__all__ = ["Naming", "cut", "is_named", "naming", "rewrite"]
 
 _LETTERS = table_of(DeadLetterRow)
 _ESCAPE: Final = re.compile(r"\\(?:u[0-9a-fA-F]{4}|[\"\\/bfnrt])")
@@ -90,6 +90,26 @@ def naming(
         for row in rows
     )
     found = [one for one in read if (one.body, one.error) != (one.body_left, one.error_left)]
+    return found, rows[-1].id if len(rows) == limit else None
+
+
+def is_named(session: Session, kind: str, value: str, *, after: str, limit: int) -> tuple[bool, str | None]:
+    """Whether an unreadable message of a page names a job, an image or a tenant, as an erasure would find it.
+
+    Returns:
+        The answer, and the id after which the next page begins; None after the last page.
+    """
+    page = select(_LETTERS.c.id, _LETTERS.c.body, _LETTERS.c.error).order_by(_LETTERS.c.id).limit(limit)
+    rows = session.execute(page.where(_LETTERS.c.id > after) if after else page).all()
+
+    def erased(of: str, said: str) -> bool:
+        if (of, said) == (erasures.TENANT, _ANY):
+            return kind == erasures.TENANT
+        return of == kind and (of, value) in _spelt(said)
+
+    found = any(
+        (row.body, row.error) != (_without(row.body, erased), _without_words(row.error, erased)) for row in rows
+    )
     return found, rows[-1].id if len(rows) == limit else None
 
 

@@ -12,20 +12,30 @@ from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.queues import chunks
-from code_worker.store.erasures import JOB, TENANT, targeted, was_erased
+from code_worker.store.erasures import IMAGE, JOB, TENANT, Receipt, open_with, targeted, was_erased
 from code_worker.store.ids import as_uuid
-from code_worker.store.models import ImageOriginRow, JobRow, LabelRow, ShadowScoreRow, VerdictRow
+from code_worker.store.models import (
+    EmbeddingRow,
+    ImageOriginRow,
+    ImportedRow,
+    JobRow,
+    KeptImageRow,
+    LabelRow,
+    ShadowScoreRow,
+    VerdictRow,
+)
+from code_worker.store.origins import encoders
 from code_worker.store.sql import IN_LIST, among, table_of
 
 __all__ = [
     "Scope",
     "accepted_since",
+    "erased_before",
     "images_of",
     "is_known",
     "job_page",
     "jobs_left",
     "origin_page",
-    "require_known",
     "shared",
     "spoken_of",
     "stray_scores",
@@ -37,6 +47,14 @@ _SHADOW = table_of(ShadowScoreRow)
 _LABELS = table_of(LabelRow)
 _LATER = _LABELS.alias("later")
 _ORIGINS = table_of(ImageOriginRow)
+_KEPT = table_of(KeptImageRow)
+_ROWS = table_of(ImportedRow)
+_EMBEDDINGS = table_of(EmbeddingRow)
+_CHECK: Final = {
+    JOB: "is the id right, and this the database?",
+    IMAGE: "is the hash that of the file's bytes, and this the database?",
+    TENANT: "is it spelt as in its jobs?",
+}
 _SCANNED: Final = 20_000
 """Rows looked at by one statement where no index leads to those in scope."""
 
@@ -69,6 +87,12 @@ class Scope:
     def is_unknown(self) -> bool:
         """Whether it is that of an erasure which did not keep its own."""
         return not self.target()
+
+    @property
+    def named(self) -> tuple[str, str]:
+        """The kind and the name of what is to be erased; nothing but a moment has none."""
+        named = {JOB: self.job, IMAGE: self.sha256, TENANT: self.tenant}
+        return next(((kind, value) for kind, value in named.items() if value is not None), ("", ""))
 
     def target(self) -> dict[str, str]:
         """As whoever resumes the erasure must know it; when it was asked for, its receipt says."""
@@ -140,8 +164,11 @@ def accepted_since(session: Session, scope: Scope, job_ids: Collection[str]) -> 
 
 
 def is_known(session: Session, scope: Scope) -> bool:
-    """Whether anything is kept that is found by the scope's job or tenant; images and moments may name nothing."""
-    if scope.job is None and scope.tenant is None:
+    """Whether a row is kept that is found by the scope's job, image or tenant; a moment may find nothing.
+
+    What an erasure under way is to erase counts as kept.
+    """
+    if scope.before is not None or open_with(session, scope.target()) is not None:
         return True
     if job_page(session, scope, after=None, limit=1) or origin_page(session, scope, limit=1):
         return True
@@ -152,23 +179,36 @@ def is_known(session: Session, scope: Scope) -> bool:
             if found:
                 return True
         return False
+    if scope.sha256 is not None:
+        return _has_image(session, scope.sha256)
     named = as_uuid(scope.job or "")
     tables = (_LABELS, _SHADOW)
     return any(session.scalar(select(one.c.id).where(one.c.job_id == named).limit(1)) for one in tables)
 
 
-def require_known(session: Session, scope: Scope) -> None:
-    """Refuses a job or tenant of which nothing is kept: most often its name is misspelt.
+def _has_image(session: Session, sha256: str) -> bool:
+    """Whether a row has the hash, or may have it in a moment: of a job that is being judged nobody knows it yet."""
+    if session.scalar(select(_JOBS.c.id).where(_JOBS.c.state == "running").limit(1)) is not None:
+        return True
+    tables = (_VERDICTS, _LABELS, _KEPT, _SHADOW, _ROWS)
+    if any(session.scalar(select(one.c.sha256).where(one.c.sha256 == sha256).limit(1)) for one in tables):
+        return True
+    return any(
+        session.scalar(select(_EMBEDDINGS.c.sha256).where(of_encoder, _EMBEDDINGS.c.sha256 == sha256).limit(1))
+        for of_encoder in (_EMBEDDINGS.c.encoder_sha256 == encoder for encoder in encoders(session))
+    )
+
+
+def erased_before(session: Session, scope: Scope) -> Receipt:
+    """The last erasure of a job, image or tenant of which nothing is kept.
 
     Raises:
-        StoreError: it is one.
+        StoreError: there was none; most often the name is misspelt.
     """
-    if is_known(session, scope):
-        return
-    kind, value = (TENANT, scope.tenant) if scope.tenant is not None else (JOB, scope.job)
-    before = was_erased(session, kind, str(value))
-    why = f"; it was erased, see receipt {before[0].id}" if before else ": is it spelt as in its jobs?"
-    raise StoreError(f"nothing is kept of the {kind} {value!r}, so nothing was erased{why}")
+    kind, value = scope.named
+    if receipts := was_erased(session, kind, value):
+        return receipts[0]
+    raise StoreError(f"nothing is kept of the {kind} {value!r}, so nothing was erased: {_CHECK[kind]}")
 
 
 def origin_page(session: Session, scope: Scope, *, limit: int | None) -> list[tuple[str, str]]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery, signals
-from kombu.entity import Queue
 
-from code_worker.broker import REDIS_TRANSPORT, celery_config, is_redis, tls_options
+from code_worker.broker import ALL_QUEUES, celery_config
 from code_worker.doorbell import Doorbell
-from code_worker.errors import ConfigurationError
-from code_worker.queues import MODERATE, NORMAL, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
+from code_worker.errors import BrokerUnavailableError, CodeWorkerError, ConfigurationError
+from code_worker.logs import get_logger
+from code_worker.queues import QUEUES, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE
 from code_worker.settings import Settings, load_settings
+from code_worker.worker.additions import add_entries, add_queues, add_routes, add_transport
+from code_worker.worker.bystander import Bystander
 from code_worker.worker.host import Host
-from code_worker.worker.refusals import check_content, refuse_to_start
+from code_worker.worker.refusals import check_content, refuse_to_start, refusing
 from code_worker.worker.remote import limit_remote_control
 from code_worker.worker.schedule import beat_entries
 from code_worker.worker.tasks import register_learning, register_tasks
@@ -27,10 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app", "host_of", "install"]
 
-_HOSTS: WeakKeyDictionary[Celery, Host] = WeakKeyDictionary()
+log = get_logger(__name__)
+_INSTALLED: WeakKeyDictionary[Celery, _Installed] = WeakKeyDictionary()
 _SWEEP_EVERY_S = 30.0
 _JUDGING = frozenset({*QUEUES, SWEEP_QUEUE})
-_ALL_QUEUES = (*QUEUES, SWEEP_QUEUE, TRAIN_QUEUE)
+_CONF = "code_worker"
 
 
 def create_app(settings: Settings | None = None) -> Celery:
@@ -47,44 +51,40 @@ def create_app(settings: Settings | None = None) -> Celery:
 
 
 def install(app: Celery, settings: Settings | None = None) -> Celery:
-    """Adds our tasks, routes and beat entry to an app you already have, and touches nothing else of it.
+    """Adds our tasks to an app you already have, and our routes and beat entries once it reads its configuration.
 
-    Workers take our jobs when they consume our queues, in this order of urgency:
+    Call it anywhere after `Celery(...)`: it reads no configuration, and what is set later keeps ours. Settings that
+    are not given come from the environment and the file, and below these from `app.conf.code_worker`.
+
+    Workers take our jobs when they name our queues, in this order of urgency:
     `celery -A yours worker -P threads -Q code_worker.live,code_worker.normal,code_worker.backfill,code_worker.sweep`.
     Training takes long and holds a device: give it a worker of its own, `-P threads -c 1 -Q code_worker.train`.
     On Redis, an app that sets no transport of its own gets ours, which survives a Redis restart; that of kombu 5.7.0
-    does not. `enqueue` in this process rings through the app; producers elsewhere need its broker URL and key prefix.
-    Let a supervisor restart the workers: a process in which a batch is stuck or whose device is lost ends with status
-    70, since threads cannot be stopped.
+    does not. `enqueue` in this process publishes through the app; producers elsewhere need its broker URL and key
+    prefix. Let a supervisor restart the workers: a process in which a batch is stuck or whose device is lost ends
+    with status 70, since threads cannot be stopped.
 
     Raises:
-        ConfigurationError: called twice on one app, an app that accepts no JSON, or a schedule that is no cron line.
+        ConfigurationError: called twice on one app, or, of an app that is configured or of settings that are given,
+            what a worker would refuse: an app that accepts no JSON, a schedule that is no cron line. Of others the
+            worker or beat says it when it starts, and ends with status 2.
     """
-    if app in _HOSTS:
+    if app in _INSTALLED:
         raise ConfigurationError(f"code_worker is installed in the app {app.main!r} already")
-    check_content(app)
-    settings = settings or load_settings()
-    scheduled = beat_entries(settings)
-    host = Host(app, settings)
-    _HOSTS[app] = host
-    register_tasks(app, host)
-    register_learning(app, host)
-    Doorbell.adopt(app)
-    _add_routes(app)
-    _add_queues(app)
+    installed = _Installed(app, settings)
+    if app.configured:
+        check_content(app)
+    if app.configured or settings is not None:
+        beat_entries(installed.settings())
+    register_tasks(app, installed.host)
+    register_learning(app, installed.host)
     add_waker(app)
-    app.conf.beat_schedule = {
-        **(app.conf.beat_schedule or {}),
-        "code_worker.sweep": {
-            "task": SWEEP,
-            "schedule": _SWEEP_EVERY_S,
-            "options": {"queue": SWEEP_QUEUE, "expires": _SWEEP_EVERY_S},
-        },
-        **scheduled,
-    }
-    if is_redis(str(app.conf.broker_url or "")) and not app.conf.broker_transport:
-        app.conf.broker_transport = REDIS_TRANSPORT
-        app.conf.broker_use_ssl = app.conf.broker_use_ssl or tls_options(str(app.conf.broker_url))
+    app.on_after_configure.connect(installed.configure, weak=False)
+    app.on_after_finalize.connect(installed.configure, weak=False)
+    if app.configured:
+        installed.add()
+    _INSTALLED[app] = installed
+    Doorbell.adopt(app)
     return app
 
 
@@ -95,52 +95,122 @@ def host_of(app: Celery) -> Host:
         ConfigurationError: `install` was not called on it.
     """
     try:
-        return _HOSTS[app]
+        return _INSTALLED[app].host
     except KeyError:
         raise ConfigurationError(f"code_worker is not installed in the app {app.main!r}") from None
 
 
-def _add_routes(app: Celery) -> None:
-    ours = {
-        MODERATE: {"queue": NORMAL},
-        SWEEP: {"queue": SWEEP_QUEUE},
-        **{task: {"queue": TRAIN_QUEUE} for task in (RETRAIN, REFIT, WATCH)},
-    }
-    theirs = app.conf.task_routes
-    if not theirs:
-        app.conf.task_routes = ours
-    elif isinstance(theirs, Mapping):
-        # Theirs win: who routes our tasks elsewhere means it.
-        app.conf.task_routes = {**ours, **theirs}
-    else:
-        app.conf.task_routes = [*(theirs if isinstance(theirs, list | tuple) else [theirs]), ours]
+class _Installed:
+    """One app with our tasks: follows its configuration, however often and late that is read."""
+
+    def __init__(self, app: Celery, settings: Settings | None) -> None:
+        self._app = app
+        self._given = settings
+        self._below: Mapping[str, object] | None = None
+        self._read: Settings | None = None
+        self.host = Host(app, self.settings)
+        self.bystander = Bystander(app)
+
+    def settings(self) -> Settings:
+        """Those given, else those that environment, file and the app's configuration say.
+
+        Raises:
+            ConfigurationError: they cannot be read.
+        """
+        if self._given is not None:
+            return self._given
+        below = self._of_app()
+        if self._read is None or below != self._below:
+            self._read, self._below = load_settings(below=below), below
+        return self._read
+
+    def _of_app(self) -> Mapping[str, object] | None:
+        below = self._app.conf.get(_CONF)
+        # A configuration that is a module may have imported us, and would have our name.
+        if below is None or isinstance(below, ModuleType):
+            return None
+        if not isinstance(below, Mapping):
+            raise ConfigurationError(
+                f"`code_worker` in the configuration of the app {self._app.main!r} must be a mapping of settings, "
+                f"not {type(below).__name__}"
+            )
+        return below
+
+    def configure(self, **_: Any) -> None:
+        """Adds what is ours at each reading of the configuration; workers and beat refuse what is wrong with it."""
+        try:
+            self.add()
+        except CodeWorkerError as error:
+            # In a web process, too, that only publishes and must go on.
+            log.error("configuration_error", error=str(error))  # noqa: TRY400 - a traceback would not help
+
+    def add(self) -> list[str]:
+        """Adds what is missing, and says what that was.
+
+        Raises:
+            ConfigurationError: see `add_entries`; all else is added.
+        """
+        add_queues(self._app)
+        added = [*add_transport(self._app), *(f"route of {task}" for task in add_routes(self._app))]
+        return [*added, *(f"beat entry {name}" for name in self.add_entries())]
+
+    def add_entries(self) -> list[str]:
+        """Adds the entries that beat's schedule lacks, and returns their names.
+
+        Raises:
+            ConfigurationError: settings that cannot be read, or an entry that has our name and runs something else.
+        """
+        sweep = {
+            "task": SWEEP,
+            "schedule": _SWEEP_EVERY_S,
+            "options": {"queue": SWEEP_QUEUE, "expires": _SWEEP_EVERY_S},
+        }
+        return add_entries(self._app, {SWEEP: sweep, **beat_entries(self.settings())})
+
+    def check(self) -> None:
+        """Adds what was dropped since, and refuses what is wrong.
+
+        Raises:
+            ConfigurationError: settings, schedule or accepted content with which neither worker nor beat can go on.
+        """
+        if added := self.add():
+            log.info("configuration_put_back", added=added)
+        check_content(self._app)
+
+    def unbind(self) -> None:
+        """Takes our queues from the app's default exchange, to which an earlier version bound them in Redis.
+
+        Unless the app lists them so: then it is meant.
+        """
+        conf, queues = self._app.conf, self._app.amqp.queues
+        for exchange in {conf.task_default_exchange, conf.task_default_queue} - {*ALL_QUEUES}:
+            strays = [name for name in ALL_QUEUES if queues[name].exchange.name != exchange]
+            try:
+                unbound = Doorbell(self._app).unbind(exchange, strays)
+            except BrokerUnavailableError as error:
+                log.warning("bindings_not_looked_at", exchange=exchange, error=str(error))
+                return
+            if unbound:
+                log.info("bindings_removed", exchange=exchange, queues=unbound)
 
 
-def _add_queues(app: Celery) -> None:
-    """An app that lists its queues refuses others; one that lists none creates what a worker asks for."""
-    theirs = app.conf.task_queues
-    if not theirs:
-        return
-    if isinstance(theirs, Mapping):
-        app.conf.task_queues = {**{name: {} for name in _ALL_QUEUES}, **theirs}
-        return
-    known = {queue.name for queue in theirs}
-    app.conf.task_queues = [*theirs, *(Queue(name) for name in _ALL_QUEUES if name not in known)]
-
-
-def _of_worker(sender: Any) -> Host | None:
+def _of_worker(sender: Any) -> _Installed | None:
     worker: Worker | None = getattr(sender, "controller", sender)
     app = getattr(worker, "app", None)
-    return _HOSTS.get(app) if app is not None else None
+    return _INSTALLED.get(app) if app is not None else None
 
 
 def _start_background(sender: Any, **_: Any) -> None:
-    if (host := _of_worker(sender)) is None:
+    if (installed := _of_worker(sender)) is None:
         return
-    # A worker of other queues may not even reach the ledger.
+    host = installed.host
     queues = {queue.name for queue in sender.task_consumer.queues}
-    if queues & _JUDGING or TRAIN_QUEUE in queues:
-        host.start_reporting(queues & frozenset(_ALL_QUEUES))
+    if not queues & frozenset(ALL_QUEUES):
+        # It may not even reach the ledger.
+        installed.bystander.start()
+        return
+    installed.unbind()
+    host.start_reporting(queues & frozenset(ALL_QUEUES))
     if queues & _JUDGING:
         host.start_sweeping()
     if queues & frozenset(QUEUES):
@@ -151,21 +221,45 @@ def _start_background(sender: Any, **_: Any) -> None:
 
 def _stop_taking(**_: Any) -> None:
     # Celery sends the host's name here; one process runs one worker.
-    for host in _HOSTS.values():
-        host.stop_taking()
+    for installed in _INSTALLED.values():
+        installed.host.stop_taking()
 
 
 def _close(sender: Any, **_: Any) -> None:
-    if (host := _of_worker(sender)) is not None:
-        host.close()
+    if (installed := _of_worker(sender)) is not None:
+        installed.bystander.stop()
+        installed.host.close()
 
 
-def _check(sender: Any, **_: Any) -> None:
-    if (host := _of_worker(sender)) is not None:
-        refuse_to_start(sender, host.settings)
+def _check_worker(sender: Any, **_: Any) -> None:
+    if (installed := _of_worker(sender)) is not None:
+        refuse_to_start(sender, installed.check, installed.settings)
 
 
-signals.worker_init.connect(_check, weak=False)
+def _check_beat(sender: Any, **_: Any) -> None:
+    """Beat's scheduler has read the schedule by now: what is put back in it is also told to the scheduler."""
+    if (installed := _of_worker(sender)) is None:
+        return
+    with refusing():
+        if names := installed.add_entries():
+            _tell_scheduler(sender.scheduler, {name: sender.app.conf.beat_schedule[name] for name in names})
+        installed.check()
+
+
+def _tell_scheduler(scheduler: Any, entries: Mapping[str, Any]) -> None:
+    names = ", ".join(sorted(entries))
+    try:
+        scheduler.update_from_dict(entries)
+    except Exception as error:
+        raise ConfigurationError(
+            f"beat_schedule lacks {names}, and the scheduler {type(scheduler).__name__} takes no entry after its "
+            f"start ({type(error).__name__}): set beat_schedule before the app is used, or call install after it"
+        ) from error
+    log.info("beat_entries_put_back", entries=names)
+
+
+signals.worker_init.connect(_check_worker, weak=False)
+signals.beat_init.connect(_check_beat, weak=False)
 signals.worker_ready.connect(_start_background, weak=False)
 signals.worker_shutting_down.connect(_stop_taking, weak=False)
 signals.worker_shutdown.connect(_close, weak=False)

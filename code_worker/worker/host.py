@@ -37,9 +37,9 @@ _KEEP_AGAIN_S = 5.0
 class Host:
     """Makes the node and the sweeper in the process that uses them: never at import, never before a fork."""
 
-    def __init__(self, app: Celery, settings: Settings) -> None:
+    def __init__(self, app: Celery, settings: Callable[[], Settings]) -> None:
         self._app = app
-        self.settings = settings
+        self._read_settings = settings
         self._lock = threading.RLock()
         self._store: Store | None = None
         self._background: Store | None = None
@@ -58,6 +58,15 @@ class Host:
         self._stop_learning = threading.Event()
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
+
+    @property
+    def settings(self) -> Settings:
+        """The settings, read when the app's configuration was.
+
+        Raises:
+            ConfigurationError: they cannot be read.
+        """
+        return self._read_settings()
 
     def store(self) -> Store:
         """The store that messages are accepted and judged with, opened at the first call.

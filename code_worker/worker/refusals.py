@@ -3,38 +3,60 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from kombu.exceptions import SerializerNotInstalled
 from kombu.serialization import prepare_accept_content
 
-from code_worker.broker import check_visibility, is_redis
+from code_worker.broker import ALL_QUEUES, OWN_VISIBILITY, check_visibility, is_redis
 from code_worker.errors import ConfigurationError
 from code_worker.logs import get_logger
+from code_worker.machine import usable_cores
+from code_worker.queues import QUEUES
+from code_worker.worker.prefork import warn_of_prefork
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
 
-__all__ = ["check_content", "refuse_to_start"]
+__all__ = ["check_content", "refuse_to_start", "refusing"]
 
 log = get_logger(__name__)
 _REMAP: Final = "REMAP_SIGTERM"
 _KOMBUS_OWN_S: Final = 3600
 _JSON: Final = "application/json"
+_THEIR_VISIBILITY: Final = "broker_transport_options['visibility_timeout'] of the app"
+_PATCHED: Final = ("gevent", "eventlet")
 
 
-def refuse_to_start(worker: Any, settings: Settings) -> None:
-    """Ends the process with status 2 when the Celery worker is set up in a way that cannot be trusted.
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Ends the process with status 2 and one line for a configuration that cannot be worked with.
 
     Celery swallows what a receiver of its signals raises, but not SystemExit.
     """
     try:
-        _check_signals(worker)
-        _check_visibility(worker.app, settings)
-        check_content(worker.app)
+        yield
     except ConfigurationError as error:
         log.critical("configuration_error", error=str(error))
         raise SystemExit(2) from error
+
+
+def refuse_to_start(worker: Any, check: Callable[[], object], settings: Callable[[], Settings]) -> None:
+    """Ends the process with status 2 when a Celery worker of our queues is set up in a way that cannot be trusted.
+
+    A worker of others' queues is none of our business.
+    """
+    taken = frozenset(worker.app.amqp.queues.consume_from) & frozenset(ALL_QUEUES)
+    if not taken:
+        return
+    with refusing():
+        check()
+        _check_pool(worker)
+        _check_visibility(worker.app, settings())
+    if "prefork" in _pool_of(worker) and taken & frozenset(QUEUES):
+        warn_of_prefork(_children_of(worker), worker.app.conf.worker_max_memory_per_child)
 
 
 def check_content(app: Any) -> None:
@@ -54,17 +76,32 @@ def check_content(app: Any) -> None:
         )
 
 
-def _check_signals(worker: Any) -> None:
+def _pool_of(worker: Any) -> str:
     # A name still, or what it stands for.
-    pool = worker.pool_cls if isinstance(worker.pool_cls, str) else getattr(worker.pool_cls, "__module__", "")
+    return str(worker.pool_cls if isinstance(worker.pool_cls, str) else getattr(worker.pool_cls, "__module__", ""))
+
+
+def _children_of(worker: Any) -> int:
+    # "auto" is settled after this; then it is as many as there are cores.
+    return worker.concurrency if isinstance(worker.concurrency, int) else usable_cores()
+
+
+def _check_pool(worker: Any) -> None:
+    pool = _pool_of(worker)
     if "solo" in pool and (remapped := os.environ.get(_REMAP)):
         raise ConfigurationError(
             f"{_REMAP}={remapped} with the pool solo: the signal breaks into the task that runs, which is then "
             f"acknowledged and lost; unset {_REMAP} or use --pool threads"
         )
+    if patched := next((name for name in _PATCHED if name in pool), None):
+        raise ConfigurationError(
+            f"the pool {patched} runs all tasks on one thread, which a batch holds for as long as it computes: no "
+            "lease is renewed meanwhile and no other task runs; use --pool threads for workers of our queues"
+        )
 
 
 def _check_visibility(app: Any, settings: Settings) -> None:
     if is_redis(str(app.conf.broker_url or "")):
-        options = app.conf.broker_transport_options or {}
-        check_visibility(float(options.get("visibility_timeout", _KOMBUS_OWN_S)), settings)
+        theirs = (app.conf.broker_transport_options or {}).get("visibility_timeout", _KOMBUS_OWN_S)
+        own = theirs == settings.broker.visibility_timeout_s
+        check_visibility(float(theirs), settings, setting=OWN_VISIBILITY if own else _THEIR_VISIBILITY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from celery import Task
 from celery.exceptions import Reject
 
 from code_worker.errors import CodeWorkerError, RunActiveError, RunStoppedError
@@ -24,11 +25,36 @@ __all__ = ["register_learning", "register_tasks"]
 
 log = get_logger(__name__)
 _REST_S = 5.0
+_NEVER_S = 10 * 366 * 86_400
+"""Celery takes the limit of the app for a task that has none."""
+
+
+class OwnTask(Task):  # type: ignore[misc]  # Celery ships no types
+    """A task whose options are our own, whatever an app that we are installed in sets for its tasks.
+
+    Its limits of time would end trainings and batches, for which we have our own watchdog; its retries would
+    acknowledge messages that are to be delivered again; its results would be kept for nobody.
+    """
+
+    abstract = True
+    ignore_result = True
+    store_errors_even_if_ignored = False
+    track_started = False
+    serializer = "json"
+    rate_limit = 0
+    priority = 0
+    time_limit = soft_time_limit = _NEVER_S
+    acks_on_failure_or_timeout = acks_on_failure = acks_on_timeout = True
+    retry_on_worker_lost = False
+
+    @classmethod
+    def annotate(cls) -> None:
+        """Nothing: `task_annotations` are for the app's own tasks."""
 
 
 def register_tasks(app: Celery, host: Host) -> None:
     """Adds `code_worker.moderate` and `code_worker.sweep` to the app."""
-    options = {"acks_late": True, "reject_on_worker_lost": True, "ignore_result": True, "shared": False}
+    options = {"base": OwnTask, "acks_late": True, "reject_on_worker_lost": True, "shared": False}
     waking = {**options, "bind": True, "Request": "code_worker.worker.waker:WakingRequest"}
 
     def moderate(task: Any, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +99,7 @@ def register_learning(app: Celery, host: Host) -> None:
     They are acknowledged before they begin: a run that dies with its process is found in the ledger, and a message
     that comes back hours later would start another.
     """
-    options = {"acks_late": False, "reject_on_worker_lost": False, "ignore_result": True, "shared": False}
+    options = {"base": OwnTask, "acks_late": False, "reject_on_worker_lost": False, "shared": False}
     for kind, task in TASKS.items():
         app.task(_learning_task(kind, host), name=task, **options)
 
@@ -84,11 +110,11 @@ def register_learning(app: Celery, host: Host) -> None:
 
 
 def _learning_task(kind: str, host: Host) -> Callable[..., None]:
-    def learn(*, scheduled: bool = False, by: str = "task", force: bool = False) -> None:
+    def learn(*, scheduled: bool = False, by: str = "task", **asked: Any) -> None:
         if scheduled:
             _log_instead(lambda: host.learning().on_schedule(kind))
         else:
-            _log_instead(lambda: host.learning().now(kind, by=by, force=force))
+            _log_instead(lambda: host.learning().now(kind, by=by, **asked))
 
     return learn
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kombu.connection import Connection
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.json import dumps
@@ -17,13 +18,23 @@ from kombu.utils.scheduling import round_robin_cycle
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from code_worker.broker import TRANSPORTS
 from code_worker.logs import get_logger
 from code_worker.machine import ServerClock, uptime_s
 from code_worker.queues import QUEUES
 
-__all__ = ["QueuesInOrder", "RedisTransport", "call_when_lost", "report_unreadable_to", "take_lost_channels"]
+__all__ = [
+    "QueuesInOrder",
+    "RedisTransport",
+    "TlsRedisTransport",
+    "call_when_lost",
+    "report_unreadable_to",
+    "take_lost_channels",
+]
 
 log = get_logger(__name__)
+# What kombu calls a transport in the URL of a connection: monitors choose by it how to ask the broker.
+Connection.resolve_aliases.update({ours: scheme for scheme, ours in TRANSPORTS.items()})
 Undertaker = Callable[[str, str], object]
 _SILENCE_LOOK_S = 5.0
 _LOOK_AT_CLOCK_S = 60.0
@@ -200,6 +211,10 @@ class RedisTransport(kombu_redis.Transport):  # type: ignore[misc]  # kombu ship
             if overdue and not select.select([connection._sock], [], [], 0)[0]:  # noqa: SLF001 - as above
                 connection.disconnect()
                 raise RedisConnectionError(f"the broker gave no answer for {waited_s:.0f} s")
+
+
+class TlsRedisTransport(RedisTransport):
+    """The same, by the name under which kombu knows a server that is spoken to in TLS."""
 
 
 class QueuesInOrder(round_robin_cycle):  # type: ignore[misc]  # kombu ships no types

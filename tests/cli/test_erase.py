@@ -62,7 +62,23 @@ def test_without_a_terminal_nothing_is_erased_unless_somebody_says_yes(cli: Cli,
     assert store.run(lambda session: jobs.get(session, job_id)) is not None
 
 
-def test_a_tenant_that_nobody_knows_is_an_error_and_no_receipt(cli: Cli, store: Store) -> None:
-    ran = cli("erase", "--tenant", "acne", "--yes")
-    assert (ran.status, "nothing is kept of the tenant 'acne'" in ran.stderr) == (1, True)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--tenant", "acne"), ("--job", "0198c5a2-7f31-7abc-9def-0123456789ab"), ("--sha256", "cd" * 32)],
+)
+def test_what_nobody_knows_is_an_error_and_no_receipt(cli: Cli, store: Store, option: str, value: str) -> None:
+    judged(store, "s3://b/a.jpg", 0.9, tenant="acme")
+    for more in ("--yes", "--dry-run"):
+        ran = cli("erase", option, value, more)
+        assert (ran.status, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
+        assert "nothing is kept of the " in ran.stderr
     assert cli("erasures", "list", "--json").records == []
+
+
+def test_a_script_that_erases_again_gets_the_receipt_of_then_and_status_0(cli: Cli, store: Store) -> None:
+    judged(store, "s3://b/a.jpg", 0.9, tenant="acme")
+    first = cli("erase", "--tenant", "acme", "--yes", "--json")
+    again = cli("erase", "--tenant", "acme", "--yes", "--json")
+    assert (again.status, again.records) == (0, first.records)
+    assert "it was erased before, and nothing is kept of it" in again.stderr
+    assert cli("erasures", "list", "--json").records == first.records

@@ -40,6 +40,7 @@ from code_worker.store.shadow import ShadowScore
 from code_worker.store.turns import LEASE_S, LostTurnError, Turn
 from code_worker.training.retrain import Learner
 from code_worker.types import ImageFacts
+from code_worker.worker.intake import bury
 from tests.store.acts import accept, claim, judged, write
 from tests.training.learning import (
     NEW,
@@ -285,6 +286,7 @@ def test_an_erasure_that_died_half_way_is_finished_by_the_next(
 
 def test_only_an_operator_may_erase(store: Store, settings: Settings) -> None:
     strict = settings.model_copy(update={"roles": RoleSettings(operators=("olga",), reviewers=("rita",))})
+    judge(store, "a" * 64)
     with pytest.raises(NotAllowedError, match="rita has the role reviewer and may not erase"):
         Eraser(strict, store).erase(Scope(sha256="a" * 64), by="rita")
     assert store.run(erasures.list_receipts) == []
@@ -292,6 +294,7 @@ def test_only_an_operator_may_erase(store: Store, settings: Settings) -> None:
 
 
 def test_two_do_not_erase_at_once_and_who_died_keeps_nobody_from_it(store: Store, settings: Settings) -> None:
+    judge(store, "a" * 64)
     other = Turn(store, "erasure", "somebody", doing="erasing", wait_s=0)
     with other, pytest.raises(StoreError, match="another process is erasing"):
         erase(settings, store, sha256="a" * 64, wait_s=0)
@@ -309,6 +312,7 @@ def test_a_holder_that_lives_is_not_waited_for(sqlite_store: Store, settings: Se
         while not done.wait(0.1):
             sqlite_store.run(lambda session: workers.take_lease(session, "erasure", "somebody", 60))
 
+    judge(sqlite_store, "a" * 64)
     done = threading.Event()
     sqlite_store.run(lambda session: workers.take_lease(session, "erasure", "somebody", 60))
     holder = threading.Thread(target=renew)
@@ -341,21 +345,47 @@ def removals(store: Store) -> list[audit.Entry]:
     return store.run(lambda session: audit.list_entries(session, wanted, limit=99), write=False)
 
 
-@pytest.mark.parametrize("scope", [{"tenant": "acne"}, {"job": uuid7()}])
-def test_a_tenant_or_job_that_nobody_knows_is_refused(
+@pytest.mark.parametrize("scope", [{"tenant": "acne"}, {"job": uuid7()}, {"sha256": "b" * 64}])
+def test_a_tenant_job_or_image_that_nobody_knows_is_refused(
     sqlite_store: Store, settings: Settings, scope: dict[str, str]
 ) -> None:
     judge(sqlite_store, "c" * 64, tenant="acme")
-    with pytest.raises(
-        StoreError, match=r"nothing is kept of the .*so nothing was erased: is it spelt as in its jobs"
-    ):
+    with pytest.raises(StoreError, match=r"nothing is kept of the .*so nothing was erased: is "):
         erase(settings, sqlite_store, **scope)
     with pytest.raises(StoreError, match="nothing is kept"):
         Eraser(settings, sqlite_store).preview(Scope(**scope))
     assert sqlite_store.run(erasures.list_receipts) == []
+
+
+def test_who_asks_for_the_same_again_gets_the_receipt_of_then(sqlite_store: Store, settings: Settings) -> None:
+    """A script that lost the answer ends well, and a second receipt would say that somebody else was erased."""
+    job_id = judge(sqlite_store, "c" * 64, tenant="acme")
     receipt = erase(settings, sqlite_store, tenant="acme")
-    with pytest.raises(StoreError, match=f"it was erased, see receipt {receipt.id}"):
-        erase(settings, sqlite_store, tenant="acme")
+    for scope in ({"tenant": "acme"}, {"job": job_id}, {"sha256": "c" * 64}):
+        assert erase(settings, sqlite_store, **scope) == receipt
+        assert Eraser(settings, sqlite_store).preview(Scope(**scope)).jobs == 0
+    judge(sqlite_store, "d" * 64, tenant="acme")
+    assert erase(settings, sqlite_store, tenant="acme").id != receipt.id, "what came since is erased"
+
+
+@pytest.mark.parametrize(
+    "scope", [{"tenant": "acne"}, {"job": "0198c5a2-7f31-7abc-9def-0123456789ab"}, {"sha256": "b" * 64}]
+)
+def test_what_an_unreadable_message_alone_names_is_kept_and_erased(
+    sqlite_store: Store, settings: Settings, scope: dict[str, str]
+) -> None:
+    ((name, value),) = scope.items()
+    bury(sqlite_store, {"v": 9, "items": [{"uri": "s3://b/a.png", "tenant": "other"}, {name: value}]}, "no form")
+    assert erase(settings, sqlite_store, **scope).counts["dead_letters"] == 1
+    (letter,) = sqlite_store.run(workers.list_dead_letters)
+    assert (value in letter.body, "other" in letter.body) == (False, True)
+
+
+def test_a_copy_that_no_row_names_is_kept_and_erased(sqlite_store: Store, settings: Settings) -> None:
+    kept = open_kept(settings)
+    sha256 = kept.put(b"a copy whose labeller died")
+    assert erase(settings, sqlite_store, sha256=sha256).state == "done"
+    assert not kept.exists(sha256)
 
 
 def test_a_run_under_way_that_learns_from_it_ends_and_its_process_writes_nothing_more(

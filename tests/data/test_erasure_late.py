@@ -19,7 +19,7 @@ from code_worker.errors import DatasetError, RunLostError, StoreError
 from code_worker.moderation.judge import Judged
 from code_worker.moderation.rescore import Rejudged
 from code_worker.settings import Settings
-from code_worker.store import erasures, jobs, runs
+from code_worker.store import erasures, jobs, labels, runs
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
 from code_worker.store.models import JobRow, LeaseRow
@@ -180,6 +180,7 @@ def test_a_run_keeps_no_embedding_of_an_image_that_was_erased_while_it_was_encod
         if erases:
             Eraser(settings, sqlite_store).erase(Scope(sha256=SHA), by="olga")
 
+    sqlite_store.run(lambda session: labels.add(session, [labels.NewLabel(SHA, "fake", "alice", "api")]))
     encode(settings, sqlite_store, erase)
     assert embeddings_left(sqlite_store) == int(not erases)
 

@@ -103,7 +103,9 @@ def test_a_batch_that_hangs_in_a_worker_of_somebodys_app_ends_the_process(
     )
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(1))
     # From nothing: torch must not be loaded before a pool forks, as it is in the tests' fork server.
-    celery = [str(Path(sys.executable).with_name("celery"))] if pool == "prefork" else [sys.executable, "-m", "celery"]
+    celery = (
+        [str(Path(sys.executable).with_name("celery"))] if pool == "prefork" else [sys.executable, "-m", "celery"]
+    )
     command = [
         *(*celery, "-A", "tests.worker.foreign_app", "worker", "-l", "INFO"),
         *("--pool", pool, "--concurrency", "1", "-Q", f"{LIVE},{NORMAL},{SWEEP_QUEUE}"),
