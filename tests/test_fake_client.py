@@ -11,7 +11,9 @@ import pytest
 
 import code_worker as cw
 from code_worker import client as real
-from code_worker.errors import CodeWorkerError, DatasetError, IdConflictError
+from code_worker.errors import CodeWorkerError, DatasetError, IdConflictError, UnknownHeadError
+from code_worker.plugins import load_plugins
+from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings
 from code_worker.store.engine import Store
 from code_worker.testing import FakeClient, fake_client
@@ -64,6 +66,24 @@ def test_a_function_that_was_imported_before_or_within_is_the_real_one_afterward
         assert cw.enqueue is before
         assert {before("s3://b/3"), within("s3://b/4")}.isdisjoint(client.jobs)
         assert one.verdict(ids[0]) is None
+
+
+def test_a_head_that_the_champion_lacks_is_refused_in_the_same_words(
+    sqlite_store: Store, tmp_path: Path, toy_release_dir: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path, database_url=sqlite_store.url, broker_url="redis://127.0.0.1:1/0")
+    registry = open_registry(settings, store=sqlite_store, plugins=load_plugins(settings))
+    registry.promote(registry.add(toy_release_dir), by="test")
+    said = []
+    with closing(real.Client(settings)) as one:
+        for client in (one, FakeClient(heads=["svm", "knn", "linear"])):
+            with pytest.raises(UnknownHeadError) as single:
+                client.enqueue("s3://b/a", head="typo")
+            with pytest.raises(ValueError, match="item 0:") as many:
+                client.enqueue_many([{"uri": "s3://b/a", "head": "typo"}])
+            said.append((str(single.value), str(many.value)))
+    assert said[0] == said[1]
+    assert FakeClient().enqueue("s3://b/a", head="any")
 
 
 BAD: list[dict[str, Any]] = [

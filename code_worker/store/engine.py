@@ -89,6 +89,11 @@ class Store:
         """Where it is, as `open_store` was told, password included: never log it."""
         return self._url.render_as_string(hide_password=False)
 
+    @property
+    def connections(self) -> int:
+        """How many it opens at most; a thread more waits for one."""
+        return int(self.engine.pool.size())  # type: ignore[attr-defined]  # of the pool that `_make_engine` makes
+
     def new_id(self) -> str:
         """A new id in the order of the database's time: whatever this machine's clock says, later ids are greater."""
         return uuid7(self._clock.now_s())

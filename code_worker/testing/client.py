@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 import code_worker
-from code_worker.errors import DatasetError, IdConflictError
+from code_worker.errors import DatasetError, IdConflictError, UnknownHeadError
 from code_worker.queues import checked_item, chunks
 from code_worker.store.ids import keyed_id, uuid7
 from code_worker.types import Job, Label, Labelled, Outcome, Provenance, RejectReason, Verdict
@@ -38,16 +38,18 @@ class FakeClient:
         labels: what was said of images, in order.
     """
 
-    def __init__(self, verdicts: Mapping[str, Answer] | None = None) -> None:
+    def __init__(self, verdicts: Mapping[str, Answer] | None = None, *, heads: Collection[str] = ()) -> None:
         """Begins without jobs.
 
         Args:
             verdicts: by URI, how its jobs are decided as soon as they are enqueued: `real`, `fake`, `uncertain`, or a
                 `RejectReason`. All other jobs wait for `decide` or `reject`.
+            heads: those of the champion, of which a job may name one; none: any name is taken.
         """
         self.jobs: dict[str, Job] = {}
         self.labels: list[NewLabel] = []
         self._answers = dict(verdicts or {})
+        self._heads = tuple(sorted(heads))
         self._verdicts: dict[str, Verdict] = {}
 
     def enqueue(
@@ -65,10 +67,11 @@ class FakeClient:
 
         Raises:
             ValueError: an argument that is out of range.
+            UnknownHeadError: `head` is none of the heads that the test names.
             IdConflictError: the key was used for a different job.
         """
         fields = {"head": head, "tenant": tenant, "content_type": content_type, "priority": priority, "key": key}
-        return self._accept(checked_item({"uri": uri, "metadata": metadata or {}, **fields}))
+        return self._accept(self._with_known_head(checked_item({"uri": uri, "metadata": metadata or {}, **fields})))
 
     def enqueue_many(self, items: Iterable[str | Mapping[str, Any]], **common: Any) -> list[str]:
         """Records many jobs, as `Client.enqueue_many`.
@@ -81,8 +84,22 @@ class FakeClient:
     def enqueue_stream(self, items: Iterable[str | Mapping[str, Any]], **common: Any) -> Iterator[list[str]]:
         """As `enqueue_many`, but yields the ids of each 1,024 items."""
         for group in chunks(enumerate(items), _PER_CALL):
-            checked = [_checked(place, item, common) for place, item in group]
+            checked = [self._checked(place, item, common) for place, item in group]
             yield [self._accept(item) for item in checked]
+
+    def _checked(self, place: int, item: object, common: Mapping[str, Any]) -> JobItem:
+        fields = {"uri": item} if isinstance(item, str) else item
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"a job is a URI or a mapping of its fields, not {type(item).__name__}")  # noqa: TRY004 - as `Client`
+        try:
+            return self._with_known_head(checked_item({**common, **fields}))
+        except (ValueError, UnknownHeadError) as error:
+            raise ValueError(f"item {place}: {error}") from None
+
+    def _with_known_head(self, item: JobItem) -> JobItem:
+        if item.head is not None and self._heads and item.head not in self._heads:
+            raise UnknownHeadError(item.head, self._heads)
+        return item
 
     def _accept(self, item: JobItem) -> str:
         job_id = uuid7() if item.key is None else keyed_id(item.tenant, item.key)
@@ -194,13 +211,14 @@ class FakeClient:
 
 
 @contextmanager
-def fake_client(verdicts: Mapping[str, Answer] | None = None) -> Iterator[FakeClient]:
+def fake_client(verdicts: Mapping[str, Answer] | None = None, *, heads: Collection[str] = ()) -> Iterator[FakeClient]:
     """Within it `code_worker.enqueue`, `enqueue_many`, `verdict` and `label` of this process go to a `FakeClient`.
 
     Args:
         verdicts: see `FakeClient`.
+        heads: likewise.
     """
-    client = FakeClient(verdicts)
+    client = FakeClient(verdicts, heads=heads)
     package = vars(code_worker)
     before = {name: package[name] for name in _FUNCTIONS if name in package}
     _active.append(client)
@@ -219,16 +237,6 @@ def fake_client(verdicts: Mapping[str, Answer] | None = None) -> Iterator[FakeCl
         package.update(before)
         if module is not None:
             vars(module)["_default"] = default
-
-
-def _checked(place: int, item: object, common: Mapping[str, Any]) -> JobItem:
-    fields = {"uri": item} if isinstance(item, str) else item
-    if not isinstance(fields, Mapping):
-        raise ValueError(f"a job is a URI or a mapping of its fields, not {type(item).__name__}")  # noqa: TRY004 - as `Client`
-    try:
-        return checked_item({**common, **fields})
-    except ValueError as error:
-        raise ValueError(f"item {place}: {error}") from None
 
 
 def _stable(name: str) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from code_worker.settings import Settings, load_settings
 from code_worker.worker.additions import add_entries, add_queues, add_routes, add_transport
 from code_worker.worker.bystander import Bystander
 from code_worker.worker.host import Host
-from code_worker.worker.refusals import check_content, refuse_to_start, refusing
+from code_worker.worker.refusals import check_content, refuse_to_start, refusing, threads_of
 from code_worker.worker.remote import limit_remote_control
 from code_worker.worker.schedule import beat_entries
 from code_worker.worker.tasks import register_learning, register_tasks
@@ -234,6 +234,7 @@ def _close(sender: Any, **_: Any) -> None:
 def _check_worker(sender: Any, **_: Any) -> None:
     if (installed := _of_worker(sender)) is not None:
         refuse_to_start(sender, installed.check, installed.settings)
+        installed.host.judge_on(threads_of(sender))
 
 
 def _check_beat(sender: Any, **_: Any) -> None:

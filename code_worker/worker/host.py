@@ -53,6 +53,7 @@ class Host:
         self._reporter: tuple[Repeater, Reporter] | None = None
         self._owner: str | None = None
         self._queues: frozenset[str] = frozenset()
+        self._threads: int | None = None
         self._unkept: deque[tuple[str, str]] = deque()
         self._stop_retaining: Callable[[], None] = lambda: None
         self._stop_learning = threading.Event()
@@ -68,6 +69,10 @@ class Host:
         """
         return self._read_settings()
 
+    def judge_on(self, threads: int) -> None:
+        """Sets how many messages this process judges at the same time: each needs a connection to the database."""
+        self._threads = threads
+
     def store(self) -> Store:
         """The store that messages are accepted and judged with, opened at the first call.
 
@@ -80,9 +85,8 @@ class Host:
                 from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy: not where tasks are only listed
 
                 worker = self.settings.worker
-                self._store = migrate.open_current(
-                    self.settings.resolved_database_url, threads=worker.concurrency + worker.fetch_threads
-                )
+                threads = (self._threads or worker.concurrency) + worker.fetch_threads
+                self._store = migrate.open_current(self.settings.resolved_database_url, threads=threads)
             return self._store
 
     def node(self) -> Node:

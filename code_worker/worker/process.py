@@ -69,11 +69,11 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None) -> 
     if unknown := set(names) - {*QUEUES, SWEEP_QUEUE}:
         raise ConfigurationError(f"unknown queues: {', '.join(sorted(unknown))}; there are {', '.join(QUEUES)}")
     app = create_app(settings)
+    host, concurrency = host_of(app), concurrency or settings.worker.concurrency
+    host.judge_on(concurrency)
     # The model is loaded before the first message is taken; nothing forks afterwards, so CUDA is safe.
-    node = host_of(app).node()
-    _await_release(node)
-    concurrency = concurrency or settings.worker.concurrency
-    log.info("worker_starting", queues=names, concurrency=concurrency)
+    _await_release(host.node())
+    log.info("worker_starting", queues=names, concurrency=concurrency, connections=host.store().connections)
     return consume(app, [*names, SWEEP_QUEUE], concurrency, settings)
 
 

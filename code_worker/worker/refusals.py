@@ -20,7 +20,7 @@ from code_worker.worker.prefork import warn_of_prefork
 if TYPE_CHECKING:
     from code_worker.settings import Settings
 
-__all__ = ["check_content", "refuse_to_start", "refusing"]
+__all__ = ["check_content", "refuse_to_start", "refusing", "threads_of"]
 
 log = get_logger(__name__)
 _REMAP: Final = "REMAP_SIGTERM"
@@ -74,6 +74,16 @@ def check_content(app: Any) -> None:
             f"the app {app.main!r} accepts {', '.join(sorted(accepted)) or 'nothing'} and no JSON: its workers would "
             "refuse each message of ours; add 'json' to its accept_content"
         )
+
+
+def threads_of(worker: Any) -> int:
+    """Tasks that one process of a Celery worker runs at the same time, at most."""
+    if "thread" not in _pool_of(worker):
+        return 1
+    most = worker.options.get("autoscale")
+    if isinstance(most, str):
+        most = most.split(",")
+    return max(_children_of(worker), int(most[0]) if most else 0)
 
 
 def _pool_of(worker: Any) -> str:

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ from code_worker.releases.loading import load_release
 from code_worker.settings import LimitSettings, Settings
 from code_worker.store.engine import Store
 from code_worker.types import Outcome, RejectReason
-from code_worker.worker.app import create_app, install
+from code_worker.worker.app import create_app, host_of, install
 from tests.patience import LIMIT_S
 from tests.servers import RedisServer
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
@@ -223,3 +223,24 @@ def test_a_broker_open_to_the_network_is_refused(tmp_path: Path, url: str, allow
     with pytest.raises(ConfigurationError, match="neither password nor TLS"):
         create_app(Settings(data_dir=tmp_path, broker_url=url))
     create_app(Settings(data_dir=tmp_path, broker_url=url, broker={"allow_insecure": True}))
+
+
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [
+        ({"pool": "threads", "concurrency": 9}, 9),
+        ({"pool": "threads", "concurrency": 2, "autoscale": "7,2"}, 7),
+        ({"pool": "prefork", "concurrency": 9}, 1),
+    ],
+)
+def test_a_process_opens_as_many_connections_as_it_has_threads_that_judge(
+    sqlite_store: Store, tmp_path: Path, options: dict[str, object], threads: int
+) -> None:
+    settings = Settings(data_dir=tmp_path, database_url=sqlite_store.url)
+    app = Celery("theirs", broker="memory://", set_as_current=False)
+    app.conf.broker_transport_options = {"visibility_timeout": 600}
+    install(app, settings)
+    app.WorkController(queues=list(QUEUES), **options)
+    with closing(host_of(app).store()) as opened:
+        spare = 2
+        assert opened.connections == threads + settings.worker.fetch_threads + spare

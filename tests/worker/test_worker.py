@@ -64,7 +64,7 @@ def test_a_producer_that_reaches_only_the_broker_sends_uris(
 ) -> None:
     deployment = deploy(_sqlite(tmp_path))
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(5))
-    deployment.worker()
+    deployment.worker("--concurrency", "6")
     item = {"uri": str(tmp_path / "files" / "a.jpg"), "tenant": "acme", "key": "post-1", "metadata": {"post": 1}}
     store = deployment.store()
 
@@ -88,6 +88,9 @@ def test_a_producer_that_reaches_only_the_broker_sends_uris(
     assert sum(event["kind"] == "id_conflict" for event in refused) == 1
     wait_until(lambda: len(rows()) >= 2, 120, "the verdicts")
     assert sorted(rows()) == [(item["uri"], "acme"), (item["uri"], "twice")]
+    (started,) = deployment.events("worker_starting")
+    assert started["connections"] >= started["concurrency"] + deployment.settings.worker.fetch_threads
+    assert started["concurrency"] == 6
 
 
 def test_messages_that_are_not_ours_are_kept_and_the_worker_goes_on(
