@@ -21,6 +21,7 @@ from code_worker.roles import Role, current_user, require
 from code_worker.store import audit, image_groups, jobs, kept_images, labels, personal, verdicts
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
+from code_worker.types import Labelled
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
@@ -31,15 +32,6 @@ __all__ = ["Found", "LabelFile", "Labelled", "Labeller", "Recorded", "absolute",
 _HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
 _JOB: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _UNKNOWN: Final = "0" * 64
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """What was labelled: content hash, where the image was, and whether that said anything new."""
-
-    sha256: str
-    uri: str
-    new: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote_to_bytes
 
+from code_worker.disk import expanded
 from code_worker.errors import CodeWorkerError, ImageRejectedError, TransientError
 from code_worker.images.listing import has_image_suffix, is_hidden
 from code_worker.types import RejectReason
@@ -46,7 +47,7 @@ class FileSource:
     """Reads files under the roots of the settings; safe to share between threads."""
 
     def __init__(self, settings: FileSettings, *, max_bytes: int) -> None:
-        self._roots = tuple(root.expanduser() for root in settings.roots)
+        self._roots = tuple(expanded(root, "CODE_WORKER_FILES__ROOTS") for root in settings.roots)
         self._max_bytes = max_bytes
 
     def fetch(self, uri: str) -> bytes:
