@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
@@ -17,6 +17,7 @@ from pydantic_settings import (
 
 from code_worker.addresses import broker_address, database_address
 from code_worker.configuration import Layer, layers
+from code_worker.disk import expanded, forbidden
 from code_worker.errors import ConfigurationError
 from code_worker.source_settings import FileSettings, LimitSettings, S3Settings
 from code_worker.training_settings import (
@@ -239,6 +240,11 @@ class Settings(BaseSettings):
     head: str | None = Field(
         None, description="Head used when neither job, plugin nor policy names one; unset: the release's own default."
     )
+    heads: dict[str, dict[str, Any]] = Field(
+        {},
+        description="Options of heads for the next fit, by head: `[heads.knn]` with `n_neighbors = 5` in "
+        "the file, or `CODE_WORKER_HEADS__KNN__N_NEIGHBORS=5`.",
+    )
     changed_heads: Literal["refuse", "warn"] = Field(
         "refuse",
         description="A release with a head that no longer scores the release's probes as it did when it was made, as "
@@ -299,7 +305,7 @@ class Settings(BaseSettings):
     @property
     def data_path(self) -> Path:
         """The data directory, absolute."""
-        return self.data_dir.expanduser().absolute()
+        return expanded(self.data_dir, "CODE_WORKER_DATA_DIR")
 
     @property
     def resolved_database_url(self) -> str:
@@ -314,19 +320,20 @@ class Settings(BaseSettings):
     @property
     def resolved_artifacts(self) -> str:
         """Artifact root in use: an absolute directory or an `s3://` prefix."""
-        return self._resolved(self.artifacts, "releases")
+        return self._resolved("artifacts", "releases")
 
     @property
     def resolved_datasets(self) -> str:
         """Dataset storage in use: an absolute directory or an `s3://` prefix."""
-        return self._resolved(self.datasets, "dataset")
+        return self._resolved("datasets", "dataset")
 
-    def _resolved(self, address: str | None, otherwise: str) -> str:
+    def _resolved(self, setting: Literal["artifacts", "datasets"], otherwise: str) -> str:
+        address = self.artifacts if setting == "artifacts" else self.datasets
         if address is None:
             return str(self.data_path / otherwise)
         if address.startswith("s3://"):
             return address.rstrip("/")
-        return str(Path(address).expanduser().absolute())
+        return str(expanded(Path(address), f"CODE_WORKER_{setting.upper()}"))
 
     @property
     def resolved_broker_url(self) -> str:
@@ -340,6 +347,8 @@ class Settings(BaseSettings):
         address = self.data_path / "run" / "broker.url"
         try:
             return address.read_text(encoding="utf-8").strip()
+        except PermissionError:
+            raise ConfigurationError(forbidden(address)) from None
         except OSError:
             raise ConfigurationError(
                 f"no broker: set CODE_WORKER_BROKER_URL, or start `code-worker up` for {self.data_path}"

@@ -11,12 +11,12 @@ import click
 
 from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.enqueue_list import Accepted, Line, accept_lines, listed_lines, named_lines, prefix_lines
-from code_worker.cli.ledger import has_database, quiet_settings
+from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
 from code_worker.cli.output import plural, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.scan_inputs import say_left_out
 from code_worker.cli.waiting import print_verdicts
-from code_worker.errors import ConfigurationError
+from code_worker.errors import ConfigurationError, UnknownHeadError
 from code_worker.images.listing import LeftOut
 from code_worker.logs import redact
 from code_worker.settings import Settings
@@ -77,6 +77,8 @@ def enqueue(
             f"no database in {settings.data_path}: start `code-worker up`, "
             "or name yours with CODE_WORKER_DATABASE_URL"
         )
+    if common["head"]:
+        _check_head(settings, common["head"])
     left_out = LeftOut()
     lines = _lines(settings, uris, prefix, listed, left_out)
     given = {name: value for name, value in common.items() if value is not None}
@@ -84,6 +86,20 @@ def enqueue(
     say_left_out(left_out)
     judged = print_verdicts(settings, accepted, timeout, as_json=as_json) if wait else True
     raise SystemExit(1 if refused or left_out.unreadable or not judged else 0)
+
+
+def _check_head(settings: Settings, head: str) -> None:
+    """Once, and not again for each line; without a champion any name is taken.
+
+    Raises:
+        UnknownHeadError: the champion has no such head.
+    """
+    from code_worker.store import releases  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    with open_ledger(settings) as store:
+        known = store.run(releases.champions_heads, write=False)
+    if known and head not in known:
+        raise UnknownHeadError(head, known)
 
 
 def _lines(

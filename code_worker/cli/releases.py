@@ -107,11 +107,12 @@ def import_(
         notes=note,
     )
     with _registry(quiet_settings(), create=True) as registry:
+        before = {one.info.id for one in registry.list()}
         with progress(f"importing {source}"):
             release = registry.import_(source, options, by=who())
             if promote:
                 registry.promote(release, by=who(), reason="promoted on import")
-        _say_imported(registry.show(release), promoted=promote, as_json=as_json)
+        _say_imported(registry.show(release), new=release not in before, promoted=promote, as_json=as_json)
 
 
 def _names(named: tuple[str, ...]) -> dict[str, str]:
@@ -121,12 +122,13 @@ def _names(named: tuple[str, ...]) -> dict[str, str]:
     return {file: name for file, _, name in pairs}
 
 
-def _say_imported(release: Registered, *, promoted: bool, as_json: bool) -> None:
+def _say_imported(release: Registered, *, new: bool, promoted: bool, as_json: bool) -> None:
     if as_json:
         click.echo(to_json(release.summary()))
         return
     name = release.info.id
-    say(f"imported {name} from {release.info.source}; heads: {', '.join(release.heads) or 'none'}")
+    came, heads = "imported" if new else "here already:", ", ".join(release.heads) or "none"
+    say(f"{came} {name} from {release.info.source}; heads: {heads}")
     if promoted:
         click.echo(f"{name} is the champion; {_TAKES_OVER}")
     elif release.heads:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from code_worker.data.examples import FAKE, Example, Skipped
 from code_worker.data.label_files.lines import numbered_lines
 from code_worker.data.label_files.tables import csv_records
-from code_worker.data.names import label_of, printable
+from code_worker.data.names import label_of
 from code_worker.data.reading import FromSource
 from code_worker.errors import DatasetError
+from code_worker.terminal import printable
 
 if TYPE_CHECKING:
     from code_worker.data.kept import KeptImages

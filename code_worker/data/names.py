@@ -14,7 +14,6 @@ __all__ = [
     "generator_slug",
     "label_of",
     "numbered_generator",
-    "printable",
 ]
 
 PUBLISHED_GENERATORS: Final = ("deepfloyd-if", "sd-1.4", "sd-2.1", "sd-xl")
@@ -57,8 +56,3 @@ def label_of(value: object) -> int:
     if label is None:
         raise ValueError(f"label is {str(value)[:40]!r}; it must be real (or 0) or fake (or 1)")
     return label
-
-
-def printable(name: str) -> str:
-    """A name out of somebody else's file, safe to print: escapes in place of control characters and broken text."""
-    return name if name.isprintable() else ascii(name)[1:-1]

@@ -15,11 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.names import generator_slug, label_of, numbered_generator, printable
+from code_worker.data.names import generator_slug, label_of, numbered_generator
 from code_worker.data.reading import check_hash
 from code_worker.data.tars import Member, list_members
 from code_worker.errors import DatasetError
 from code_worker.images.listing import NO_IMAGE, has_image_suffix, is_hidden, looks_like_image
+from code_worker.terminal import printable
 
 __all__ = ["SHARD_SUFFIXES", "Record", "expand", "read_records", "shard_examples"]
 
@@ -153,7 +154,8 @@ def _parse(name: str) -> tuple[str, str]:
         return match["key"], match["slot"].lower() if match["number"] is None else f"gen_{int(match['number'])}"
     if text := _TEXT.fullmatch(name):
         return text["key"], text["slot"].lower().removesuffix(".txt")
-    return str(PurePosixPath(name).with_suffix("")), _CLASSIC
+    directory, slash, base = name.rpartition("/")
+    return f"{directory}{slash}{base.rpartition('.')[0] or base}", _CLASSIC
 
 
 def _finished(path: Path, drafts: Mapping[str, _Draft], skipped: list[Skipped]) -> Iterator[Record]:

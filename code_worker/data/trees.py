@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.names import PUBLISHED_VARIANTS, numbered_generator, printable
+from code_worker.data.names import PUBLISHED_VARIANTS, numbered_generator
 from code_worker.data.reading import FromSource, not_images
 from code_worker.errors import DatasetError, ImageRejectedError, TransientError
 from code_worker.images.files import local_path
 from code_worker.images.listing import LeftOut, images_under
+from code_worker.terminal import printable
 
 if TYPE_CHECKING:
     from code_worker.images.source import Sources

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from code_worker.heads import Head
     from code_worker.plugins import Plugins
 
-__all__ = ["ReleaseFacts", "build_from_parts"]
+__all__ = ["KeptHeads", "ReleaseFacts", "build_from_parts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +60,29 @@ class ReleaseFacts:
     notes: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class KeptHeads:
+    """Heads of another release with the same encoder, that go into this one as they are, file by file.
+
+    Attributes:
+        directory: that release.
+        entries: what its manifest says of each.
+        heads: the heads, as they were loaded from there.
+    """
+
+    directory: Path
+    entries: Mapping[str, HeadEntry] = field(default_factory=dict)
+    heads: Mapping[str, Head] = field(default_factory=dict)
+
+
 def build_from_parts(
-    directory: Path, weights: EncoderWeights, heads: Mapping[str, Head], plugins: Plugins, facts: ReleaseFacts
+    directory: Path,
+    weights: EncoderWeights,
+    heads: Mapping[str, Head],
+    plugins: Plugins,
+    facts: ReleaseFacts,
+    *,
+    kept: KeptHeads | None = None,
 ) -> str:
     """Writes the release into `directory`, which must be new or empty; returns the manifest's sha256.
 
@@ -76,11 +98,15 @@ def build_from_parts(
     save_weights(weights, directory)
     for name, head in heads.items():
         _save_head(name, head, head_directory(directory, name))
-    if heads:
-        write_probes(directory, weights, heads)
-    manifest = _describe(directory, weights, heads, plugins, facts)
+    kept = kept or KeptHeads(directory)
+    for name in kept.entries:
+        shutil.copytree(head_directory(kept.directory, name), head_directory(directory, name))
+    every = {**heads, **kept.heads}
+    if every:
+        write_probes(directory, weights, every)
+    manifest = _describe(directory, weights, heads, plugins, facts, kept=kept.entries)
     loaded = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
-    check_same_scores(heads, loaded)
+    check_same_scores(every, loaded)
     return write_manifest(directory, manifest)
 
 
@@ -97,7 +123,13 @@ def _save_head(name: str, head: Head, directory: Path) -> None:
 
 
 def _describe(
-    directory: Path, weights: EncoderWeights, heads: Mapping[str, Head], plugins: Plugins, facts: ReleaseFacts
+    directory: Path,
+    weights: EncoderWeights,
+    heads: Mapping[str, Head],
+    plugins: Plugins,
+    facts: ReleaseFacts,
+    *,
+    kept: Mapping[str, HeadEntry],
 ) -> Manifest:
     files = describe_files(directory, leave_out={MANIFEST_NAME})
     preprocessing = Preprocessing(crop=weights.config.image_size, mean=weights.config.mean, std=weights.config.std)
@@ -113,9 +145,10 @@ def _describe(
             heads={
                 name: _head_entry(name, head, facts.plugin_heads.get(name, name), files, plugins)
                 for name, head in heads.items()
-            },
+            }
+            | dict(kept),
             thresholds=facts.thresholds,
-            default_head=facts.default_head or _first_choice(heads),
+            default_head=facts.default_head or _first_choice({**heads, **kept}),
             evaluation=dict(facts.evaluation),
             files=files,
             toy=facts.toy,
@@ -160,5 +193,5 @@ def _head_entry(
     )
 
 
-def _first_choice(heads: Mapping[str, Head]) -> str | None:
+def _first_choice(heads: Mapping[str, object]) -> str | None:
     return "linear" if "linear" in heads else min(heads, default=None)

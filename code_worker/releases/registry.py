@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, St
 from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
+from code_worker.releases.builder import KeptHeads
 from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import IfChanged, LoadedRelease, load_release
 from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, verify_files
@@ -92,6 +93,9 @@ class Registry:
     def import_(self, source: str, options: ImportOptions | None = None, *, by: str | None = None) -> str:
         """Builds a release from `source` (see `build_release`), stores and registers it; returns its id.
 
+        A checkpoint that was imported before, and differs in nothing but the time, is the release that is
+        here already.
+
         Raises:
             NotAllowedError: `by` (unset: the user of this process) is no operator.
             ConfigurationError, ArtifactError, SignatureError: see `build_release`.
@@ -101,7 +105,17 @@ class Registry:
         with tempfile.TemporaryDirectory(prefix="code-worker-import-") as directory:
             built = Path(directory) / "release"
             build_release(source, self._plugins, built, options, keys=self._keys)
+            finished = (Path(source).expanduser() / MANIFEST_NAME).is_file()
+            if not finished and (known := self._same_as(built)) is not None:
+                log.info("release_is_here", release=known, source=source)
+                return known
             return self.add(built, by=by)
+
+    def _same_as(self, directory: Path) -> str | None:
+        """A release that was made of the same encoder and heads, with the same settings and words; the newest."""
+        wanted = _identity(read_manifest(directory)[0].model_dump(mode="json"))
+        ready = (one for one in self.list() if one.info.status == releases.READY)
+        return next((one.info.id for one in ready if _identity(one.info.manifest) == wanted), None)
 
     def add(
         self, directory: Path, *, by: str | None = None, along: Callable[[Session, str], object] | None = None
@@ -228,6 +242,24 @@ class Registry:
         self._store.run(lambda session: releases.note_signed(session, release, by=by))
         log.info("release_signed", release=release, by=by)
 
+    def directory(self, release: str) -> Path:
+        """Where the files of a registered release are, every one compared with the manifest; only to be read.
+
+        Raises:
+            NoReleaseError: it is not registered.
+            ArtifactError: it is missing or damaged (IntegrityError).
+        """
+        return self._fetch(release)[0]
+
+    def kept_heads(self, loaded: LoadedRelease, without: Collection[str]) -> KeptHeads:
+        """The heads of a release for another one with the same encoder, all but those named.
+
+        Raises:
+            NoReleaseError, ArtifactError: see `directory`.
+        """
+        entries = {name: entry for name, entry in loaded.manifest.heads.items() if name not in without}
+        return KeptHeads(self.directory(loaded.id), entries, {name: loaded.heads[name] for name in entries})
+
     def _fetch(self, release: str) -> tuple[Path, bytes]:
         """Where the verified files are, and the manifest, which is the registered one."""
         registered = self.show(release).info
@@ -339,6 +371,14 @@ def _before(tries: Sequence[str | None], now: str | None) -> str | None:
     A try whose commit's answer was lost did move it, and the next one found it moved.
     """
     return next((found for found in reversed(tries) if found != now), now)
+
+
+def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a release another one: all but its time, and the hashes of what was computed for it here.
+
+    The probes are of this machine's arithmetic, and with them the list of all files.
+    """
+    return {name: value for name, value in manifest.items() if name not in {"created_at", "files"}}
 
 
 def _refuse_retired(release: str, status: str | None) -> None:

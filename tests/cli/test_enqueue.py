@@ -21,6 +21,7 @@ from tests.cli.conftest import Cli, Ran
 from tests.cli.ledger_rows import accept, claim
 from tests.patience import polls
 from tests.servers import RedisServer, S3Server
+from tests.test_client import champion
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -58,6 +59,21 @@ def test_uris_become_jobs_and_one_message(producer: Cli, sqlite_store: Store, br
     assert {(job.tenant, job.head, job.content_type, job.metadata["post"]) for job in found if job} == {
         ("acme", "knn", "avatar", 7)
     }
+
+
+def test_a_head_that_the_champion_lacks_ends_the_command_before_anything_is_accepted(
+    producer: Cli, sqlite_store: Store, tmp_path: Path
+) -> None:
+    champion(sqlite_store, "r-one", ["knn", "linear"])
+    ran = producer("enqueue", "s3://b/a.jpg", "s3://b/b.jpg", "--head", "kn")
+    assert ran.status == 2
+    assert "unknown head 'kn'; known: knn, linear" in ran.stderr
+    listed = tmp_path / "list.jsonl"
+    listed.write_text('{"uri": "s3://b/a.jpg", "head": "knn"}\n{"uri": "s3://b/b.jpg", "head": "kn"}\n')
+    ran = producer("enqueue", "--from", str(listed))
+    assert ran.status == 1
+    assert "line 2: item 0: unknown head 'kn'" in ran.stderr
+    assert "1 jobs accepted, 1 lines refused" in ran.stderr
 
 
 def test_the_same_key_is_the_same_job_and_a_conflict_is_named(producer: Cli) -> None:

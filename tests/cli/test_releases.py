@@ -100,6 +100,7 @@ def test_a_new_user_imports_and_promotes_with_one_command(run: Run, data_dir: Pa
 def test_an_import_alone_says_how_to_promote(run: Run, two: list[Path]) -> None:
     assert f"code-worker releases promote {id_of(two[0])}" in run("import", two[0]).stdout
     assert listed(run)[0]["aliases"] == []
+    assert f"here already: {id_of(two[0])}" in run("import", two[0]).stdout
 
 
 def test_promote_and_rollback_say_what_was_before(run: Run, two: list[Path]) -> None:
