@@ -245,4 +245,5 @@ def _accept_one(client: Client, line: Line, common: Mapping[str, Any], done: Don
     except StoreUnavailableError:
         raise
     except (ValueError, StoreError) as error:
-        done.refused.append((line.place, str(error)))
+        # The client's place of an item is 0: it was given this one alone.
+        done.refused.append((line.place, str(error).removeprefix("item 0: ")))

@@ -72,8 +72,7 @@ def test_a_head_that_the_champion_lacks_ends_the_command_before_anything_is_acce
     listed.write_text('{"uri": "s3://b/a.jpg", "head": "knn"}\n{"uri": "s3://b/b.jpg", "head": "kn"}\n')
     ran = producer("enqueue", "--from", str(listed))
     assert ran.status == 1
-    assert "line 2: item 0: unknown head 'kn'" in ran.stderr
-    assert "1 jobs accepted, 1 lines refused" in ran.stderr
+    assert "line 2: unknown head 'kn'; known: knn, linear\n1 job accepted, 1 line refused" in ran.stderr
 
 
 def test_the_same_key_is_the_same_job_and_a_conflict_is_named(producer: Cli) -> None:
