@@ -118,7 +118,7 @@ class WorkerSettings(Section):
     )
     remote_control: Literal["off", "inspect", "all"] = Field(
         "off",
-        description="What `celery inspect`, Flower and other monitors may do with our workers: nothing; look at them; "
+        description="What `celery inspect`, Flower and monitors may do with our workers: nothing; look at them; "
         "or all that Celery's remote control can, such as ending them. Whoever reaches the broker may then do it.",
     )
     store_embeddings: bool = Field(
