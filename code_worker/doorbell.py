@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +25,7 @@ __all__ = ["Doorbell", "bound_queue"]
 
 log = get_logger(__name__)
 _MARK = "code_worker.mark"
+_BYSTANDERS = "code_worker.bystanders"
 _PERSISTENT = 2
 
 
@@ -167,6 +169,33 @@ class Doorbell:
                 channel.client.hset(_MARK, "id", uuid4().hex)
             found: bytes | None = channel.client.hget(_MARK, "id")
             return None if found is None else found.decode()
+
+    def note_bystander(self, name: str, *, gone: bool = False) -> None:
+        """Notes beside the messages that a worker has our tasks and takes none of our queues, or that it ended.
+
+        Raises:
+            BrokerUnavailableError: see `depth`.
+        """
+        with self._channel() as channel:
+            if not _is_redis(channel):
+                return
+            if gone:
+                channel.client.hdel(_BYSTANDERS, name)
+            else:
+                channel.client.hset(_BYSTANDERS, name, str(time.time()))
+
+    def bystanders(self, *, within_s: float) -> list[str]:
+        """Workers that were noted so lately.
+
+        Raises:
+            BrokerUnavailableError: see `depth`.
+        """
+        with self._channel() as channel:
+            if not _is_redis(channel):
+                return []
+            # kombu puts no prefix before the key of HGETALL.
+            noted = channel.client.hgetall(f"{channel.global_keyprefix}{_BYSTANDERS}")
+            return sorted(name.decode() for name, at in noted.items() if time.time() - float(at) < within_s)
 
     @contextmanager
     def _channel(self) -> Iterator[Any]:

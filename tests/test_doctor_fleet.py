@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +26,7 @@ from code_worker.store.engine import Store
 from code_worker.worker import beat
 from code_worker.worker.app import create_app, install
 from code_worker.worker.background import Repeater
+from code_worker.worker.bystander import Bystander
 from code_worker.worker.doctor import Check, Status, examine, fleet
 from code_worker.worker.host import Host
 from code_worker.worker.report import differing, facts
@@ -128,6 +131,12 @@ def test_a_queue_from_which_nobody_takes_is_a_fault_once_jobs_wait(
     assert untaken.status is Status.FAIL
     assert f"no worker takes from {NORMAL}: 1 wait" in untaken.message
     assert f"-Q {','.join(QUEUES)}" in untaken.hint
+    bystander = Bystander(app)
+    bystander.look()
+    named, _ = found("queues")
+    assert f"{socket.gethostname()}:{os.getpid()}: a worker of an app with our tasks" in named.message
+    bystander.stop()
+    assert len(found("queues")) == 1
     (takes,) = found("workers")
     assert "loads the model with the first job" in takes.message
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from code_worker.broker import is_redis
@@ -30,8 +33,9 @@ class Bystander:
     def __init__(self, app: Celery, *, every_s: float = _EVERY_S) -> None:
         self._app = app
         self._doorbell = Doorbell(app)
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._waited: dict[str, int] = {}
-        self._warned = False
+        self._warned = self._noted = False
         self._repeater = Repeater("bystander", every_s, self.look)
 
     def start(self) -> None:
@@ -43,12 +47,18 @@ class Bystander:
     def stop(self) -> None:
         """Looks no more."""
         self._repeater.stop()
+        if self._noted:
+            with suppress(BrokerUnavailableError):
+                self._doorbell.note_bystander(self._name, gone=True)
 
     def look(self) -> None:
         """One look at the queues; warns of those that hold no fewer messages than at the last."""
-        if self._warned:
-            return
         try:
+            # For `doctor`, which sees this worker nowhere else.
+            self._doorbell.note_bystander(self._name)
+            self._noted = True
+            if self._warned:
+                return
             waiting = {queue: self._doorbell.depth(queue) for queue in QUEUES}
         except BrokerUnavailableError:
             # Celery says that itself.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["needed_heads", "queues", "workers"]
 
 _UNTAKEN_S: Final = 30.0
+_NOTED_S: Final = 180.0
+"""Three of a bystander's looks."""
 _LATELY: Final = timedelta(minutes=10)
 
 
@@ -120,17 +122,32 @@ def _untaken(
     if any("queues" not in part.info for part in alive if part.role == fleet.JUDGES):
         return  # of an older version, or a child of a pool whose parent says it
     taken = {queue for part in alive for queue in part.info.get("queues", ())}
-    for queue, (number, oldest_s) in sorted(waiting.items()):
-        if queue not in taken and oldest_s > _UNTAKEN_S:
-            yield Check(
-                "queues",
-                Status.FAIL,
-                f"no worker takes from {queue}: {number} wait, the oldest for {oldest_s:.0f} s",
-                f"code-worker worker, or in your own app a worker with -Q {','.join(QUEUES)}",
-            )
+    left = {queue: facts for queue, facts in waiting.items() if queue not in taken and facts[1] > _UNTAKEN_S}
+    if left:
+        yield from _bystanders(settings)
+    for queue, (number, oldest_s) in sorted(left.items()):
+        yield Check(
+            "queues",
+            Status.FAIL,
+            f"no worker takes from {queue}: {number} wait, the oldest for {oldest_s:.0f} s",
+            f"code-worker worker, or in your own app a worker with -Q {','.join(QUEUES)}",
+        )
     if (settings.schedule.retrain or settings.schedule.refit) and TRAIN_QUEUE not in taken:
         text = f"a schedule is set and nobody takes from {TRAIN_QUEUE}"
         yield Check("queues", Status.WARN, text, f"code-worker trainer, or a worker with -Q {TRAIN_QUEUE}")
+
+
+def _bystanders(settings: Settings) -> Iterator[Check]:
+    from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only where jobs wait
+
+    try:
+        with closing(Doorbell.for_producer(settings)) as doorbell:
+            names = doorbell.bystanders(within_s=_NOTED_S)
+    except (BrokerUnavailableError, ConfigurationError):
+        return  # the part `broker` says it
+    if names:
+        text = f"{', '.join(names)}: a worker of an app with our tasks that takes none of our queues"
+        yield Check("queues", Status.WARN, text, f"if it is meant to judge, start it with -Q {','.join(QUEUES)}")
 
 
 def _elsewhere(settings: Settings, alive: Sequence[WorkerInfo]) -> Iterator[Check]:
