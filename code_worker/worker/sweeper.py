@@ -74,8 +74,9 @@ class Sweeper:
             self._broker = self._doorbell.identity(make=make)
         except BrokerUnavailableError as error:
             log.warning("broker_unavailable", error=str(error))
-        if self._broker is not None:
-            self._look_at = time.monotonic() + _LOOK_AT_BROKER_S
+            self._broker = None
+        # Sooner where nothing was found; but a broker that hangs must not hold each pass up.
+        self._look_at = time.monotonic() + (_LOOK_AT_BROKER_S if self._broker else _LOOK_AT_BROKER_S / 4)
 
     def _take_turn(self, seconds: float) -> bool:
         owner = self._ledger.owner
