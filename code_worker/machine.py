@@ -70,7 +70,7 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
 def _numbers(file: Path) -> list[float]:
     """The numbers of a limit; none where there is no such file, or it says `max`."""
     try:
-        return [float(word) for word in file.read_text(encoding="ascii").split()]
+        return [float(word) for word in file.read_text(encoding="utf-8").split()]
     except (OSError, ValueError):
         return []
 
