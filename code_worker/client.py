@@ -11,25 +11,32 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from code_worker.errors import BrokerUnavailableError, CommitUnknownError, ConfigurationError, StoreUnavailableError
+from code_worker.errors import (
+    BrokerUnavailableError,
+    CommitUnknownError,
+    ConfigurationError,
+    StoreUnavailableError,
+    UnknownHeadError,
+)
 from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
 from code_worker.queues import chunks, queue_for
 from code_worker.settings import Settings, load_settings
-from code_worker.store import jobs, migrate, verdicts
+from code_worker.store import jobs, migrate, releases, verdicts
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from code_worker.data.labelling import Labelled, Labeller
+    from code_worker.data.labelling import Labeller
     from code_worker.doorbell import Doorbell
-    from code_worker.types import Verdict
+    from code_worker.types import Labelled, Verdict
 
 __all__ = ["Client", "enqueue", "enqueue_many", "label", "verdict"]
 
 log = get_logger(__name__)
 _ROWS_PER_TRANSACTION = 1024
 _REST_S = 30.0
+_HEADS_FOR_S = 3.0
 _INHERITED: list[object] = []
 
 
@@ -47,6 +54,8 @@ class Client:
         self._bell: Doorbell | None = None
         self._labelling: Labeller | None = None
         self._rest_until = 0.0
+        self._heads: tuple[str, ...] = ()
+        self._heads_until = 0.0
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
 
@@ -74,12 +83,14 @@ class Client:
 
         Raises:
             ValueError: an argument that is out of range.
+            UnknownHeadError: the champion has no such head; without a champion any name is taken.
             IdConflictError: the key was used for a different job.
             StoreUnavailableError: the database could not be reached; nothing was accepted.
             CommitUnknownError: the database did not say whether it accepted the job; its id is in `job_ids`. Enqueue
                 it again with the same key, and it is the same job.
         """
         new = jobs.NewJob(uri, head, tenant, content_type, priority, metadata or {}, key)
+        self._refuse_unknown_head(head)
         ids = self._accept([new])
         self._publish(ids, [new])
         return ids[0]
@@ -100,7 +111,7 @@ class Client:
         Ids come as soon as they are safe in SQL; their messages go out meanwhile, one transaction behind.
         """
         groups = (
-            [_new_job(place, {**common, **_as_mapping(item)}) for place, item in group]
+            [self._new_job(place, {**common, **_as_mapping(item)}) for place, item in group]
             for group in chunks(enumerate(items), _ROWS_PER_TRANSACTION)
         )
         # SQLite takes one writer at a time: a second thread would only wait for its lock.
@@ -161,6 +172,25 @@ class Client:
         return self._labeller().label(
             target, label, generator=generator, by=by, collection=collection, group=group, note=note, at=at
         )
+
+    def _new_job(self, place: int, item: Mapping[str, Any]) -> jobs.NewJob:
+        try:
+            self._refuse_unknown_head(item.get("head"))
+            return jobs.NewJob.of(item)
+        except (ValueError, UnknownHeadError) as error:
+            # Not its URI: errors end in logs.
+            raise ValueError(f"item {place}: {error}") from None
+
+    def _refuse_unknown_head(self, head: object) -> None:
+        """What the champion's heads are is read again every few seconds, by those who name one."""
+        if head is None:
+            return
+        if time.monotonic() >= self._heads_until:
+            known = self._store.run(releases.champions_heads, write=False)
+            self._heads = known or ()
+            self._heads_until = time.monotonic() + _HEADS_FOR_S
+        if self._heads and head not in self._heads:
+            raise UnknownHeadError(str(head), self._heads)
 
     def _accept(self, new: list[jobs.NewJob]) -> list[str]:
         try:
@@ -234,14 +264,6 @@ def _as_mapping(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(item, Mapping):
         raise ValueError(f"a job is a URI or a mapping of its fields, not {type(item).__name__}")  # noqa: TRY004 - as all arguments
     return item
-
-
-def _new_job(place: int, item: Mapping[str, Any]) -> jobs.NewJob:
-    try:
-        return jobs.NewJob.of(item)
-    except ValueError as error:
-        # Not its URI: errors end in logs.
-        raise ValueError(f"item {place}: {error}") from None
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""What a directory needs beside its files: a place, an owner who is alone in it, and to be on disk."""
+"""What files and directories are beside their bytes: a place, private, on disk, or a stand-in for another file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 from code_worker.errors import ConfigurationError
 
-__all__ = ["expanded", "flush", "forbidden", "make_private"]
+__all__ = ["expanded", "flush", "forbidden", "is_lfs_pointer", "make_private"]
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def expanded(path: Path, setting: str) -> Path:
@@ -62,3 +64,12 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether Git left the name of a large file here and not its content; False also where nothing can be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False

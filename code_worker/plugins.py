@@ -1,7 +1,8 @@
 """Finds plugins, checks them, and answers which heads there are and which one to use.
 
 Plugins come as entry points of the group `code_worker` and as single files in `PLUGINS_DIR`. They are code that runs
-with this process's rights: install only what you trust. One that is broken stops the program with its name.
+with this process's rights: install only what you trust. One that is broken stops the program with its name. Files
+beside them that name no hook, and tests, are not plugins; plugins can import them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -29,14 +31,17 @@ from code_worker.logs import get_logger
 from code_worker.settings import Settings
 from code_worker.types import Job
 
-__all__ = ["HEAD_NAME", "InstalledPlugin", "Plugins", "load_plugins"]
+__all__ = ["HEAD_NAME", "FoundPlugin", "InstalledPlugin", "Plugins", "find_plugins", "load_plugins"]
 
 T = TypeVar("T")
 log = get_logger(__name__)
 HEAD_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 """Of a head, whole: as plugins register it and as manifests list it."""
 _OWN: Final = "code-worker"
+_NOT_ALLOWED: Final = "not allowed"
+_TEST_FILE: Final = re.compile(r"test_.*\.py|.*_test\.py|conftest\.py")
 _HOOKS: Final = tuple(sorted(name for name in vars(hookspecs) if name.startswith(f"{hookspecs.PROJECT}_")))
+_NAMES_A_HOOK: Final = re.compile(rf"\bhookimpl\b|\bdef {hookspecs.PROJECT}_|\b({'|'.join(_HOOKS)})\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,52 @@ class InstalledPlugin:
         return str(self.path) if self.path else f"{self.name!r} of {self.distribution} {self.version}"
 
 
+@dataclass(frozen=True, slots=True)
+class FoundPlugin:
+    """A plugin or file that is there, and what becomes of it.
+
+    Attributes:
+        plugin: what it is and where it is from.
+        state: `in use`, `refused` (it is broken, and stops every program), `not allowed` (by
+            `CODE_WORKER_PLUGINS_ALLOWED`) or `passed over` (a file that is no plugin).
+        why: the reason, unless it is in use.
+    """
+
+    plugin: InstalledPlugin
+    state: str
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """What may be a plugin: how to import it, or why that is not done."""
+
+    origin: InstalledPlugin
+    load: Callable[[], object] = object
+    state: str = ""
+    why: str = ""
+
+
+def find_plugins(settings: Settings) -> list[FoundPlugin]:
+    """Everything that `load_plugins` meets, with what it would do; a broken plugin does not hide the others.
+
+    Raises:
+        PluginError: a directory or a distribution in the settings that is not there.
+    """
+    plugins = Plugins()
+    return [_tried(plugins, candidate) for candidate in _candidates(settings)]
+
+
+def _tried(plugins: Plugins, candidate: _Candidate) -> FoundPlugin:
+    if candidate.state:
+        return FoundPlugin(candidate.origin, candidate.state, candidate.why)
+    try:
+        plugins.add(candidate.origin, _load(candidate.origin, candidate.load))
+    except PluginError as error:
+        return FoundPlugin(candidate.origin, "refused", str(error))
+    return FoundPlugin(plugins.installed()[-1], "in use")
+
+
 def load_plugins(settings: Settings) -> Plugins:
     """Imports every plugin that is allowed, registers it, and asks for its heads.
 
@@ -76,12 +127,20 @@ def load_plugins(settings: Settings) -> Plugins:
             or offers a head that another offers too. The text names the plugin, where it is from, and the cause.
     """
     plugins = Plugins()
-    for origin, entry_point in _allowed(settings.plugins_allowed):
-        plugins.add(origin, _load(origin, entry_point.load))
-    for path in _plugin_files(settings.plugins_dir):
-        origin = _file_origin(path)
-        plugins.add(origin, _load(origin, partial(_import_file, path)))
+    for candidate in _candidates(settings):
+        if not candidate.state:
+            plugins.add(candidate.origin, _load(candidate.origin, candidate.load))
+        elif candidate.state == _NOT_ALLOWED:
+            origin = candidate.origin
+            log.warning("plugin_not_allowed", plugin=origin.name, distribution=origin.distribution)
+        else:
+            log.info("plugin_file_passed_over", file=str(candidate.origin.path), why=candidate.why)
     return plugins
+
+
+def _candidates(settings: Settings) -> Iterator[_Candidate]:
+    yield from _installed_candidates(settings.plugins_allowed)
+    yield from _file_candidates(settings.plugins_dir)
 
 
 class Plugins:
@@ -121,6 +180,11 @@ class Plugins:
         specs: list[HeadSpec] = []
         for implementation in hook.get_hookimpls():
             if implementation.plugin is plugin:
+                if implementation.wrapper or implementation.hookwrapper:
+                    raise PluginError(
+                        f"plugin {origin} wraps code_worker_register_heads: each plugin is asked for its own heads, "
+                        "so there is nothing to wrap; wrapper=True is for code_worker_select_head"
+                    )
                 specs.extend(_load(origin, partial(_call_all, implementation.function)))
         return specs
 
@@ -167,12 +231,25 @@ class Plugins:
         """What the first plugin with an opinion says; the one registered last is asked first, files before packages.
 
         Raises:
-            PluginError: the answer is no text. What a plugin itself raises passes through.
+            PluginError: a plugin failed, or its answer is no text; the text names the plugin where that is known.
         """
-        chosen = self._manager.hook.code_worker_select_head(job=job, heads=tuple(names))
+        try:
+            chosen = self._manager.hook.code_worker_select_head(job=job, heads=tuple(names))
+        except Exception as error:  # a plugin is somebody else's code and may raise anything at all
+            raise PluginError(
+                f"code_worker_select_head of {self._culprit(error)} failed: {type(error).__name__}: {error}"
+            ) from error
         if chosen is not None and not isinstance(chosen, str):
             raise PluginError(f"code_worker_select_head answered {type(chosen).__name__}, not the name of a head")
         return chosen
+
+    def _culprit(self, error: Exception) -> str:
+        """The plugin whose code was running, by the traceback."""
+        running = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        for implementation in self._manager.hook.code_worker_select_head.get_hookimpls():
+            if getattr(implementation.function, "__code__", None) in running:
+                return f"plugin {self._installed[implementation.plugin_name]}"
+        return "a plugin"
 
     def installed(self) -> list[InstalledPlugin]:
         """Every plugin in use, in the order of registration."""
@@ -183,8 +260,8 @@ def _call_all(offer: Callable[..., Any]) -> list[HeadSpec]:
     return list(offer())
 
 
-def _allowed(names: Sequence[str] | None) -> Iterator[tuple[InstalledPlugin, EntryPoint]]:
-    """Entry points of the distributions that may be imported; of the others nothing is imported."""
+def _installed_candidates(names: Sequence[str] | None) -> Iterator[_Candidate]:
+    """Entry points; of distributions that may not be imported nothing is."""
     allowed = None if names is None else {_canonical(name): name for name in (_OWN, *names)}
     offered = [(_entry_point_origin(found), found) for found in entry_points(group=hookspecs.PROJECT)]
     present = {_canonical(origin.distribution) for origin, _ in offered}
@@ -195,9 +272,10 @@ def _allowed(names: Sequence[str] | None) -> Iterator[tuple[InstalledPlugin, Ent
         )
     for origin, entry_point in sorted(offered, key=lambda offer: offer[1].name):
         if allowed is None or _canonical(origin.distribution) in allowed:
-            yield origin, entry_point
+            yield _Candidate(origin, entry_point.load)
         else:
-            log.warning("plugin_not_allowed", plugin=origin.name, distribution=origin.distribution)
+            why = f"CODE_WORKER_PLUGINS_ALLOWED does not name {origin.distribution}"
+            yield _Candidate(origin, state=_NOT_ALLOWED, why=why)
 
 
 def _canonical(distribution: str) -> str:
@@ -219,14 +297,31 @@ def _file_origin(path: Path) -> InstalledPlugin:
     return InstalledPlugin(path.stem, f"sha256:{digest[:12]}", path.stem, path=path)
 
 
-def _plugin_files(directory: Path | None) -> Iterator[Path]:
-    """Files of the directory in order; names with a leading underscore are parts of others, not plugins."""
+def _file_candidates(directory: Path | None) -> Iterator[_Candidate]:
+    """Files of the directory in order; what they import from beside them is found."""
     if directory is None:
         return
     directory = expanded(directory, "CODE_WORKER_PLUGINS_DIR")
     if not directory.is_dir():
         raise PluginError(f"CODE_WORKER_PLUGINS_DIR names {directory}, which is not a directory")
-    yield from sorted(path for path in directory.glob("*.py") if not path.name.startswith("_"))
+    if str(directory) not in sys.path:
+        # Last: a file must not take the place of an installed module. For good: hooks may import when they run.
+        sys.path.append(str(directory))
+    for path in sorted(directory.glob("*.py")):
+        why = _why_no_plugin(path)
+        yield _Candidate(_file_origin(path), partial(_import_file, path), state="passed over" if why else "", why=why)
+
+
+def _why_no_plugin(path: Path) -> str:
+    if path.name.startswith("_"):
+        return "its name begins with _: a part of others"
+    if _TEST_FILE.fullmatch(path.name):
+        return "its name is that of a test"
+    try:
+        named = _NAMES_A_HOOK.search(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise PluginError(f"plugin {path} cannot be read: {error.strerror}") from error
+    return "" if named else "it names no hook"
 
 
 def _import_file(path: Path) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
@@ -115,6 +115,11 @@ class WorkerSettings(Section):
     )
     release_poll_s: float = Field(
         3.0, ge=0.01, le=DAY_S, description="How often a worker looks whether the champion moved."
+    )
+    remote_control: Literal["off", "inspect", "all"] = Field(
+        "off",
+        description="What `celery inspect`, Flower and monitors may do with our workers: nothing; look at them; "
+        "or all that Celery's remote control can, such as ending them. Whoever reaches the broker may then do it.",
     )
     store_embeddings: bool = Field(
         True, description="Keep embeddings, so that bytes seen before are not encoded again."
@@ -239,6 +244,11 @@ class Settings(BaseSettings):
     )
     head: str | None = Field(
         None, description="Head used when neither job, plugin nor policy names one; unset: the release's own default."
+    )
+    heads: dict[str, dict[str, Any]] = Field(
+        {},
+        description="Options of heads for the next fit, by head: `[heads.knn]` with `n_neighbors = 5` in "
+        "the file, or `CODE_WORKER_HEADS__KNN__N_NEIGHBORS=5`.",
     )
     changed_heads: Literal["refuse", "warn"] = Field(
         "refuse",

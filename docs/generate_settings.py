@@ -94,7 +94,7 @@ def default_text(field: FieldInfo) -> str:
     value = field.default
     if value is None or field.default_factory is not None:
         return "unset"
-    if value == ():
+    if value in ((), {}):
         return "none"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

@@ -11,10 +11,10 @@ import pytest
 import redis
 
 from code_worker.client import Client
-from code_worker.errors import IdConflictError, StoreError
+from code_worker.errors import IdConflictError, StoreError, UnknownHeadError
 from code_worker.queues import BACKFILL, LIVE, MAX_JOBS_PER_MESSAGE, NORMAL
 from code_worker.settings import Settings
-from code_worker.store import jobs
+from code_worker.store import jobs, releases
 from code_worker.store.engine import Store
 from code_worker.types import JobState
 from tests.servers import RedisServer, free_port
@@ -150,3 +150,29 @@ def test_a_job_that_does_not_exist_has_no_verdict(make_client: Callable[..., Cli
     client = make_client(None)
     assert client.verdict("01890000-0000-7000-8000-000000000000") is None
     assert client.verdict("not-an-id") is None
+
+
+def champion(store: Store, release: str, heads: list[str]) -> None:
+    manifest = {"heads": {name: {} for name in heads}}
+    fields: Any = {"manifest_sha256": release * 8, "location": "", "manifest": manifest, "source": "", "by": "a test"}
+    store.run(lambda session: releases.add(session, id=release, **fields))
+    store.run(lambda session: releases.move_alias(session, releases.CHAMPION, release, by="a test", reason=""))
+
+
+def test_a_head_that_the_champion_lacks_is_refused_where_it_is_asked_for(
+    make_client: Callable[..., Client], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("code_worker.client._HEADS_FOR_S", 0.0)
+    client = make_client(None)
+    client.enqueue("s3://b/a.jpg", head="typo")  # nobody knows yet
+    champion(store, "r-one", ["knn", "linear"])
+    assert client.enqueue("s3://b/a.jpg", head="knn")
+    assert client.enqueue("s3://b/a.jpg")
+    with pytest.raises(UnknownHeadError, match="unknown head 'typo'; known: knn, linear"):
+        client.enqueue("s3://b/a.jpg", head="typo")
+    with pytest.raises(ValueError, match="item 1: unknown head 'svm'; known: knn, linear"):
+        client.enqueue_many(["s3://b/a.jpg", {"uri": "s3://b/b.jpg", "head": "svm"}], head="linear")
+    champion(store, "r-two", ["svm"])
+    assert client.enqueue("s3://b/a.jpg", head="svm")
+    with pytest.raises(UnknownHeadError):
+        client.enqueue("s3://b/a.jpg", head="knn")

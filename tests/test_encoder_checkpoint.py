@@ -75,6 +75,45 @@ def test_a_vit_prefix_is_taken_off(published: Path) -> None:
     assert same_weights(load_checkpoint(published).state, expected)
 
 
+def test_names_as_newer_transformers_have_them_are_known(published: Path) -> None:
+    expected = load_checkpoint(published).state
+    model = random_vit(3, num_hidden_layers=1)
+    names = model.state_dict()
+    assert "layers.0.attention.q_proj.weight" in names, "this is about the names that the model has in memory"
+    save_file({name: tensor.contiguous() for name, tensor in names.items()}, published / "model.safetensors")
+    assert same_weights(load_checkpoint(published).state, expected)
+
+
+def test_sharded_weights_are_read_by_their_index(published: Path) -> None:
+    expected = load_checkpoint(published).state
+    (published / "model.safetensors").unlink()
+    random_vit(3, num_hidden_layers=1).save_pretrained(published, max_shard_size="500KB")
+    assert len(list(published.glob("model-*.safetensors"))) > 1
+    assert same_weights(load_checkpoint(published).state, expected)
+    index = published / "model.safetensors.index.json"
+    where = json.loads(index.read_text())
+    for change, said in (
+        ({"layernorm.bias": "../model-00001-of-00001.safetensors"}, "names '../model"),
+        ({"no.such": "model-00001-of-00005.safetensors"}, r"no\.such is not in model-00001"),
+    ):
+        index.write_text(json.dumps({"weight_map": {**where["weight_map"], **change}}))
+        with pytest.raises(ArtifactError, match=said):
+            load_checkpoint(published)
+    index.write_text("[]")
+    with pytest.raises(ArtifactError, match=r"index\.json cannot be read"):
+        load_checkpoint(published)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_is_called_one(published: Path, name: str) -> None:
+    (published / "model.safetensors").unlink()
+    (published / name).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 22000000\n"
+    )
+    with pytest.raises(ArtifactError, match=rf"{name} is a Git LFS pointer, not the file: run `git lfs pull`"):
+        load_checkpoint(published)
+
+
 def test_a_name_with_and_without_the_prefix_is_refused(published: Path) -> None:
     change_weights(published, **{"vit.layernorm.bias": torch.zeros(192)})
     with pytest.raises(ArtifactError, match=r"prefix 'vit\.'"):

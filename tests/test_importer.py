@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +19,14 @@ from code_worker.encoder.checkpoint import load_checkpoint, read_weights
 from code_worker.encoder.engine import Engine
 from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError, UnsafeArtifactError
 from code_worker.plugins import Plugins, load_plugins
+from code_worker.releases.artifacts import LocalArtifacts
 from code_worker.releases.hashing import hash_file
 from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import LoadedRelease, load_release
-from code_worker.releases.manifest import read_manifest, verify_files
-from code_worker.settings import Settings
+from code_worker.releases.manifest import read_manifest, verify_files, write_manifest
+from code_worker.releases.registry import Registry
+from code_worker.settings import RoleSettings, Settings
+from code_worker.store.engine import Store
 from code_worker.types import EMBEDDING_TOLERANCE
 from code_worker_heads.search import unit_rows
 from tests.parity import KNN_FILE, LINEAR_FILE, SVM_FILE, ParitySet
@@ -254,3 +259,19 @@ def test_a_release_is_written_into_an_empty_directory_only(
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ArtifactError, match="not empty"):
         build_release(str(parity_set.directory), plugins, tmp_path)
+
+
+def test_what_was_imported_before_is_the_release_that_is_here(
+    parity_set: ParitySet, plugins: Plugins, tmp_path: Path, sqlite_store: Store
+) -> None:
+    registry = Registry(sqlite_store, LocalArtifacts(tmp_path / "kept"), plugins, RoleSettings())
+    (heads := tmp_path / "heads").mkdir()
+    shutil.copy(parity_set.directory / "sklearn" / LINEAR_FILE, heads)
+    options = ImportOptions(heads_dir=heads)
+    build_release(str(parity_set.directory), plugins, tmp_path / "built", options)
+    manifest = read_manifest(tmp_path / "built")[0]
+    write_manifest(tmp_path / "built", manifest.model_copy(update={"created_at": datetime(2026, 1, 2, tzinfo=UTC)}))
+    first = registry.add(tmp_path / "built")
+    assert registry.import_(str(parity_set.directory), options) == first
+    assert registry.import_(str(parity_set.directory), replace(options, notes="other")) != first
+    assert len(registry.list()) == 2

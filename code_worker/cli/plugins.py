@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from code_worker.cli.arguments import JSON_OBJECT, json_option
-from code_worker.cli.output import print_json_lines, print_table
-from code_worker.errors import ConfigurationError
+from code_worker.cli.ledger import open_ledger, quiet_settings
+from code_worker.cli.output import moment, print_json_lines, print_table, to_json
+from code_worker.errors import ConfigurationError, NoReleaseError, UnknownHeadError
 from code_worker.settings import load_settings
 
 if TYPE_CHECKING:
@@ -35,13 +36,83 @@ def plugins() -> None:
 @plugins.command("list")
 @json_option
 def list_(*, as_json: bool) -> None:
-    """List every plugin in use: packages by entry point, and files of CODE_WORKER_PLUGINS_DIR."""
-    rows = [asdict(plugin) for plugin in _load().installed()]
+    """List every plugin that is there: packages by entry point, and files of CODE_WORKER_PLUGINS_DIR.
+
+    What is not in use is listed with the reason. Exit status: 0; 2 when one is refused, which stops every program.
+    """
+    from code_worker.plugins import find_plugins  # noqa: PLC0415 - imports strangers' code
+
+    rows = [{**asdict(one.plugin), "state": one.state, "why": one.why} for one in find_plugins(quiet_settings())]
+    if as_json:
+        print_json_lines(rows)
+    else:
+        shown = [{**row, "hooks": " ".join(row["hooks"]), "heads": " ".join(row["heads"])} for row in rows]
+        columns = ("name", "version", "distribution", "state", "heads", "hooks", "path", "why")
+        print_table(shown, columns, empty="no plugin is installed")
+    if any(row["state"] == "refused" for row in rows):
+        sys.exit(2)
+
+
+@plugins.command()
+@json_option
+def seen(*, as_json: bool) -> None:
+    """List the plugins that workers had when they started, by host, with versions and from when to when.
+
+    The version of a single file is the beginning of its sha256. What is installed here: `code-worker plugins list`.
+    """
+    from code_worker.store import workers  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    with open_ledger() as store:
+        rows = [asdict(one) for one in store.run(workers.plugins_seen, write=False)]
     if as_json:
         print_json_lines(rows)
         return
-    shown = [{**row, "hooks": " ".join(row["hooks"]), "heads": " ".join(row["heads"])} for row in rows]
-    print_table(shown, ("name", "version", "distribution", "heads", "hooks", "path"), empty="no plugin is installed")
+    shown = [
+        {
+            **row,
+            "hooks": " ".join(row["hooks"]),
+            "first_seen": moment(row["first_seen"]),
+            "last_seen": moment(row["last_seen"]),
+        }
+        for row in rows
+    ]
+    columns = ("host", "name", "version", "distribution", "first_seen", "last_seen", "hooks")
+    print_table(shown, columns, empty="no worker has started yet")
+
+
+@plugins.command("select-head")
+@click.option("--heads", default="", metavar="A,B", help="Heads of the release; unset: those of the champion.")
+@click.option("--uri", default="s3://bucket/image.jpg", show_default=True, help="Of the job.")
+@click.option("--tenant", help="Of the job.")
+@click.option("--content-type", help="Of the job.")
+@click.option("--priority", type=click.IntRange(0, 9), default=4, show_default=True, help="Of the job.")
+@click.option("--metadata", type=JSON_OBJECT, default="{}", help="Of the job, as a JSON object.")
+@json_option
+def select_head(*, heads: str, as_json: bool, **job: Any) -> None:
+    """Ask the plugins which head they would choose for a job like this; nothing is enqueued or written.
+
+    Exit status: 0; 2 when a plugin fails, or names a head that the release lacks.
+    """
+    from code_worker.types import Job  # noqa: PLC0415 - not for --help
+
+    names = tuple(filter(None, heads.split(","))) or _champions_heads()
+    chosen = _load().select_head(Job(id="sample", **job), names)
+    if chosen is not None and chosen not in names:
+        raise UnknownHeadError(chosen, names)
+    if as_json:
+        click.echo(to_json({"chosen": chosen, "heads": list(names)}))
+    else:
+        click.echo(chosen or "no plugin has an opinion: the policy, CODE_WORKER_HEAD or the release decides")
+
+
+def _champions_heads() -> tuple[str, ...]:
+    from code_worker.store import releases  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    with open_ledger() as store:
+        found = store.run(releases.champions_heads, write=False)
+    if found is None:
+        raise NoReleaseError("no champion whose heads could be chosen from: name some with --heads linear,knn")
+    return found
 
 
 def _load() -> Plugins:

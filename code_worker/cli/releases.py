@@ -107,11 +107,12 @@ def import_(
         notes=note,
     )
     with _registry(quiet_settings(), create=True) as registry:
+        before = {one.info.id for one in registry.list()}
         with progress(f"importing {source}"):
             release = registry.import_(source, options, by=who())
             if promote:
                 registry.promote(release, by=who(), reason="promoted on import")
-        _say_imported(registry.show(release), promoted=promote, as_json=as_json)
+        _say_imported(registry.show(release), new=release not in before, promoted=promote, as_json=as_json)
 
 
 def _names(named: tuple[str, ...]) -> dict[str, str]:
@@ -121,12 +122,13 @@ def _names(named: tuple[str, ...]) -> dict[str, str]:
     return {file: name for file, _, name in pairs}
 
 
-def _say_imported(release: Registered, *, promoted: bool, as_json: bool) -> None:
+def _say_imported(release: Registered, *, new: bool, promoted: bool, as_json: bool) -> None:
     if as_json:
         click.echo(to_json(release.summary()))
         return
     name = release.info.id
-    say(f"imported {name} from {release.info.source}; heads: {', '.join(release.heads) or 'none'}")
+    heads = ", ".join(release.heads) or "none"
+    say(f"{'imported' if new else 'here already:'} {name} from {release.info.source}; heads: {heads}")
     if promoted:
         click.echo(f"{name} is the champion; {_TAKES_OVER}")
     elif release.heads:
@@ -175,6 +177,27 @@ def promote(release: str, reason: str) -> None:
         click.echo(f"{release} is the champion already")
     else:
         click.echo(f"{release} is the champion{f' (was {before})' if before else ''}; {_TAKES_OVER}")
+
+
+@releases.command("drop-head")
+@click.argument("release")
+@click.argument("head")
+@click.option("--default-head", help="Head for jobs that nobody chose one for; unset: as before.")
+def drop_head(release: str, head: str, default_head: str | None) -> None:
+    """Make a release like RELEASE without HEAD; every other head stays as it is, file by file.
+
+    Nothing judges with it until it is promoted; RELEASE stays.
+    """
+    from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    settings = quiet_settings()
+    with _registry(settings) as registry, progress(f"leaving {head} out of {release}"):
+        made = registry.drop_head(release, head, default_head=default_head, by=who())
+    with open_ledger(settings) as store:
+        named = [row.scope for row in store.run(policies.in_force, write=False) if row.head == head]
+    click.echo(f"{made} is {release} without {head}; make it live with: code-worker releases promote {made}")
+    for scope in named:
+        say(f"the policy of {scope} names {head}: change it first, or its jobs are rejected", err=True)
 
 
 @releases.command()

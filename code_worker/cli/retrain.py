@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from code_worker.cli.arguments import json_option
+from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import print_facts, print_table, to_json
 from code_worker.cli.run_progress import run_progress
@@ -52,29 +52,45 @@ def retrain(**asked: bool) -> None:
 
 
 @click.command()
+@click.option(
+    "--head",
+    "heads",
+    multiple=True,
+    metavar="NAME",
+    help="Fit this head alone, and keep the champion's others as they are; may be repeated. Needs --challenge.",
+)
+@click.option("--options", type=JSON_OBJECT, help="Options of the one --head, as a JSON object.")
+@click.option(
+    "--challenge", is_flag=True, help="Make the result the challenger, without the gate and without new labels."
+)
 @_options
-def refit(**asked: bool) -> None:
+def refit(*, heads: tuple[str, ...], options: dict[str, Any] | None, challenge: bool, **asked: bool) -> None:
     """Fit every head again on the labelled images, with the champion's encoder; promote the result if it is better.
 
     Takes seconds where embeddings are kept. Otherwise as `code-worker retrain`.
     """
-    _learn("refit", **asked)
+    if heads and not challenge:
+        raise click.UsageError("the gate compares what judges by default, which stays: say --head with --challenge")
+    if options is not None and len(heads) != 1:
+        raise click.UsageError("--options belong to one head: name it with --head")
+    named = {name: options or {} for name in heads} if heads else None
+    _learn("refit", **asked, heads=named, challenge=challenge)
 
 
-def _learn(kind: str, *, dry_run: bool, force: bool, enqueue: bool, as_json: bool) -> None:
+def _learn(kind: str, *, dry_run: bool, enqueue: bool, as_json: bool, **asked: Any) -> None:
     if enqueue and dry_run:
         raise click.UsageError("--dry-run says what a run would do, --enqueue starts one: choose")
     settings = quiet_settings()
     if enqueue:
-        _enqueue(kind, settings, force=force)
+        _enqueue(kind, settings, asked)
         return
     if dry_run:
-        _print_plan(kind, settings, as_json=as_json)
+        _print_plan(kind, settings, asked, as_json=as_json)
         return
-    sys.exit(_run_here(kind, settings, force=force, as_json=as_json))
+    sys.exit(_run_here(kind, settings, asked, as_json=as_json))
 
 
-def _enqueue(kind: str, settings: Settings, *, force: bool) -> None:
+def _enqueue(kind: str, settings: Settings, asked: dict[str, Any]) -> None:
     from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only for who rings
     from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE  # noqa: PLC0415 - as above
 
@@ -82,20 +98,20 @@ def _enqueue(kind: str, settings: Settings, *, force: bool) -> None:
     bell = Doorbell.for_producer(settings)
     try:
         task = {"retrain": RETRAIN, "refit": REFIT}[kind]
-        bell.call(task, TRAIN_QUEUE, arguments={"by": who(), "force": force})
+        bell.call(task, TRAIN_QUEUE, arguments={"by": who(), **asked})
     finally:
         bell.close()
     click.echo(f"{kind} is queued for the trainer; see `code-worker runs list`")
 
 
-def _run_here(kind: str, settings: Settings, *, force: bool, as_json: bool) -> int:
+def _run_here(kind: str, settings: Settings, asked: dict[str, Any], *, as_json: bool) -> int:
     from code_worker.training.retrain import Learner  # noqa: PLC0415 - numpy and plugins: not for --help
 
     # As Ctrl-C does: the run is left in order, and its training process ends with a checkpoint.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with open_ledger(settings) as store, run_progress(kind) as listen:
-            run = Learner(settings, store, listen=listen).learn(kind, by=who(), force=force)
+            run = Learner(settings, store, listen=listen).learn(kind, by=who(), **asked)
     finally:
         signal.signal(signal.SIGTERM, before)
     if run is None:
@@ -107,11 +123,11 @@ def _run_here(kind: str, settings: Settings, *, force: bool, as_json: bool) -> i
     return 0 if run.state in {"promoted", "skipped"} else 1
 
 
-def _print_plan(kind: str, settings: Settings, *, as_json: bool) -> None:
+def _print_plan(kind: str, settings: Settings, asked: dict[str, Any], *, as_json: bool) -> None:
     from code_worker.training.retrain import Learner  # noqa: PLC0415 - as above
 
     with open_ledger(settings) as store:
-        plan = Learner(settings, store).plan(kind)
+        plan = Learner(settings, store).plan(kind, **asked)
     if as_json:
         click.echo(to_json(plan.to_dict()))
         return

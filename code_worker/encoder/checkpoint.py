@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from code_worker.encoder.hub import HUB_PREFIX, download
-from code_worker.encoder.published import config_from_published, state_from_published
+from code_worker.encoder.published import SHARD, SHARD_INDEX, config_from_published, state_from_published
 from code_worker.encoder.tensor_files import as_tensors, read_safetensors, read_torch_pickle
 from code_worker.encoder.vit import VitConfig
 from code_worker.encoder.weights import EncoderWeights, random_weights, read_weights, save_weights
@@ -25,7 +25,7 @@ def load_checkpoint(source: str | Path, *, state: StateName = "state_dict") -> E
 
     Args:
         source: a directory in the published form (`config.json` of a `ViTModel` beside `model.safetensors` or
-            `pytorch_model.bin`), its hub name `hf:owner/name[@revision]`, or a timm training checkpoint
+            its shards, or `pytorch_model.bin`), its hub name `hf:owner/name[@revision]`, or a timm checkpoint
             (`last.pth.tar`, `.pth`, `.pt`) of a `vit_tiny_patch16_224`.
         state: which weights of a training checkpoint. The plain ones are those the trainer measured; averaged
             ones (`state_dict_ema`) are taken only when asked for.
@@ -65,9 +65,26 @@ def _published(directory: Path, source: str) -> EncoderWeights:
 def _published_tensors(directory: Path) -> dict[str, Tensor]:
     if (path := directory / "model.safetensors").is_file():
         return read_safetensors(path)
+    if (path := directory / SHARD_INDEX).is_file():
+        return _sharded_tensors(path)
     if (path := directory / "pytorch_model.bin").is_file():
         return as_tensors(path, read_torch_pickle(path))
-    raise ArtifactError("neither model.safetensors nor pytorch_model.bin is there")
+    raise ArtifactError(f"none of model.safetensors, {SHARD_INDEX} and pytorch_model.bin is there")
+
+
+def _sharded_tensors(index: Path) -> dict[str, Tensor]:
+    """Of the shards that the index names, each tensor from the one that it names for it."""
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(where.values()))
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{index.name} cannot be read: {type(error).__name__}: {error}") from error
+    if wrong := [name for name in shards if not (isinstance(name, str) and SHARD.fullmatch(name))]:
+        raise ArtifactError(f"{index.name} names {wrong[0]!r}; shards are called model-00001-of-00002.safetensors")
+    found = {name: read_safetensors(index.parent / name) for name in shards}
+    if absent := sorted(name for name, shard in where.items() if name not in found[shard]):
+        raise ArtifactError(f"{absent[0]} is not in {where[absent[0]]}, where {index.name} has it")
+    return {name: found[shard][name] for name, shard in where.items()}
 
 
 def _trained(path: Path, state: StateName) -> EncoderWeights:

@@ -16,6 +16,7 @@ __all__ = ["HUB_PREFIX", "download"]
 HUB_PREFIX = "hf:"
 _NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _WANTED = ["config.json", "preprocessor_config.json", "model.safetensors", "sklearn/*"]
+_SHARDS = ["model.safetensors.index.json", "model-*-of-*.safetensors"]
 # The hub's client changed its HTTP library more than once; this is the base class of whichever it uses.
 _HTTP_ERROR: type[Exception] = getattr(errors, "HTTPError", OSError)
 
@@ -35,6 +36,8 @@ def download(source: str) -> Path:
     repo, revision = match["repo"], match["revision"]
     directory = _snapshot(repo, revision, _WANTED)
     if not (directory / "model.safetensors").is_file():
+        directory = _snapshot(repo, revision, [*_WANTED, *_SHARDS])
+    if not any(directory.glob("model*.safetensors")):
         directory = _snapshot(repo, revision, [*_WANTED, "pytorch_model.bin"])
     return directory
 

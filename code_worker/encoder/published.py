@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from code_worker.encoder.vit import VitConfig, expected_shapes
 from code_worker.encoder.weights import check_fit
 from code_worker.errors import ArtifactError
 
-__all__ = ["config_from_published", "state_from_published"]
+__all__ = ["SHARD", "SHARD_INDEX", "config_from_published", "state_from_published"]
 
 # What `transformers.ViTConfig` assumes for a field that config.json lacks.
 _DEFAULTS: dict[str, Any] = {
@@ -43,6 +44,20 @@ _IN_BLOCK = {
     "mlp.fc1": ("intermediate.dense",),
     "mlp.fc2": ("output.dense",),
 }
+
+_NEWER = re.compile(r"layers\.(?P<layer>\d+)\.(?P<module>.+)\.(?P<kind>weight|bias)")
+_RENAMED = {
+    "layernorm_before": "layernorm_before",
+    "layernorm_after": "layernorm_after",
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+SHARD_INDEX: Final = "model.safetensors.index.json"
+SHARD: Final = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def config_from_published(published: object) -> VitConfig:
@@ -97,9 +112,9 @@ def state_from_published(state: Mapping[str, Tensor], config: VitConfig) -> dict
     Raises:
         ArtifactError: names (as published) every tensor that is missing, unexpected or of another shape.
     """
-    found = {name.removeprefix("vit."): tensor for name, tensor in state.items()}
+    found = {_older_name(name.removeprefix("vit.")): tensor for name, tensor in state.items()}
     if len(found) != len(state):
-        raise ArtifactError("weights hold the same name with and without the prefix 'vit.'")
+        raise ArtifactError("weights hold the same tensor twice, with and without the prefix 'vit.' or by two names")
     found = {name: tensor for name, tensor in found.items() if not name.startswith("pooler.")}
     shapes = expected_shapes(config)
     sources = {name: _published_names(name) for name in shapes}
@@ -109,6 +124,13 @@ def state_from_published(state: Mapping[str, Tensor], config: VitConfig) -> dict
         wanted.update(dict.fromkeys(parts, (rows // len(parts), *others)))
     check_fit(found, wanted, "the weights do not fit config.json")
     return {name: torch.cat([found[part] for part in parts]) for name, parts in sources.items()}
+
+
+def _older_name(name: str) -> str:
+    """Before version 5 of transformers modules of a layer had other names."""
+    if (match := _NEWER.fullmatch(name)) is None or match["module"] not in _RENAMED:
+        return name
+    return f"encoder.layer.{match['layer']}.{_RENAMED[match['module']]}.{match['kind']}"
 
 
 def _published_names(name: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from code_worker.disk import is_lfs_pointer
 from code_worker.errors import ArtifactError, UnsafeArtifactError
 
 __all__ = ["as_tensors", "read_safetensors", "read_torch_pickle"]
@@ -56,6 +57,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ArtifactError: a file that is missing, damaged or of another form.
     """
+    _refuse_lfs_pointer(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -69,6 +71,7 @@ def read_torch_pickle(path: Path) -> Any:
         UnsafeArtifactError: the pickle asks for anything else, which the text names; nothing of it was executed.
         ArtifactError: a file that is missing, damaged or of another form.
     """
+    _refuse_lfs_pointer(path)
     try:
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle protocol torch may not read: it reads or raises
@@ -79,6 +82,11 @@ def read_torch_pickle(path: Path) -> Any:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _DAMAGE as error:
         raise ArtifactError(f"{path}: damaged, or not written by torch.save ({type(error).__name__})") from error
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    if is_lfs_pointer(path):
+        raise ArtifactError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its repository")
 
 
 def _refusal(path: Path, error: pickle.UnpicklingError) -> ArtifactError:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from code_worker.images.listing import LeftOut
     from code_worker.settings import FileSettings
 
-__all__ = ["FileSource", "local_path"]
+__all__ = ["FileSource", "local_path", "storable"]
 
 _CHUNK_BYTES: Final = 1 << 20
 # O_PATH passes through a directory that may be entered but not listed; macOS has none.
@@ -106,7 +106,7 @@ class FileSource:
         except OSError as error:
             raise _translated(error, path) from error
         files = _walk(path, left_out) if stat.S_ISDIR(mode) else iter((path,))
-        return (_named(file, as_uri=as_uris) for file in files)
+        return (Path(file).absolute().as_uri() if as_uris else storable(file) for file in files)
 
     def _locate(self, path: str) -> tuple[str, tuple[str, ...]]:
         """Root that holds the resolved path, and the way from there; the same refusal whether or not it exists."""
@@ -241,13 +241,13 @@ def _may_be_file(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-def _named(path: str, *, as_uri: bool) -> str:
-    if not as_uri:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            as_uri = True
-    return Path(path).absolute().as_uri() if as_uri else path
+def storable(path: str) -> str:
+    """The path, or its URI where a name in it is not UTF-8 and no database takes it as text."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return Path(path).absolute().as_uri()
+    return path
 
 
 def _translated(error: OSError, path: str) -> CodeWorkerError:

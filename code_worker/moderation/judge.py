@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from code_worker.errors import ImageRejectedError, SourceCredentialsError, SourcePausedError, TransientError
+from code_worker.errors import (
+    ImageRejectedError,
+    PluginError,
+    SourceCredentialsError,
+    SourcePausedError,
+    TransientError,
+)
 from code_worker.logs import get_logger
 from code_worker.moderation.collect import Collector, Item, Witness
 from code_worker.moderation.faults import JobFault
@@ -102,8 +108,9 @@ class Judge:
         try:
             chosen = wanted_head(item.job, policy, runtime, self._select_head)
         except Exception as error:
-            log.exception("select_head_failed", job=item.job.id)
-            detail = f"a plugin's select_head failed: {type(error).__name__}: {error}"
+            log.exception("select_head_failed", job=item.job.id, error=str(error))
+            said = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+            detail = f"no head could be chosen: {said}"
             result.faults.append(JobFault(item.job, RejectReason.MODEL_UNAVAILABLE, detail))
             return None
         if chosen in runtime.heads:

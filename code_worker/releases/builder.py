@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ValidationError
 
-from code_worker.errors import ArtifactError
+from code_worker.errors import ArtifactError, ConfigurationError, UnknownHeadError
 from code_worker.releases.golden import check_same_scores, write_probes
 from code_worker.releases.hashing import FileEntry, describe_files, files_below
 from code_worker.releases.loading import head_directory, load_head
@@ -32,8 +34,9 @@ if TYPE_CHECKING:
     from code_worker.encoder.weights import EncoderWeights
     from code_worker.heads import Head
     from code_worker.plugins import Plugins
+    from code_worker.releases.loading import LoadedRelease
 
-__all__ = ["ReleaseFacts", "build_from_parts"]
+__all__ = ["KeptHeads", "ReleaseFacts", "build_from_parts", "without_head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +62,62 @@ class ReleaseFacts:
     notes: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class KeptHeads:
+    """Heads of another release with the same encoder, that go into this one as they are, file by file.
+
+    Attributes:
+        directory: that release.
+        entries: what its manifest says of each.
+        heads: the heads, as they were loaded from there.
+    """
+
+    directory: Path
+    entries: Mapping[str, HeadEntry] = field(default_factory=dict)
+    heads: Mapping[str, Head] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, loaded: LoadedRelease, directory: Path, without: Collection[str]) -> Self:
+        """The heads of a release that was loaded from `directory`, all but those named."""
+        entries = {name: entry for name, entry in loaded.manifest.heads.items() if name not in without}
+        return cls(directory, entries, {name: loaded.heads[name] for name in entries})
+
+
+def without_head(
+    loaded: LoadedRelease, directory: Path, head: str, default_head: str | None
+) -> tuple[KeptHeads, ReleaseFacts]:
+    """What a release like this one is made of that lacks one of its heads.
+
+    Raises:
+        UnknownHeadError: the release lacks the head, or the default head.
+        ConfigurationError: it is the only head, or the default one and no other is named.
+    """
+    if unknown := {head, default_head} - {None, *loaded.heads}:
+        raise UnknownHeadError(str(unknown.pop()), tuple(sorted(loaded.heads)))
+    kept, manifest = KeptHeads.of(loaded, directory, {head}), loaded.manifest
+    if (default := default_head or manifest.default_head) not in kept.entries:
+        hint = "name another with --default-head" if kept.entries else "it is the only one"
+        raise ConfigurationError(f"jobs of {loaded.id} are judged with {head!r} by default: {hint}")
+    # What the heads that stay have learned is found by this, where no run is known.
+    learned = re.search(r" on snapshot \S+$", manifest.source.uri)
+    return kept, ReleaseFacts(
+        source=Source(uri=f"refit of {loaded.id}{learned[0]}" if learned else f"{loaded.id} without {head}"),
+        default_head=default,
+        thresholds=manifest.thresholds,
+        evaluation=manifest.evaluation,
+        toy=manifest.toy,
+        notes=f"{manifest.notes}\nwithout head {head}".strip(),
+    )
+
+
 def build_from_parts(
-    directory: Path, weights: EncoderWeights, heads: Mapping[str, Head], plugins: Plugins, facts: ReleaseFacts
+    directory: Path,
+    weights: EncoderWeights,
+    heads: Mapping[str, Head],
+    plugins: Plugins,
+    facts: ReleaseFacts,
+    *,
+    kept: KeptHeads | None = None,
 ) -> str:
     """Writes the release into `directory`, which must be new or empty; returns the manifest's sha256.
 
@@ -76,11 +133,15 @@ def build_from_parts(
     save_weights(weights, directory)
     for name, head in heads.items():
         _save_head(name, head, head_directory(directory, name))
-    if heads:
-        write_probes(directory, weights, heads)
-    manifest = _describe(directory, weights, heads, plugins, facts)
+    kept = kept or KeptHeads(directory)
+    for name in kept.entries:
+        shutil.copytree(head_directory(kept.directory, name), head_directory(directory, name))
+    every = {**heads, **kept.heads}
+    if every:
+        write_probes(directory, weights, every)
+    manifest = _describe(directory, weights, heads, plugins, facts, kept=kept.entries)
     loaded = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
-    check_same_scores(heads, loaded)
+    check_same_scores(every, loaded)
     return write_manifest(directory, manifest)
 
 
@@ -97,7 +158,13 @@ def _save_head(name: str, head: Head, directory: Path) -> None:
 
 
 def _describe(
-    directory: Path, weights: EncoderWeights, heads: Mapping[str, Head], plugins: Plugins, facts: ReleaseFacts
+    directory: Path,
+    weights: EncoderWeights,
+    heads: Mapping[str, Head],
+    plugins: Plugins,
+    facts: ReleaseFacts,
+    *,
+    kept: Mapping[str, HeadEntry],
 ) -> Manifest:
     files = describe_files(directory, leave_out={MANIFEST_NAME})
     preprocessing = Preprocessing(crop=weights.config.image_size, mean=weights.config.mean, std=weights.config.std)
@@ -113,9 +180,10 @@ def _describe(
             heads={
                 name: _head_entry(name, head, facts.plugin_heads.get(name, name), files, plugins)
                 for name, head in heads.items()
-            },
+            }
+            | dict(kept),
             thresholds=facts.thresholds,
-            default_head=facts.default_head or _first_choice(heads),
+            default_head=facts.default_head or _first_choice({**heads, **kept}),
             evaluation=dict(facts.evaluation),
             files=files,
             toy=facts.toy,
@@ -160,5 +228,5 @@ def _head_entry(
     )
 
 
-def _first_choice(heads: Mapping[str, Head]) -> str | None:
+def _first_choice(heads: Mapping[str, object]) -> str | None:
     return "linear" if "linear" in heads else min(heads, default=None)

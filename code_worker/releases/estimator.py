@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from code_worker.disk import is_lfs_pointer
 from code_worker.errors import ArtifactError, UnsafeArtifactError
 from code_worker.heads import EstimatorState
 from code_worker.releases.pickled import Array, Instance, Name, read_pickle
@@ -46,6 +47,8 @@ def read_estimator(path: Path) -> EstimatorState:
         UnsafeArtifactError: the file asks for anything but those classes and numpy arrays; nothing was executed.
         ArtifactError: the file is missing, damaged, or compressed in a form that is not read.
     """
+    if is_lfs_pointer(path):
+        raise ArtifactError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its repository")
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:

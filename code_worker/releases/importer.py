@@ -28,7 +28,10 @@ __all__ = ["ImportOptions", "build_release"]
 log = get_logger(__name__)
 
 _HEAD_SUFFIXES = (".sav", ".joblib", ".pkl")
-_CHECKPOINT_FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
+_CHECKPOINT_FILES = (
+    *("config.json", "preprocessor_config.json"),
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+)
 _HUB = "hf:"
 
 
@@ -204,7 +207,8 @@ def _add(named: dict[str, _Found], name: str, one: _Found) -> None:
 
 
 def _source_files(local: Path, heads: Iterable[Path]) -> dict[str, FileEntry]:
-    checkpoint = [local / name for name in _CHECKPOINT_FILES] if local.is_dir() else [local]
+    shards = sorted(local.glob("model-*-of-*.safetensors")) if local.is_dir() else []
+    checkpoint = [*(local / name for name in _CHECKPOINT_FILES), *shards] if local.is_dir() else [local]
     read = {path.name: path for path in checkpoint if path.is_file()}
     read |= {f"{path.parent.name}/{path.name}": path for path in heads}
     return {name: hash_file(path) for name, path in read.items()}

@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,14 @@ from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, St
 from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
+from code_worker.releases.builder import build_from_parts, without_head
 from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import IfChanged, LoadedRelease, load_release
-from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, verify_files
+from code_worker.releases.manifest import MANIFEST_NAME, essence, read_manifest, release_id, verify_files
 from code_worker.releases.signing import check, sign
 from code_worker.roles import Role, current_user, require
 from code_worker.settings import RoleSettings
-from code_worker.store import releases
+from code_worker.store import releases, runs
 from code_worker.store.releases import CHALLENGER, CHAMPION
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ class Registry:
     def import_(self, source: str, options: ImportOptions | None = None, *, by: str | None = None) -> str:
         """Builds a release from `source` (see `build_release`), stores and registers it; returns its id.
 
+        A checkpoint that was imported before, and differs in nothing but the time, is the release that is here.
+
         Raises:
             NotAllowedError: `by` (unset: the user of this process) is no operator.
             ConfigurationError, ArtifactError, SignatureError: see `build_release`.
@@ -101,7 +105,14 @@ class Registry:
         with tempfile.TemporaryDirectory(prefix="code-worker-import-") as directory:
             built = Path(directory) / "release"
             build_release(source, self._plugins, built, options, keys=self._keys)
-            return self.add(built, by=by)
+            finished = (Path(source).expanduser() / MANIFEST_NAME).is_file()
+            return (None if finished else self._same_as(built)) or self.add(built, by=by)
+
+    def _same_as(self, directory: Path) -> str | None:
+        """The newest release that differs in nothing but the time."""
+        wanted = essence(read_manifest(directory)[0].model_dump(mode="json"))
+        ready = (one for one in self.list() if one.info.status == releases.READY)
+        return next((one.info.id for one in ready if essence(one.info.manifest) == wanted), None)
 
     def add(
         self, directory: Path, *, by: str | None = None, along: Callable[[Session, str], object] | None = None
@@ -146,6 +157,22 @@ class Registry:
             _refuse_retired(id_, status)
         log.info("release_added", release=id_, new=added, source=source, heads=sorted(manifest.heads))
         return id_
+
+    def drop_head(self, release: str, head: str, *, by: str, default_head: str | None = None) -> str:
+        """Adds a release like this one without a head; the others stay as they are. Returns its id.
+
+        Raises:
+            NotAllowedError: `by` is no operator.
+            ConfigurationError, NoReleaseError, ArtifactError, PluginError: see `without_head` and `load`.
+        """
+        require(self._roles, by, Role.OPERATOR, "leave a head out of a release")
+        loaded = self.load(release)
+        kept, facts = without_head(loaded, self.directory(release), head, default_head)
+        note = partial(runs.note_kept, run_id=self._store.new_id(), base=release, by=by)
+        with tempfile.TemporaryDirectory(prefix="code-worker-release-") as directory:
+            built = Path(directory) / "release"
+            build_from_parts(built, loaded.weights, {}, self._plugins, facts, kept=kept)
+            return self.add(built, by=by, along=note)
 
     def discard(self, release: str) -> None:
         """Deletes what `add` stored of a release but did not register; only while nobody else adds it.
@@ -196,7 +223,7 @@ class Registry:
         Raises:
             NoReleaseError: it is not registered.
             SignatureError: keys are configured, and none of them signed it.
-            ArtifactError: it is missing, damaged (IntegrityError) or cannot be loaded.
+            ArtifactError: it is missing, damaged (IntegrityError), or cannot be loaded here.
             PluginError: a head's plugin is not installed.
         """
         directory, manifest = self._fetch(release)
@@ -227,6 +254,10 @@ class Registry:
         self._artifacts.put_signature(release, sign(manifest, self._keys))
         self._store.run(lambda session: releases.note_signed(session, release, by=by))
         log.info("release_signed", release=release, by=by)
+
+    def directory(self, release: str) -> Path:
+        """Where the verified files of a registered release are, to be read alone; raises as `load` does."""
+        return self._fetch(release)[0]
 
     def _fetch(self, release: str) -> tuple[Path, bytes]:
         """Where the verified files are, and the manifest, which is the registered one."""

@@ -345,17 +345,21 @@ def runs_on(session: Session, snapshot_ids: Collection[str]) -> list[str]:
 def learned_from(session: Session, snapshot_ids: Collection[str]) -> Mapping[str, str]:
     """Releases that were made of these snapshots, with how each is concerned.
 
-    `learned`: made of one of these snapshots. `descends`: made from a release that did, whose encoder it inherited.
-    What a run noted counts, and what a release says of its own making, which was perhaps registered by hand.
+    `learned`: made of one of these snapshots, or from a release that was, with one of its heads. `descends`: made
+    from one that did, whose encoder it inherited. What a run noted counts, and what a release says of its making.
     """
     noted = session.execute(select(_RUNS.c.candidate, _RUNS.c.base_release, _RUNS.c.snapshot_id))
     made = [(row.candidate, row.base_release, row.snapshot_id) for row in noted if row.candidate is not None]
-    rows = session.execute(select(_RELEASES.c.id, _RELEASES.c.source))
+    rows = session.execute(select(_RELEASES.c.id, _RELEASES.c.source, _RELEASES.c.manifest)).all()
     said = ((row.id, _MADE.fullmatch(row.source)) for row in rows)
+    heads = {row.id: {head["sha256"] for head in (row.manifest or {}).get("heads", {}).values()} for row in rows}
     made += [(release, making["base"], making["snapshot"]) for release, making in said if making is not None]
     concerned = dict.fromkeys((release for release, _, snapshot in made if snapshot in snapshot_ids), "learned")
-    while more := {release for release, base, _ in made if base in concerned} - concerned.keys():
-        concerned.update(dict.fromkeys(sorted(more), "descends"))
+    while more := {(release, base) for release, base, _ in made if base in concerned and release not in concerned}:
+        for release, base in sorted(more):
+            if concerned[base] == "learned" and heads.get(release, set()) & heads.get(base, set()):
+                concerned[release] = "learned"
+            concerned.setdefault(release, "descends")
     return concerned
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "alias",
     "aliases",
     "challenge",
+    "champions_heads",
     "drop_alias",
     "get",
     "list_releases",
@@ -75,6 +76,17 @@ class AliasMove:
 
 
 _MOVE_COLUMNS = tuple(_MOVES.c[name] for name in AliasMove.__dataclass_fields__)
+
+
+def champions_heads(session: Session) -> tuple[str, ...] | None:
+    """Names of the heads of the champion, sorted; None while there is no champion."""
+    statement = (
+        select(_RELEASES.c.manifest)
+        .join(_ALIASES, _ALIASES.c.release_id == _RELEASES.c.id)
+        .where(_ALIASES.c.name == CHAMPION)
+    )
+    manifest = session.scalar(statement)
+    return None if manifest is None else tuple(sorted(manifest.get("heads", ())))
 
 
 def add(

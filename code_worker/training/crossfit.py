@@ -65,7 +65,7 @@ def cross_fitted(
     candidate: Side,
     champion: Side,
     *,
-    plans: Mapping[str, HeadPlan],
+    plans: tuple[Mapping[str, HeadPlan], Mapping[str, HeadPlan]],
     plugins: Plugins,
     taught_champion: Sequence[Member],
 ) -> CrossFitted | None:
@@ -76,7 +76,7 @@ def cross_fitted(
         taken: what the candidate's heads were fitted on is its training share.
         candidate: with the champion's encoder.
         champion: what judges now.
-        plans: how heads are fitted, by name.
+        plans: how heads are fitted, by name: the candidate's and the champion's.
         plugins: where head classes come from.
         taught_champion: what the champion's heads were fitted on.
 
@@ -96,8 +96,10 @@ def cross_fitted(
         return None
     fold = np.array([_fold(one) for one in usable])
     fits = [
-        _Fit(plans[side.head], plugins, _regrouped(learned, taken), side)
-        for side, learned in ((candidate, taken.training_share), (champion, taught_champion))
+        _Fit(how[side.head], plugins, _regrouped(learned, taken), side)
+        for side, how, learned in zip(
+            (candidate, champion), plans, (taken.training_share, taught_champion), strict=True
+        )
     ]
     if not all(fit.has_both_classes_without(sorted(set(fold.tolist()))) for fit in fits):
         return None

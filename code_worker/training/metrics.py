@@ -106,10 +106,11 @@ def intervals(
     """95 % percentile intervals of the bootstrap, resampled within each class.
 
     Where all images of a class are right, or all wrong, no resample can differ, and the bootstrap's interval would
-    be a point however few they are. Then that class's shares get the Wilson interval, and accuracies over both
-    classes the one that is joined of the classes' (Zou & Donner 2008); a perfect area under the ROC curve gets the
-    one that solves the variance of Hanley and McNeil for it (Newcombe 2006, method 5), and a perfect equal error rate
-    the larger class's share of errors. Of the other figures nothing can be said: they have none.
+    be a point however few they are; nor where one class is all uncertain and the other never. Then these shares get
+    the Wilson interval, and accuracies over both classes the one that is joined of the classes' (Zou & Donner 2008);
+    a perfect area under the ROC curve gets the one that solves the variance of Hanley and McNeil for it (Newcombe
+    2006, method 5), and a perfect equal error rate the larger class's share of errors. Of the other figures nothing
+    can be said: they have none.
 
     Raises:
         ValueError: as `figures`, or fewer than one resample.
@@ -137,17 +138,21 @@ def _at_the_border(
     new: dict[str, tuple[float, float] | None] = {
         name: wilson(round(share * size), size)
         for name, (share, size) in shares.items()
-        if size and share in {0.0, 1.0}
+        if size and (share in {0.0, 1.0} or _is_point(found.get(name)))
     }
     if {"real_accuracy", "fake_accuracy"} & new.keys():
         new |= _joined(point, n)
-    degenerate = {name for name in RANKINGS if (one := found.get(name)) is not None and one[0] == one[1]}
+    degenerate = {name for name in RANKINGS if _is_point(found.get(name))}
     new |= dict.fromkeys(degenerate)
     if "auroc" in degenerate and point["auroc"] in {0.0, 1.0}:
         new["auroc"] = _auroc_limits(point["auroc"], n[REAL], n[FAKE])
     if "eer" in degenerate and point["eer"] == 0:
         new["eer"] = (0.0, wilson(0, min(n.values()))[1])
     return new
+
+
+def _is_point(interval: tuple[float, float] | None) -> bool:
+    return interval is not None and interval[0] == interval[1]
 
 
 def _joined(point: dict[str, float], n: dict[int, int]) -> dict[str, tuple[float, float] | None]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from code_worker.data.examples import REAL
 from code_worker.data.holdout import refuse_holdout
-from code_worker.errors import ArtifactError, TrainingError
+from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source, verify_files
 
@@ -22,10 +24,15 @@ if TYPE_CHECKING:
     from code_worker.encoder.weights import EncoderWeights
     from code_worker.heads import Head
     from code_worker.plugins import Plugins
+    from code_worker.releases.builder import KeptHeads
     from code_worker.releases.manifest import Manifest
     from code_worker.training.snapshot import Member
 
-__all__ = ["HeadPlan", "Origin", "build_candidate", "fit_heads", "plan_heads"]
+__all__ = ["HeadOptions", "HeadPlan", "Origin", "build_candidate", "fit_heads", "plan_heads"]
+
+
+HeadOptions = Mapping[str, Mapping[str, Any]]
+"""Head → its options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +63,64 @@ class Origin:
         return f"{self.kind} of {self.base or 'nothing'} on snapshot {self.snapshot}"
 
 
-def plan_heads(plugins: Plugins, champion: Manifest | None) -> dict[str, HeadPlan]:
-    """Every head the champion has, with its options, and every other one that a plugin offers, with its own."""
+def plan_heads(
+    plugins: Plugins,
+    champion: Manifest | None,
+    configured: HeadOptions | None = None,
+    only: HeadOptions | None = None,
+) -> dict[str, HeadPlan]:
+    """Every head the champion has, and every other one that a plugin offers, with their options.
+
+    Args:
+        plugins: where the classes come from.
+        champion: release whose heads are fitted again, with the options that they have there.
+        configured: options of `CODE_WORKER_HEADS` by head, which come before those.
+        only: heads to be planned, and options that come before all; unset: every one.
+
+    Raises:
+        UnknownHeadError: one of `only`, or in the settings, that neither the champion nor a plugin has.
+        ConfigurationError: options that a head refuses.
+    """
     own = {} if champion is None else champion.heads
-    plans = {name: HeadPlan(entry.plugin_head, entry.options) for name, entry in own.items()}
-    for name in plugins.heads():
-        plans.setdefault(name, HeadPlan(name, {}))
-    return dict(sorted(plans.items()))
+    plans = {name: HeadPlan(name, {}) for name in plugins.heads()}
+    plans |= {name: HeadPlan(entry.plugin_head, entry.options) for name, entry in own.items()}
+    for given in (configured or {}, only or {}):
+        for name, options in given.items():
+            if (known := _spelt(name, plans)) is None:
+                raise UnknownHeadError(name, tuple(sorted(plans)))
+            if options:
+                plans[known] = _with_options(known, plans[known], options, plugins)
+    wanted = plans.keys() if only is None else {_spelt(name, plans) for name in only}
+    return {name: plan for name, plan in sorted(plans.items()) if name in wanted}
+
+
+def _spelt(name: str, known: Collection[str]) -> str | None:
+    """The head that a name stands for; names of variables have no `-`."""
+    alike = [one for one in known if name == one] or [one for one in known if name == one.replace("-", "_")]
+    return alike[0] if alike else None
+
+
+def _with_options(name: str, plan: HeadPlan, options: Mapping[str, Any], plugins: Plugins) -> HeadPlan:
+    head_class = plugins.head_class(plan.plugin_head)
+    # Names of variables have no case, and their values are text, of which JSON is the longer form.
+    fields = {field.lower(): field for field in head_class.Options.model_fields}
+    given = {fields.get(key.lower(), key): value for key, value in options.items()}
+    problem = ""
+    for tried in (given, {key: _from_json(value) for key, value in given.items()}):
+        try:
+            head = head_class({**plan.options, **tried})
+        except ValidationError as error:
+            problem = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        else:
+            return replace(plan, options=head.options.model_dump(mode="json"))
+    raise ConfigurationError(f"options of head {name!r}: {problem}; it has {', '.join(sorted(fields.values()))}")
+
+
+def _from_json(value: object) -> object:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def fit_heads(
@@ -110,10 +168,11 @@ def build_candidate(
     champion: Manifest | None,
     origin: Origin,
     evaluation: Mapping[str, Any],
+    kept: KeptHeads | None = None,
 ) -> None:
     """Writes the candidate into `directory`, unless a whole one is there from an attempt before.
 
-    It inherits default head, thresholds and the mark of a toy from the champion.
+    It inherits default head, thresholds and the mark of a toy from the champion, and `kept` heads as they are.
 
     Raises:
         ArtifactError: a head that cannot be saved, or scores otherwise once it is loaded back.
@@ -137,7 +196,7 @@ def build_candidate(
         notes=f"{origin.kind} by run {origin.run}",
         **inherited,
     )
-    build_from_parts(partial, weights, heads, plugins, facts)
+    build_from_parts(partial, weights, heads, plugins, facts, kept=kept)
     partial.rename(directory)
 
 

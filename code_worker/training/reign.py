@@ -38,11 +38,15 @@ def taught(session: Session, release: str) -> Taught:
     """Follows a release back through the runs that made it and those it descends from."""
     heads: dict[str, Member] | None = None
     encoder: set[str] = set()
+    fitted_in = {release}
     for at, made in runs.ancestry(session, [release]).items():
         for run in made:
             members = {one.sha256: one for one in snapshots.load(session, run.snapshot_id or "").training_share}
-            if at == release:
+            if at in fitted_in:
                 heads = {**members, **(heads or {})}
+                if run.config.get("heads") is not None and run.base_release is not None:
+                    # The other heads are those of the release before.
+                    fitted_in.add(run.base_release)
             if run.kind == "retrain":
                 encoder |= members.keys()
     return Taught(None if heads is None else tuple(heads.values()), frozenset(encoder))

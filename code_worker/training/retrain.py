@@ -20,12 +20,14 @@ from code_worker.errors import (
 )
 from code_worker.logs import get_logger
 from code_worker.plugins import load_plugins
+from code_worker.releases.manifest import Manifest
 from code_worker.releases.registry import open_registry
 from code_worker.roles import Role, require
 from code_worker.store import runs, schedule
 from code_worker.training import snapshot as snapshots
 from code_worker.training.attempt import Attempt, Listener, Parts
 from code_worker.training.lease import Held, owner_name
+from code_worker.training.refit import HeadOptions, plan_heads
 from code_worker.training.stages import Ending, Stages
 from code_worker.training.workplace import Workplace
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Session, Store
 
-__all__ = ["KINDS", "DueSlot", "Learner", "Plan"]
+__all__ = ["KINDS", "Asked", "DueSlot", "Learner", "Plan"]
 
 KINDS: Final = ("retrain", "refit")
 _WAIT_FOR_OLD_S: Final = 120.0
@@ -47,6 +49,31 @@ class DueSlot:
 
     name: str
     at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What somebody who starts a run asks for beside its kind.
+
+    Attributes:
+        force: run although fewer images are labelled than the minimum numbers want.
+        challenge: make the candidate the challenger, without the gate; that needs no new labels either.
+        heads: of a refit, the heads to fit and options of each; the champion's others stay as they are. Unset: all.
+    """
+
+    force: bool = False
+    challenge: bool = False
+    heads: HeadOptions | None = None
+
+    def to_config(self) -> dict[str, Any]:
+        """Plain values, for the run."""
+        heads = None if self.heads is None else {name: dict(options) for name, options in self.heads.items()}
+        return {"force": self.force or self.challenge, "challenge": self.challenge, "heads": heads}
+
+    def is_of(self, run: runs.Run) -> bool:
+        """Whether the run does what is asked for."""
+        wanted = self.to_config()
+        return (run.config.get("heads"), bool(run.config.get("challenge"))) == (wanted["heads"], self.challenge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,31 +140,45 @@ class Learner:
         self._stop = stop or threading.Event()
         self._listen = listen
 
-    def learn(self, kind: str, *, by: str, force: bool = False, slot: DueSlot | None = None) -> runs.Run | None:
+    def learn(self, kind: str, *, by: str, slot: DueSlot | None = None, **asked: Any) -> runs.Run | None:
         """Begins a run and finishes it; before it, one that a dead process left behind.
 
         Args:
             kind: retrain or refit.
             by: who asks for it.
-            force: although fewer images are labelled than the minimum numbers want.
             slot: the time of the schedule that it is for; None is returned when somebody took it already.
+            asked: what else is wanted of it, see `Asked`.
 
         Returns:
             The run as it ended. Without a slot, a run of this kind that was left behind is the one asked for.
 
         Raises:
             NotAllowedError: without a slot, `by` is no operator.
+            ConfigurationError: heads or options that nothing here has, or heads of what is no refit.
             RunActiveError: another process works on a run.
             RunLostError, RunStoppedError: see `Held.check`; the run goes on elsewhere or later.
             StoreUnavailableError: the database stayed away; the run goes on when it is back.
         """
         if slot is None:
             require(self._settings.roles, by, Role.OPERATOR, f"start a {kind}")
+        wanted = Asked(**asked)
+        self._check_heads(kind, wanted)
         left_behind = self.resume()
-        if left_behind is not None and slot is None and left_behind.kind == kind:
+        if left_behind is not None and slot is None and left_behind.kind == kind and wanted.is_of(left_behind):
             return left_behind
-        begun = self._begin(kind, by=by, force=force, slot=slot)
+        begun = self._begin(kind, by=by, asked=wanted, slot=slot)
         return None if begun is None else self._finish(begun)
+
+    def _check_heads(self, kind: str, asked: Asked) -> None:
+        if asked.heads is not None and kind != "refit":
+            raise ConfigurationError("a retrain makes another encoder and fits every head: name heads for a refit")
+        plan_heads(self._parts.plugins, self._champions_manifest(), self._settings.heads, asked.heads)
+
+    def _champions_manifest(self) -> Manifest | None:
+        champion = self._parts.registry.champion()
+        if champion is None:
+            return None
+        return Manifest.model_validate(self._parts.registry.show(champion).info.manifest)
 
     def resume(self) -> runs.Run | None:
         """Finishes the run that a dead process left behind, if there is one.
@@ -152,32 +193,33 @@ class Learner:
         log.warning("run_resumed", run=taken.id, kind=taken.kind, attempt=taken.attempts, stage=taken.stage)
         return self._finish(taken)
 
-    def plan(self, kind: str) -> Plan:
+    def plan(self, kind: str, **asked: Any) -> Plan:
         """What `learn` would do; writes nothing, and encodes none of the images.
 
         What only their embeddings tell (floods of near copies), and a golden set's images, are not left out yet.
         """
-        settings = self._settings
+        settings, wanted = self._settings, Asked(**asked)
+        self._check_heads(kind, wanted)
         taken = self._store.run(lambda session: snapshots.take(session, settings.labels), write=False)
         champion = self._parts.registry.champion()
-        known = {} if champion is None else self._parts.registry.show(champion).info.manifest.get("heads", {})
+        heads = plan_heads(self._parts.plugins, self._champions_manifest(), settings.heads, wanted.heads)
         active = self._store.run(runs.running, write=False)
         wait = partial(snapshots.reasons_to_wait, taken=taken, kind=kind, champion=champion, settings=settings)
         return Plan(
             kind=kind,
             champion=champion,
             snapshot=taken.counts(),
-            missing=tuple(self._store.run(wait, write=False)),
-            heads=tuple(sorted({*known, *self._parts.plugins.heads()})),
+            missing=() if wanted.to_config()["force"] else tuple(self._store.run(wait, write=False)),
+            heads=tuple(heads),
             training=settings.training.model_dump(mode="json") if kind == "retrain" else None,
             running=None if active is None else active.id,
         )
 
-    def _begin(self, kind: str, *, by: str, force: bool, slot: DueSlot | None) -> runs.Run | None:
+    def _begin(self, kind: str, *, by: str, asked: Asked, slot: DueSlot | None) -> runs.Run | None:
         if kind not in KINDS:
             raise ConfigurationError(f"{kind!r} is no kind of run; one of {', '.join(KINDS)}")
         chosen, owner, champion = self._store.new_id(), owner_name(), self._parts.registry.champion()
-        config = {"training": self._settings.training.model_dump(mode="json"), "force": force}
+        config = {"training": self._settings.training.model_dump(mode="json"), **asked.to_config()}
 
         def begin(session: Session) -> runs.Run | None:
             run = runs.start(session, id=chosen, kind=kind, by=by, owner=owner, config=config, base_release=champion)

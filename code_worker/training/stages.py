@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from code_worker.data.labelled import group_old_images
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
+from code_worker.releases.builder import KeptHeads
 from code_worker.releases.manifest import Thresholds
 from code_worker.store import erasures, policies, releases, runs
 from code_worker.training import snapshot as snapshots
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from code_worker.store.engine import Session
     from code_worker.training.attempt import Attempt
     from code_worker.training.gate import GateDecision
+    from code_worker.training.refit import HeadPlan
     from code_worker.training.snapshot import Member, Snapshot
     from code_worker.training.spending import Spending
 
@@ -192,9 +194,10 @@ class Stages:
         if {member.label for member in train} != {0, 1}:
             raise DatasetError("of the labelled images that can be read, not both classes are left to learn from")
         manifest = None if base is None else base.manifest
-        plans = plan_heads(self.attempt.parts.plugins, manifest)
+        plans, some = self._plans(base), self.attempt.run.config.get("heads") is not None
         heads = fit_heads(plans, self.attempt.parts.plugins, train, matrix(train, views.clean))
         self.attempt.held.check()
+        files = self.attempt.parts.registry.directory
         build_candidate(
             self.attempt.place.candidate,
             weights,
@@ -204,7 +207,12 @@ class Stages:
             champion=manifest,
             origin=Origin(self.attempt.run.kind, self.attempt.run.id, self.attempt.run.base_release, taken.id),
             evaluation=self._evaluation(heads, views, taken, base),
+            kept=KeptHeads.of(base, files(base.id), heads) if some and base is not None else None,
         )
+
+    def _plans(self, base: LoadedRelease | None) -> dict[str, HeadPlan]:
+        manifest, config = None if base is None else base.manifest, self.attempt.run.config
+        return plan_heads(self.attempt.parts.plugins, manifest, self.attempt.settings.heads, config.get("heads"))
 
     def _evaluation(
         self, heads: Mapping[str, Head], views: _Views, taken: Snapshot, base: LoadedRelease | None
@@ -284,16 +292,21 @@ class Stages:
             # Once per transform of the preset, and once as they are.
             fair = self._unlearned(taken, candidate)
             write_report(self.attempt, loaded, fair, self._counter("report", 3 * len(fair.holdout)))
-        self._enter("gate")
+        challenge = bool(self.attempt.run.config.get("challenge"))
+        if not challenge:
+            self._enter("gate")
         while True:
             champion = self.attempt.parts.registry.champion()
             if champion == candidate:
                 return Ending("promoted", ["somebody made it the champion before the gate could"])
-            decision = self._decide(loaded, champion, taken)
-            if not decision.promote:
-                return Ending("rejected", decision.reasons)
+            reasons = ["it became the challenger, as was asked for: no gate compared it"]
+            if not challenge:
+                decision = self._decide(loaded, champion, taken)
+                if not decision.promote:
+                    return Ending("rejected", decision.reasons)
+                reasons = list(decision.reasons)
             self._enter("promote")
-            if self._move_alias(candidate, champion, decision):
+            if self._move_alias(candidate, champion, reasons, challenge=challenge):
                 return None
             log.info("champion_moved_meanwhile", run=self.attempt.run.id, compared_with=champion)
 
@@ -348,7 +361,7 @@ class Stages:
             taken,
             candidate,
             champion,
-            plans=plan_heads(plugins, base.manifest),
+            plans=(self._plans(base), plan_heads(plugins, base.manifest)),
             plugins=plugins,
             taught_champion=heads,
         )
@@ -362,13 +375,13 @@ class Stages:
         rows = self._see(release.weights, release.encoder_sha256, taken).rows
         return Side(release.id, release.encoder_sha256, release.heads, head, release.manifest.thresholds, rows)
 
-    def _move_alias(self, candidate: str, champion: str | None, decision: GateDecision) -> bool:
-        challenge, store = not self.attempt.settings.gate.promote, self.attempt.parts.store
+    def _move_alias(self, candidate: str, champion: str | None, reasons: list[str], *, challenge: bool) -> bool:
+        asked, challenge = challenge, challenge or not self.attempt.settings.gate.promote
+        store = self.attempt.parts.store
         self.report["alias"] = releases.CHALLENGER if challenge else releases.CHAMPION
-        reasons = list(decision.reasons)
-        if challenge:
+        if challenge and not asked:
             reasons.append("it became the challenger: CODE_WORKER_GATE__PROMOTE is off")
-        else:
+        elif not challenge:
             stale = store.run(lambda session: stale_scopes(session, candidate), write=False)
             self.report["stale_policies"] = stale
             hint = "`code-worker calibrate --after-promote` draws them again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.errors import BrokerUnavailableError
 from code_worker.logs import get_logger
@@ -102,14 +102,14 @@ class Learning:
             self._made = Learner(self._settings, self._store, stop=self._stop)
         return self._made
 
-    def now(self, kind: str, *, by: str, force: bool) -> None:
-        """A run that somebody asked for.
+    def now(self, kind: str, *, by: str, **asked: Any) -> None:
+        """A run that somebody asked for; `asked` are the fields of `training.retrain.Asked`.
 
         Raises:
             CodeWorkerError: see `Learner.learn`.
         """
         with self._turn:
-            self._learner.learn(kind, by=by, force=force)
+            self._learner.learn(kind, by=by, **asked)
 
     def on_schedule(self, kind: str) -> None:
         """A run for the last time of its schedule, unless another trainer took that.

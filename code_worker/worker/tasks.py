@@ -110,11 +110,11 @@ def register_learning(app: Celery, host: Host) -> None:
 
 
 def _learning_task(kind: str, host: Host) -> Callable[..., None]:
-    def learn(*, scheduled: bool = False, by: str = "task", force: bool = False) -> None:
+    def learn(*, scheduled: bool = False, by: str = "task", **asked: Any) -> None:
         if scheduled:
             _log_instead(lambda: host.learning().on_schedule(kind))
         else:
-            _log_instead(lambda: host.learning().now(kind, by=by, force=force))
+            _log_instead(lambda: host.learning().now(kind, by=by, **asked))
 
     return learn
 

@@ -99,6 +99,20 @@ def test_a_copy_of_the_hub_repository_is_found_by_its_parquet_files(tmp_path: Pa
     assert again == examples
 
 
+def test_what_lies_beside_parquet_files_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train.PARQUET", row(1))
+    (tmp_path / "data" / "._train.PARQUET").write_bytes(bytes(168))
+    (tmp_path / "README.md").write_text("what these images are")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "sample").write_bytes(picture(1))
+    examples, skipped = read(tmp_path)
+    assert len(examples) == 4
+    reason = "it lies beside parquet files and is not read: name it"
+    assert [(one.key, one.reason) for one in skipped] == [
+        (f"{tmp_path}/{name}", reason) for name in ("more", "sample")
+    ]
+
+
 @pytest.mark.parametrize("as_struct", [True, False])
 def test_rows_of_an_image_and_its_label_are_read(tmp_path: Path, as_struct: bool) -> None:
     labels = [0, 1, 1, 2]
@@ -147,15 +161,18 @@ def test_missing_and_large_images_are_left_out_alone(tmp_path: Path) -> None:
     assert len(examples) + len(skipped) == 4
 
 
-def test_a_damaged_file_is_told_and_the_next_one_read(tmp_path: Path) -> None:
+def test_a_damaged_file_is_told_and_the_next_one_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = write(tmp_path / "a.parquet", row(1)).read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     write(tmp_path / "b.parquet", row(2))
     write(tmp_path / "c.parquet", {"text": "another form"})
+    (tmp_path / "d.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     examples, skipped = read(tmp_path)
     assert len(examples) == 4
-    assert [Path(lost.key).name for lost in skipped] == ["a.parquet", "c.parquet"]
+    assert [Path(lost.key).name for lost in skipped] == ["a.parquet", "c.parquet", "d.parquet"]
     assert "columns id, image_gen0" in skipped[1].reason
+    assert skipped[2].reason == "it is a Git LFS pointer: `git lfs pull` fetches the file"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_real_images_are_read_by_url_only_when_asked_for_and_only_so_many(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from code_worker import hookimpl
 from code_worker.errors import PluginError, UnknownHeadError
 from code_worker.heads import HeadSpec
-from code_worker.plugins import InstalledPlugin, Plugins, load_plugins
+from code_worker.plugins import InstalledPlugin, Plugins, find_plugins, load_plugins
 from code_worker.settings import Settings
 from code_worker.types import Job
 
@@ -25,6 +25,7 @@ def code_worker_register_heads():
 
 
 OFFER = FILE.format(name="x")
+PLUGIN = "from code_worker import hookimpl\n"
 
 
 def from_files(directory: Path, **sources: str) -> Plugins:
@@ -62,13 +63,55 @@ def test_loading_plugins_imports_no_head() -> None:
 
 
 def test_a_file_in_the_plugins_directory_is_a_plugin(tmp_path: Path) -> None:
-    plugins = from_files(tmp_path, mine=FILE.format(name="mine-2"), _part="raise SystemExit", notes="")
+    plugins = from_files(tmp_path, mine=FILE.format(name="mine-2"), _part="raise SystemExit", notes=PLUGIN)
     assert "mine-2" in plugins.heads()
     provider = plugins.provider("mine-2")
     assert (provider.name, provider.distribution, provider.path) == ("mine", "mine", tmp_path / "mine.py")
     assert provider.version.startswith("sha256:")
     assert [each.name for each in plugins.installed()][-2:] == ["mine", "notes"]
     assert "code_worker_plugin_mine" in sys.modules
+
+
+def test_tests_and_helpers_beside_a_plugin_are_no_plugins_and_can_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sources = {
+        "mine": f"{PLUGIN}from pick_helper import pick\n@hookimpl\ndef code_worker_select_head(job):\n"
+        "    from _late_helper import later\n    return later(pick())\n",
+        "pick_helper": "def pick(): return 'knn'\n",
+        "_late_helper": "def later(name): return name\n",
+        "test_mine": f"{PLUGIN}raise SystemExit\n",
+        "mine_test": f"{PLUGIN}raise SystemExit\n",
+        "conftest": f"{PLUGIN}raise SystemExit\n",
+    }
+    plugins = from_files(tmp_path, **sources)
+    assert [one.name for one in plugins.installed() if one.path] == ["mine"]
+    assert plugins.select_head(Job("1", "a"), ["knn"]) == "knn"
+    found = {one.plugin.name: (one.state, one.why) for one in find_plugins(Settings(plugins_dir=tmp_path))}
+    assert found.pop("mine") == found.pop("code_worker_heads") == ("in use", "")
+    assert found == {
+        "_late_helper": ("passed over", "its name begins with _: a part of others"),
+        "conftest": ("passed over", "its name is that of a test"),
+        "mine_test": ("passed over", "its name is that of a test"),
+        "pick_helper": ("passed over", "it names no hook"),
+        "test_mine": ("passed over", "its name is that of a test"),
+    }
+
+
+def test_a_helper_never_takes_the_place_of_an_installed_module(tmp_path: Path) -> None:
+    from_files(tmp_path, json="raise SystemExit", mine=f"{PLUGIN}import json\nassert json.dumps\n")
+
+
+def test_a_broken_plugin_does_not_hide_the_others_from_who_looks(tmp_path: Path) -> None:
+    with pytest.raises(PluginError):
+        from_files(tmp_path, a_broken=f"{PLUGIN}1 / 0", b=FILE.format(name="b"), c=FILE.format(name="b"))
+    states = {one.plugin.name: one for one in find_plugins(Settings(plugins_dir=tmp_path))}
+    assert states["b"].state == "in use"
+    assert states["b"].plugin.heads == ("b",)
+    assert "ZeroDivisionError: division by zero" in states["a_broken"].why
+    assert "head 'b' is offered by" in states["c"].why
+    assert {states["a_broken"].state, states["c"].state} == {"refused"}
 
 
 def test_an_unknown_head_is_refused_with_those_there_are() -> None:
@@ -98,10 +141,10 @@ def test_two_plugins_of_one_name_are_both_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "cause"),
     [
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("def broken(:", "SyntaxError"),
-        ("1 / 0", "ZeroDivisionError"),
-        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        (f"{PLUGIN}import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        (f"{PLUGIN}def broken(:", "SyntaxError"),
+        (f"{PLUGIN}1 / 0", "ZeroDivisionError"),
+        (f"{PLUGIN}import sys; sys.exit(3)", "SystemExit: 3"),
         (OFFER.replace("return", "return {}[0],"), "KeyError: 0"),
         (OFFER.replace("return", "return None;"), "TypeError: 'NoneType' object is not iterable"),
     ],
@@ -167,6 +210,32 @@ def test_an_answer_that_is_no_name_is_refused() -> None:
     plugins = Plugins()
     plugins.add(InstalledPlugin("p", "1", "p"), Chooser(7))
     with pytest.raises(PluginError, match="answered int"):
+        plugins.select_head(Job("1", "a", tenant="acme"), ["knn"])
+
+
+def test_a_plugin_may_wrap_the_choice_of_others(tmp_path: Path) -> None:
+    wrapper = f"""{PLUGIN}
+@hookimpl(wrapper=True)
+def code_worker_select_head(job, heads):
+    chosen = yield
+    return chosen if chosen in heads else None
+"""
+    plugins = from_files(tmp_path, wrapper=wrapper)
+    plugins.add(InstalledPlugin("p", "1", "p"), Chooser("gone"))
+    assert plugins.select_head(Job("1", "a", tenant="acme"), ["knn"]) is None
+    assert plugins.select_head(Job("1", "a", tenant="acme"), ["gone"]) == "gone"
+
+
+def test_the_offer_of_heads_cannot_be_wrapped(tmp_path: Path) -> None:
+    said = refusal(tmp_path, OFFER.replace("@hookimpl", "@hookimpl(wrapper=True)").replace("return", "yield"))
+    assert "wraps code_worker_register_heads" in said
+    assert "wrapper=True is for code_worker_select_head" in said
+
+
+def test_a_choice_that_fails_names_the_plugin(tmp_path: Path) -> None:
+    source = f"{PLUGIN}@hookimpl\ndef code_worker_select_head(job):\n    return {{}}[job.tenant]\n"
+    plugins = from_files(tmp_path, a=source, b=source.replace("{}", "{'acme': None}"))
+    with pytest.raises(PluginError, match=r"code_worker_select_head of plugin .*a\.py failed: KeyError: 'acme'"):
         plugins.select_head(Job("1", "a", tenant="acme"), ["knn"])
 
 

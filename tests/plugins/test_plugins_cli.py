@@ -83,6 +83,8 @@ def test_the_installed_example_is_listed_with_its_distribution_and_hooks(example
         "hooks": ["code_worker_register_heads", "code_worker_select_head"],
         "heads": ["mahalanobis"],
         "path": None,
+        "state": "in use",
+        "why": "",
     }
     heads = {row["name"]: row for row in rows(code_worker("heads", "list", "--json", **example))}
     assert set(heads) == {"knn", "linear", "mahalanobis", "svm"}
@@ -179,11 +181,41 @@ def test_a_plugin_without_heads_is_checked_by_loading_it(tmp_path: Path) -> None
 
 
 def test_a_broken_plugin_ends_the_command_with_its_file_and_no_traceback(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "broken.py").write_text("from code_worker import hookimpl\n1 / 0")
     done = code_worker("heads", "list", CODE_WORKER_PLUGINS_DIR=str(tmp_path))
     assert done.returncode == 2
     assert f"plugin {tmp_path / 'broken.py'} cannot be loaded: ZeroDivisionError: division by zero" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_broken_plugin_is_listed_with_the_reason_beside_the_others(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("from code_worker import hookimpl\n1 / 0")
+    done = code_worker("plugins", "list", CODE_WORKER_PLUGINS_DIR=str(tmp_path))
+    assert done.returncode == 2
+    assert "refused" in done.stdout
+    assert "ZeroDivisionError" in done.stdout
+    assert "code_worker_heads" in done.stdout
+
+
+def test_a_sample_job_shows_which_head_the_plugins_choose(tmp_path: Path) -> None:
+    (tmp_path / "chooser.py").write_text(
+        "from code_worker import hookimpl\n"
+        "@hookimpl\ndef code_worker_select_head(job, heads):\n"
+        "    return {'acme': 'knn', 'broken': 'gone'}.get(job.tenant) or job.metadata.get('head')\n"
+    )
+    environment = {"CODE_WORKER_PLUGINS_DIR": str(tmp_path), "CODE_WORKER_DATA_DIR": str(tmp_path / "data")}
+
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return code_worker("plugins", "select-head", *arguments, **environment)
+
+    assert ask("--heads", "linear,knn", "--tenant", "acme").stdout == "knn\n"
+    assert ask("--heads", "linear", "--metadata", '{"head": "linear"}').stdout == "linear\n"
+    assert ask("--heads", "linear,knn").stdout.startswith("no plugin has an opinion")
+    unknown = ask("--heads", "linear,knn", "--tenant", "broken")
+    assert (unknown.returncode, "unknown head 'gone'; known: linear, knn" in unknown.stderr) == (2, True)
+    none = ask("--tenant", "acme")
+    assert none.returncode == 2
+    assert "no database in" in none.stderr
 
 
 def test_options_reach_the_head_that_is_checked() -> None:

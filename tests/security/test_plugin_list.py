@@ -57,7 +57,7 @@ def test_a_name_that_nothing_has_is_an_error_and_nothing_is_imported(stranger: P
 
 
 def test_the_plugins_directory_is_allowed_by_its_own_setting(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "mine.py").write_text("from code_worker import hookimpl\n")
     loaded = load_plugins(Settings(plugins_dir=tmp_path, plugins_allowed=()))
     assert "mine" in {plugin.name for plugin in loaded.installed()}
 

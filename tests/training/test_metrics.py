@@ -259,6 +259,20 @@ def test_one_perfect_class_widens_what_is_joined_of_both() -> None:
         assert 0.7 < low < 0.875 < high < 1
 
 
+@pytest.mark.numeric
+@given(samples)
+def test_no_interval_is_a_point_however_few_the_images_are(sample: Sample) -> None:
+    for threshold in (0.5, (0.3, 0.7)):
+        found = intervals(*sample, threshold=threshold, resamples=100)
+        assert {name for name, one in found.items() if one is not None and one[0] == one[1]} == set()
+
+
+def test_a_class_that_is_all_uncertain_leaves_the_share_of_both_an_interval() -> None:
+    labels, scores = np.array([0, 1, 1], np.int8), np.array([0.1, 0.5, 0.5], np.float32)
+    found = intervals(labels, scores, threshold=(0.3, 0.7), names=["uncertain"])
+    assert found["uncertain"] == wilson(2, 3)
+
+
 @pytest.mark.parametrize(("successes", "n"), [(1, 0), (3, 2), (-1, 2)])
 def test_no_share_has_no_interval(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="is no share"):

@@ -127,7 +127,7 @@ def test_heads_judge_further_images_that_they_were_fitted_without(groups_since: 
         taken,
         side,
         side,
-        plans={"linear": HeadPlan("linear", {"C": 1e6})},
+        plans=({"linear": HeadPlan("linear", {"C": 1e6})},) * 2,
         plugins=load_plugins(Settings()),
         taught_champion=taught_then,
     )
@@ -143,7 +143,7 @@ def test_heads_judge_further_images_that_they_were_fitted_without(groups_since: 
             taken,
             side,
             gone,
-            plans={"linear": HeadPlan("linear", {})},
+            plans=({"linear": HeadPlan("linear", {})},) * 2,
             plugins=load_plugins(Settings()),
             taught_champion=taught_then,
         )
@@ -164,7 +164,7 @@ def test_where_a_fold_takes_a_whole_class_nothing_is_cross_fitted() -> None:
         Snapshot("latest", tuple(members)),
         side,
         side,
-        plans=plans,
+        plans=(plans, plans),
         plugins=load_plugins(Settings()),
         taught_champion=members,
     )

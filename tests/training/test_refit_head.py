@@ -1,0 +1,195 @@
+"""A refit of one head: it is put beside the champion's others and becomes the challenger, without the gate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import SecretStr
+
+from code_worker.errors import ConfigurationError, NoReleaseError, UnknownHeadError
+from code_worker.plugins import load_plugins
+from code_worker.releases.manifest import Manifest
+from code_worker.settings import Settings, load_settings
+from code_worker.store import erasing, runs
+from code_worker.store.engine import Store
+from code_worker.training.labelled import labelled_embeddings
+from code_worker.training.refit import plan_heads
+from code_worker.training.reign import taught
+from code_worker.training.retrain import Learner
+from tests.training.learning import (
+    build_champion,
+    label,
+    label_world,
+    learning_settings,
+    pictures,
+    promote_champion,
+    registry_of,
+)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return learning_settings(tmp_path / "data")
+
+
+@pytest.fixture
+def champion(settings: Settings, sqlite_store: Store, tmp_path: Path) -> str:
+    return promote_champion(settings, sqlite_store, build_champion(tmp_path / "champion"))
+
+
+def learn(settings: Settings, store: Store, **asked: Any) -> runs.Run:
+    ended = Learner(settings, store).learn("refit", by="alice", **asked)
+    assert ended is not None
+    assert ended.state == "promoted", ended.reasons
+    return ended
+
+
+def test_a_new_head_is_fitted_beside_the_others_and_challenges(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    ended = learn(settings, sqlite_store, challenge=True, heads={"knn": {"n_neighbors": 3}})
+    registry = registry_of(settings, sqlite_store)
+    assert (registry.champion(), registry.challenger()) == (champion, ended.candidate)
+    assert ended.reasons == ["it became the challenger, as was asked for: no gate compared it"]
+    assert "gate" not in ended.report
+    before, after = registry.load(champion), registry.load(str(ended.candidate))
+    assert set(after.heads) == {"linear", "knn"}
+    assert after.manifest.heads["linear"] == before.manifest.heads["linear"]
+    assert after.encoder_sha256 == before.encoder_sha256
+    assert after.manifest.heads["knn"].options["n_neighbors"] == 3
+    assert after.manifest.default_head == "linear"
+    assert after.manifest.evaluation["snapshot"] == ended.snapshot_id
+
+
+def test_it_needs_no_new_labels_and_keeps_no_later_refit_from_running(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    first = learn(settings, sqlite_store, challenge=True, heads={"knn": {}})
+    second = learn(settings, sqlite_store, challenge=True, heads={"svm": {}})
+    assert registry_of(settings, sqlite_store).challenger() == second.candidate != first.candidate
+    judged = learn(settings, sqlite_store)
+    assert registry_of(settings, sqlite_store).champion() == judged.candidate != champion
+
+
+def test_heads_that_were_kept_are_known_to_have_learned_what_their_release_did(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    bobs = set(label(settings, sqlite_store, pictures("real", 9, first=7000), "real", by="bob"))
+    first = learn(settings, sqlite_store)
+    without_bob = settings.labels.model_copy(update={"ignored": ("bob",)})
+    second = learn(
+        settings.model_copy(update={"labels": without_bob}), sqlite_store, challenge=True, heads={"knn": {}}
+    )
+    made = sqlite_store.run(lambda session: erasing.learned_from(session, [str(first.snapshot_id)]), write=False)
+    assert made == {first.candidate: "learned", second.candidate: "learned"}
+    known = sqlite_store.run(lambda session: taught(session, str(second.candidate)), write=False)
+    assert known.heads is not None
+    assert {one.sha256 for one in known.heads} & bobs
+
+
+def test_a_head_that_is_dropped_leaves_the_others_as_they_are(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    taught_here = learn(settings, sqlite_store)
+    registry, whole = registry_of(settings, sqlite_store), str(taught_here.candidate)
+    made = registry.drop_head(whole, "knn", by="alice")
+    before, after = registry.load(whole), registry.load(made)
+    assert set(after.heads) == {"linear", "svm"}
+    assert after.manifest.heads == {name: before.manifest.heads[name] for name in after.heads}
+    assert after.encoder_sha256 == before.encoder_sha256
+    assert after.manifest.default_head == "linear"
+    learned = sqlite_store.run(lambda session: erasing.learned_from(session, [str(taught_here.snapshot_id)]))
+    assert learned == {whole: "learned", made: "learned"}
+    known = sqlite_store.run(lambda session: (taught(session, whole), taught(session, made)), write=False)
+    assert known[0].heads
+    assert {one.sha256 for one in known[1].heads or ()} == {one.sha256 for one in known[0].heads}
+
+
+def test_the_default_head_is_dropped_only_for_another(settings: Settings, sqlite_store: Store, champion: str) -> None:
+    registry = registry_of(settings, sqlite_store)
+    with pytest.raises(ConfigurationError, match=rf"{champion} are judged with 'linear' by default: it is the only"):
+        registry.drop_head(champion, "linear", by="alice")
+    with pytest.raises(UnknownHeadError, match="unknown head 'knn'; known: linear"):
+        registry.drop_head(champion, "knn", by="alice")
+    label_world(settings, sqlite_store)
+    both = str(learn(settings, sqlite_store, challenge=True, heads={"knn": {}}).candidate)
+    with pytest.raises(ConfigurationError, match="name another with --default-head"):
+        registry.drop_head(both, "linear", by="alice")
+    made = registry.drop_head(both, "linear", default_head="knn", by="alice")
+    assert registry.load(made).manifest.default_head == "knn"
+
+
+def test_embeddings_of_what_a_run_would_learn_from_are_given_for_a_head_to_be_tried_on(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    here = settings.model_copy(update={"database_url": SecretStr(sqlite_store.url)})
+    learned, held = (labelled_embeddings(settings=here, holdout=holdout) for holdout in (False, True))
+    assert learned.release == held.release == champion
+    assert learned.embeddings.shape == (len(learned.sha256), 192)
+    assert learned.embeddings.dtype == np.float32
+    assert learned.labels.dtype == np.int8
+    assert not set(learned.sha256) & set(held.sha256)
+    run = learn(settings, sqlite_store, challenge=True, heads={"knn": {}})
+    assert run.report["snapshot"]["holdout"]["real"] == int((held.labels == 0).sum())
+    fitted = registry_of(settings, sqlite_store).load(str(run.candidate)).heads["knn"]
+    # Each is its own nearest reference, so these are the very embeddings that the run's head was fitted on.
+    assert ((fitted.score(learned.embeddings) >= 0.5) == (learned.labels == 1)).all()
+    with pytest.raises(NoReleaseError, match="no release 'r-000000000000'"):
+        labelled_embeddings("r-000000000000", settings=here)
+
+
+def test_options_come_from_the_release_the_settings_and_the_command_in_this_order(
+    champion: str, settings: Settings, sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODE_WORKER_HEADS__LINEAR__C", "2.5")
+    monkeypatch.setenv("CODE_WORKER_HEADS__LINEAR__CLASS_WEIGHT", '{"0": 1.0, "1": 2.0}')
+    monkeypatch.setenv("CODE_WORKER_HEADS__KNN__N_NEIGHBORS", "5")
+    plugins, configured = load_plugins(Settings()), load_settings().heads
+    own: Manifest = registry_of(settings, sqlite_store).load(champion).manifest
+    plans = plan_heads(plugins, own, configured)
+    assert set(plans) == {"knn", "linear", "svm"}
+    assert plans["knn"].options["n_neighbors"] == 5
+    assert plans["linear"].options == {"C": 2.5, "class_weight": {"0": 1.0, "1": 2.0}, "max_iter": 1500}
+    assert plan_heads(plugins, own, configured, {"knn": {"n_neighbors": 9}})["knn"].options["n_neighbors"] == 9
+    assert plan_heads(plugins, own)["linear"].options["C"] == 0.316
+
+
+def test_a_name_in_a_variable_stands_for_a_head_with_a_dash(tmp_path: Path) -> None:
+    (tmp_path / "dashed.py").write_text(
+        "from code_worker import HeadSpec, hookimpl\n"
+        "@hookimpl\ndef code_worker_register_heads():\n"
+        "    return [HeadSpec('far-off', 'code_worker_heads.knn:NearestNeighbourHead')]\n"
+    )
+    plugins = load_plugins(Settings(plugins_dir=tmp_path))
+    assert plan_heads(plugins, None, {"far_off": {"n_neighbors": 4}})["far-off"].options["n_neighbors"] == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "said"),
+    [
+        ({"heads": {"kn": {}}}, UnknownHeadError, "unknown head 'kn'; known: knn, linear, svm"),
+        ({"heads": {"knn": {"k": 5}}}, ConfigurationError, "options of head 'knn': k: Extra inputs .*n_neighbors"),
+        ({"heads": {"knn": {"n_neighbors": 0}}}, ConfigurationError, "n_neighbors: Input should be greater"),
+    ],
+)
+def test_what_no_head_has_is_refused_before_a_run_begins(
+    settings: Settings,
+    sqlite_store: Store,
+    champion: str,
+    asked: dict[str, Any],
+    error: type[Exception],
+    said: str,
+) -> None:
+    with pytest.raises(error, match=said):
+        Learner(settings, sqlite_store).learn("refit", by="alice", challenge=True, **asked)
+    with pytest.raises(ConfigurationError, match="name heads for a refit"):
+        Learner(settings, sqlite_store).learn("retrain", by="alice", heads={"knn": {}})
+    assert sqlite_store.run(runs.list_runs, write=False) == []
