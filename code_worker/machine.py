@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["ServerClock", "decode_memory", "memory_limit", "uptime_s", "usable_cores", "wait_for"]
+__all__ = ["ServerClock", "decode_memory", "library_threads", "memory_limit", "uptime_s", "usable_cores", "wait_for"]
 
 _DECODE_BYTES: Final = 280_000_000
 _DECODE_SHARE: Final = 4
 """A quarter of what a container may have, as a Java machine takes for its heap: the rest is for model and files."""
 _ROOT: Final = Path("/")
+_LIBRARY_THREADS: Final = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 _TICK_S: Final = 0.25
 _LONGEST_TICK_S: Final = 0.5
@@ -32,8 +33,21 @@ def usable_cores(root: Path = _ROOT) -> int:
     Args:
         root: Where `/proc` and `/sys` are found.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([cores, *(math.ceil(quota) for quota in _cpu_quotas(root))])
+    return min([_allowed_cores(), *(math.ceil(quota) for quota in _cpu_quotas(root))])
+
+
+def library_threads(root: Path = _ROOT) -> dict[str, str]:
+    """Variables that keep a new process's BLAS and OpenMP to the quota, of which these libraries know nothing.
+
+    None where there is no quota to keep to, and none where somebody chose a number.
+
+    Args:
+        root: Where `/proc` and `/sys` are found.
+    """
+    cores = usable_cores(root)
+    if cores == _allowed_cores() or any(name in os.environ for name in _LIBRARY_THREADS):
+        return {}
+    return dict.fromkeys(_LIBRARY_THREADS, str(cores))
 
 
 def memory_limit(root: Path = _ROOT) -> int | None:
@@ -59,6 +73,10 @@ def decode_memory(root: Path = _ROOT) -> int:
     return _DECODE_BYTES if limit is None else min(_DECODE_BYTES, max(1, limit // _DECODE_SHARE))
 
 
+def _allowed_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cpu_quotas(root: Path) -> Iterator[float]:
     """Cores' worth of time that each control group of this process has."""
     for group in _control_groups("cpu", root):
@@ -70,7 +88,7 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
 def _numbers(file: Path) -> list[float]:
     """The numbers of a limit; none where there is no such file, or it says `max`."""
     try:
-        return [float(word) for word in file.read_text(encoding="ascii").split()]
+        return [float(word) for word in file.read_text(encoding="utf-8").split()]
     except (OSError, ValueError):
         return []
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType
@@ -296,3 +299,39 @@ def test_a_table_of_free_names_takes_what_json_says_or_text(variables: Set, monk
     monkeypatch.setenv("CODE_WORKER_HEDS__K", "1")
     with pytest.raises(ConfigurationError, match="CODE_WORKER_HEDS__K is no setting"):
         layers(_Free, {})
+
+
+PROGRAMS = {
+    "a command": ("-m", "code_worker", "worker"),
+    "worker's process": ("-m", "code_worker.worker.process"),
+    "beat's process": ("-m", "code_worker.worker.beat"),
+    "worker of an app": ("-m", "celery", "-A", "theirs", "worker", "-P", "threads", "-Q", "code_worker.live"),
+    "beat of an app": ("-m", "celery", "-A", "theirs", "beat"),
+}
+
+
+def test_every_program_ends_with_status_2_and_one_line(toml: Callable[[str], Path], tmp_path: Path) -> None:
+    path = toml('[worker]\nconcurency = 1\nlease_s = "s3cret"\n')
+    (tmp_path / "theirs.py").write_text(
+        "from celery import Celery\nimport code_worker\n"
+        "app = Celery('theirs', broker='memory://')\ncode_worker.install(app)\n"
+    )
+    search = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | {"PYTHONPATH": search, "CODE_WORKER_DATA_DIR": str(tmp_path / "data")},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, arguments in PROGRAMS.items()
+    }
+    for name, process in started.items():
+        said, _ = process.communicate()
+        assert process.returncode == 2, (name, said)
+        told = [line for line in said.splitlines() if "worker.concurency" in line]
+        assert f"worker.concurency ({path}, line 2) is no setting; did you mean worker.concurrency?" in told[-1], name
+        assert "configuration.py" not in said, "no traceback of ours"
+        assert "s3cret" not in said

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.machine import ServerClock, decode_memory, memory_limit, uptime_s, usable_cores, wait_for
+from code_worker.machine import (
+    ServerClock,
+    decode_memory,
+    library_threads,
+    memory_limit,
+    uptime_s,
+    usable_cores,
+    wait_for,
+)
 from code_worker.settings import LimitSettings, Settings
 from tests.fault_s3 import BODY, ETAG, FaultServer
 from tests.fork_server import forking_python
@@ -135,3 +143,15 @@ def test_a_container_decodes_in_a_quarter_of_its_memory_at_most(tmp_path: Path) 
         assert decode_memory(root) == share
     assert Settings().limits.max_decode_bytes == decode_memory()
     assert LimitSettings(max_decode_bytes=5).max_decode_bytes == 5
+
+
+def test_libraries_of_a_new_process_are_told_of_a_quota_and_else_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert library_threads(tmp_path) == {}
+    root = described(tmp_path, "0::/", **{"sys/fs/cgroup/cpu.max": "100000 100000"})
+    assert set(library_threads(root).values()) == ({"1"} if len(os.sched_getaffinity(0)) > 1 else set())
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert library_threads(root) == {}, "somebody chose a number"

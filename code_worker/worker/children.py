@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from code_worker.errors import CodeWorkerError
 from code_worker.logs import get_logger
+from code_worker.machine import library_threads
 from code_worker.settings import Settings
 from code_worker.worker.supervisor import Child
 
@@ -28,7 +29,7 @@ def worker_child(settings: Settings, *, env: Mapping[str, str] | None = None, op
     return Child(
         "worker",
         (sys.executable, "-m", "code_worker.worker.process", *options),
-        env=env or {},
+        env={**library_threads(), **(env or {})},
         on_death=lambda owner, _: _release_claims(settings, owner),
     )
 
@@ -38,7 +39,7 @@ def trainer_child(settings: Settings, *, env: Mapping[str, str] | None = None) -
     return Child(
         "trainer",
         (sys.executable, "-m", "code_worker.worker.trainer"),
-        env=env or {},
+        env={**library_threads(), **(env or {})},
         on_death=lambda owner, _: _release_run(settings, owner),
     )
 
