@@ -185,6 +185,23 @@ def test_an_object_over_the_limit_is_too_large(s3_server: S3Server, bucket: str,
     assert refusal(sources, f"s3://{bucket}/over") is RejectReason.TOO_LARGE_BYTES
 
 
+def test_the_first_bytes_of_an_object_are_read_whatever_its_size(
+    s3_server: S3Server, bucket: str, make_sources: MakeSources
+) -> None:
+    for key, body in (("large", b"abc" * 1000), ("short", b"ab"), ("empty", b"")):
+        put(s3_server, bucket, key, body)
+    sources = make_sources(bucket, max_bytes=100)
+    found = {key: sources.peek(f"s3://{bucket}/{key}", 4) for key in ("large", "short", "empty")}
+    assert found == {"large": b"abca", "short": b"ab", "empty": b""}
+    for uri, reason in (
+        (f"s3://{bucket}/none", RejectReason.NOT_FOUND),
+        ("s3://no/a", RejectReason.SOURCE_NOT_ALLOWED),
+    ):
+        with pytest.raises(ImageRejectedError) as caught:
+            sources.peek(uri, 4)
+        assert caught.value.reason is reason
+
+
 def test_threads_share_one_client(s3_server: S3Server, bucket: str, make_sources: MakeSources) -> None:
     for n in range(20):
         put(s3_server, bucket, f"{n:02}", b"%d" % n)

@@ -167,6 +167,9 @@ def _finished(path: Path, drafts: Mapping[str, _Draft], skipped: list[Skipped]) 
         except (DatasetError, ValueError, RecursionError) as error:
             skipped.append(Skipped(name, f"its texts cannot be read: {error}"))
             continue
+        if _CLASSIC in draft.images and len(draft.images) > 1:
+            odd = draft.images.pop(_CLASSIC)
+            skipped.append(Skipped(odd.key, "its name says neither real nor fake, as others of its record do"))
         try:
             images = _labelled(draft.images, texts.get("cls"), facts)
         except ValueError as error:
@@ -176,12 +179,10 @@ def _finished(path: Path, drafts: Mapping[str, _Draft], skipped: list[Skipped]) 
 
 
 def _labelled(images: Mapping[str, Member], label: str | None, facts: Mapping[str, Any]) -> Mapping[str, Member]:
-    """Images by slots that say what they are; one that does not is labelled by the record's class."""
+    """Images by slots that say what they are; an only one that does not is labelled by the record's class."""
     if not images:
         raise ValueError("a record without an image")
-    if images.keys() != {_CLASSIC}:
-        if _CLASSIC in images:
-            raise ValueError("one of its images says neither real nor fake, beside others that do")
+    if _CLASSIC not in images:
         return images
     said = facts.get("label") if label is None else label
     if said is None:

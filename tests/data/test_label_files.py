@@ -206,6 +206,16 @@ def test_json_lines_take_text_and_numbers_and_name_what_is_neither(file: Path) -
     assert said["line 9"] == "by must be text, not 'True'"
 
 
+def test_an_array_of_objects_is_read_as_their_lines_are(file: Path) -> None:
+    entries = [{"uri": "a.jpg", "label": "fake", "by": "bob"}, {"uri": "b.jpg", "label": "AI"}, {"label": "real"}]
+    found = rows(file, json.dumps(entries))
+    assert found[0] == Row("entry 1", uri=str(file.parent / "a.jpg"), label="fake", by="bob")
+    assert problems(found) == [
+        ("entry 2", "label 'AI': say what it means with --map AI=real or --map AI=fake"),
+        ("entry 3", "it names no image: one of uri, image, path, sha256 is needed"),
+    ]
+
+
 def test_words_mean_what_the_user_says(file: Path) -> None:
     content = "uri,label,generator\na,AI,\nb,authentic,\nc,flux,\nd,flux,other\ne,0,\nf,real,\n"
     found = rows(file, content, "ai=fake", "Authentic=real", "flux=fake:flux-dev", "0=fake", "real=fake")

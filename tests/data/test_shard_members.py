@@ -71,12 +71,12 @@ def test_classic_records_that_nothing_labels_are_told(tmp_path: Path) -> None:
     members = {"0.jpg": picture(0), "1.jpg": picture(1), "1.cls": b"7", "2.cls": b"1"}
     members |= {"3.jpg": picture(3), "3.real.jpg": picture(4), "4.jpg": picture(5), "4.json": b'{"label": true}'}
     examples, skipped = read(write_shard(tmp_path / "a.tar", members))
-    assert not examples
+    assert [(one.label, one.read()) for one in examples] == [(REAL, picture(4))]
     assert [(one.key.rpartition(":")[2], one.reason.partition(":")[0]) for one in skipped] == [
         ("0", "nothing says what it is"),
         ("1", "label is '7'; it must be real (or 0) or fake (or 1)"),
         ("2", "a record without an image"),
-        ("3", "one of its images says neither real nor fake, beside others that do"),
+        ("3.jpg", "its name says neither real nor fake, as others of its record do"),
         ("4", "label is 'True'; it must be real (or 0) or fake (or 1)"),
     ]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from code_worker.data.label_files.rows import Row, RowError, Words, located, moment, text_of
+from code_worker.data.label_files.rows import Row, RowError, Words, located, moment, row_of, text_of
 from code_worker.errors import DatasetError
 
 __all__ = ["STUDIO_COLUMNS", "label_studio_rows", "studio_row"]
@@ -43,6 +43,9 @@ def label_studio_rows(file: BinaryIO, words: Words, base: str) -> Iterator[Row]:
     for number, task in enumerate(tasks, 1):
         if isinstance(task, dict) and task.keys() >= STUDIO_COLUMNS:
             yield studio_row(f"task {task.get('id', '?')}, annotation {task['annotation_id']}", task, words, base)
+        elif isinstance(task, dict) and "label" in task and "data" not in task:
+            # Not Label Studio's: the objects of JSON lines, in an array.
+            yield row_of(f"entry {number}", task, words, base)
         else:
             yield from _task_rows(number, task, words, base)
 
