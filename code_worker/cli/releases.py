@@ -127,8 +127,8 @@ def _say_imported(release: Registered, *, new: bool, promoted: bool, as_json: bo
         click.echo(to_json(release.summary()))
         return
     name = release.info.id
-    came, heads = "imported" if new else "here already:", ", ".join(release.heads) or "none"
-    say(f"{came} {name} from {release.info.source}; heads: {heads}")
+    heads = ", ".join(release.heads) or "none"
+    say(f"{'imported' if new else 'here already:'} {name} from {release.info.source}; heads: {heads}")
     if promoted:
         click.echo(f"{name} is the champion; {_TAKES_OVER}")
     elif release.heads:
@@ -177,6 +177,27 @@ def promote(release: str, reason: str) -> None:
         click.echo(f"{release} is the champion already")
     else:
         click.echo(f"{release} is the champion{f' (was {before})' if before else ''}; {_TAKES_OVER}")
+
+
+@releases.command("drop-head")
+@click.argument("release")
+@click.argument("head")
+@click.option("--default-head", help="Head for jobs that nobody chose one for; unset: as before.")
+def drop_head(release: str, head: str, default_head: str | None) -> None:
+    """Make a release like RELEASE without HEAD; every other head stays as it is, file by file.
+
+    Nothing judges with it until it is promoted; RELEASE stays.
+    """
+    from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    settings = quiet_settings()
+    with _registry(settings) as registry, progress(f"leaving {head} out of {release}"):
+        made = registry.drop_head(release, head, default_head=default_head, by=who())
+    with open_ledger(settings) as store:
+        named = [row.scope for row in store.run(policies.in_force, write=False) if row.head == head]
+    click.echo(f"{made} is {release} without {head}; make it live with: code-worker releases promote {made}")
+    for scope in named:
+        say(f"the policy of {scope} names {head}: change it first, or its jobs are rejected", err=True)
 
 
 @releases.command()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import ValidationError
 
-from code_worker.errors import ArtifactError
+from code_worker.errors import ArtifactError, ConfigurationError, UnknownHeadError
 from code_worker.releases.golden import check_same_scores, write_probes
 from code_worker.releases.hashing import FileEntry, describe_files, files_below
 from code_worker.releases.loading import head_directory, load_head
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
     from code_worker.encoder.weights import EncoderWeights
     from code_worker.heads import Head
     from code_worker.plugins import Plugins
+    from code_worker.releases.loading import LoadedRelease
 
-__all__ = ["KeptHeads", "ReleaseFacts", "build_from_parts"]
+__all__ = ["KeptHeads", "ReleaseFacts", "build_from_parts", "without_head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,39 @@ class KeptHeads:
     directory: Path
     entries: Mapping[str, HeadEntry] = field(default_factory=dict)
     heads: Mapping[str, Head] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, loaded: LoadedRelease, directory: Path, without: Collection[str]) -> Self:
+        """The heads of a release that was loaded from `directory`, all but those named."""
+        entries = {name: entry for name, entry in loaded.manifest.heads.items() if name not in without}
+        return cls(directory, entries, {name: loaded.heads[name] for name in entries})
+
+
+def without_head(
+    loaded: LoadedRelease, directory: Path, head: str, default_head: str | None
+) -> tuple[KeptHeads, ReleaseFacts]:
+    """What a release like this one is made of that lacks one of its heads.
+
+    Raises:
+        UnknownHeadError: the release lacks the head, or the default head.
+        ConfigurationError: it is the only head, or the default one and no other is named.
+    """
+    if unknown := {head, default_head} - {None, *loaded.heads}:
+        raise UnknownHeadError(str(unknown.pop()), tuple(sorted(loaded.heads)))
+    kept, manifest = KeptHeads.of(loaded, directory, {head}), loaded.manifest
+    if (default := default_head or manifest.default_head) not in kept.entries:
+        hint = "name another with --default-head" if kept.entries else "it is the only one"
+        raise ConfigurationError(f"jobs of {loaded.id} are judged with {head!r} by default: {hint}")
+    # What the heads that stay have learned is found by this, where no run is known.
+    learned = re.search(r" on snapshot \S+$", manifest.source.uri)
+    return kept, ReleaseFacts(
+        source=Source(uri=f"refit of {loaded.id}{learned[0]}" if learned else f"{loaded.id} without {head}"),
+        default_head=default,
+        thresholds=manifest.thresholds,
+        evaluation=manifest.evaluation,
+        toy=manifest.toy,
+        notes=f"{manifest.notes}\nwithout head {head}".strip(),
+    )
 
 
 def build_from_parts(

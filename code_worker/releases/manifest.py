@@ -36,6 +36,7 @@ __all__ = [
     "Source",
     "Thresholds",
     "encoder_digest",
+    "essence",
     "head_digest",
     "parse_manifest",
     "read_manifest",
@@ -154,6 +155,14 @@ class Manifest(_Entry):
         plain = self.model_dump(mode="json")
         text = json.dumps(plain, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
         return (text + "\n").encode()
+
+
+def essence(manifest: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """What makes a release another one: all of a manifest but its time, and hashes of what was computed for it here.
+
+    The probes are of this machine's arithmetic, and with them the list of all files.
+    """
+    return {name: value for name, value in manifest.items() if name not in {"created_at", "files"}}
 
 
 def encoder_digest(names: Iterable[str], files: Mapping[str, FileEntry], preprocessing: Preprocessing) -> str:

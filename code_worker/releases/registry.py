@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,14 @@ from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, St
 from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
-from code_worker.releases.builder import KeptHeads
+from code_worker.releases.builder import build_from_parts, without_head
 from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import IfChanged, LoadedRelease, load_release
-from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, verify_files
+from code_worker.releases.manifest import MANIFEST_NAME, essence, read_manifest, release_id, verify_files
 from code_worker.releases.signing import check, sign
 from code_worker.roles import Role, current_user, require
 from code_worker.settings import RoleSettings
-from code_worker.store import releases
+from code_worker.store import releases, runs
 from code_worker.store.releases import CHALLENGER, CHAMPION
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ class Registry:
     def import_(self, source: str, options: ImportOptions | None = None, *, by: str | None = None) -> str:
         """Builds a release from `source` (see `build_release`), stores and registers it; returns its id.
 
-        A checkpoint that was imported before, and differs in nothing but the time, is the release that is
-        here already.
+        A checkpoint that was imported before, and differs in nothing but the time, is the release that is here.
 
         Raises:
             NotAllowedError: `by` (unset: the user of this process) is no operator.
@@ -106,16 +106,13 @@ class Registry:
             built = Path(directory) / "release"
             build_release(source, self._plugins, built, options, keys=self._keys)
             finished = (Path(source).expanduser() / MANIFEST_NAME).is_file()
-            if not finished and (known := self._same_as(built)) is not None:
-                log.info("release_is_here", release=known, source=source)
-                return known
-            return self.add(built, by=by)
+            return (None if finished else self._same_as(built)) or self.add(built, by=by)
 
     def _same_as(self, directory: Path) -> str | None:
-        """A release that was made of the same encoder and heads, with the same settings and words; the newest."""
-        wanted = _identity(read_manifest(directory)[0].model_dump(mode="json"))
+        """The newest release that differs in nothing but the time."""
+        wanted = essence(read_manifest(directory)[0].model_dump(mode="json"))
         ready = (one for one in self.list() if one.info.status == releases.READY)
-        return next((one.info.id for one in ready if _identity(one.info.manifest) == wanted), None)
+        return next((one.info.id for one in ready if essence(one.info.manifest) == wanted), None)
 
     def add(
         self, directory: Path, *, by: str | None = None, along: Callable[[Session, str], object] | None = None
@@ -160,6 +157,22 @@ class Registry:
             _refuse_retired(id_, status)
         log.info("release_added", release=id_, new=added, source=source, heads=sorted(manifest.heads))
         return id_
+
+    def drop_head(self, release: str, head: str, *, by: str, default_head: str | None = None) -> str:
+        """Adds a release like this one without a head; the others stay as they are. Returns its id.
+
+        Raises:
+            NotAllowedError: `by` is no operator.
+            ConfigurationError, NoReleaseError, ArtifactError, PluginError: see `without_head` and `load`.
+        """
+        require(self._roles, by, Role.OPERATOR, "leave a head out of a release")
+        loaded = self.load(release)
+        kept, facts = without_head(loaded, self.directory(release), head, default_head)
+        note = partial(runs.note_kept, run_id=self._store.new_id(), base=release, by=by)
+        with tempfile.TemporaryDirectory(prefix="code-worker-release-") as directory:
+            built = Path(directory) / "release"
+            build_from_parts(built, loaded.weights, {}, self._plugins, facts, kept=kept)
+            return self.add(built, by=by, along=note)
 
     def discard(self, release: str) -> None:
         """Deletes what `add` stored of a release but did not register; only while nobody else adds it.
@@ -210,7 +223,7 @@ class Registry:
         Raises:
             NoReleaseError: it is not registered.
             SignatureError: keys are configured, and none of them signed it.
-            ArtifactError: it is missing, damaged (IntegrityError) or cannot be loaded.
+            ArtifactError: it is missing, damaged (IntegrityError), or cannot be loaded here.
             PluginError: a head's plugin is not installed.
         """
         directory, manifest = self._fetch(release)
@@ -243,22 +256,8 @@ class Registry:
         log.info("release_signed", release=release, by=by)
 
     def directory(self, release: str) -> Path:
-        """Where the files of a registered release are, every one compared with the manifest; only to be read.
-
-        Raises:
-            NoReleaseError: it is not registered.
-            ArtifactError: it is missing or damaged (IntegrityError).
-        """
+        """Where the verified files of a registered release are, to be read alone; raises as `load` does."""
         return self._fetch(release)[0]
-
-    def kept_heads(self, loaded: LoadedRelease, without: Collection[str]) -> KeptHeads:
-        """The heads of a release for another one with the same encoder, all but those named.
-
-        Raises:
-            NoReleaseError, ArtifactError: see `directory`.
-        """
-        entries = {name: entry for name, entry in loaded.manifest.heads.items() if name not in without}
-        return KeptHeads(self.directory(loaded.id), entries, {name: loaded.heads[name] for name in entries})
 
     def _fetch(self, release: str) -> tuple[Path, bytes]:
         """Where the verified files are, and the manifest, which is the registered one."""
@@ -371,14 +370,6 @@ def _before(tries: Sequence[str | None], now: str | None) -> str | None:
     A try whose commit's answer was lost did move it, and the next one found it moved.
     """
     return next((found for found in reversed(tries) if found != now), now)
-
-
-def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a release another one: all but its time, and the hashes of what was computed for it here.
-
-    The probes are of this machine's arithmetic, and with them the list of all files.
-    """
-    return {name: value for name, value in manifest.items() if name not in {"created_at", "files"}}
 
 
 def _refuse_retired(release: str, status: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from code_worker.data.labelled import group_old_images
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
+from code_worker.releases.builder import KeptHeads
 from code_worker.releases.manifest import Thresholds
 from code_worker.store import erasures, policies, releases, runs
 from code_worker.training import snapshot as snapshots
@@ -193,10 +194,10 @@ class Stages:
         if {member.label for member in train} != {0, 1}:
             raise DatasetError("of the labelled images that can be read, not both classes are left to learn from")
         manifest = None if base is None else base.manifest
-        plans, asked = self._plans(base), self.attempt.run.config.get("heads")
+        plans, some = self._plans(base), self.attempt.run.config.get("heads") is not None
         heads = fit_heads(plans, self.attempt.parts.plugins, train, matrix(train, views.clean))
         self.attempt.held.check()
-        kept = None if base is None or asked is None else self.attempt.parts.registry.kept_heads(base, heads)
+        files = self.attempt.parts.registry.directory
         build_candidate(
             self.attempt.place.candidate,
             weights,
@@ -206,7 +207,7 @@ class Stages:
             champion=manifest,
             origin=Origin(self.attempt.run.kind, self.attempt.run.id, self.attempt.run.base_release, taken.id),
             evaluation=self._evaluation(heads, views, taken, base),
-            kept=kept,
+            kept=KeptHeads.of(base, files(base.id), heads) if some and base is not None else None,
         )
 
     def _plans(self, base: LoadedRelease | None) -> dict[str, HeadPlan]:

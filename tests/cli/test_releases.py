@@ -103,6 +103,25 @@ def test_an_import_alone_says_how_to_promote(run: Run, two: list[Path]) -> None:
     assert f"here already: {id_of(two[0])}" in run("import", two[0]).stdout
 
 
+def test_a_head_is_dropped_into_a_release_of_its_own(run: Run, bare_cli: Cli, two: list[Path]) -> None:
+    first = id_of(two[0])
+    run("import", two[0], "--promote")
+    bare_cli("policies", "set", "--low", "0.4", "--high", "0.6", "--head", "svm", "--tenant", "acme")
+    dropped = run("drop-head", first, "svm")
+    made = next(row["id"] for row in listed(run) if row["id"] != first)
+    assert dropped.stdout == (
+        f"{made} is {first} without svm; make it live with: code-worker releases promote {made}\n"
+    )
+    assert "names svm: change it first, or its jobs are rejected" in dropped.stderr
+    assert {row["id"]: (row["heads"], row["aliases"]) for row in listed(run)} == {
+        first: (["knn", "linear", "svm"], ["champion"]),
+        made: (["knn", "linear"], []),
+    }
+    refused = run("drop-head", first, "linear")
+    assert refused.status == 2
+    assert "name another with --default-head" in refused.stderr
+
+
 def test_promote_and_rollback_say_what_was_before(run: Run, two: list[Path]) -> None:
     first, second = map(id_of, two)
     run("import", two[0], "--promote")

@@ -139,7 +139,7 @@ def test_a_restore_gives_up_when_somebody_writes_all_the_time(
     monkeypatch.setattr("code_worker.store.backup._PATIENCE_S", 0.2)
     with closing(sqlite3.connect(sqlite_store.url.removeprefix("sqlite:///"), isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreUnavailableError, match="writing to it for 0.2 s: stop workers, trainer and beat"):
+        with pytest.raises(StoreUnavailableError, match=r"writing to it for 0\.2 s: stop workers, trainer and beat"):
             restore(sqlite_store.url, tmp_path / "one.db", tmp_path / "aside.db")
         holder.execute("ROLLBACK")
     assert numbers(sqlite_store.url) == {0, 1}

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pydantic import SecretStr
 
-from code_worker.errors import ConfigurationError, UnknownHeadError
+from code_worker.errors import ConfigurationError, NoReleaseError, UnknownHeadError
 from code_worker.plugins import load_plugins
 from code_worker.releases.manifest import Manifest
 from code_worker.settings import Settings, load_settings
 from code_worker.store import erasing, runs
 from code_worker.store.engine import Store
+from code_worker.training.labelled import labelled_embeddings
 from code_worker.training.refit import plan_heads
 from code_worker.training.reign import taught
 from code_worker.training.retrain import Learner
@@ -88,6 +91,59 @@ def test_heads_that_were_kept_are_known_to_have_learned_what_their_release_did(
     known = sqlite_store.run(lambda session: taught(session, str(second.candidate)), write=False)
     assert known.heads is not None
     assert {one.sha256 for one in known.heads} & bobs
+
+
+def test_a_head_that_is_dropped_leaves_the_others_as_they_are(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    taught_here = learn(settings, sqlite_store)
+    registry, whole = registry_of(settings, sqlite_store), str(taught_here.candidate)
+    made = registry.drop_head(whole, "knn", by="alice")
+    before, after = registry.load(whole), registry.load(made)
+    assert set(after.heads) == {"linear", "svm"}
+    assert after.manifest.heads == {name: before.manifest.heads[name] for name in after.heads}
+    assert after.encoder_sha256 == before.encoder_sha256
+    assert after.manifest.default_head == "linear"
+    learned = sqlite_store.run(lambda session: erasing.learned_from(session, [str(taught_here.snapshot_id)]))
+    assert learned == {whole: "learned", made: "learned"}
+    known = sqlite_store.run(lambda session: (taught(session, whole), taught(session, made)), write=False)
+    assert known[0].heads
+    assert {one.sha256 for one in known[1].heads or ()} == {one.sha256 for one in known[0].heads}
+
+
+def test_the_default_head_is_dropped_only_for_another(settings: Settings, sqlite_store: Store, champion: str) -> None:
+    registry = registry_of(settings, sqlite_store)
+    with pytest.raises(ConfigurationError, match=rf"{champion} are judged with 'linear' by default: it is the only"):
+        registry.drop_head(champion, "linear", by="alice")
+    with pytest.raises(UnknownHeadError, match="unknown head 'knn'; known: linear"):
+        registry.drop_head(champion, "knn", by="alice")
+    label_world(settings, sqlite_store)
+    both = str(learn(settings, sqlite_store, challenge=True, heads={"knn": {}}).candidate)
+    with pytest.raises(ConfigurationError, match="name another with --default-head"):
+        registry.drop_head(both, "linear", by="alice")
+    made = registry.drop_head(both, "linear", default_head="knn", by="alice")
+    assert registry.load(made).manifest.default_head == "knn"
+
+
+def test_embeddings_of_what_a_run_would_learn_from_are_given_for_a_head_to_be_tried_on(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    here = settings.model_copy(update={"database_url": SecretStr(sqlite_store.url)})
+    learned, held = (labelled_embeddings(settings=here, holdout=holdout) for holdout in (False, True))
+    assert learned.release == held.release == champion
+    assert learned.embeddings.shape == (len(learned.sha256), 192)
+    assert learned.embeddings.dtype == np.float32
+    assert learned.labels.dtype == np.int8
+    assert not set(learned.sha256) & set(held.sha256)
+    run = learn(settings, sqlite_store, challenge=True, heads={"knn": {}})
+    assert run.report["snapshot"]["holdout"]["real"] == int((held.labels == 0).sum())
+    fitted = registry_of(settings, sqlite_store).load(str(run.candidate)).heads["knn"]
+    # Each is its own nearest reference, so these are the very embeddings that the run's head was fitted on.
+    assert ((fitted.score(learned.embeddings) >= 0.5) == (learned.labels == 1)).all()
+    with pytest.raises(NoReleaseError, match="no release 'r-000000000000'"):
+        labelled_embeddings("r-000000000000", settings=here)
 
 
 def test_options_come_from_the_release_the_settings_and_the_command_in_this_order(

@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from code_worker.broker import celery_config
 from code_worker.queues import MODERATE, NORMAL
+from code_worker.store.accepting import NewJob
 from code_worker.types import Label, Outcome, RejectReason
 from tests.faults.rows import Seen, row
 from tests.fork_server import CHILDREN_ENV
@@ -50,7 +51,10 @@ def test_each_bad_input_gets_its_own_reason_and_good_ones_their_label(
     }
     client = deployment.client()
     ids = client.enqueue_many(cases, priority=8)
-    unknown_head = client.enqueue(str(files / "good.jpg"), head="nope")
+    # As from a producer that asked before this champion was promoted: now it would be refused there.
+    asked = NewJob(str(files / "good.jpg"), head="nope", priority=8)
+    (unknown_head,) = client._accept([asked])
+    client._publish([unknown_head], [asked])
     worker = deployment.worker()
     verdicts = decided(deployment.client(), [*ids, unknown_head])
     assert {verdict.uri: verdict.reason for verdict in verdicts[:-1]} == cases
