@@ -17,6 +17,7 @@ __all__ = [
     "ID",
     "JSON_OBJECT",
     "LIMIT",
+    "SHA256",
     "SHARE",
     "SHARE_BETWEEN",
     "json_option",
@@ -26,6 +27,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 LIMIT = click.IntRange(1, 10_000)
+_HASH = re.compile(r"[0-9a-f]{64}")
 _AGO = re.compile(r"(\d{1,6})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -40,6 +42,17 @@ class _Id(click.ParamType):  # type: ignore[type-arg]  # generic only since clic
             return str(UUID(value))
         except ValueError:
             self.fail(f"{value!r} is no id; ids look like 0198c5a2-7f31-7abc-9def-0123456789ab", param, ctx)
+
+
+class _ContentHash(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+    """SHA-256 of a file's bytes, in small letters."""
+
+    name = "sha256"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _HASH.fullmatch(value := value.lower()):
+            self.fail("a content hash has 64 hexadecimal digits", param, ctx)
+        return str(value)
 
 
 class _AgoOrDate(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
@@ -90,6 +103,7 @@ class _Share(click.FloatRange):
 
 
 ID = _Id()
+SHA256 = _ContentHash()
 AGO_OR_DATE = _AgoOrDate()
 JSON_OBJECT = _JsonObject()
 SHARE = _Share(0, 1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from code_worker.cli.ledger import quiet_settings
-from code_worker.cli.output import print_json_lines, say
+from code_worker.cli.output import plural, print_json_lines, say
 
 if TYPE_CHECKING:
     from code_worker.store.engine import Store
@@ -30,6 +30,17 @@ def _store() -> Iterator[Store]:
 
     with closing(open_store(quiet_settings().resolved_database_url, threads=1)) as store:
         yield store
+
+
+def _revision() -> tuple[str | None, str]:
+    """The database's revision, None while there is none, and its kind; what is not there stays so."""
+    from code_worker.store import health, migrate  # noqa: PLC0415 - as above
+
+    # Opening SQLite's would make an empty one, and every other command would speak of its tables from then on.
+    if health.is_missing(quiet_settings().resolved_database_url):
+        return None, "sqlite"
+    with _store() as store:
+        return migrate.current(store), store.dialect
 
 
 @db.command()
@@ -64,8 +75,7 @@ def current(context: click.Context, *, as_json: bool) -> None:
     """Show the database's revision; exit status 1 when it is older than the one that this version needs."""
     from code_worker.store import migrate  # noqa: PLC0415 - Alembic, as above
 
-    with _store() as store:
-        have, need, kind = migrate.current(store), migrate.head(), store.dialect
+    (have, kind), need = _revision(), migrate.head()
     newer = migrate.is_newer(have)
     if as_json:
         found = {"dialect": kind, "revision": have, "needed": need, "current": have == need, "newer": newer}
@@ -97,7 +107,7 @@ def backup(file: Path, *, as_json: bool) -> None:
     if as_json:
         print_json_lines([{"file": str(file), "size_bytes": size}])
     else:
-        say(f"{file}: {size} bytes")
+        say(f"{file}: {plural(size, 'byte')}")
 
 
 @db.command()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import asdict
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option
+from code_worker.cli.arguments import AGO_OR_DATE, ID, SHA256, json_option
 from code_worker.cli.erasures import receipt_record, say_receipt
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_facts, say, to_json
+from code_worker.cli.output import plural, print_facts, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 
@@ -23,20 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["erase"]
 
-_HASH: Final = re.compile(r"[0-9a-f]{64}")
-
-
-def _content_hash(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    if value is not None and not _HASH.fullmatch(value := value.lower()):
-        raise click.BadParameter("a content hash has 64 hexadecimal digits")
-    return value
-
 
 @click.command()
 @click.option("--job", type=ID, help="This job; its image too, unless another job judged the same bytes.")
-@click.option(
-    "--sha256", callback=_content_hash, help="The image of this content hash, and every job that judged it."
-)
+@click.option("--sha256", type=SHA256, help="The image of this content hash, and every job that judged it.")
 @click.option("--tenant", help="Every job of this tenant, and their images as above.")
 @click.option(
     "--before", type=AGO_OR_DATE, help="All that was accepted or labelled before then, and not spoken of since."
@@ -72,6 +61,8 @@ def erase(
     """
     from code_worker.data.erasure import Eraser, Scope  # noqa: PLC0415 - SQLAlchemy and storage: not for --help
 
+    if tenant == "":
+        raise click.UsageError("an empty name stands for no tenant: say whose images are to go")
     scope = Scope(job, sha256, tenant, before)
     if sum(value is not None for value in (job, sha256, tenant, before)) != int(not resume):
         raise click.UsageError("say one of --job, --sha256, --tenant and --before, or --resume alone")
@@ -82,7 +73,8 @@ def erase(
     with open_ledger(settings) as store:
         eraser = Eraser(settings, store)
         if resume:
-            say(f"{eraser.resume()} erasures were left, and are finished")
+            left = eraser.resume()
+            say(f"{plural(left, 'erasure was', 'erasures were')} left, and {'is' if left == 1 else 'are'} finished")
         elif dry_run:
             _say_preview(eraser.preview(scope), as_json=as_json)
         else:

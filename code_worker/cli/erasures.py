@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from code_worker.cli.arguments import ID, json_option, limit_option
+from code_worker.cli.arguments import ID, SHA256, json_option, limit_option
 from code_worker.cli.ledger import open_ledger
 from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
 from code_worker.errors import StoreError
@@ -61,7 +61,7 @@ def show(erasure: str, *, as_json: bool) -> None:
 
 @erasures.command()
 @click.option("--job", type=ID, help="A job's id.")
-@click.option("--sha256", help="An image's content hash.")
+@click.option("--sha256", type=SHA256, help="An image's content hash.")
 @click.option("--tenant", help="A tenant's name.")
 @json_option
 def check(*, job: str | None, sha256: str | None, tenant: str | None, as_json: bool) -> None:
@@ -71,7 +71,7 @@ def check(*, job: str | None, sha256: str | None, tenant: str | None, as_json: b
     """
     from code_worker.store import erasures as table  # noqa: PLC0415 - as above
 
-    asked = {table.JOB: job, table.IMAGE: sha256 and sha256.lower(), table.TENANT: tenant}
+    asked = {table.JOB: job, table.IMAGE: sha256, table.TENANT: tenant}
     named = [(kind, value) for kind, value in asked.items() if value is not None]
     if len(named) != 1:
         raise click.UsageError("say one of --job, --sha256 and --tenant")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -11,7 +12,7 @@ import click
 
 from code_worker.cli.arguments import ID, json_option, limit_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_facts, print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import job_record, judgement, verdict_record
 from code_worker.errors import StoreError
@@ -100,6 +101,9 @@ def retry(ids: Sequence[str], *, state: str | None, reason: str | None, limit: i
     """Judge finished jobs again; each gets a new verdict beside the old one, which stays.
 
     Jobs that are not finished are left alone.
+
+    Exit status: 0 done; 1 a job that was named is unknown or not finished; 2 wrong use, or no terminal to ask at and
+    no `--yes`.
     """
     if sum(map(bool, (ids, state, reason))) != 1:
         raise click.UsageError("name jobs, or --state quarantined, or --reason CODE: exactly one of them")
@@ -110,12 +114,44 @@ def retry(ids: Sequence[str], *, state: str | None, reason: str | None, limit: i
             say("no job to retry")
             return
         if not ids and not yes:
-            click.confirm(f"retry {len(wanted)} jobs?", abort=True, err=True)
+            _ask(len(wanted))
+        left_alone = _left_alone(store, ids)
         again = _retry(store, wanted)
-    say(f"{again} of {len(wanted)} jobs are judged again; workers hear of them within seconds")
+    heard = "; workers hear of it within seconds" if again else ""
+    say(f"{again:,} of {plural(len(wanted), 'job')} to be judged again{heard}")
+    for problem in left_alone:
+        say(problem, err=True)
     if ids and again < len(wanted):
-        say("the others are unknown or not finished: see `code-worker jobs show ID`", err=True)
         raise SystemExit(1)
+
+
+def _ask(count: int) -> None:
+    """Returns when somebody says yes.
+
+    Raises:
+        click.UsageError: nobody is there to answer.
+        click.Abort: they said no.
+    """
+    try:
+        sure = click.confirm(f"retry {plural(count, 'job')}?", err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise click.UsageError(f"nobody answers whether to retry {plural(count, 'job')}: say --yes") from None
+    if not sure:
+        raise click.Abort
+
+
+def _left_alone(store: Store, ids: Sequence[str]) -> list[str]:
+    """Which of the jobs cannot be retried, and why."""
+    from code_worker.store.jobs import get  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    found = store.run(lambda session: {id_: get(session, id_) for id_ in ids}, write=False)
+    return [
+        f"no job has the id {id_}" if job is None else f"job {id_} is not finished: it is {job.state}"
+        for id_, job in found.items()
+        if job is None or job.finished_at is None
+    ]
 
 
 def _found(store: Store, reason: str | None, limit: int) -> Iterator[str]:

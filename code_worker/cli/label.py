@@ -42,6 +42,8 @@ def label(
 
     Exit status: 0 it is said; 1 the image could not be read, or is no image; 2 wrong use or configuration.
     """
+    if not target.strip():
+        raise click.UsageError("an empty address names no image: is a variable of a script unset?")
     from code_worker.data.labelling import Labeller  # noqa: PLC0415 - numpy and Pillow, not for --help
 
     settings = quiet_settings()

@@ -22,6 +22,8 @@ class Inputs:
     """The arguments of a scan; `left_out` takes what of directories and prefixes is not judged."""
 
     def __init__(self, paths: Sequence[str], *, every_file: bool, left_out: LeftOut | None = None) -> None:
+        if any(not path.strip() for path in paths):
+            raise ConfigurationError("an empty path names no image: is a variable of a script unset?")
         self._paths = paths
         self._every_file = every_file
         self.left_out = left_out or LeftOut()

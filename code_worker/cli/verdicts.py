@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option, raw_option
+from code_worker.cli.arguments import AGO_OR_DATE, ID, SHA256, SHARE, json_option, limit_option, raw_option
 from code_worker.cli.explanation import explain
 from code_worker.cli.ledger import open_ledger
 from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
@@ -34,12 +34,12 @@ _FILTERS = (
     click.option("--content-type", help="Kind of content."),
     click.option("--release", help="Release that judged."),
     click.option("--head", help="Head that scored."),
-    click.option("--sha256", help="Of the image's bytes."),
+    click.option("--sha256", type=SHA256, help="Of the image's bytes."),
     click.option("--uri-prefix", help="Beginning of the URI."),
     click.option("--since", type=AGO_OR_DATE, help="From then on: 2026-01-31, 7d or 12h; UTC."),
     click.option("--until", type=AGO_OR_DATE, help="Before then; likewise."),
-    click.option("--score-min", type=click.FloatRange(0, 1), help="Least score."),
-    click.option("--score-max", type=click.FloatRange(0, 1), help="Greatest score."),
+    click.option("--score-min", type=SHARE, help="Least score."),
+    click.option("--score-max", type=SHARE, help="Greatest score."),
     click.option("--superseded", is_flag=True, help="Also verdicts that a retry or a rescore has replaced."),
 )
 

@@ -132,5 +132,5 @@ def _revision(connection: sqlite3.Connection) -> object:
 def _translated(doing: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, sqlite3.OperationalError) as error:
+    except (OSError, sqlite3.DatabaseError) as error:
         raise StoreUnavailableError(f"{doing}: {error}") from error

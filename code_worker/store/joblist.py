@@ -32,6 +32,8 @@ __all__ = [
 
 _JOBS = table_of(JobRow)
 _VERDICTS = table_of(VerdictRow)
+_RETRIED: Final = 10_000
+"""Jobs, those accepted first, of which the one that waits longest is looked for; a retry takes no more by default."""
 _CLOCKS_DIFFER: Final = timedelta(minutes=5)
 
 
@@ -60,6 +62,7 @@ class JobInfo:
     published_at: datetime | None
     claimed_at: datetime | None
     finished_at: datetime | None
+    retried_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +147,22 @@ def waiting(session: Session) -> dict[str, tuple[int, float]]:
 
 
 def oldest_unfinished_s(session: Session) -> float | None:
-    """Age of the oldest job without a verdict; what an alarm should watch. None when there is none."""
-    oldest = [
-        session.execute(
-            select(_JOBS.c.created_at, db_now())
+    """Age of the job that waits longest for a verdict; what an alarm should watch. None when there is none.
+
+    Of a job that is judged again the age counts from the retry.
+    """
+    ages = []
+    for state in (JobState.ACCEPTED, JobState.RUNNING):
+        first = (
+            select(func.coalesce(_JOBS.c.retried_at, _JOBS.c.created_at).label("since"))
             .where(_JOBS.c.state == state.value)
             .order_by(_JOBS.c.created_at)
-            .limit(1)
-        ).one_or_none()
-        for state in (JobState.ACCEPTED, JobState.RUNNING)
-    ]
-    ages = [(now - created).total_seconds() for created, now in filter(None, oldest)]
+            .limit(_RETRIED)
+            .subquery()
+        )
+        since, now = session.execute(select(func.min(first.c.since), db_now())).one()
+        if since is not None:
+            ages.append((now - since).total_seconds())
     return max(0.0, *ages) if ages else None
 
 
@@ -180,6 +188,7 @@ def retry(session: Session, ids: Sequence[str]) -> list[str]:
                 published_at=None,
                 claimed_at=None,
                 finished_at=None,
+                retried_at=db_now(),
                 due_at=db_now_plus(ACCEPT_GRACE_S),
             )
             .returning(_JOBS.c.id)

@@ -15,7 +15,9 @@ from sqlalchemy import text
 from code_worker.cli.main import cli
 from code_worker.errors import StoreError
 from code_worker.store import migrate
-from code_worker.store.engine import open_store
+from code_worker.store.engine import Store, open_store
+from tests.cli.conftest import Cli
+from tests.servers import PostgresServer
 
 
 def run(url: str, *arguments: str) -> Result:
@@ -96,3 +98,40 @@ def test_a_copy_is_taken_and_restored(migrated_sqlite: Path, tmp_path: Path) -> 
     assert Path(aside[1]).is_file()
     assert json.loads(run(url, "restore", copy, "--json").stdout)["before"] != aside[1]
     assert run(url, "current").exit_code == 0
+
+
+def test_asking_for_the_revision_makes_no_database(tmp_path: Path) -> None:
+    file = tmp_path / "not" / "there.db"
+    shown = run(f"sqlite:///{file}", "current")
+    assert shown.exit_code == 1
+    assert "code-worker db upgrade" in shown.stdout
+    assert not file.parent.exists()
+
+
+def test_a_file_that_is_no_database_is_neither_copied_nor_restored(
+    migrated_sqlite: Path, tmp_path: Path, bare_cli: Cli
+) -> None:
+    (tmp_path / "garbage.db").write_bytes(b"no database at all " * 100)
+    bare_cli.env["CODE_WORKER_DATABASE_URL"] = f"sqlite:///{tmp_path / 'garbage.db'}"
+    for words in (("backup", str(tmp_path / "copy.db")), ("restore", str(migrated_sqlite))):
+        ran = bare_cli("db", *words)
+        assert (ran.status, ran.stderr.count("\n")) == (1, 1)
+        assert "file is not a database" in ran.stderr
+
+
+def test_a_user_without_rights_gets_one_line_from_each_command(
+    postgres_server: PostgresServer, postgres_store: Store, bare_cli: Cli
+) -> None:
+    postgres_server._sql("CREATE ROLE sees_nothing LOGIN")
+    url = postgres_store.engine.url.set(username="sees_nothing").render_as_string(hide_password=False)
+    bare_cli.env["CODE_WORKER_DATABASE_URL"] = url
+    try:
+        for words in (
+            *(("jobs", "list"), ("verdicts", "list"), ("labels", "list"), ("db", "current"), ("db", "upgrade")),
+            *(("enqueue", "s3://b/a.png"), ("erase", "--tenant", "acme", "--yes"), ("releases", "list")),
+        ):
+            ran = bare_cli(*words)
+            assert (ran.status, ran.stderr.count("\n")) == (1, 1), (words, ran.stderr)
+            assert "may not do this" in ran.stderr
+    finally:
+        postgres_server._sql("DROP ROLE sees_nothing")

@@ -53,8 +53,12 @@ def test_retry_takes_finished_jobs_alone(cli: Cli, store: Store) -> None:
     done = judged(store, "s3://b/a.jpg", 0.9)
     (waiting,) = accept(store, "s3://b/b.jpg")
     ran = cli("jobs", "retry", done, waiting)
-    assert ran.stdout.startswith("1 of 2 jobs are judged again")
+    assert ran.stdout.startswith("1 of 2 jobs to be judged again")
     assert ran.status == 1
+    assert ran.stderr == f"job {waiting} is not finished: it is accepted\n"
+    unknown = cli("jobs", "retry", NO_SUCH_ID)
+    assert (unknown.status, unknown.stdout) == (1, "0 of 1 job to be judged again\n")
+    assert unknown.stderr == f"no job has the id {NO_SUCH_ID}\n"
     info = store.run(lambda session: jobs.get(session, done), write=False)
     assert info is not None
     assert (info.state, info.revision) == ("accepted", 1)
@@ -96,3 +100,11 @@ def test_dead_letters_say_why_they_could_not_be_read(cli: Cli, store: Store) -> 
     assert (first.records[0]["body"], first.records[0]["error"]) == ("m1", "v9")
     second = cli("jobs", "dead-letters", "--json", *first.stderr.split()[1:])
     assert [record["body"] for record in second.records] == ["m0"]
+
+
+def test_without_a_terminal_jobs_found_by_a_state_are_retried_only_with_yes(cli: Cli, store: Store) -> None:
+    rejected(store, "s3://b/a.jpg", RejectReason.FETCH_FAILED)
+    refused = cli("jobs", "retry", "--reason", "fetch_failed")
+    assert (refused.status, refused.stdout) == (2, "")
+    assert "nobody answers whether to retry 1 job: say --yes" in refused.stderr
+    assert cli("jobs", "retry", "--reason", "fetch_failed", "--yes").status == 0

@@ -147,3 +147,26 @@ def test_an_export_that_cannot_be_written_leaves_nothing_behind(sqlite_cli: Cli,
     ran = sqlite_cli("verdicts", "export", "--output", str(tmp_path / "no" / "such" / "out.csv"))
     assert ran.status == 2
     assert "cannot write" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verdicts", "list", "--sha256", "abc"),
+        ("verdicts", "list", "--score-min", "nan"),
+        ("erasures", "check", "--sha256", "abc"),
+        ("erase", "--tenant", "", "--yes"),
+        ("scan", ""),
+        ("label", "", "real"),
+    ],
+    ids=" ".join,
+)
+def test_what_can_match_nothing_is_wrong_use_and_no_empty_answer(sqlite_cli: Cli, words: tuple[str, ...]) -> None:
+    ran = sqlite_cli(*words)
+    assert (ran.status, ran.stdout) == (2, "")
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_content_hash_is_found_in_capitals(sqlite_cli: Cli, sqlite_store: Store) -> None:
+    judged(sqlite_store, "s3://b/a.jpg", 0.9)
+    assert len(sqlite_cli("verdicts", "list", "--sha256", "AB" * 32, "--json").records) == 1

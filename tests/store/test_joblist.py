@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
+from sqlalchemy import update
 
 from code_worker.errors import StoreError
 from code_worker.store import jobs
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
+from code_worker.store.models import JobRow
+from code_worker.store.sql import table_of
 from code_worker.types import JobState, RejectReason
 from tests.store.acts import accept, claim, info, judged, rejected, state, write
+
+JOBS = table_of(JobRow)
 
 
 def listed(
@@ -87,6 +94,30 @@ def test_the_oldest_unfinished_job_has_an_age(store: Store) -> None:
     assert 0 <= age_s < 60
     write(store, judged(ids[0]))
     assert store.run(jobs.oldest_unfinished_s) is None
+
+
+def test_the_age_of_a_job_that_is_judged_again_counts_from_the_retry(store: Store) -> None:
+    old, new = accept(store, "s3://b/a")[0], accept(store, "s3://b/b")[0]
+    claim(store, [old, new])
+    write(store, judged(old), judged(new))
+    long_ago = datetime.now(UTC) - timedelta(days=30)
+    store.run(lambda session: session.execute(update(JOBS).values(created_at=long_ago)) and None)
+    assert store.run(lambda session: jobs.retry(session, [old])) == [old]
+    again = store.run(lambda session: jobs.get(session, old))
+    assert again is not None
+    assert again.retried_at is not None
+    assert again.retried_at - again.created_at > timedelta(days=29)
+    age_s = store.run(jobs.oldest_unfinished_s)
+    assert age_s is not None
+    assert 0 <= age_s < 600
+    (waiting,) = accept(store, "s3://b/c")
+    earlier = again.retried_at - timedelta(hours=1)
+    store.run(
+        lambda session: session.execute(update(JOBS).where(JOBS.c.id == waiting).values(created_at=earlier)) and None
+    )
+    age_s = store.run(jobs.oldest_unfinished_s)
+    assert age_s is not None
+    assert 3600 <= age_s < 4200
 
 
 def test_only_finished_jobs_are_retried_and_they_start_afresh(store: Store) -> None:

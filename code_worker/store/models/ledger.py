@@ -65,6 +65,9 @@ class JobRow(Base):
     claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="Last claim.")
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="When the verdict was written.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was accepted.")
+    retried_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime, comment="When it was last accepted again; null: never, or before this was kept."
+    )
     last_fault: Mapped[str | None] = mapped_column(
         Text, info=PERSONAL, comment="Reason and detail of the last transient fault."
     )
