@@ -27,9 +27,9 @@ from code_worker.store import jobs, migrate, releases, verdicts
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from code_worker.data.labelling import Labelled, Labeller
+    from code_worker.data.labelling import Labeller
     from code_worker.doorbell import Doorbell
-    from code_worker.types import Verdict
+    from code_worker.types import Labelled, Verdict
 
 __all__ = ["Client", "enqueue", "enqueue_many", "label", "verdict"]
 

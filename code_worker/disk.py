@@ -1,13 +1,32 @@
-"""What directories and files are beside their bytes: private, on disk, or only a stand-in for another file."""
+"""What files and directories are beside their bytes: a place, private, on disk, or a stand-in for another file."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["flush", "is_lfs_pointer", "make_private"]
+from code_worker.errors import ConfigurationError
+
+__all__ = ["expanded", "flush", "forbidden", "is_lfs_pointer", "make_private"]
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def expanded(path: Path, setting: str) -> Path:
+    """The absolute form of a path that may begin with `~`.
+
+    Raises:
+        ConfigurationError: it does, and this user has no home: no `HOME`, or an empty one, and no entry of a password
+            file, as in containers that run as any number. It names the setting to write another path into.
+    """
+    try:
+        if path.parts[:1] == ("~",) and not os.environ.get("HOME", "unset").strip():
+            raise RuntimeError
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ConfigurationError(
+            f"{path} is in a home directory, and this user has none: set {setting} to an absolute path"
+        ) from None
 
 
 def make_private(directory: Path) -> None:
@@ -26,6 +45,12 @@ def make_private(directory: Path) -> None:
         directory = directory.parent
     for each in reversed(missing):
         each.mkdir(mode=0o700, exist_ok=True)
+
+
+def forbidden(path: Path) -> str:
+    """That this process may not use what is in the data directory, for an error."""
+    user = f"user {os.getuid()}" if hasattr(os, "getuid") else "this user"
+    return f"{user} has no rights on {path}: give them, or set CODE_WORKER_DATA_DIR to a directory of that user"
 
 
 def flush(path: Path) -> None:

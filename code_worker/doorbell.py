@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
@@ -112,6 +112,21 @@ class Doorbell:
         with self._channel() as channel:
             # Not passively: kombu looks for the key without its prefix then, and calls every queue unknown.
             return int(bound_queue(queue)(channel).queue_declare().message_count)
+
+    def unbind(self, exchange: str, queues: Iterable[str]) -> list[str]:
+        """Takes queues from an exchange that they are bound to in Redis, and returns which were.
+
+        Raises:
+            BrokerUnavailableError: see `depth`.
+        """
+        with self._channel() as channel:
+            if not _is_redis(channel):
+                return []
+            bound = [binding for binding in channel.get_table(exchange) if binding[-1] in set(queues)]
+            for key in (channel.keyprefix_queue, getattr(channel, "keyprefix_binding_permanent", None)):
+                if key and bound:
+                    channel.client.srem(key % (exchange,), *(channel.sep.join(binding) for binding in bound))
+            return sorted({binding[-1] for binding in bound})
 
     def marked(self) -> bool:
         """Whether the broker still holds the mark of an earlier `mark`; a broker that is not Redis is trusted to.

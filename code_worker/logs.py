@@ -21,7 +21,11 @@ _OF_LINES = frozenset({"exception", "stack"})
 _SECRETS = (
     # What comes before keeps the search linear: a message of somebody's may be megabytes of letters.
     # A password may hold what it should not, of a URL of somebody's that is quoted before anybody reads it.
-    re.compile(r"(?<![a-zA-Z0-9+.\-])(?P<keep>[a-zA-Z0-9+.\-]+://[^\s/:@]*:)(?:[^\s,;\"']{1,200}|[^\s/@]+)(?=@)"),
+    # Commas, semicolons and quotes may end it; where no @ comes before them, they are in it.
+    re.compile(
+        r"(?<![a-zA-Z0-9+.\-])(?P<keep>[a-zA-Z0-9+.\-]+://[^\s/:@]*:)"
+        r"(?:[^\s,;\"']{1,200}|(?:(?!://)\S){1,200}|[^\s/@]+)(?=@)"
+    ),
     re.compile(
         r"(?P<keep>\b(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId)=)[^&\s\"']+",
         re.IGNORECASE,

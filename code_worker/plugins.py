@@ -24,6 +24,7 @@ from typing import Any, Final, TypeVar
 import pluggy
 
 from code_worker import hookspecs
+from code_worker.disk import expanded
 from code_worker.errors import PluginError, UnknownHeadError
 from code_worker.heads import Head, HeadSpec
 from code_worker.logs import get_logger
@@ -300,7 +301,7 @@ def _file_candidates(directory: Path | None) -> Iterator[_Candidate]:
     """Files of the directory in order; what they import from beside them is found."""
     if directory is None:
         return
-    directory = directory.expanduser().absolute()
+    directory = expanded(directory, "CODE_WORKER_PLUGINS_DIR")
     if not directory.is_dir():
         raise PluginError(f"CODE_WORKER_PLUGINS_DIR names {directory}, which is not a directory")
     if str(directory) not in sys.path:

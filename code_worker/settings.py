@@ -17,6 +17,7 @@ from pydantic_settings import (
 
 from code_worker.addresses import broker_address, database_address
 from code_worker.configuration import Layer, layers
+from code_worker.disk import expanded, forbidden
 from code_worker.errors import ConfigurationError
 from code_worker.source_settings import FileSettings, LimitSettings, S3Settings
 from code_worker.training_settings import (
@@ -304,7 +305,7 @@ class Settings(BaseSettings):
     @property
     def data_path(self) -> Path:
         """The data directory, absolute."""
-        return self.data_dir.expanduser().absolute()
+        return expanded(self.data_dir, "CODE_WORKER_DATA_DIR")
 
     @property
     def resolved_database_url(self) -> str:
@@ -319,19 +320,20 @@ class Settings(BaseSettings):
     @property
     def resolved_artifacts(self) -> str:
         """Artifact root in use: an absolute directory or an `s3://` prefix."""
-        return self._resolved(self.artifacts, "releases")
+        return self._resolved("artifacts", "releases")
 
     @property
     def resolved_datasets(self) -> str:
         """Dataset storage in use: an absolute directory or an `s3://` prefix."""
-        return self._resolved(self.datasets, "dataset")
+        return self._resolved("datasets", "dataset")
 
-    def _resolved(self, address: str | None, otherwise: str) -> str:
+    def _resolved(self, setting: Literal["artifacts", "datasets"], otherwise: str) -> str:
+        address = self.artifacts if setting == "artifacts" else self.datasets
         if address is None:
             return str(self.data_path / otherwise)
         if address.startswith("s3://"):
             return address.rstrip("/")
-        return str(Path(address).expanduser().absolute())
+        return str(expanded(Path(address), f"CODE_WORKER_{setting.upper()}"))
 
     @property
     def resolved_broker_url(self) -> str:
@@ -345,6 +347,8 @@ class Settings(BaseSettings):
         address = self.data_path / "run" / "broker.url"
         try:
             return address.read_text(encoding="utf-8").strip()
+        except PermissionError:
+            raise ConfigurationError(forbidden(address)) from None
         except OSError:
             raise ConfigurationError(
                 f"no broker: set CODE_WORKER_BROKER_URL, or start `code-worker up` for {self.data_path}"

@@ -16,6 +16,7 @@ __all__ = [
     "Job",
     "JobState",
     "Label",
+    "Labelled",
     "Outcome",
     "Provenance",
     "RejectReason",
@@ -208,3 +209,12 @@ class ShadowScore:
     champion_label: Label
     tenant: str | None = None
     content_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """What was labelled: content hash, where the image was, and whether that said anything new."""
+
+    sha256: str
+    uri: str
+    new: bool

@@ -274,10 +274,10 @@ from pathlib import Path
 from code_worker.images.listing import LeftOut, images_under
 from code_worker.images.source import Sources
 from code_worker.settings import FileSettings, Settings
-if os.geteuid() == 0:
-    os.setgid(65534); os.setuid(65534)
 left_out = LeftOut()
 sources = Sources(Settings(files=FileSettings(roots=(Path(sys.argv[1]),))))
+if os.geteuid() == 0:
+    os.setgid(65534); os.setuid(65534)
 print(*(Path(found).name for found in images_under(sources, sys.argv[1], left_out)), sep=",")
 print(left_out.unreadable, left_out.lost)
 assert not {"PIL", "numpy", "boto3"} & sys.modules.keys()

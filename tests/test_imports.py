@@ -70,7 +70,7 @@ client.close()
 
 
 def test_importing_the_package_alone_loads_neither_celery_nor_sqlalchemy() -> None:
-    assert modules_after("import code_worker").isdisjoint(
+    assert modules_after("import code_worker, code_worker.celery").isdisjoint(
         {"celery", "kombu", "sqlalchemy", "redis", "pydantic", "click"}
     )
 

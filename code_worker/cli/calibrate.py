@@ -68,6 +68,7 @@ def calibrate(**words: Any) -> None:
 
     SOURCE is `labels:`, your labelled images, unless you name another (see `code-worker data --help`). Real images
     decide from where on an image is fake, generated ones below which it is real; between the two it is uncertain.
+    Where there are too few generated ones for that, it stays where it was, unless you name --max-fnr.
     Of your labelled images only the hold-out counts: those that a retrain may have learned from look too good.
 
     The thresholds become the next version of the policy, with the data and the figures recorded.
@@ -135,6 +136,7 @@ def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calib
                 before=before,
                 source=asked.source,
                 labelled=None if asked.everything or store is None else learnable(store, measured.loaded.id),
+                keep_low=store is None or not _low_is_of_another(store, before.id, measured.loaded.id),
                 known=measured.known,
                 keep=measured.keep,
                 threads=settings.worker.fetch_threads,
@@ -142,6 +144,14 @@ def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calib
             )
         skipped.extend(made.skipped)
         return made
+
+
+def _low_is_of_another(store: Store, policy: str, release: str) -> bool:
+    """Whether a policy's lower border was drawn by another release's scores."""
+    from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, not for --help
+
+    stale = store.run(lambda session: policies.stale(session, release), write=False)
+    return any(row.id == policy and not (row.evidence or {}).get("low_kept") for row in stale)
 
 
 def _put(asked: _Asked, settings: Settings, store: Store, made: Calibration) -> PolicyRow:
@@ -212,6 +222,8 @@ def _say(asked: _Asked, made: Calibration, row: PolicyRow | None) -> None:
         say(f"{learned} images left out: a retrain may have learned from them (--all counts them)")
     if made.made.note:
         say(made.made.note)
+    if made.made.warning:
+        say(f"warning: {made.made.warning}", err=True)
     if row is None:
         say("nothing was set (--dry-run)")
     else:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
+from code_worker.disk import forbidden
 from code_worker.errors import ConfigurationError
 from code_worker.logs import configure_logging
 from code_worker.settings import Settings, load_settings
@@ -24,8 +25,18 @@ def quiet_settings() -> Settings:
 
 
 def has_database(settings: Settings) -> bool:
-    """False while nothing was ever started in the data directory; a database of yours is taken as there."""
-    return settings.database_url is not None or (settings.data_path / "code_worker.db").is_file()
+    """False while nothing was ever started in the data directory; a database of yours is taken as there.
+
+    Raises:
+        ConfigurationError: this user may not look into the data directory.
+    """
+    if settings.database_url is not None:
+        return True
+    file = settings.data_path / "code_worker.db"
+    try:
+        return file.is_file()
+    except PermissionError:
+        raise ConfigurationError(forbidden(file)) from None
 
 
 @contextmanager

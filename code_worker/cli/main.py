@@ -106,6 +106,10 @@ def main() -> None:
     except CodeWorkerError as error:
         click.echo(printable(f"code-worker: {redact(str(error))}"), err=True)
         sys.exit(2 if isinstance(error, ConfigurationError) else 1)
+    except PermissionError as error:
+        place = error.filename or "a file"
+        click.echo(printable(f"code-worker: this user may not use {place}: {error.strerror}"), err=True)
+        sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "code_worker":
             raise

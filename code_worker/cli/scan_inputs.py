@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from code_worker.errors import ConfigurationError, ImageRejectedError, TransientError
+from code_worker.images.files import storable
 from code_worker.images.listing import LeftOut, images_under
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Inputs:
             if _is_collection(path):
                 yield from self._listed(sources, path)
             else:
-                yield path if _is_uri(path) else str(Path(path).absolute())
+                yield path if _is_uri(path) else storable(str(Path(path).absolute()))
 
     def _listed(self, sources: Sources, path: str) -> Iterator[str]:
         place = path if _is_uri(path) else str(Path(path).absolute())

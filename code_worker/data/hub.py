@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.data.examples import FAKE, REAL, Example, Skipped
 from code_worker.data.names import generator_slug, label_of, numbered_generator
-from code_worker.data.reading import Held
+from code_worker.data.reading import Held, disguise
 from code_worker.errors import ConfigurationError, DatasetError
 from code_worker.telemetry import silent_import
 from code_worker.terminal import printable
@@ -78,6 +78,9 @@ def parquet_examples(
     with _temporary_directory() as cache:
         for path in paths:
             name = printable(str(path))
+            if (instead := _disguised(path)) is not None:
+                skipped.append(Skipped(name, instead))
+                continue
             rows = _rows(name, {"path": "parquet", "data_files": [str(path)], "split": "train", "cache_dir": cache})
             try:
                 collection = path.absolute().parent.name
@@ -86,6 +89,14 @@ def parquet_examples(
                 )
             except DatasetError as error:
                 skipped.append(Skipped(name, str(error)))
+
+
+def _disguised(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return disguise(file.read(64))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
@@ -105,6 +116,8 @@ def _rows(what: str, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]
 
     # If the process had imported it before, it would tell a counter on the internet of each file, those here as well.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    # What it logs of a damaged file it raises as well, and it has a handler of its own.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 
     # The hub's client changed its HTTP library more than once; this is the base class of whichever it uses.
     http_error: type[Exception] = getattr(errors, "HTTPError", OSError)

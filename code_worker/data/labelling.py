@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Final
 from code_worker.data.kept import KeptImages, open_kept
 from code_worker.errors import DatasetError
 from code_worker.images.decode import inspect
+from code_worker.images.files import storable
 from code_worker.images.phash import perceptual_hash
 from code_worker.images.source import Sources
 from code_worker.roles import Role, current_user, require
 from code_worker.store import audit, image_groups, jobs, kept_images, labels, personal, verdicts
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
+from code_worker.types import Labelled
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
@@ -30,15 +32,6 @@ __all__ = ["Found", "LabelFile", "Labelled", "Labeller", "Recorded", "absolute",
 _HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
 _JOB: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _UNKNOWN: Final = "0" * 64
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """What was labelled: content hash, where the image was, and whether that said anything new."""
-
-    sha256: str
-    uri: str
-    new: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,10 +306,10 @@ def erased_meanwhile(sha256: str) -> DatasetError:
 
 
 def absolute(target: str) -> str:
-    """A URI as it is; a path independent of this process's directory."""
+    """A URI as it is; a path independent of this process's directory, as a URI where its name is no text."""
     if "://" in target or target.startswith("file:"):
         return target
-    return str(Path(target).absolute())
+    return storable(str(Path(target).absolute()))
 
 
 def _named(new: Sequence[NewLabel]) -> dict[str, str | None]:

@@ -30,6 +30,7 @@ __all__ = ["open_examples", "siblings_are_neighbours"]
 
 _MANIFESTS: Final = (".jsonl", ".ndjson", ".csv")
 _PARQUET: Final = ".parquet"
+_ARCHIVES: Final = (".zip", ".7z", ".rar", ".tar.bz2", ".tar.xz", ".tar.zst")
 _FORMS: Final = (
     "labels: (the labelled store), holdout: (its part that is never learned from), hf:owner/name, "
     "a directory of real/fake, 0_real/1_fake or gen_N directories "
@@ -152,6 +153,8 @@ def _form_of_files(source: str, path: Path) -> _Form:
         return _Form(partial(_read_shards, found, ()), neighbours=True)
     if all(one.suffix == _PARQUET for one in found):
         return _Form(partial(_read_parquet, found), neighbours=True)
+    if source.lower().endswith(_ARCHIVES):
+        raise DatasetError(f"{source} is an archive: unpack it and name its directory")
     raise DatasetError(f"{source} is no data set of a known form: {_FORMS}")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from code_worker.data.examples import Skipped
 from code_worker.errors import DatasetError
+from code_worker.images.listing import LFS_POINTER
 from code_worker.terminal import printable
 
 if TYPE_CHECKING:
@@ -18,13 +19,24 @@ if TYPE_CHECKING:
     from code_worker.images.source import Sources
     from code_worker.settings import Settings
 
-__all__ = ["FromSource", "Held", "allow", "check_hash", "not_images"]
+__all__ = ["FromSource", "Held", "allow", "check_hash", "disguise", "not_images"]
 
 
 def allow(settings: Settings, root: Path) -> Settings:
     """The settings, with a directory that the caller named allowed to be read: who names it may read it anyway."""
     files = settings.files.model_copy(update={"roots": (*settings.files.roots, root)})
     return settings.model_copy(update={"files": files})
+
+
+def disguise(head: bytes) -> str | None:
+    """What a file is that has another content than its name promises, by its first bytes; and what to do."""
+    if head.startswith(LFS_POINTER):
+        return "it is a Git LFS pointer: `git lfs pull` fetches the file"
+    if head.startswith(b"\x1f\x8b"):
+        return "it is compressed with gzip: unpack it first"
+    if head.startswith(b"PK\3\4"):
+        return "it is a zip archive or a spreadsheet: unpack it, or save it as CSV"
+    return None
 
 
 def check_hash(data: bytes, sha256: str | None, key: str) -> bytes:

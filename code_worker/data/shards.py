@@ -154,7 +154,8 @@ def _parse(name: str) -> tuple[str, str]:
         return match["key"], match["slot"].lower() if match["number"] is None else f"gen_{int(match['number'])}"
     if text := _TEXT.fullmatch(name):
         return text["key"], text["slot"].lower().removesuffix(".txt")
-    return str(PurePosixPath(name).with_suffix("")), _CLASSIC
+    directory, slash, base = name.rpartition("/")
+    return f"{directory}{slash}{base.rpartition('.')[0] or base}", _CLASSIC
 
 
 def _finished(path: Path, drafts: Mapping[str, _Draft], skipped: list[Skipped]) -> Iterator[Record]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Final, cast
 
 from code_worker.data.examples import Skipped
-from code_worker.data.reading import not_images
+from code_worker.data.reading import disguise, not_images
 from code_worker.errors import DatasetError
 from code_worker.images.listing import PREFIX_BYTES, LeftOut
 from code_worker.terminal import printable
@@ -116,7 +116,10 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int | None]]:
     if not path.is_file():  # a FIFO would wait for its writer
         raise FileNotFoundError(None, "there is no such file")
     with path.open("rb") as file:
-        packed = file.read(2) == _GZIP
+        head = file.read(tarfile.BLOCKSIZE)
+        packed = head.startswith(_GZIP)
+        if not packed and (instead := disguise(head)) is not None:
+            raise OSError(instead)
         file.seek(0)
         if packed:
             with gzip.open(file) as unpacked:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote_to_bytes
 
+from code_worker.disk import expanded
 from code_worker.errors import CodeWorkerError, ImageRejectedError, TransientError
 from code_worker.images.listing import has_image_suffix, is_hidden
 from code_worker.types import RejectReason
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from code_worker.images.listing import LeftOut
     from code_worker.settings import FileSettings
 
-__all__ = ["FileSource", "local_path"]
+__all__ = ["FileSource", "local_path", "storable"]
 
 _CHUNK_BYTES: Final = 1 << 20
 # O_PATH passes through a directory that may be entered but not listed; macOS has none.
@@ -46,7 +47,7 @@ class FileSource:
     """Reads files under the roots of the settings; safe to share between threads."""
 
     def __init__(self, settings: FileSettings, *, max_bytes: int) -> None:
-        self._roots = tuple(root.expanduser() for root in settings.roots)
+        self._roots = tuple(expanded(root, "CODE_WORKER_FILES__ROOTS") for root in settings.roots)
         self._max_bytes = max_bytes
 
     def fetch(self, uri: str) -> bytes:
@@ -105,7 +106,7 @@ class FileSource:
         except OSError as error:
             raise _translated(error, path) from error
         files = _walk(path, left_out) if stat.S_ISDIR(mode) else iter((path,))
-        return (_named(file, as_uri=as_uris) for file in files)
+        return (Path(file).absolute().as_uri() if as_uris else storable(file) for file in files)
 
     def _locate(self, path: str) -> tuple[str, tuple[str, ...]]:
         """Root that holds the resolved path, and the way from there; the same refusal whether or not it exists."""
@@ -240,13 +241,13 @@ def _may_be_file(entry: os.DirEntry[str]) -> bool:
         return True
 
 
-def _named(path: str, *, as_uri: bool) -> str:
-    if not as_uri:
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            as_uri = True
-    return Path(path).absolute().as_uri() if as_uri else path
+def storable(path: str) -> str:
+    """The path, or its URI where a name in it is not UTF-8 and no database takes it as text."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return Path(path).absolute().as_uri()
+    return path
 
 
 def _translated(error: OSError, path: str) -> CodeWorkerError:

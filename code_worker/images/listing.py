@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "LFS_POINTER",
     "NO_IMAGE",
     "PREFIX_BYTES",
     "SIGNATURES",
@@ -39,6 +40,8 @@ SIGNATURES: Final[Mapping[str, Callable[[bytes], bool]]] = {
     "webp": lambda prefix: prefix[:4] == b"RIFF" and prefix[8:15] == b"WEBPVP8",
 }
 """By format that is judged, what its files begin with."""
+LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that a clone without Git LFS has in place of a large one."""
 PREFIX_BYTES: Final = 17
 """One more than the longest signature: a bare signature is no header, nothing that follows could contradict it."""
 NO_IMAGE: Final = "neither the name nor the content is that of an image"

@@ -8,7 +8,7 @@ import zlib
 from typing import TYPE_CHECKING, Final
 
 from code_worker.errors import ImageRejectedError
-from code_worker.images.listing import PREFIX_BYTES, signature_of
+from code_worker.images.listing import LFS_POINTER, PREFIX_BYTES, signature_of
 from code_worker.images.pillow import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -235,6 +235,10 @@ def kind_of(data: bytes) -> str:
     """
     if (kind := signature_of(data[:PREFIX_BYTES])) is not None:
         return kind
+    if data.startswith(LFS_POINTER):
+        raise ImageRejectedError(
+            RejectReason.UNSUPPORTED_FORMAT, "a Git LFS pointer: `git lfs pull` fetches the file"
+        )
     raise ImageRejectedError(RejectReason.UNSUPPORTED_FORMAT, f"none of {', '.join(FORMATS)}")
 
 

@@ -273,7 +273,10 @@ def _create_private(path: Path) -> None:
         make_private(path.parent)
         _create_file(path)
     except OSError as error:
-        raise ConfigurationError(f"database file {path} cannot be written: {error.strerror}") from error
+        raise ConfigurationError(
+            f"database file {path} cannot be written ({error.strerror}): give this user the right to, or set "
+            "CODE_WORKER_DATA_DIR or CODE_WORKER_DATABASE_URL"
+        ) from error
 
 
 def _create_file(path: Path) -> None:

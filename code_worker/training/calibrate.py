@@ -41,7 +41,7 @@ class Goal:
     Attributes:
         max_fpr: share of reals that may be called fake.
         max_fnr: share of fakes that may be called real.
-        strict_fnr: refuse where there are too few fakes, instead of leaving nothing uncertain.
+        strict_fnr: refuse where there are too few fakes, instead of leaving the border of the reals where it is.
     """
 
     max_fpr: float
@@ -80,6 +80,7 @@ def calibrate(
     before: Policy,
     source: str = "the data",
     labelled: Labelled | None = None,
+    keep_low: bool = True,
     known: Known | None = None,
     keep: Keep | None = None,
     threads: int = 4,
@@ -97,6 +98,8 @@ def calibrate(
         source: what the evidence calls the data.
         labelled: tells which images a retrain may have learned from; of these the hold-out alone is used. None: all
             images are used.
+        keep_low: with too few fakes leave the border of the reals where `before` has it, if that is of this head;
+            False: it was drawn by another release's scores, so too few fakes are refused.
         known: vectors of earlier runs.
         keep: takes new vectors.
         threads: images read and decoded at the same time.
@@ -116,7 +119,14 @@ def calibrate(
     scores = checked_scores(head, runtime.heads[head], embedded.embeddings[rows]) if rows else np.empty(0, np.float32)
     reals, fakes = (scores[labels_of(used) == kind] for kind in (REAL, FAKE))
     try:
-        made = draw_thresholds(reals, fakes, max_fpr=goal.max_fpr, max_fnr=goal.max_fnr, strict_fnr=goal.strict_fnr)
+        made = draw_thresholds(
+            reals,
+            fakes,
+            max_fpr=goal.max_fpr,
+            max_fnr=goal.max_fnr,
+            strict_fnr=goal.strict_fnr,
+            low_before=before.low if keep_low and before.head in {None, head} else None,
+        )
     except DatasetError as error:
         raise DatasetError(f"{source}: {error}{_left_out(learned, embedded.skipped)}") from None
     evidence = {
@@ -129,6 +139,8 @@ def calibrate(
         "everything": labelled is None,
         "achieved": made.shares.to_dict(),
         "note": made.note,
+        "warning": made.warning,
+        "low_kept": made.low_kept,
     }
     shares_before = shares_at(reals, fakes, before.low, before.high)
     return Calibration(head, made, before, shares_before, evidence, embedded.skipped)

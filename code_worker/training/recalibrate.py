@@ -125,6 +125,8 @@ def _calibrated(settings: Settings, store: Store, runtime: Runtime, row: PolicyR
         before=Policy(row.id, row.low, row.high, row.head, row.tenant, row.content_type),
         source=evidence["source"],
         labelled=None if evidence.get("everything", False) else learnable(store, runtime.release),
+        # Drawn by another release's scores it means nothing for this one's; kept it was drawn by none.
+        keep_low=bool(evidence.get("low_kept")),
         known=lambda hashes: store.run(lambda session: embeddings.known(session, key, hashes), write=False),
         threads=settings.worker.fetch_threads,
     )

@@ -24,6 +24,8 @@ __all__ = ["RULE", "Shares", "Thresholds", "draw_thresholds", "needed", "shares_
 
 RULE: Final = "split conformal: high above the ceil((n+1)(1-max_fpr))-th real, low at the floor((m+1)max_fnr)-th fake"
 _SLACK: Final = 1e-9
+_NEXT_TO_NOTHING: Final = 0.8
+"""Share of images that stay uncertain, on average over both classes, from which thresholds hardly decide anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +58,32 @@ class Thresholds:
     Attributes:
         low: below it real.
         high: from it on fake; between the two uncertain.
-        note: what was decided beside the rule, such as why nothing is uncertain.
+        note: what was decided beside the rule, such as why a border stays where it was.
         shares: what they do to the images that they were drawn by.
+        low_kept: whether `low` is that of before, since there were too few fakes to place it.
     """
 
     low: float
     high: float
     note: str
     shares: Shares
+    low_kept: bool = False
+
+    @property
+    def warning(self) -> str:
+        """Why these thresholds are of little use, or empty: most images stay uncertain, or most fakes are real."""
+        real, fake = _value(self.shares.uncertain_real), _value(self.shares.uncertain_fake)
+        if self.shares.fnr is not None and (real + fake) / 2 >= _NEXT_TO_NOTHING:
+            return (
+                f"these thresholds decide next to nothing: {real:.0%} of the reals and {fake:.0%} of the fakes stay "
+                "uncertain; allow larger shares, or choose a head that tells the two apart"
+            )
+        if (missed := _value(self.shares.fnr)) >= 0.5:
+            return (
+                f"{missed:.0%} of the fakes are called real: allow a larger --max-fpr, or choose a head that tells "
+                "the two apart"
+            )
+        return ""
 
 
 def needed(share: float) -> int:
@@ -84,12 +104,13 @@ def draw_thresholds(
     max_fpr: float,
     max_fnr: float,
     strict_fnr: bool = False,
+    low_before: float | None = None,
 ) -> Thresholds:
     """Thresholds under which at most `max_fpr` of reals are called fake and at most `max_fnr` of fakes real.
 
     Images between the two are uncertain. Where the classes lie so far apart that `low` would be above `high`, every
     border between the two keeps both bounds, and the one in the middle is taken: nothing is uncertain. With too few
-    fakes to place `low`, it is put at `high`, unless `strict_fnr`.
+    fakes to place `low` it stays at `low_before`, as far as `high` lets it.
 
     Args:
         reals: `(n,)` scores in [0, 1].
@@ -97,6 +118,8 @@ def draw_thresholds(
         max_fpr: bound of the share of reals called fake.
         max_fnr: bound of the share of fakes called real.
         strict_fnr: refuse where there are too few fakes.
+        low_before: where `low` is now; None: nowhere that means anything for these scores, so too few fakes are
+            refused.
 
     Raises:
         DatasetError: too few images for a bound, or so many reals at the highest score that no border keeps it.
@@ -104,10 +127,14 @@ def draw_thresholds(
     """
     high = _high(np.sort(reals), max_fpr)
     if len(fakes) < needed(max_fnr):
-        if strict_fnr:
-            raise DatasetError(_too_few("fakes called real", max_fnr, len(fakes), "generated"))
-        note = f"{len(fakes)} generated images are too few for --max-fnr {max_fnr:g}: nothing is uncertain"
-        return Thresholds(high, high, note, shares_at(reals, fakes, high, high))
+        problem = _too_few("fakes called real", max_fnr, len(fakes), "generated")
+        if strict_fnr or low_before is None:
+            raise DatasetError(f"{problem}: label more, or allow a larger share")
+        low = min(low_before, high)
+        stays = "stays where it was" if low == low_before else "goes down with high and no further"
+        return Thresholds(
+            low, high, f"low {stays}, at {low:.4f}: {problem}", shares_at(reals, fakes, low, high), low_kept=True
+        )
     low = _low(np.sort(fakes), max_fnr)
     note = ""
     if low >= high:
@@ -131,7 +158,8 @@ def shares_at(reals: NDArray[np.float32], fakes: NDArray[np.float32], low: float
 def _high(ordered: NDArray[np.float32], max_fpr: float) -> float:
     n = len(ordered)
     if n < needed(max_fpr):
-        raise DatasetError(_too_few("reals called fake", max_fpr, n, "real"))
+        problem = _too_few("reals called fake", max_fpr, n, "real")
+        raise DatasetError(f"{problem}: label more, or allow a larger share")
     place = ceil((n + 1) * (1 - max_fpr) - _SLACK)
     border = np.nextafter(np.float32(ordered[place - 1]), np.float32(2))
     if border > 1:
@@ -148,10 +176,12 @@ def _low(ordered: NDArray[np.float32], max_fnr: float) -> float:
 
 
 def _too_few(what: str, share: float, count: int, kind: str) -> str:
-    return (
-        f"to bound the {what} by {share:g} takes at least {needed(share)} {kind} images; there are {count}: "
-        "label more, or allow a larger share"
-    )
+    there = "there is 1" if count == 1 else f"there are {count}"
+    return f"to bound the {what} by {share:g} takes at least {needed(share)} {kind} images; {there}"
+
+
+def _value(share: dict[str, float] | None) -> float:
+    return 0.0 if share is None else share["value"]
 
 
 def _share(hits: NDArray[np.bool_]) -> dict[str, float] | None:

@@ -11,11 +11,12 @@ from celery import Celery, signals
 
 from code_worker.broker import ALL_QUEUES, celery_config
 from code_worker.doorbell import Doorbell
-from code_worker.errors import CodeWorkerError, ConfigurationError
+from code_worker.errors import BrokerUnavailableError, CodeWorkerError, ConfigurationError
 from code_worker.logs import get_logger
 from code_worker.queues import QUEUES, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.additions import add_entries, add_queues, add_routes, add_transport
+from code_worker.worker.bystander import Bystander
 from code_worker.worker.host import Host
 from code_worker.worker.refusals import check_content, refuse_to_start, refusing
 from code_worker.worker.schedule import beat_entries
@@ -106,6 +107,7 @@ class _Installed:
         self._below: Mapping[str, object] | None = None
         self._read: Settings | None = None
         self.host = Host(app, self.settings)
+        self.bystander = Bystander(app)
 
     def settings(self) -> Settings:
         """Those given, else those that environment, file and the app's configuration say.
@@ -173,6 +175,22 @@ class _Installed:
             log.info("configuration_put_back", added=added)
         check_content(self._app)
 
+    def unbind(self) -> None:
+        """Takes our queues from the app's default exchange, to which an earlier version bound them in Redis.
+
+        Unless the app lists them so: then it is meant.
+        """
+        conf, queues = self._app.conf, self._app.amqp.queues
+        for exchange in {conf.task_default_exchange, conf.task_default_queue} - {*ALL_QUEUES}:
+            strays = [name for name in ALL_QUEUES if queues[name].exchange.name != exchange]
+            try:
+                unbound = Doorbell(self._app).unbind(exchange, strays)
+            except BrokerUnavailableError as error:
+                log.warning("bindings_not_looked_at", exchange=exchange, error=str(error))
+                return
+            if unbound:
+                log.info("bindings_removed", exchange=exchange, queues=unbound)
+
 
 def _of_worker(sender: Any) -> _Installed | None:
     worker: Worker | None = getattr(sender, "controller", sender)
@@ -184,10 +202,13 @@ def _start_background(sender: Any, **_: Any) -> None:
     if (installed := _of_worker(sender)) is None:
         return
     host = installed.host
-    # A worker of other queues may not even reach the ledger.
     queues = {queue.name for queue in sender.task_consumer.queues}
-    if queues & _JUDGING or TRAIN_QUEUE in queues:
-        host.start_reporting(queues & frozenset(ALL_QUEUES))
+    if not queues & frozenset(ALL_QUEUES):
+        # It may not even reach the ledger.
+        installed.bystander.start()
+        return
+    installed.unbind()
+    host.start_reporting(queues & frozenset(ALL_QUEUES))
     if queues & _JUDGING:
         host.start_sweeping()
     if queues & frozenset(QUEUES):
@@ -204,6 +225,7 @@ def _stop_taking(**_: Any) -> None:
 
 def _close(sender: Any, **_: Any) -> None:
     if (installed := _of_worker(sender)) is not None:
+        installed.bystander.stop()
         installed.host.close()
 
 

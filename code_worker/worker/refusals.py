@@ -13,6 +13,9 @@ from kombu.serialization import prepare_accept_content
 from code_worker.broker import ALL_QUEUES, OWN_VISIBILITY, check_visibility, is_redis
 from code_worker.errors import ConfigurationError
 from code_worker.logs import get_logger
+from code_worker.machine import usable_cores
+from code_worker.queues import QUEUES
+from code_worker.worker.prefork import warn_of_prefork
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
@@ -52,6 +55,8 @@ def refuse_to_start(worker: Any, check: Callable[[], object], settings: Callable
         check()
         _check_pool(worker)
         _check_visibility(worker.app, settings())
+    if "prefork" in _pool_of(worker) and taken & frozenset(QUEUES):
+        warn_of_prefork(_children_of(worker), worker.app.conf.worker_max_memory_per_child)
 
 
 def check_content(app: Any) -> None:
@@ -74,6 +79,11 @@ def check_content(app: Any) -> None:
 def _pool_of(worker: Any) -> str:
     # A name still, or what it stands for.
     return str(worker.pool_cls if isinstance(worker.pool_cls, str) else getattr(worker.pool_cls, "__module__", ""))
+
+
+def _children_of(worker: Any) -> int:
+    # "auto" is settled after this; then it is as many as there are cores.
+    return worker.concurrency if isinstance(worker.concurrency, int) else usable_cores()
 
 
 def _check_pool(worker: Any) -> None:

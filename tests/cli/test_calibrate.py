@@ -285,8 +285,13 @@ def test_too_few_fakes_are_refused_only_where_their_bound_was_asked_for(
     small = write_tree(tmp_path / "small", 24)
     ran = sqlite_cli("calibrate", str(small), "--max-fpr", "0.1", "--dry-run")
     assert ran.status == 0
-    assert "nothing is uncertain" in ran.stdout
+    assert "takes at least 19 generated images; there are 12" in ran.stdout
     assert "nothing was set" in ran.stdout
+    assert sqlite_cli("policies", "set", "--low", "0.2", "--high", "0.9", "--head", "linear").status == 0
+    (kept,) = sqlite_cli("calibrate", str(small), "--max-fpr", "0.1", "--json").records
+    assert (kept["low"], kept["before"]["low"]) == (min(0.2, kept["high"]), 0.2)
+    other = sqlite_cli("calibrate", str(small), "--max-fpr", "0.1", "--head", "knn")
+    assert (other.status, "takes at least 19 generated images" in other.stderr) == (1, True), "linear's border"
     assert sqlite_cli("calibrate", str(small), "--max-fpr", "0.1", "--max-fnr", "0.05").status == 1
 
 

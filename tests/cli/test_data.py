@@ -66,6 +66,17 @@ def test_broken_pixels_are_noticed_when_asked_to_check(bare_cli: Cli, tmp_path: 
     assert "2.jpg: truncated" in ran.stderr
 
 
+def test_no_name_reaches_the_terminal_as_it_is(bare_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "t" / "real").mkdir(parents=True)
+    for name in ("\x1b[31m\n.jpg", "\x1b[2J.txt", "good.jpg"):
+        (tmp_path / "t" / "real" / name).write_bytes(picture(1) if name == "good.jpg" else b"no pixels")
+    ran = bare_cli("data", "show", str(tmp_path / "t"), "--check")
+    assert ran.status == 0
+    assert r"real/\e[31m\n.jpg: unsupported_format" in ran.stderr
+    assert r": real/\e[2J.txt" in ran.stderr
+    assert "\x1b" not in ran.stderr
+
+
 def test_a_packed_data_set_is_counted_as_before(bare_cli: Cli, shard: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ran = bare_cli("data", "pack", str(shard), "--out", str(out), "--shard-mb", "1")
@@ -134,6 +145,8 @@ def test_a_golden_set_is_pinned_by_bytes_and_labels_wherever_it_lies(bare_cli: C
         for label in ("real", "fake"):
             (tmp_path / root / label).mkdir(parents=True)
             (tmp_path / root / label / f"{root}.png").write_bytes(picture(len(label) + (label == "real")))
+    (tmp_path / "there" / "license.txt").write_text("These images may be measured on.")
+    (tmp_path / "there" / ".DS_Store").write_bytes(bytes(40))
     pins = [bare_cli("data", "pin", str(tmp_path / root)).stdout for root in ("here", "there")]
     assert pins[0] == pins[1]
     assert len(pins[0].strip()) == 64

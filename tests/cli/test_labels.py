@@ -225,6 +225,18 @@ def test_a_group_is_said_imported_and_exported(labelling: Cli, place: Place, tmp
     assert found[hashes[0]] == found[hashes[1]]
 
 
+def test_no_name_of_a_file_of_labels_reaches_the_terminal_as_it_is(labelling: Cli, place: Place) -> None:
+    file = place.photos / "labels.jsonl"
+    file.write_text(
+        '{"uri": "\\u001b[31m\\n.png", "label": "real"}\n{"uri": "a", "label": "\\u001b[2J"}\n', encoding="utf-8"
+    )
+    ran = labelling("labels", "import", str(file))
+    assert ran.status == 1
+    assert r"line 1: not_found: " in ran.stderr
+    assert ran.stderr.count("\n") == 2
+    assert "\x1b" not in ran.stderr
+
+
 def test_formulas_are_exported_as_text_and_read_back_as_they_were(
     labelling: Cli, place: Place, tmp_path: Path
 ) -> None:

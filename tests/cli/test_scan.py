@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from contextlib import closing
 from pathlib import Path
 
@@ -95,6 +96,14 @@ def test_every_form_of_output_says_the_same(scan: Cli, pictures: Path) -> None:
     table = scan(*ask).stdout.splitlines()[1:]
     assert [row.split()[0] for row in table] == [line["label"] or line["reason"] for line in lines]
     assert all(line["uri"] in row for row, line in zip(table, lines, strict=True))
+
+
+def test_a_name_that_is_no_text_is_judged_and_printed_as_a_uri(scan: Cli, pictures: Path) -> None:
+    name = os.fsdecode(os.fsencode(pictures) + b"/\xff.png")
+    (pictures / "0.png").rename(name)
+    for place in (name, str(pictures)):
+        ran = scan("scan", place, "--release", scan.env["TOY"], "--json")
+        assert f"{pictures.as_uri()}/%FF.png" in [record["uri"] for record in ran.records]
 
 
 def test_status_0_means_that_all_were_judged(scan: Cli, pictures: Path) -> None:

@@ -147,15 +147,18 @@ def test_missing_and_large_images_are_left_out_alone(tmp_path: Path) -> None:
     assert len(examples) + len(skipped) == 4
 
 
-def test_a_damaged_file_is_told_and_the_next_one_read(tmp_path: Path) -> None:
+def test_a_damaged_file_is_told_and_the_next_one_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = write(tmp_path / "a.parquet", row(1)).read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     write(tmp_path / "b.parquet", row(2))
     write(tmp_path / "c.parquet", {"text": "another form"})
+    (tmp_path / "d.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     examples, skipped = read(tmp_path)
     assert len(examples) == 4
-    assert [Path(lost.key).name for lost in skipped] == ["a.parquet", "c.parquet"]
+    assert [Path(lost.key).name for lost in skipped] == ["a.parquet", "c.parquet", "d.parquet"]
     assert "columns id, image_gen0" in skipped[1].reason
+    assert skipped[2].reason == "it is a Git LFS pointer: `git lfs pull` fetches the file"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_real_images_are_read_by_url_only_when_asked_for_and_only_so_many(tmp_path: Path) -> None:

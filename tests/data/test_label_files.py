@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from code_worker.data.label_files.forms import read_rows
 from code_worker.data.label_files.rows import Row, Words
@@ -15,6 +19,7 @@ from code_worker.errors import ConfigurationError, DatasetError
 from tests.data.label_rows import problems, rows
 
 SHA = "ab" * 32
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + SHA.encode() + b"\nsize 7\n"
 
 
 @pytest.fixture
@@ -60,7 +65,7 @@ def test_csv_is_read_as_spreadsheets_write_it(file: Path, delimiter: str, end: s
 def test_csv_of_excel_is_read_in_every_encoding_with_any_line_end(
     file: Path, encoding: str, end: str, first: str
 ) -> None:
-    lines = ["uri;label;by;note;;", "a.jpg;real;bob;;;", "b.jpg;fake", ";;;;;", 'ü.jpg;fake;;"two', 'lines";;']
+    lines = ["uri;label;by;note;;", "a.jpg;real;bob;;;seen", "b.jpg;fake", ";;;;;", 'ü.jpg;fake;;"two', 'lines";;']
     found = rows(file, end.join([first, *lines, "d.jpg;real"]).encode(encoding))
     assert not problems(found)
     assert [(row.place, Path(row.uri or "").name, row.label, row.by, row.note) for row in found] == [
@@ -149,6 +154,9 @@ def test_csv_names_each_bad_row_and_reads_the_others(file: Path) -> None:
         ("uri,label\na,fake\n".encode("utf-16")[:-3], "it begins as UTF-16, but is cut short or damaged"),
         ("uri,label,Label\na,real,fake\n", "the first line names the column label twice"),
         ("[1, 2", "it is not JSON"),
+        (gzip.compress(b"uri,label\na,fake\n"), "it is compressed with gzip: unpack it first"),
+        (b"PK\3\4\x14\0\6\0", "it is a zip archive or a spreadsheet: unpack it, or save it as CSV"),
+        (POINTER, "it is a Git LFS pointer: `git lfs pull` fetches the file"),
     ],
 )
 def test_a_file_that_is_bad_as_a_whole_says_why(file: Path, content: str | bytes, why: str) -> None:
@@ -212,3 +220,27 @@ def test_relative_paths_begin_where_one_says(file: Path) -> None:
     found = rows(file, content, base="s3://bucket/prefix/")
     assert [row.uri for row in found] == ["s3://bucket/prefix/a/b.jpg", "/c.jpg", "file:///d.jpg", "s3://o/e.jpg"]
     assert rows(file, content, base="/photos")[0].uri == "/photos/a/b.jpg"
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.lists(
+            st.sampled_from([*"\"'\r\n,;\t=[{", "uri", "label", "a.jpg", "real", "\ufeff", "sep=;", "é"]), max_size=40
+        ).map("".join),
+    ),
+    st.sampled_from(
+        ["", "uri,label\n", "uri;label;note\r\n", "sep=;\nuri;label\n", "image,choice,annotator,annotation_id\n"]
+    ),
+    st.sampled_from(["utf-8", "utf-16", "utf-16-le"]),
+)
+def test_whatever_is_in_a_file_it_gives_rows_or_one_reason(content: str | bytes, header: str, encoding: str) -> None:
+    data = header.encode(encoding) + (content if isinstance(content, bytes) else content.encode(encoding))
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            found = rows(Path(directory) / "labels", data)
+        except DatasetError:
+            return
+    assert all(row.problem or row.label for row in found)
+    assert all(row.place.startswith(("line ", "task ", "entry ")) for row in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from contextlib import closing
 from dataclasses import replace
@@ -82,6 +83,14 @@ def test_a_relative_path_is_recorded_absolute(place: Place, monkeypatch: pytest.
     path = place.image("a.png")
     monkeypatch.chdir(place.photos)
     assert place.labeller.label("a.png", "real").uri == path
+
+
+def test_a_path_whose_name_is_no_text_is_recorded_as_a_uri(place: Place) -> None:
+    path = os.fsdecode(os.fsencode(place.photos) + b"/\xff\xfe.png")
+    Path(place.image("a.png")).rename(path)
+    done = place.labeller.label(path, "real", by="alice")
+    assert done.uri == f"{place.photos.as_uri()}/%FF%FE.png"
+    assert place.labeller.label(done.uri, "real", by="alice").new is False
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_a_name_that_is_no_text_is_read_and_shown_escaped(tmp_path: Path) -> Non
     directory = tree(tmp_path / "t", "real/1.jpg") / "real"
     Path(os.fsdecode(os.fsencode(directory) + b"/\xff\n.jpg")).write_bytes(b"odd")
     examples, _ = read(tmp_path / "t")
-    assert examples[1].key == f"{directory}/\\udcff\\n.jpg"
+    assert examples[1].key == f"{directory}/\\xff\\n.jpg"
     assert examples[1].read() == b"odd"
 
 
@@ -260,10 +260,16 @@ def test_what_is_not_there_is_refused_with_the_known_forms(source: str, tmp_path
         read(source)
 
 
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "a.ZIP").touch()
+    with pytest.raises(DatasetError, match=r"a\.ZIP is an archive: unpack it and name its directory"):
+        read(tmp_path / "a.ZIP")
+
+
 def test_a_file_of_another_form_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    (tmp_path / "a.zip").touch()
+    (tmp_path / "a.zap").touch()
     with pytest.raises(DatasetError, match=r"no data set of a known form: labels: .*hf:owner/name.*\.tar"):
-        read(tmp_path / "a.zip")
+        read(tmp_path / "a.zap")
 
 
 def test_a_bucket_is_read_as_a_tree(s3_server: S3Server) -> None:

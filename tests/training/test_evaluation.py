@@ -68,7 +68,8 @@ def test_figures_are_those_of_the_scores_with_an_interval_around(shallow_runtime
 
 def test_the_report_says_what_was_measured_on_what_and_how(shallow_runtime: Runtime) -> None:
     examples = noise_examples(8)
-    evaluation = measured(shallow_runtime, examples, toy=True, skipped=[Skipped("a.txt", "no label")])
+    skipped = [Skipped("a.txt", "no label"), Skipped("set", "hidden", 2, (".DS_Store",))]
+    evaluation = measured(shallow_runtime, examples, toy=True, skipped=skipped)
     report = json.loads(json.dumps(evaluation.report, allow_nan=False))
     assert report["code_version"] == __version__
     assert report["release"]["id"] == shallow_runtime.release
@@ -80,6 +81,7 @@ def test_the_report_says_what_was_measured_on_what_and_how(shallow_runtime: Runt
     assert report["plan"]["conditions"] == ["clean"]
     assert report["plan"]["seed"] == 0
     assert report["skipped"] == [{"key": "a.txt", "reason": "no label"}]
+    assert report["passed_over"] == [{"key": "set", "reason": "hidden", "files": 2, "some": [".DS_Store"]}]
     again = measured(shallow_runtime, list(reversed(examples))).report["data"]
     assert again["digest"] == report["data"]["digest"], "the order of the images is no difference"
     other = measured(shallow_runtime, mislabelled(examples, [2])).report["data"]

@@ -24,10 +24,10 @@ def beta(n: int, seed: int, a: float, b: float) -> NDArray[np.float32]:
 def test_a_bound_takes_so_many_images_and_not_one_fewer(share: float, images: int) -> None:
     assert needed(share) == images
     reals = np.linspace(0, 0.9, images, dtype=np.float32)
-    made = draw_thresholds(reals, EMPTY, max_fpr=share, max_fnr=0.05)
+    made = draw_thresholds(reals, EMPTY, max_fpr=share, max_fnr=0.05, low_before=0.5)
     assert made.high > reals.max()
-    with pytest.raises(DatasetError, match=f"at least {images} real images; there are {images - 1}"):
-        draw_thresholds(reals[1:], EMPTY, max_fpr=share, max_fnr=0.05)
+    with pytest.raises(DatasetError, match=f"at least {images} real images; there (are|is) {images - 1}"):
+        draw_thresholds(reals[1:], EMPTY, max_fpr=share, max_fnr=0.05, low_before=0.5)
 
 
 @given(
@@ -39,7 +39,7 @@ def test_a_bound_takes_so_many_images_and_not_one_fewer(share: float, images: in
 def test_both_bounds_hold_on_the_images_themselves(
     reals: list[float], fakes: list[float], max_fpr: float, max_fnr: float
 ) -> None:
-    made = draw_thresholds(scores(reals), scores(fakes), max_fpr=max_fpr, max_fnr=max_fnr)
+    made = draw_thresholds(scores(reals), scores(fakes), max_fpr=max_fpr, max_fnr=max_fnr, low_before=0.5)
     assert 0 <= made.low <= made.high <= 1
     shares = shares_at(scores(reals), scores(fakes), made.low, made.high)
     assert shares.fpr is not None
@@ -57,7 +57,7 @@ def test_a_further_image_is_a_false_alarm_no_more_often_than_allowed(max_fpr: fl
     alarms = 0
     for _ in range(4000):
         drawn = rng.beta(0.4, 3, 61).astype(np.float32)
-        alarms += drawn[60] >= draw_thresholds(drawn[:60], EMPTY, max_fpr=max_fpr, max_fnr=0.05).high
+        alarms += drawn[60] >= draw_thresholds(drawn[:60], EMPTY, max_fpr=max_fpr, max_fnr=0.05, low_before=0.5).high
     exact = np.floor(61 * max_fpr + 1e-9) / 61
     assert exact <= max_fpr
     # Five standard deviations either way: neither too many alarms, nor a border that gives detections away.
@@ -77,7 +77,7 @@ def test_between_the_borders_is_what_neither_class_claims() -> None:
 
 def test_classes_that_lie_apart_need_no_band() -> None:
     reals, fakes = beta(200, 0, 1, 30), 1 - beta(200, 1, 1, 30)
-    made = draw_thresholds(reals, fakes, max_fpr=0.01, max_fnr=0.05)
+    made = draw_thresholds(reals, fakes, max_fpr=0.01, max_fnr=0.05, low_before=0.5)
     assert made.low == made.high
     assert reals.max() < made.high < np.sort(fakes)[10]
     assert "one border in the middle" in made.note
@@ -86,25 +86,50 @@ def test_classes_that_lie_apart_need_no_band() -> None:
     assert made.shares.fpr["high"] > 0.01, "none of 200 is no proof of none"
 
 
-def test_without_enough_fakes_nothing_is_uncertain_unless_the_bound_was_asked_for() -> None:
-    reals = beta(200, 0, 2, 8)
-    made = draw_thresholds(reals, scores([0.2, 0.9]), max_fpr=0.05, max_fnr=0.05)
-    assert made.low == made.high
-    assert "2 generated images are too few" in made.note
-    with pytest.raises(DatasetError, match="at least 19 generated images; there are 2"):
-        draw_thresholds(reals, scores([0.2, 0.9]), max_fpr=0.05, max_fnr=0.05, strict_fnr=True)
+def test_without_enough_fakes_the_border_of_the_reals_stays_where_it_was() -> None:
+    reals, fakes = beta(200, 0, 2, 8), scores([0.2])
+    made = draw_thresholds(reals, fakes, max_fpr=0.05, max_fnr=0.05, low_before=0.25)
+    assert (made.low, made.high > 0.25) == (0.25, True)
+    assert made.low_kept
+    assert "low stays where it was, at 0.2500" in made.note
+    assert "takes at least 19 generated images; there is 1" in made.note
+    above = draw_thresholds(reals, fakes, max_fpr=0.05, max_fnr=0.05, low_before=0.99)
+    assert above.low == above.high == made.high
+    assert "goes down with high and no further" in above.note
+
+
+@pytest.mark.parametrize(("strict", "before"), [(True, 0.5), (False, None)])
+def test_without_enough_fakes_nor_a_border_to_keep_it_is_refused(*, strict: bool, before: float | None) -> None:
+    with pytest.raises(DatasetError, match="at least 19 generated images; there are 2: label more"):
+        draw_thresholds(
+            beta(200, 0, 2, 8),
+            scores([0.2, 0.9]),
+            max_fpr=0.05,
+            max_fnr=0.05,
+            strict_fnr=strict,
+            low_before=before,
+        )
+
+
+def test_thresholds_that_decide_next_to_nothing_say_so() -> None:
+    same = draw_thresholds(beta(300, 0, 2, 2), beta(300, 1, 2, 2), max_fpr=0.05, max_fnr=0.05)
+    assert "decide next to nothing: 9" in same.warning
+    missed = draw_thresholds(beta(300, 0, 2, 2), beta(10, 1, 2, 2), max_fpr=0.01, max_fnr=0.05, low_before=0.99)
+    assert "of the fakes are called real" in missed.warning
+    useful = draw_thresholds(beta(300, 0, 2, 8), beta(300, 1, 8, 2), max_fpr=0.05, max_fnr=0.05)
+    assert useful.warning == ""
 
 
 def test_reals_at_the_highest_score_cannot_be_kept_out_by_any_border() -> None:
     reals = scores([0.0] * 90 + [1.0] * 10)
     with pytest.raises(DatasetError, match="10 of 100 real images have the highest score"):
-        draw_thresholds(reals, EMPTY, max_fpr=0.05, max_fnr=0.05)
-    assert draw_thresholds(reals, EMPTY, max_fpr=0.15, max_fnr=0.05).high <= 1
+        draw_thresholds(reals, EMPTY, max_fpr=0.05, max_fnr=0.05, low_before=0.5)
+    assert draw_thresholds(reals, EMPTY, max_fpr=0.15, max_fnr=0.05, low_before=0.5).high <= 1
 
 
 def test_ties_are_not_counted_on_the_wrong_side() -> None:
     reals = scores([0.1] * 50 + [0.6] * 50)
-    made = draw_thresholds(reals, EMPTY, max_fpr=0.1, max_fnr=0.05)
+    made = draw_thresholds(reals, EMPTY, max_fpr=0.1, max_fnr=0.05, low_before=0.5)
     assert made.high > np.float32(0.6)
     assert made.shares.fpr is not None
     assert made.shares.fpr["value"] == 0
@@ -113,4 +138,4 @@ def test_ties_are_not_counted_on_the_wrong_side() -> None:
 @pytest.mark.parametrize("share", [0, 1, -0.1, float("nan")])
 def test_a_bound_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        draw_thresholds(beta(50, 0, 1, 1), EMPTY, max_fpr=share, max_fnr=0.05)
+        draw_thresholds(beta(50, 0, 1, 1), EMPTY, max_fpr=share, max_fnr=0.05, low_before=0.5)

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from celery import Celery
+from kombu import Exchange, Queue
 
-from code_worker.doorbell import Doorbell
+from code_worker.doorbell import Doorbell, bound_queue
 from code_worker.errors import BrokerUnavailableError
-from code_worker.queues import LIVE, NORMAL
+from code_worker.queues import LIVE, MODERATE, NORMAL, RETRAIN, TRAIN_QUEUE
 from code_worker.settings import Settings
+from code_worker.worker.app import install
+from code_worker.worker.bystander import Bystander
 from tests.servers import RedisServer
 
 
@@ -40,3 +44,85 @@ def test_a_broker_that_is_gone_is_reported_and_a_new_one_is_used(
     redis_server.start()
     doorbell.ring(NORMAL, ["c"])
     assert doorbell.depth(NORMAL) == 1
+
+
+def astray(*_: object, **__: object) -> dict[str, object]:
+    return {"queue": "theirs", "exchange": "theirs", "routing_key": "theirs.x", "exchange_type": "topic"}
+
+
+HOSTILE = [
+    {"task_routes": {"*": astray()}},
+    {"task_routes": astray},
+    {"task_routes": {"code_worker.*": {"queue": "theirs"}}},
+    {
+        "task_default_exchange": "theirs",
+        "task_default_exchange_type": "topic",
+        "task_default_routing_key": "theirs.x",
+    },
+    {"task_queues": [Queue("theirs")], "task_create_missing_queues": False},
+    {"task_create_missing_queue_exchange_type": "topic"},
+    {"task_protocol": 1},
+    {"task_serializer": "yaml", "task_compression": "gzip"},
+    {"task_default_priority": 9, "task_default_delivery_mode": "transient", "task_ignore_result": False},
+]
+
+
+@pytest.mark.parametrize("conf", HOSTILE, ids=lambda conf: next(iter(conf)))
+def test_what_we_publish_goes_to_our_queues_whatever_an_app_sets_for_its_own(
+    conf: dict[str, object], redis_server: RedisServer
+) -> None:
+    app = install(Celery("theirs", broker=redis_server.url, backend=redis_server.url, set_as_current=False))
+    app.conf.update(conf)
+    bell = Doorbell(app)
+    bell.ring(NORMAL, ["a", "b"])
+    bell.call(RETRAIN, TRAIN_QUEUE, arguments={"by": "me"})
+    assert (bell.depth(NORMAL), bell.depth(TRAIN_QUEUE)) == (1, 1)
+    with app.connection() as connection:
+        message = bound_queue(NORMAL)(connection.default_channel).get()
+        assert message.content_type == "application/json"
+        assert (message.properties["delivery_mode"], message.properties["priority"]) == (2, 0)
+        body = message.decode()
+        arguments = body["args"] if isinstance(body, dict) else body[0]
+        assert arguments == [{"v": 1, "jobs": ["a", "b"]}]
+        assert (body["task"] if isinstance(body, dict) else message.headers["task"]) == MODERATE
+        message.ack()
+    app.close()
+
+
+@pytest.mark.parametrize("prefix", ["", "theirs:"])
+def test_bindings_that_an_earlier_version_left_are_taken_away(prefix: str, redis_server: RedisServer) -> None:
+    app = Celery("theirs", broker=redis_server.url, set_as_current=False)
+    app.conf.broker_transport_options = {"global_keyprefix": prefix}
+    install(app)
+    exchange = Exchange("tasks", type="topic")
+    with app.connection() as connection:
+        channel = connection.default_channel
+        for name in ("theirs", NORMAL, LIVE):
+            Queue(name, exchange, "task.default")(channel).declare()
+        bell = Doorbell(app)
+        assert bell.unbind("tasks", [NORMAL, TRAIN_QUEUE]) == [NORMAL]
+        assert {binding[-1] for binding in channel.get_table("tasks")} == {"theirs", LIVE}
+        assert bell.unbind("tasks", [NORMAL, TRAIN_QUEUE]) == []
+        connection.Producer(auto_declare=False).publish({}, exchange="tasks", routing_key="task.default")
+        assert [Queue(name)(channel).queue_declare().message_count for name in ("theirs", NORMAL)] == [1, 0]
+    app.close()
+
+
+def test_a_worker_that_takes_none_of_our_queues_says_once_that_jobs_wait(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = install(Celery("theirs", broker=redis_server.url, set_as_current=False))
+    bell, bystander = Doorbell(app), Bystander(app)
+    for _ in range(2):
+        bystander.look()
+    bell.ring(NORMAL, ["a"])
+    bystander.look()
+    assert "jobs_not_taken" not in caplog.text, "somebody else may be about to take them"
+    for _ in range(3):
+        bystander.look()
+    (line,) = [record.getMessage() for record in caplog.records if "jobs_not_taken" in record.getMessage()]
+    assert "'code_worker.normal': 1" in line
+    assert "-Q code_worker.live,code_worker.normal" in line
+    redis_server.kill()
+    Bystander(app).look()
+    app.close()

@@ -28,6 +28,7 @@ from code_worker.settings import LimitSettings, Settings
 from code_worker.store.engine import Store
 from code_worker.types import Outcome, RejectReason
 from code_worker.worker.app import create_app, install
+from tests.patience import LIMIT_S
 from tests.servers import RedisServer
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
 
@@ -69,6 +70,31 @@ def test_their_worker_runs_their_tasks_and_ours(
     assert wait_until(lambda: client.verdict(cut), 120, "our refusal").reason is RejectReason.TRUNCATED
     assert worker.terminate() == 0
     sender.close()
+
+
+def test_the_celery_command_finds_our_own_app(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
+    deployment = deploy(f"sqlite:///{tmp_path / 'db.sqlite'}")
+    url = deployment.environment["CODE_WORKER_BROKER_URL"]
+    (tmp_path / "files" / "a.jpg").write_bytes(jpeg(1))
+
+    def run(*arguments: str, **more: str) -> tuple[WorkerProcess, Path]:
+        log = tmp_path / f"{arguments[0]}.log"
+        command = [sys.executable, "-m", "celery", "-A", "code_worker", *arguments]
+        process = WorkerProcess(command, {**os.environ, **deployment.environment, **more}, log)
+        deployment.workers.append(process)
+        return process, log
+
+    worker, beat = (run(*arguments)[0] for arguments in (("worker", "-l", "INFO"), ("beat", "-l", "INFO")))
+    report, said = run("report", CODE_WORKER_BROKER_URL="redis://:s3cret@127.0.0.1:1/0")
+    assert report.process.wait(LIMIT_S) == 0
+    assert "code_worker.normal" in said.read_text()
+    assert "s3cret" not in said.read_text()
+    client = deployment.client()
+    job = client.enqueue(str(tmp_path / "files" / "a.jpg"))
+    assert wait_until(lambda: client.verdict(job), LIMIT_S, "our verdict").outcome is Outcome.JUDGED
+    with redis.Redis.from_url(url) as server:
+        wait_until(lambda: server.exists("cw:redbeat:code_worker.sweep"), LIMIT_S, "the entry of beat")
+    assert (worker.terminate(), beat.terminate()) == (0, 0)
 
 
 @pytest.fixture

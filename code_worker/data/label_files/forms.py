@@ -12,6 +12,7 @@ from code_worker.data.label_files.label_studio import label_studio_rows
 from code_worker.data.label_files.lines import UTF16
 from code_worker.data.label_files.rows import Row, Words
 from code_worker.data.label_files.tables import csv_rows, json_rows
+from code_worker.data.reading import disguise
 from code_worker.errors import ConfigurationError, DatasetError
 
 __all__ = ["FORMS", "form_of", "read_rows"]
@@ -53,9 +54,11 @@ def form_of(file: BinaryIO) -> str:
     """Form of a file by its first bytes: `[` begins an export, `{` lines of JSON, anything else a table.
 
     Raises:
-        DatasetError: there is nothing in it.
+        DatasetError: there is nothing in it, or it is an archive or a Git LFS pointer.
     """
     head = file.read(_HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
+    if (instead := disguise(head)) is not None:
+        raise DatasetError(instead)
     if head.startswith(UTF16):
         head = head.decode("utf-16", "replace").encode()
     head = head.lstrip()

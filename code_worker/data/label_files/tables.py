@@ -97,8 +97,8 @@ def csv_records(
 ) -> Iterator[Record]:
     """Records of a table (comma, semicolon, tab, or as a line `sep=;` says), as spreadsheets write them.
 
-    Values that are missing at the end of a row are empty, as are those beyond the last named column; rows without any
-    value are passed over. What `without_formulas` escaped is read back.
+    Values that are missing at the end of a row are empty. Columns without a name and rows without any value are
+    passed over. What `without_formulas` escaped is read back.
 
     Args:
         file: a file at its beginning.
@@ -138,8 +138,6 @@ def _columns(
         except csv.Error:
             continue
         if is_header(names):
-            while not names[-1]:
-                names.pop()
             return delimiter, names
     raise DatasetError(f"the first line must name the columns, among them {expected}; it is {text[:200]!r}")
 
@@ -155,6 +153,8 @@ class _Records:
         self._lines = lines
         self._delimiter = delimiter
         self._columns = columns
+        # Spreadsheets write columns without a name, some to the right of all others.
+        self._least = max(number for number, name in enumerate(columns, 1) if name)
         self._returned: deque[Line] = deque()
 
     def __iter__(self) -> Iterator[Record]:
@@ -181,15 +181,15 @@ class _Records:
         return Record(line, problem="a quote is never closed" if taken or problem == _UNCLOSED else problem)
 
     def _tried(self, text: str, *, may_be_short: bool) -> tuple[str, list[str]]:
-        width = len(self._columns)
+        most = len(self._columns)
         try:
             values = _parsed(text, self._delimiter)
         except csv.Error as error:
             is_cr = "\r" in text and str(error) != _UNCLOSED
             return "a carriage return stands in it outside quotes" if is_cr else str(error), []
-        if any(values[width:]) or (len(values) < width and not may_be_short):
-            return f"{len(values)} values under {width} columns", []
-        return "", [*values[:width], *[""] * (width - len(values))]
+        if any(values[most:]) or (len(values) < self._least and not may_be_short):
+            return f"{len(values)} values under {self._least} columns", []
+        return "", [*values[:most], *[""] * (most - len(values))]
 
 
 def _parsed(text: str, delimiter: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Final
 
 from code_worker._version import __version__
 from code_worker.configuration import PREFIX, config_file, is_setting_variable
+from code_worker.disk import expanded
 from code_worker.settings import Settings
 from code_worker.worker.doctor.check import Check, Status
 
@@ -91,7 +92,7 @@ def image_directories(settings: Settings) -> Iterator[Check]:
     if not settings.files.roots:
         yield Check("files", Status.OK, "not configured: no local file is read")
     for root in settings.files.roots:
-        path = root.expanduser()
+        path = expanded(root, f"{PREFIX}FILES__ROOTS")
         if path.is_dir() and os.access(path, os.R_OK | os.X_OK):
             yield Check("files", Status.OK, f"{path} is readable")
         else:

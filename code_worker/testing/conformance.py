@@ -1,0 +1,81 @@
+"""The conformance kit: what every head must do so that verdicts can stand on it.
+
+In a plugin's own tests:
+
+    from code_worker.testing import assert_head_conforms
+
+    def test_my_head_conforms() -> None:
+        assert_head_conforms(MyHead)
+
+`code-worker plugins check NAME` runs the same checks on a head that is installed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from code_worker.heads import Head, HeadSpec
+from code_worker.testing.files import FILE_CHECKS
+from code_worker.testing.scoring import SCORE_CHECKS, check_fit
+from code_worker.testing.subject import NotConformingError, Subject, sample_embeddings
+
+__all__ = ["CheckResult", "assert_head_conforms", "check_head", "sample_embeddings"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """One check of one head; the last three say what was wrong and are empty when it passed."""
+
+    name: str
+    passed: bool
+    expected: str = ""
+    seen: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        if self.passed:
+            return f"{self.name}: passed"
+        return f"{self.name}: expected {self.expected}; seen: {self.seen}; fix: {self.fix}"
+
+
+def check_head(head: HeadSpec | type[Head], options: Mapping[str, Any] | None = None) -> list[CheckResult]:
+    """Runs every check on a head's class with these options; stops after the first if it cannot even be fitted.
+
+    Raises:
+        PluginError: the spec's target cannot be imported.
+    """
+    head_class = head.head_class() if isinstance(head, HeadSpec) else head
+    with tempfile.TemporaryDirectory(prefix="code_worker_check_") as directory:
+        subject = Subject(head_class, options or {}, Path(directory))
+        first = _run(check_fit, subject)
+        if not first.passed:
+            return [first]
+        return [first, *(_run(check, subject) for check in (*SCORE_CHECKS, *FILE_CHECKS))]
+
+
+def assert_head_conforms(head: HeadSpec | type[Head], options: Mapping[str, Any] | None = None) -> None:
+    """Raises AssertionError that lists each failed check with what was expected, what was seen, and how to fix it."""
+    failed = [str(result) for result in check_head(head, options) if not result.passed]
+    if failed:
+        raise AssertionError("\n".join([f"{len(failed)} checks failed", *failed]))
+
+
+def _run(check: Callable[[Subject], None], subject: Subject) -> CheckResult:
+    name = check.__name__.removeprefix("check_").replace("_", "-")
+    try:
+        check(subject)
+    except NotConformingError as found:
+        return CheckResult(name, passed=False, expected=found.expected, seen=found.seen, fix=found.fix)
+    except Exception as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything at all
+        return CheckResult(
+            name,
+            passed=False,
+            expected="no exception",
+            seen=f"{type(error).__name__}: {error}",
+            fix=(check.__doc__ or "").strip(),
+        )
+    return CheckResult(name, passed=True)

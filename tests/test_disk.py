@@ -1,0 +1,75 @@
+"""Users without a home, and without rights, are told in one line what to set."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from code_worker.errors import ConfigurationError
+from code_worker.images.files import FileSource
+from code_worker.plugins import load_plugins
+from code_worker.roles import current_user
+from code_worker.settings import FileSettings, Settings, load_settings
+
+_WITHOUT_CAPABILITIES = """
+import ctypes, os, sys
+if os.getuid() == 0:
+    # root is kept out by modes, as others are, once it has given up its capabilities
+    version_and_process = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    assert ctypes.CDLL(None).capset(version_and_process, (ctypes.c_uint32 * 6)()) == 0
+sys.argv[0] = "code-worker"
+from code_worker.cli.main import main
+main()
+"""
+
+
+@pytest.fixture(params=["no variable", "an empty variable"])
+def homeless(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user of whom no file knows, as in containers that run as any number."""
+
+    def unknown(number: int) -> pwd.struct_passwd:
+        raise KeyError(number)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setenv("HOME", " ")
+    if request.param == "no variable":
+        monkeypatch.delenv("HOME")
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_each_path_in_it_is_named_with_its_setting(tmp_path: Path) -> None:
+    home = Path("~/x")
+    settings = Settings(artifacts="~/x", datasets="~/x", plugins_dir=home)
+    for setting, use in (
+        ("DATA_DIR", lambda: settings.data_path),
+        ("DATA_DIR", lambda: settings.resolved_database_url),
+        ("ARTIFACTS", lambda: settings.resolved_artifacts),
+        ("DATASETS", lambda: settings.resolved_datasets),
+        ("PLUGINS_DIR", lambda: load_plugins(settings)),
+        ("FILES__ROOTS", lambda: FileSource(FileSettings(roots=(home,)), max_bytes=1)),
+    ):
+        with pytest.raises(
+            ConfigurationError, match=f"this user has none: set CODE_WORKER_{setting} to an absolute path"
+        ):
+            use()
+    assert load_settings(data_dir=tmp_path).data_path == tmp_path
+    assert current_user() == f"uid {os.getuid()}"
+
+
+@pytest.mark.parametrize("command", ["jobs list", "db upgrade", "worker"])
+def test_a_user_without_rights_on_the_data_directory_gets_a_line(command: str, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    environment = os.environ | {"CODE_WORKER_DATA_DIR": str(closed)}
+    program = [sys.executable, "-c", _WITHOUT_CAPABILITIES, *command.split()]
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    closed.chmod(0o700)
+    assert (ended.returncode, ended.stdout) == (2, ""), ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert str(closed) in line
+    assert "set CODE_WORKER_DATA_DIR" in line
