@@ -143,8 +143,8 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "task_reject_on_worker_lost": True,
         "worker_prefetch_multiplier": 1,
         # Whoever can publish to the control channel could shut workers down; it is also what half-opens first.
-        "worker_enable_remote_control": False,
-        "worker_send_task_events": False,
+        "worker_enable_remote_control": settings.worker.remote_control != "off",
+        "worker_send_task_events": settings.worker.remote_control != "off",
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "task_routes": dict(ROUTES),

@@ -116,6 +116,11 @@ class WorkerSettings(Section):
     release_poll_s: float = Field(
         3.0, ge=0.01, le=DAY_S, description="How often a worker looks whether the champion moved."
     )
+    remote_control: Literal["off", "inspect", "all"] = Field(
+        "off",
+        description="What `celery inspect`, Flower and monitors may do with our workers: nothing; look at them; "
+        "or all that Celery's remote control can, such as ending them. Whoever reaches the broker may then do it.",
+    )
     store_embeddings: bool = Field(
         True, description="Keep embeddings, so that bytes seen before are not encoded again."
     )

@@ -52,7 +52,7 @@ def running() -> Iterator[Callable[..., Host]]:
     hosts: list[Host] = []
 
     def start(settings: Settings, queues: frozenset[str], app: Celery | None = None) -> Host:
-        host = Host(app or create_app(settings), settings)
+        host = Host(app or create_app(settings), lambda: settings)
         Doorbell._installed = None  # producers are other processes
         hosts.append(host)
         if queues & {*QUEUES, SWEEP_QUEUE}:
@@ -115,6 +115,7 @@ def test_a_queue_from_which_nobody_takes_is_a_fault_once_jobs_wait(
     make: Make, running: Callable[..., Host], sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = install(Celery("theirs", broker=make().resolved_broker_url, set_as_current=False), make())
+    app.conf.broker_transport_options = {"global_keyprefix": "cw:"}
     running(make(), frozenset({LIVE, SWEEP_QUEUE}), app)
     wait_until(lambda: parts(sqlite_store), 120, "a sign of life")
     with closing(Client(make())) as client:

@@ -12,10 +12,12 @@ import click
 from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.enqueue_list import Accepted, Line, accept_lines, listed_lines, named_lines, prefix_lines
 from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
-from code_worker.cli.output import say, to_json
+from code_worker.cli.output import plural, say, to_json
 from code_worker.cli.progress import progress
+from code_worker.cli.scan_inputs import say_left_out
 from code_worker.cli.waiting import print_verdicts
 from code_worker.errors import ConfigurationError, UnknownHeadError
+from code_worker.images.listing import LeftOut
 from code_worker.logs import redact
 from code_worker.settings import Settings
 
@@ -30,9 +32,10 @@ _SHOWN = 20
 @click.option(
     "--from",
     "listed",
-    type=click.File("r", encoding="utf-8"),
+    type=click.File("r", encoding="utf-8", errors="surrogateescape"),
     metavar="FILE|-",
-    help='A list: one URI per line, or JSON objects such as {"uri": "s3://b/a.jpg", "tenant": "acme"}.',
+    help='A list: URIs or objects such as {"uri": "s3://b/a.jpg", "tenant": "acme"}, one per line or in an array; '
+    "or names that each end in a NUL. Lines that begin with # are passed over.",
 )
 @click.option("--head", help="Head to judge with; unset: what plugins, policy and settings say.")
 @click.option("--tenant", help="Whose images; chooses the policy.")
@@ -57,13 +60,14 @@ def enqueue(
 ) -> None:
     """Enqueue images for the workers to judge.
 
-    Paths are made absolute; workers must be able to read them there. A line of a list that cannot be accepted is
+    Of a directory every image in it is enqueued, as `scan` finds them. Paths are made absolute; workers must be able
+    to read them there. A line of a list that cannot be accepted is
     named on stderr and does not stop the others.
 
     Exit status: 0 all accepted (with --wait: and judged); 1 a line was refused, an image rejected, or the time is
     up; 2 wrong use or configuration.
     """
-    if sum(map(bool, (uris, prefix, listed))) != 1:
+    if sum((bool(uris), prefix is not None, listed is not None)) != 1:
         raise click.UsageError("name URIs, or --prefix, or --from: exactly one of them")
     if common["key"] and len(uris) != 1:
         raise click.UsageError("--key names one job: give exactly one URI, or keys in the lines of --from")
@@ -75,11 +79,13 @@ def enqueue(
         )
     if common["head"]:
         _check_head(settings, common["head"])
-    lines = _lines(settings, uris, prefix, listed)
+    left_out = LeftOut()
+    lines = _lines(settings, uris, prefix, listed, left_out)
     given = {name: value for name, value in common.items() if value is not None}
-    accepted, refused = _enqueue(settings, lines, given, total=len(uris) or None, keep=wait, as_json=as_json)
+    accepted, refused = _enqueue(settings, lines, given, keep=wait, as_json=as_json)
+    say_left_out(left_out)
     judged = print_verdicts(settings, accepted, timeout, as_json=as_json) if wait else True
-    raise SystemExit(1 if refused or not judged else 0)
+    raise SystemExit(1 if refused or left_out.unreadable or not judged else 0)
 
 
 def _check_head(settings: Settings, head: str) -> None:
@@ -96,21 +102,23 @@ def _check_head(settings: Settings, head: str) -> None:
         raise UnknownHeadError(head, known)
 
 
-def _lines(settings: Settings, uris: Sequence[str], prefix: str | None, listed: IO[str] | None) -> Iterator[Line]:
-    if prefix:
+def _lines(
+    settings: Settings, uris: Sequence[str], prefix: str | None, listed: IO[str] | None, left_out: LeftOut
+) -> Iterator[Line]:
+    if prefix is not None:
         return prefix_lines(settings, prefix)
-    return listed_lines(listed) if listed else named_lines(uris)
+    return listed_lines(listed) if listed else named_lines(settings, uris, left_out)
 
 
 def _enqueue(
-    settings: Settings, lines: Iterator[Line], common: dict[str, Any], *, total: int | None, keep: bool, as_json: bool
+    settings: Settings, lines: Iterator[Line], common: dict[str, Any], *, keep: bool, as_json: bool
 ) -> tuple[list[Accepted], int]:
     """Accepts all lines; returns what was accepted (unless kept, only the first) and how many lines were refused."""
     from code_worker.client import Client  # noqa: PLC0415 - SQLAlchemy and Celery, not for --help
 
     kept: list[Accepted] = []
     count = refused = 0
-    bar = progress("enqueueing jobs", total, counted=True, beside_rows=as_json)
+    bar = progress("enqueueing jobs", counted=True, beside_rows=as_json)
     with closing(Client(settings)) as client, bar as advance:
         for done in accept_lines(client, lines, common):
             for line, problem in done.refused:
@@ -126,5 +134,6 @@ def _enqueue(
     if not as_json and not keep:
         for one in kept if count <= _SHOWN else ():
             say(f"{one.job_id}  {one.uri}")
-        say(f"{count} jobs accepted{f', {refused} lines refused' if refused else ''}", err=True)
+        lines_refused = f", {plural(refused, 'line')} refused" if refused else ""
+        say(f"{plural(count, 'job')} accepted{lines_refused}", err=True)
     return kept, refused

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from code_worker.cli.scan_inputs import Inputs
 from code_worker.errors import (
     ConfigurationError,
     ImageRejectedError,
@@ -19,11 +23,18 @@ from code_worker.queues import chunks
 
 if TYPE_CHECKING:
     from code_worker.client import Client
+    from code_worker.images.listing import LeftOut
     from code_worker.settings import Settings
 
 __all__ = ["Accepted", "Done", "Line", "accept_lines", "listed_lines", "named_lines", "prefix_lines"]
 
 _LINES_PER_TRANSACTION = 1024
+_BLOCK = 1 << 16
+_BOM = "\ufeff"
+_UTF16 = ("\udcff\udcfe", "\udcfe\udcff")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ARRAY = re.compile(r'\s*\[\s*["{\]]')
+_NO_AUTHORITY = re.compile(r"(?P<scheme>file|s3|https?):(?P<slash>/?)(?!/)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +62,41 @@ class Done:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
 
-def named_lines(uris: Iterable[str]) -> Iterator[Line]:
-    """The arguments of a command line."""
-    return (Line(uri, {"uri": _absolute(uri)}) for uri in uris)
+def named_lines(settings: Settings, uris: Iterable[str], left_out: LeftOut) -> Iterator[Line]:
+    """The arguments of a command line; of a directory every image in it, as `scan` finds them.
+
+    Args:
+        settings: where images may be read.
+        uris: addresses, files and directories.
+        left_out: takes what of the directories is not enqueued.
+
+    Raises:
+        ConfigurationError: a directory that cannot be listed.
+    """
+    for uri in uris:
+        if uri and "://" not in uri and os.path.isdir(uri):  # noqa: PTH112 - Path.is_dir raises for too long a name
+            yield from _in_directory(settings, uri, left_out)
+        else:
+            yield _line(uri or '""', uri)
+
+
+def _in_directory(settings: Settings, directory: str, left_out: LeftOut) -> Iterator[Line]:
+    from code_worker.images.source import Sources  # noqa: PLC0415 - as below
+
+    inputs = Inputs((directory,), every_file=False, left_out=left_out)
+    with closing(Sources(inputs.allow(settings))) as sources:
+        yield from (_line(uri, uri) for uri in inputs.uris(sources))
+
+
+def _line(place: str, uri: str) -> Line:
+    try:
+        return Line(place, {"uri": _absolute(uri)})
+    except ValueError as error:
+        return Line(place, problem=str(error))
 
 
 def prefix_lines(settings: Settings, prefix: str) -> Iterator[Line]:
-    """Every object under a prefix.
+    """Every object under a prefix, every file under a directory.
 
     Raises:
         ConfigurationError: the prefix may not be listed, or does not exist.
@@ -66,39 +105,116 @@ def prefix_lines(settings: Settings, prefix: str) -> Iterator[Line]:
 
     sources = Sources(settings)
     try:
-        for uri in sources.list(prefix):
+        for uri in sources.list(_absolute(prefix)):
             yield Line(uri, {"uri": uri})
-    except (ImageRejectedError, SourceCredentialsError) as error:
+    except (ImageRejectedError, SourceCredentialsError, ValueError) as error:
         raise ConfigurationError(f"cannot list {prefix}: {error}") from error
     finally:
         sources.close()
 
 
-def listed_lines(stream: Iterable[str]) -> Iterator[Line]:
-    """The lines of a file: URIs or JSON objects, in any mixture; empty lines are passed over."""
-    number = 0
-    try:
-        for number, text in enumerate(stream, 1):
-            if stripped := text.strip():
-                yield _parse(f"line {number}", stripped)
-    except UnicodeDecodeError as error:
-        yield Line(f"after line {number}", problem=f"not UTF-8: {error.reason}; the rest was not read")
+def listed_lines(stream: IO[str]) -> Iterator[Line]:
+    """The entries of a list: URIs or JSON objects, one per line, in any mixture; or a JSON array of them.
+
+    Empty lines and those that begin with # are passed over. Where a NUL ends each entry (`find -print0`), they are
+    names as they stand.
+
+    Args:
+        stream: UTF-8, other bytes as surrogates.
+    """
+    first = stream.read(_BLOCK).removeprefix(_BOM)
+    if first.startswith(_UTF16):
+        yield Line("the list", problem="it is UTF-16: save it as UTF-8")
+    elif "\0" in first:
+        names = enumerate(_until_nul(first, stream), 1)
+        yield from (_line(f"entry {number}", name) for number, name in names)
+    elif first.lstrip().startswith("["):
+        yield from _array(first + stream.read())
+    else:
+        yield from _lines(_joined(first, stream))
 
 
-def _parse(place: str, text: str) -> Line:
-    if not text.startswith("{"):
-        return Line(place, {"uri": _absolute(text)})
+def _array(text: str) -> Iterator[Line]:
+    """The entries of a JSON array, or of a list whose first name begins as one."""
     try:
-        item = json.loads(text)
+        entries = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Line(place, problem=f"not JSON: {error}")
-    uri = item.get("uri")
-    return Line(place, {**item, "uri": _absolute(uri)} if isinstance(uri, str) and uri else item)
+        if _ARRAY.match(text):
+            yield Line("the list", problem=f"not JSON: {error}")
+        else:
+            yield from _lines(text.split("\n"))
+    else:
+        yield from (_parse(f"entry {number}", entry) for number, entry in enumerate(entries, 1))
+
+
+def _lines(lines: Iterable[str]) -> Iterator[Line]:
+    for number, line in enumerate(lines, 1):
+        text = line.strip().removeprefix(_BOM)
+        if text and not text.startswith("#"):
+            yield _parse(f"line {number}", text)
+
+
+def _joined(first: str, stream: IO[str]) -> Iterator[str]:
+    """Lines, of which the first block may end within one."""
+    *whole, last = first.split("\n")
+    yield from whole
+    yield last + stream.readline()
+    yield from stream
+
+
+def _until_nul(first: str, stream: IO[str]) -> Iterator[str]:
+    rest = first
+    while True:
+        *whole, rest = rest.split("\0")
+        yield from whole
+        if not (block := stream.read(_BLOCK)):
+            break
+        rest += block
+    if rest:
+        yield rest
+
+
+def _parse(place: str, entry: Any) -> Line:
+    if isinstance(entry, str) and entry.startswith(("{", '"')):
+        try:
+            entry = json.loads(entry)
+        except (ValueError, RecursionError) as error:
+            return Line(place, problem=f"not JSON: {error}")
+    if isinstance(entry, str):
+        return _line(place, entry)
+    if not isinstance(entry, dict):
+        return Line(place, problem="a job is a URI or an object of its fields")
+    uri = entry.get("uri")
+    if not isinstance(uri, str) or not uri:
+        return Line(place, entry)
+    made = _line(place, uri)
+    return made if made.problem else Line(place, {**entry, **made.item})
 
 
 def _absolute(uri: str) -> str:
-    """Workers run elsewhere: a path that is relative to this shell's directory means nothing there."""
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    """The address as workers find it: they run elsewhere, where this shell's directory means nothing.
+
+    Raises:
+        ValueError: it names nothing.
+    """
+    if not uri.strip():
+        raise ValueError("an empty address names no image")
+    if "://" in uri:
+        if _SURROGATE.search(uri):
+            raise ValueError("the address is not UTF-8")
+        return uri
+    if match := _NO_AUTHORITY.match(uri):
+        # RFC 8089 knows file:/path too.
+        if match["scheme"] == "file" and match["slash"]:
+            return f"file://{uri[5:]}"
+        if not os.path.exists(uri):  # noqa: PTH110 - as above
+            raise ValueError(f"{uri} is no address: write {match['scheme']}://…, or ./{uri} for a file of this name")
+    try:
+        path = Path(uri).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{uri}: {error} write ./{uri} for a file of this name") from None
+    # A name that is no text can be told as a URI.
+    return path.as_uri() if _SURROGATE.search(str(path)) else str(path)
 
 
 def accept_lines(client: Client, lines: Iterable[Line], common: Mapping[str, Any]) -> Iterator[Done]:
@@ -129,4 +245,5 @@ def _accept_one(client: Client, line: Line, common: Mapping[str, Any], done: Don
     except StoreUnavailableError:
         raise
     except (ValueError, StoreError) as error:
-        done.refused.append((line.place, str(error)))
+        # The client's place of an item is 0: it was given this one alone.
+        done.refused.append((line.place, str(error).removeprefix("item 0: ")))

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from code_worker.cli.output import moment, to_json
+from code_worker.types import RejectReason
 
 if TYPE_CHECKING:
     from code_worker.types import Verdict
 
-__all__ = ["explain"]
+__all__ = ["RETRY_HELPS", "explain"]
+
+_FILE: Final = "no: the file is at fault"
+_LIMITS: Final = "no, unless you change the limits"
+_MENDED: Final = "once the source or the settings are mended"
+_YES: Final = "yes"
+_LOOK: Final = "yes, after a look at the worker's log"
+_RESERVED: Final = "reserved: this version gives none of them"
+RETRY_HELPS: Final[Mapping[RejectReason, str]] = {
+    **dict.fromkeys(
+        (RejectReason.EMPTY, RejectReason.TRUNCATED, RejectReason.CORRUPT, RejectReason.UNSUPPORTED_FORMAT), _FILE
+    ),
+    **dict.fromkeys((RejectReason.TOO_LARGE_BYTES, RejectReason.TOO_MANY_PIXELS, RejectReason.TOO_SMALL), _LIMITS),
+    **dict.fromkeys(
+        (
+            RejectReason.NOT_FOUND,
+            RejectReason.ACCESS_DENIED,
+            RejectReason.ARCHIVED,
+            RejectReason.SOURCE_NOT_ALLOWED,
+            RejectReason.CONTENT_CHANGED,
+        ),
+        _MENDED,
+    ),
+    **dict.fromkeys(
+        (
+            RejectReason.FETCH_TIMEOUT,
+            RejectReason.FETCH_TRUNCATED,
+            RejectReason.FETCH_FAILED,
+            RejectReason.CHECKSUM_MISMATCH,
+        ),
+        _YES,
+    ),
+    RejectReason.MODEL_UNAVAILABLE: "yes, with a head and a release that exist",
+    RejectReason.QUARANTINED: _LOOK,
+    RejectReason.INTERNAL: _LOOK,
+    **dict.fromkeys((RejectReason.DECODE_TIMEOUT, RejectReason.STORAGE_FULL, RejectReason.ID_CONFLICT), _RESERVED),
+}
+"""Whether it helps to have the job judged again, as docs/operations.md says it."""
 
 
 def explain(verdict: Verdict) -> tuple[str, dict[str, Any]]:
@@ -40,10 +79,8 @@ def explain(verdict: Verdict) -> tuple[str, dict[str, Any]]:
 
 def _sentence(verdict: Verdict) -> str:
     if verdict.score is None:
-        again = (
-            "trying again may help" if verdict.reason and verdict.reason.retryable else "trying again will not help"
-        )
-        return f"Rejected, not judged: {verdict.reason} ({again})."
+        helps = RETRY_HELPS[verdict.reason] if verdict.reason else _LOOK
+        return f"Rejected, not judged: {verdict.reason}. Does a retry help? {helps[0].upper()}{helps[1:]}."
     low, high = verdict.provenance.low, verdict.provenance.high
     if low is None or high is None:
         return f"Judged {verdict.label}: score {verdict.score:.3f}."

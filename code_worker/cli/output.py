@@ -15,7 +15,7 @@ from rich.text import Text
 
 from code_worker.terminal import printable
 
-__all__ = ["console", "moment", "print_facts", "print_json_lines", "print_table", "say", "to_json"]
+__all__ = ["console", "moment", "plural", "print_facts", "print_json_lines", "print_table", "say", "to_json"]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _WHOLE = frozenset({"id", "job", "created_at", "at"})
@@ -25,6 +25,11 @@ def console(*, stderr: bool = False) -> Console:
     """Console that wraps nothing when its output goes to a file or a pipe."""
     made = Console(stderr=stderr, highlight=False)
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+
+
+def plural(count: int, thing: str, things: str | None = None) -> str:
+    """A number with what it counts: `1 job`, `2 jobs`, `1,024 jobs`."""
+    return f"{count:,} {thing if count == 1 else things or f'{thing}s'}"
 
 
 def say(*lines: str, err: bool = False) -> None:

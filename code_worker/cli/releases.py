@@ -127,8 +127,8 @@ def _say_imported(release: Registered, *, new: bool, promoted: bool, as_json: bo
         click.echo(to_json(release.summary()))
         return
     name = release.info.id
-    came, heads = "imported" if new else "here already:", ", ".join(release.heads) or "none"
-    say(f"{came} {name} from {release.info.source}; heads: {heads}")
+    heads = ", ".join(release.heads) or "none"
+    say(f"{'imported' if new else 'here already:'} {name} from {release.info.source}; heads: {heads}")
     if promoted:
         click.echo(f"{name} is the champion; {_TAKES_OVER}")
     elif release.heads:

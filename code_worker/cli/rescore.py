@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, json_option
+from code_worker.cli.explanation import RETRY_HELPS
 from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import print_table, say, to_json
 from code_worker.cli.progress import progress
@@ -106,5 +107,4 @@ def _say(release: str, tally: RescoreTally, *, dry_run: bool) -> None:
 
 
 def _of_rejection(reason: str) -> str:
-    again = RejectReason(reason).retryable
-    return "another try may succeed" if again else "the image cannot be judged again"
+    return f"does another try help? {RETRY_HELPS[RejectReason(reason)]}"

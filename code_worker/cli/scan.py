@@ -11,12 +11,11 @@ from code_worker.cli.arguments import json_option, raw_option
 from code_worker.cli.ledger import quiet_settings
 from code_worker.cli.output import say
 from code_worker.cli.progress import progress
-from code_worker.cli.scan_inputs import Inputs
+from code_worker.cli.scan_inputs import Inputs, say_left_out
 from code_worker.cli.scan_report import Form, Tally, printer
 from code_worker.cli.scan_runtime import start
 
 if TYPE_CHECKING:
-    from code_worker.images.listing import LeftOut
     from code_worker.moderation.scan import ScanOptions
     from code_worker.settings import Settings
     from code_worker.types import Verdict
@@ -73,18 +72,9 @@ def scan(
             show(verdict)
             tally.add(verdict)
             advance(1)
-    _say_left_out(inputs.left_out)
+    say_left_out(inputs.left_out, but=" (--all-files judges them)")
     say(tally.summary(), err=True)
     raise SystemExit(1 if tally.rejected or inputs.left_out.unreadable else 0)
-
-
-def _say_left_out(left_out: LeftOut) -> None:
-    for place, reason in left_out.lost:
-        say(f"{place}: {reason}", err=True)
-    for reason, count, names in left_out.passed_over:
-        some = ", ".join(names) + (", …" if count > len(names) else "")
-        files = "1 other file" if count == 1 else f"{count} other files"
-        say(f"{files} passed over (--all-files judges them): {reason}: {some}", err=True)
 
 
 def _verdicts(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from code_worker.cli.output import plural, say
 from code_worker.errors import ConfigurationError, ImageRejectedError, TransientError
 from code_worker.images.files import storable
 from code_worker.images.listing import LeftOut, images_under
@@ -14,16 +15,16 @@ if TYPE_CHECKING:
     from code_worker.images.source import Sources
     from code_worker.settings import Settings
 
-__all__ = ["Inputs"]
+__all__ = ["Inputs", "say_left_out"]
 
 
 class Inputs:
     """The arguments of a scan; `left_out` takes what of directories and prefixes is not judged."""
 
-    def __init__(self, paths: Sequence[str], *, every_file: bool) -> None:
+    def __init__(self, paths: Sequence[str], *, every_file: bool, left_out: LeftOut | None = None) -> None:
         self._paths = paths
         self._every_file = every_file
-        self.left_out = LeftOut()
+        self.left_out = left_out or LeftOut()
 
     def allow(self, settings: Settings) -> Settings:
         """The settings, with what is named here allowed to be read: who runs a scan may read it anyway."""
@@ -68,3 +69,12 @@ def _root(path: str) -> Path:
     """A directory itself, else the directory of the file that a link may lead to."""
     resolved = Path(path).resolve()
     return resolved if resolved.is_dir() else resolved.parent
+
+
+def say_left_out(left_out: LeftOut, *, but: str = "") -> None:
+    """What a walk left out, on stderr; `but` says what would take it all the same."""
+    for place, reason in left_out.lost:
+        say(f"{place}: {reason}", err=True)
+    for reason, count, names in left_out.passed_over:
+        some = ", ".join(names) + (", …" if count > len(names) else "")
+        say(f"{plural(count, 'other file')} passed over{but}: {reason}: {some}", err=True)

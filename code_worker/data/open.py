@@ -19,8 +19,9 @@ from code_worker.data.shards import SHARD_SUFFIXES, expand, shard_examples
 from code_worker.data.trees import bucket_examples, tree_examples
 from code_worker.data.urls import UrlSource
 from code_worker.errors import DatasetError
-from code_worker.images.listing import PREFIX_BYTES, has_image_suffix, looks_like_image
+from code_worker.images.listing import PREFIX_BYTES, has_image_suffix, is_hidden, looks_like_image
 from code_worker.images.source import Sources
+from code_worker.terminal import printable
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
@@ -130,17 +131,29 @@ def _form_of(source: str) -> _Form:
 
 
 def _form_of_directory(path: Path) -> _Form:
-    names = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    names = _visible(path)
     if shards := [entry for entry in names if _is_shard(entry)]:
-        beside = [entry for entry in names if entry not in shards and (entry.is_dir() or _is_image(entry))]
-        return _Form(partial(_read_shards, shards, beside), neighbours=True)
-    if parquet := [*_parquet_in(names), *_parquet_in(sorted((path / "data").glob("*")))]:
-        return _Form(partial(_read_parquet, parquet), neighbours=True)
+        return _Form(partial(_read_shards, shards, _beside(names, shards)), neighbours=True)
+    inner = list(filter(_is_parquet, _visible(path / "data"))) if (path / "data").is_dir() else []
+    if parquet := [*filter(_is_parquet, names), *inner]:
+        read = [*parquet, path / "data"] if inner else parquet
+        return _Form(partial(_read_parquet, parquet, _beside(names, read)), neighbours=True)
     return _Form(partial(_read_tree, path))
 
 
-def _parquet_in(entries: Sequence[Path]) -> list[Path]:
-    return [entry for entry in entries if entry.suffix == _PARQUET]
+def _visible(directory: Path) -> list[Path]:
+    return sorted(entry for entry in directory.iterdir() if not is_hidden(entry.name))
+
+
+def _beside(names: Sequence[Path], read: Sequence[Path]) -> list[Skipped]:
+    """What may hold images and lies beside the files that are read."""
+    left = [entry for entry in names if entry not in set(read) and (entry.is_dir() or _is_image(entry))]
+    kind = "parquet files" if _is_parquet(read[0]) else "shards"
+    return [Skipped(printable(str(one)), f"it lies beside {kind} and is not read: name it") for one in left]
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == _PARQUET
 
 
 def _form_of_files(source: str, path: Path) -> _Form:
@@ -151,8 +164,8 @@ def _form_of_files(source: str, path: Path) -> _Form:
         raise DatasetError(f"{source}: there is no such file or directory. A data set is one of: {_FORMS}")
     if all(_is_shard(one) for one in found):
         return _Form(partial(_read_shards, found, ()), neighbours=True)
-    if all(one.suffix == _PARQUET for one in found):
-        return _Form(partial(_read_parquet, found), neighbours=True)
+    if all(map(_is_parquet, found)):
+        return _Form(partial(_read_parquet, found, ()), neighbours=True)
     if source.lower().endswith(_ARCHIVES):
         raise DatasetError(f"{source} is an archive: unpack it and name its directory")
     raise DatasetError(f"{source} is no data set of a known form: {_FORMS}")
@@ -171,12 +184,13 @@ def _is_shard(path: Path) -> bool:
     return path.name.lower().endswith(SHARD_SUFFIXES)
 
 
-def _read_shards(paths: Sequence[Path], beside: Sequence[Path], asked: _Asked) -> Iterator[Example]:
-    asked.skipped.extend(Skipped(str(one), "it lies beside shards and is not read: name it") for one in beside)
+def _read_shards(paths: Sequence[Path], beside: Sequence[Skipped], asked: _Asked) -> Iterator[Example]:
+    asked.skipped.extend(beside)
     return shard_examples(paths, max_bytes=asked.max_bytes, skipped=asked.skipped)
 
 
-def _read_parquet(paths: Sequence[Path], asked: _Asked) -> Iterator[Example]:
+def _read_parquet(paths: Sequence[Path], beside: Sequence[Skipped], asked: _Asked) -> Iterator[Example]:
+    asked.skipped.extend(beside)
     return parquet_examples(paths, max_bytes=asked.max_bytes, skipped=asked.skipped, real_urls=asked.real())
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from code_worker.store.migrate import SHARED_TABLE, VERSION_TABLE
 __all__ = ["backup", "restore"]
 
 _PATIENCE_S: Final = 60.0
+_LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 
 def backup(url: str, target: Path) -> int:
@@ -85,9 +87,22 @@ def _copy(source: Path, target: Path, *, keep_log: bool = False) -> None:
     reader = sqlite3.connect(f"file:{_quoted(source)}?mode=ro", uri=True, timeout=_PATIENCE_S)
     writer = sqlite3.connect(target, timeout=_PATIENCE_S)
     with closing(reader), closing(writer):
-        reader.backup(writer)
+        reader.backup(writer, progress=_give_up_after(_PATIENCE_S))
         # One file that can be carried away, or what every process of ours expects to find.
         writer.execute(f"PRAGMA journal_mode = {'WAL' if keep_log else 'DELETE'}")
+
+
+def _give_up_after(seconds: float) -> Callable[[int, int, int], None]:
+    """What SQLite's backup asks after each try; by itself it tries a locked database for ever."""
+    deadline = time.monotonic() + seconds
+
+    def look(status: int, _remaining: int, _total: int) -> None:
+        if status in _LOCKED and time.monotonic() > deadline:
+            raise sqlite3.OperationalError(
+                f"somebody has been writing to it for {seconds:g} s: stop workers, trainer and beat"
+            )
+
+    return look
 
 
 def _quoted(path: Path) -> str:

@@ -105,12 +105,12 @@ def intervals(
 ) -> dict[str, tuple[float, float] | None]:
     """95 % percentile intervals of the bootstrap, resampled within each class.
 
-    Where all images of a class are right, or all wrong, no resample can differ, and the bootstrap's interval
-    would be a point however few they are; nor where one class is all uncertain and the other never. Then these
-    shares get the Wilson interval, and accuracies over both classes the one that is joined of the classes' (Zou &
-    Donner 2008); a perfect area under the ROC curve gets the one that solves the variance of Hanley and McNeil
-    for it (Newcombe 2006, method 5), and a perfect equal error rate the larger class's share of errors. Of the
-    other figures nothing can be said: they have none.
+    Where all images of a class are right, or all wrong, no resample can differ, and the bootstrap's interval would
+    be a point however few they are; nor where one class is all uncertain and the other never. Then these shares get
+    the Wilson interval, and accuracies over both classes the one that is joined of the classes' (Zou & Donner 2008);
+    a perfect area under the ROC curve gets the one that solves the variance of Hanley and McNeil for it (Newcombe
+    2006, method 5), and a perfect equal error rate the larger class's share of errors. Of the other figures nothing
+    can be said: they have none.
 
     Raises:
         ValueError: as `figures`, or fewer than one resample.

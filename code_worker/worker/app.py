@@ -19,6 +19,7 @@ from code_worker.worker.additions import add_entries, add_queues, add_routes, ad
 from code_worker.worker.bystander import Bystander
 from code_worker.worker.host import Host
 from code_worker.worker.refusals import check_content, refuse_to_start, refusing
+from code_worker.worker.remote import limit_remote_control
 from code_worker.worker.schedule import beat_entries
 from code_worker.worker.tasks import register_learning, register_tasks
 from code_worker.worker.transport import report_unreadable_to
@@ -45,6 +46,7 @@ def create_app(settings: Settings | None = None) -> Celery:
     settings = settings or load_settings()
     app = Celery("code_worker", set_as_current=False)
     app.config_from_object(celery_config(settings))
+    limit_remote_control(app, settings)
     return install(app, settings)
 
 

@@ -79,14 +79,15 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None) -> 
 
 def consume(app: Celery, queues: Sequence[str], concurrency: int, settings: Settings) -> int:
     """A Celery worker on threads, until it is told to stop; returns its exit status."""
+    watched = settings.worker.remote_control != "off"
     worker = app.Worker(
         pool="threads",
         concurrency=concurrency,
         queues=list(queues),
         without_gossip=True,
         without_mingle=True,
-        without_heartbeat=True,
-        task_events=False,
+        without_heartbeat=not watched,
+        task_events=watched,
         quiet=True,
         loglevel=settings.log_level.upper(),
     )

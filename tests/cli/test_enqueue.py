@@ -5,16 +5,20 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from redis import Redis
 
-from code_worker.store import jobs, verdicts
+from code_worker.settings import Settings
+from code_worker.store import jobs, releases, verdicts, workers
 from code_worker.store.engine import Store
 from code_worker.types import Label, Outcome, RejectReason, Verdict
-from tests.cli.conftest import Cli
+from code_worker.worker.waits import why_waiting
+from tests.cli.conftest import Cli, Ran
+from tests.cli.ledger_rows import accept, claim
 from tests.patience import polls
 from tests.servers import RedisServer, S3Server
 from tests.test_client import champion
@@ -68,8 +72,7 @@ def test_a_head_that_the_champion_lacks_ends_the_command_before_anything_is_acce
     listed.write_text('{"uri": "s3://b/a.jpg", "head": "knn"}\n{"uri": "s3://b/b.jpg", "head": "kn"}\n')
     ran = producer("enqueue", "--from", str(listed))
     assert ran.status == 1
-    assert "line 2: item 0: unknown head 'kn'" in ran.stderr
-    assert "1 jobs accepted, 1 lines refused" in ran.stderr
+    assert "line 2: unknown head 'kn'; known: knn, linear\n1 job accepted, 1 line refused" in ran.stderr
 
 
 def test_the_same_key_is_the_same_job_and_a_conflict_is_named(producer: Cli) -> None:
@@ -108,7 +111,7 @@ def test_a_long_list_is_one_message_per_64_jobs(producer: Cli, broker: Redis, tm
     listed.write_text("".join(f"s3://b/{number}.jpg\n" for number in range(1100)))
     ran = producer("enqueue", "--from", str(listed))
     assert (ran.status, ran.stdout) == (0, "")
-    assert "1100 jobs accepted" in ran.stderr
+    assert "1,100 jobs accepted" in ran.stderr
     sent = messages(broker)
     assert max(map(len, sent)) == 64
     assert len({job for one in sent for job in one}) == 1100
@@ -170,9 +173,129 @@ def test_wait_prints_the_verdicts_in_order(
 def test_wait_gives_up_when_the_time_is_up(producer: Cli) -> None:
     ran = producer("enqueue", "s3://b/a.jpg", "--wait", "--timeout", "0")
     assert ran.status == 1
-    assert "1 jobs are not decided" in ran.stderr
+    assert "1 job is not decided" in ran.stderr
 
 
 @pytest.mark.parametrize("arguments", [(), ("a.jpg", "--prefix", "s3://b/"), ("a.jpg", "--metadata", "[1]")])
 def test_wrong_use_ends_with_status_2(bare_cli: Cli, arguments: tuple[str, ...]) -> None:
     assert bare_cli("enqueue", *arguments).status == 2
+
+
+def uris(ran: Ran) -> list[str]:
+    return [record["uri"] for record in ran.records]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\xef\xbb\xbfs3://b/0.png\r\ns3://b/1.png\r\n", ["s3://b/0.png", "s3://b/1.png"]),
+        (b'[{"uri": "s3://b/0.png"},\n "s3://b/1.png"]', ["s3://b/0.png", "s3://b/1.png"]),
+        (b'# mine\n\n s3://b/0.png \n\ts3://b/1.png\n"s3://b/2.png"\n', [f"s3://b/{n}.png" for n in range(3)]),
+        (b"/a/0 \n.png\0/a/# 1.png\0", ["/a/0 \n.png", "/a/# 1.png"]),
+        (b"/a/0.png\0/a/1.png", ["/a/0.png", "/a/1.png"]),
+        (b"s3://b/0.png\rs3://b/1.png", ["s3://b/0.png", "s3://b/1.png"]),
+        (b"[2024] a.png\ns3://b/1.png\n", [str(Path("[2024] a.png").absolute()), "s3://b/1.png"]),
+        (b"file:/x/a.png\nfile:///x/b.png\n", ["file:///x/a.png", "file:///x/b.png"]),
+        (b"/x/caf\xe9.png\ns3://b/1.png\n", ["file:///x/caf%E9.png", "s3://b/1.png"]),
+        (b"\0" * 3 + b"/a/" + b"n" * 70_000 + b"\0", []),
+    ],
+    ids=["bom", "array", "comments", "nul", "nul between", "cr", "bracket", "file", "bytes", "long"],
+)
+def test_lists_are_read_as_tools_write_them(
+    producer: Cli, tmp_path: Path, content: bytes, expected: list[str]
+) -> None:
+    (tmp_path / "list").write_bytes(content)
+    assert uris(producer("enqueue", "--from", str(tmp_path / "list"), "--json")) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b'[{"uri": "s3://b/0.png"},\n {"uri": ', "the list: not JSON: "),
+        (b'["s3://b/0.png", 7, {"uri": ""}]', "entry 2: a job is a URI or an object of its fields"),
+        (b's3://b/0.png\n""\n', "line 2: an empty address names no image"),
+        (b"s3:/b/0.png\n", "line 1: s3:/b/0.png is no address: write s3://…, or ./s3:/b/0.png for a file"),
+        (b"file:a.png\n", "line 1: file:a.png is no address: write file://…"),
+        (b"~nobody-here/a.png\n", "line 1: ~nobody-here/a.png: "),
+        (b"s3://b/0.png\ns3://b/caf\xe9.png\n", "line 2: the address is not UTF-8"),
+        ("s3://b/0.png\n".encode("utf-16"), "the list: it is UTF-16: save it as UTF-8"),
+    ],
+)
+def test_what_names_no_image_is_named_in_one_line(producer: Cli, tmp_path: Path, content: bytes, named: str) -> None:
+    (tmp_path / "list").write_bytes(content)
+    ran = producer("enqueue", "--from", str(tmp_path / "list"), "--json")
+    assert ran.status == 1
+    assert named in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("argument", ["", " ", "s3:/b/a.png", "x" * 5000])
+def test_an_argument_that_names_no_image_is_refused(producer: Cli, argument: str) -> None:
+    ran = producer("enqueue", argument)
+    assert (ran.status, ran.stdout) == (1, "")
+    assert "0 jobs accepted, 1 line refused" in ran.stderr
+
+
+def test_of_a_directory_the_images_are_enqueued_that_a_scan_finds(
+    producer: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    for name in ("a.JPG", "below/b.png", "notes.txt", ".hidden.png"):
+        (tree / name).write_bytes(b"x")
+    (tree / "no-suffix").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    monkeypatch.chdir(tmp_path)
+    ran = producer("enqueue", "tree", "--json")
+    assert ran.status == 0, ran.stderr
+    assert uris(ran) == [str(tree / name) for name in ("a.JPG", "below/b.png", "no-suffix")]
+    assert "notes.txt" in ran.stderr
+    env = {"CODE_WORKER_FILES__ROOTS": str(tree)}
+    whole = producer("enqueue", "--prefix", "tree/below", "--json", env=env)
+    assert uris(whole) == [str(tree / "below" / "b.png")], "a relative prefix is made absolute"
+    assert producer("enqueue", "--prefix", "", env=env).status == 2
+
+
+def add_champion(store: Store) -> None:
+    def add(session: Session) -> None:
+        releases.add(session, id="r", manifest_sha256="a" * 64, location="", manifest={}, source="", by="ann")
+        releases.move_alias(session, "champion", "r", by="ann", reason="")
+
+    store.run(add)
+
+
+def waits(producer: Cli) -> str:
+    ran = producer("enqueue", "s3://b/a.jpg", "--wait", "--timeout", "0")
+    assert ran.status == 1
+    assert "gave up after 0 s: 1 job is not decided" in ran.stderr
+    return ran.stderr.splitlines()[-1].partition(": ")[2]
+
+
+def test_who_waits_hears_why(producer: Cli, sqlite_store: Store) -> None:
+    """Each thing that is missing is put there, and the next one is named."""
+    assert waits(producer).startswith("there is no release to judge with")
+    add_champion(sqlite_store)
+    assert waits(producer).startswith("no worker was heard of lately")
+    beats = partial(workers.beat, owner="w-1", version="1", info={"queues": ["code_worker.live"]})
+    sqlite_store.run(beats)
+    assert waits(producer).startswith("no worker takes from the queue code_worker.normal")
+    beats.keywords["info"] = {"queues": ["code_worker.normal"]}
+    sqlite_store.run(beats)
+    assert waits(producer).startswith("a worker has not come to it yet")
+    sqlite_store.run(partial(workers.pause_source, source="s3://b", seconds=60, detail="HTTP 503"))
+    assert waits(producer).startswith("its source s3://b is paused: HTTP 503")
+
+
+def test_who_waits_hears_of_faults_of_a_broker_that_is_away_and_of_who_judges(
+    sqlite_store: Store, tmp_path: Path
+) -> None:
+    add_champion(sqlite_store)
+    sqlite_store.run(partial(workers.beat, owner="w-1", version="1"))
+    ids = [accept(sqlite_store, f"s3://b/{n}.jpg")[0] for n in range(3)]
+    claim(sqlite_store, ids[:2])
+    fault = jobs.Fault(ids[0], RejectReason.FETCH_FAILED, "HTTP 500 of b/0.jpg", 60.0)
+    sqlite_store.run(lambda session: jobs.put_back(session, [fault], owner="test"))
+    said = why_waiting(Settings(data_dir=tmp_path), sqlite_store, ids)
+    assert said[ids[0]].startswith("it is tried again at ")
+    assert said[ids[0]].endswith("UTC, after fetch_failed: HTTP 500 of b/0.jpg")
+    assert said[ids[1]] == "test is judging it"
+    assert said[ids[2]].startswith("workers were not told of it yet; is the broker away?")

@@ -93,7 +93,7 @@ def test_percentiles_are_those_of_the_nearest_rank() -> None:
 
 def test_show_explains_a_rejection(cli: Cli, store: Store) -> None:
     shown = cli("verdicts", "show", rejected(store, "s3://b/a.jpg", RejectReason.TRUNCATED)).stdout
-    assert shown.startswith("Rejected, not judged: truncated (trying again will not help).")
+    assert shown.startswith("Rejected, not judged: truncated. Does a retry help? No: the file is at fault.")
     assert "as a test wants it" in shown
 
 

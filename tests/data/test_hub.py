@@ -99,6 +99,20 @@ def test_a_copy_of_the_hub_repository_is_found_by_its_parquet_files(tmp_path: Pa
     assert again == examples
 
 
+def test_what_lies_beside_parquet_files_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train.PARQUET", row(1))
+    (tmp_path / "data" / "._train.PARQUET").write_bytes(bytes(168))
+    (tmp_path / "README.md").write_text("what these images are")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "sample").write_bytes(picture(1))
+    examples, skipped = read(tmp_path)
+    assert len(examples) == 4
+    reason = "it lies beside parquet files and is not read: name it"
+    assert [(one.key, one.reason) for one in skipped] == [
+        (f"{tmp_path}/{name}", reason) for name in ("more", "sample")
+    ]
+
+
 @pytest.mark.parametrize("as_struct", [True, False])
 def test_rows_of_an_image_and_its_label_are_read(tmp_path: Path, as_struct: bool) -> None:
     labels = [0, 1, 1, 2]

@@ -76,6 +76,18 @@ def test_csv_of_excel_is_read_in_every_encoding_with_any_line_end(
     ]
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", ":"])
+def test_a_delimiter_may_be_declared(file: Path, delimiter: str) -> None:
+    found = rows(file, f"sep={delimiter}\nuri,label,note\na.jpg,real,x\n".replace(",", delimiter))
+    assert [(row.place, row.label, row.note) for row in found] == [("line 3", "real", "x")]
+
+
+@pytest.mark.parametrize("line", ['sep="', "sep=a", "sep=", "sep=;;"])
+def test_what_declares_no_delimiter_is_no_header(file: Path, line: str) -> None:
+    with pytest.raises(DatasetError, match="the first line must name the columns"):
+        rows(file, f"{line}\nuri;label\na.jpg;real\n")
+
+
 def test_a_stray_carriage_return_costs_one_row(file: Path) -> None:
     content = 'uri,label,note\na.jpg,real,fine\nb.jpg,fake,two\rlines\nc.jpg,real,"a\rb"\nd.jpg,real,\r\n'
     found = rows(file, content)

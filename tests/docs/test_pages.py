@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from code_worker.cli.explanation import RETRY_HELPS
 from code_worker.types import RejectReason
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,12 +74,13 @@ def test_operations_lists_every_reason_and_says_which_a_retry_helps() -> None:
     told = {
         reason: help_ for reasons, help_ in rows("operations.md", "Reading a verdict") for reason in quoted(reasons)
     }
+    assert told == {reason.value: helps for reason, helps in RETRY_HELPS.items()}, "as `verdicts show` says it"
     assert set(told) == {reason.value for reason in RejectReason}
     reserved = {reason for reason, help_ in told.items() if help_.startswith("reserved")}
     helped = {reason for reason, help_ in told.items() if help_.startswith("yes")}
     assert helped == {reason.value for reason in RejectReason if reason.retryable} - reserved
     given = {path.name for reason in reserved for path in SOURCE if f"RejectReason.{reason.upper()}" in SOURCE[path]}
-    assert given == {"types.py"}
+    assert given == {"types.py", "explanation.py"}, "where they are named and explained"
 
 
 def test_security_lists_every_act_that_is_audited() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 import threading
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.errors import ConfigurationError, StoreError
+from code_worker.errors import ConfigurationError, StoreError, StoreUnavailableError
 from code_worker.store import jobs, migrate
 from code_worker.store.backup import backup, restore
 from code_worker.store.engine import Store, open_store
@@ -126,3 +127,21 @@ def test_postgresql_is_left_to_its_own_tools(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="nothing to copy"):
         backup(f"sqlite:///{tmp_path / 'none.db'}", tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_restore_gives_up_when_somebody_writes_all_the_time(
+    sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's own backup tries a locked database for ever."""
+    accept(sqlite_store, "s3://b/0")
+    backup(sqlite_store.url, tmp_path / "one.db")
+    accept(sqlite_store, "s3://b/1")
+    monkeypatch.setattr("code_worker.store.backup._PATIENCE_S", 0.2)
+    with closing(sqlite3.connect(sqlite_store.url.removeprefix("sqlite:///"), isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailableError, match=r"writing to it for 0\.2 s: stop workers, trainer and beat"):
+            restore(sqlite_store.url, tmp_path / "one.db", tmp_path / "aside.db")
+        holder.execute("ROLLBACK")
+    assert numbers(sqlite_store.url) == {0, 1}
+    restore(sqlite_store.url, tmp_path / "one.db", tmp_path / "aside-2.db")
+    assert numbers(sqlite_store.url) == {0}

@@ -18,7 +18,7 @@ from code_worker.errors import DatasetError
 __all__ = ["Record", "csv_records", "csv_rows", "json_rows", "with_formulas", "without_formulas"]
 
 _DELIMITERS: Final[tuple[str, ...]] = (",", ";", "\t")
-_DECLARED: Final = re.compile(r'"?sep=(.)"?')
+_DECLARED: Final = re.compile(r""""?sep=(\t|[^\s\w"'])"?""")
 _MAX_JOINED: Final = 200
 _UNCLOSED: Final = "unexpected end of data"
 _FORMULA: Final = re.compile(r"'*[=+\-@\t\r\n]")
@@ -112,7 +112,7 @@ def csv_records(
     """
     lines = numbered_lines(file, errors=errors)
     header, delimiters = _next_filled(lines), _DELIMITERS
-    if declared := _DECLARED.fullmatch(header.text.strip()):
+    if declared := _DECLARED.fullmatch(header.text.strip(" ")):
         header, delimiters = _next_filled(lines), (declared[1],)
     if header.problem:
         raise DatasetError(f"{header.place}: {header.problem}")
