@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +23,8 @@ from code_worker.releases.manifest import MANIFEST_NAME, HeadEntry, Manifest, re
 from code_worker.releases.signing import check, signature_in
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from pydantic import SecretStr
 
     from code_worker.encoder.weights import EncoderWeights
@@ -110,13 +112,9 @@ def load_release(
     if keys:
         _refuse_swapped(directory, verify_files(directory)[1], sha256)
     head_plugins = {name: plugins.provider(entry.plugin_head).release for name, entry in manifest.heads.items()}
-    for name, head in heads.items():
-        if probes is None:
-            checked_scores(name, head, golden_embeddings(_PROBES))
-        elif (changed := probe_scores_changed(name, head, probes)) is not None:
-            _said_of(changed, release_id(sha256), manifest.heads[name], head_plugins[name], if_changed)
-    if probes is None and heads:
-        log.info("release_without_probes", release=release_id(sha256), hint="heads are not compared with their past")
+    for changed in _changed_heads(release_id(sha256), heads, probes):
+        head = changed.head
+        _refuse_or_warn(changed, release_id(sha256), manifest.heads[head], head_plugins[head], if_changed)
     return LoadedRelease(
         id=release_id(sha256),
         manifest_sha256=sha256,
@@ -129,7 +127,19 @@ def load_release(
     )
 
 
-def _said_of(changed: Changed, release: str, entry: HeadEntry, loaded_by: str, if_changed: IfChanged) -> None:
+def _changed_heads(
+    release: str, heads: Mapping[str, Head], probes: Mapping[str, NDArray[np.float64]] | None
+) -> Iterator[Changed]:
+    if probes is None and heads:
+        log.info("release_without_probes", release=release, hint="heads are not compared with their past")
+    for name, head in heads.items():
+        if probes is None:
+            checked_scores(name, head, golden_embeddings(_PROBES))
+        elif (changed := probe_scores_changed(name, head, probes)) is not None:
+            yield changed
+
+
+def _refuse_or_warn(changed: Changed, release: str, entry: HeadEntry, loaded_by: str, if_changed: IfChanged) -> None:
     made_by = f"{entry.distribution} {entry.distribution_version}"
     if if_changed == "warn":
         log.warning(

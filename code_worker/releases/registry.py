@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, StoreError
 from code_worker.failpoints import failpoint
@@ -21,8 +20,8 @@ from code_worker.releases.manifest import MANIFEST_NAME, essence, read_manifest,
 from code_worker.releases.signing import check, sign
 from code_worker.roles import Role, current_user, require
 from code_worker.settings import RoleSettings
-from code_worker.store import releases, runs
-from code_worker.store.releases import CHALLENGER, CHAMPION
+from code_worker.store import kept_heads, releases
+from code_worker.store.releases import CHALLENGER, CHAMPION, Registered
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -35,36 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["CHALLENGER", "CHAMPION", "LoadedRelease", "Registered", "Registry", "open_registry"]
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """A release as the store knows it, with the aliases that point to it now."""
-
-    info: releases.ReleaseInfo
-    aliases: tuple[str, ...]
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Names of its heads."""
-        return tuple(sorted(self.info.manifest.get("heads", ())))
-
-    def summary(self) -> dict[str, Any]:
-        """What a list shows, as plain values."""
-        manifest, info = self.info.manifest, self.info
-        return {
-            "id": info.id,
-            "aliases": list(self.aliases),
-            "created_at": info.created_at,
-            "source": info.source,
-            "heads": list(self.heads),
-            "default_head": manifest.get("default_head"),
-            "status": info.status,
-            "toy": manifest.get("toy", False),
-            "notes": manifest.get("notes", ""),
-            "manifest_sha256": info.manifest_sha256,
-            "location": info.location,
-        }
 
 
 class Registry:
@@ -115,13 +84,18 @@ class Registry:
         return next((one.info.id for one in ready if essence(one.info.manifest) == wanted), None)
 
     def add(
-        self, directory: Path, *, by: str | None = None, along: Callable[[Session, str], object] | None = None
+        self,
+        directory: Path,
+        *,
+        by: str | None = None,
+        along: Callable[[Session, str], object] | None = None,
+        heads_of: str | None = None,
     ) -> str:
         """Stores and registers a finished release directory; returns its id. Adding it again changes nothing.
 
         Where keys are configured it is signed: add only what was made here, or what `import_` checked. `by` is for
         the record; unset, it is the user of this process. `along` writes in the transaction that registers it, by its
-        id; when it raises, the release is not registered.
+        id; when it raises, the release is not registered. `heads_of` is the release whose heads it has as they are.
 
         The files are in the artifact store before the row is written: a row always leads to a whole release, and
         what a crash in between leaves behind is taken up by the next attempt.
@@ -130,7 +104,7 @@ class Registry:
             IntegrityError: the directory is damaged.
             ArtifactError: it is no release, cannot be stored, or its files were deleted because of an erasure.
         """
-        manifest, sha256 = verify_files(directory)
+        by, (manifest, sha256) = current_user() if by is None else by, verify_files(directory)
         id_ = release_id(sha256)
         _refuse_retired(id_, self._status(id_))
         failpoint("before_upload")
@@ -139,18 +113,23 @@ class Registry:
             self._artifacts.put_signature(id_, sign((directory / MANIFEST_NAME).read_bytes(), self._keys))
         failpoint("after_upload")
         plain, source = manifest.model_dump(mode="json"), manifest.source.uri
-        who = current_user() if by is None else by
 
         def register(session: Session) -> tuple[bool, str | None]:
+            if heads_of is not None:
+                kept_heads.check(session, heads_of)
             added = releases.add(
-                session, id=id_, manifest_sha256=sha256, location=location, manifest=plain, source=source, by=who
+                session, id=id_, manifest_sha256=sha256, location=location, manifest=plain, source=source, by=by
             )
             status = releases.status_of(session, id_)
             if status == releases.READY and along is not None:
                 along(session, id_)
             return added, status
 
-        added, status = self._store.run(register)
+        try:
+            added, status = self._store.run(register)
+        except ArtifactError:
+            self.discard(id_)
+            raise
         if status != releases.READY:
             # Retired while it was stored.
             self._artifacts.drop(id_)
@@ -168,11 +147,11 @@ class Registry:
         require(self._roles, by, Role.OPERATOR, "leave a head out of a release")
         loaded = self.load(release)
         kept, facts = without_head(loaded, self.directory(release), head, default_head)
-        note = partial(runs.note_kept, run_id=self._store.new_id(), base=release, by=by)
+        note = partial(kept_heads.note, run_id=self._store.new_id(), base=release, by=by)
         with tempfile.TemporaryDirectory(prefix="code-worker-release-") as directory:
             built = Path(directory) / "release"
             build_from_parts(built, loaded.weights, {}, self._plugins, facts, kept=kept)
-            return self.add(built, by=by, along=note)
+            return self.add(built, by=by, along=note, heads_of=release)
 
     def discard(self, release: str) -> None:
         """Deletes what `add` stored of a release but did not register; only while nobody else adds it.

@@ -20,6 +20,7 @@ __all__ = [
     "CHAMPION",
     "READY",
     "AliasMove",
+    "Registered",
     "ReleaseInfo",
     "add",
     "alias",
@@ -59,6 +60,36 @@ class ReleaseInfo:
     created_at: datetime
     source: str
     status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A release as the store knows it, with the aliases that point to it now."""
+
+    info: ReleaseInfo
+    aliases: tuple[str, ...]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of its heads."""
+        return tuple(sorted(self.info.manifest.get("heads", ())))
+
+    def summary(self) -> dict[str, Any]:
+        """What a list shows."""
+        manifest, info = self.info.manifest, self.info
+        return {
+            "id": info.id,
+            "aliases": list(self.aliases),
+            "created_at": info.created_at,
+            "source": info.source,
+            "heads": list(self.heads),
+            "default_head": manifest.get("default_head"),
+            "status": info.status,
+            "toy": manifest.get("toy", False),
+            "notes": manifest.get("notes", ""),
+            "manifest_sha256": info.manifest_sha256,
+            "location": info.location,
+        }
 
 
 @dataclass(frozen=True, slots=True)

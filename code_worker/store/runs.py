@@ -129,34 +129,6 @@ def start(
     return get(session, id)
 
 
-def note_kept(session: Session, release: str, *, run_id: str, base: str, by: str) -> None:
-    """Records that a release has heads of another one as they are: it learned what that one did.
-
-    Nothing is recorded of a base that no run here made.
-    """
-    made = ancestry(session, [base])[base]
-    if not made:
-        return
-    row = {
-        "id": run_id,
-        "kind": "refit",
-        "state": "skipped",
-        "stage": "kept",
-        "by": by,
-        "attempts": 1,
-        "token": 1,
-        # As of a refit of some heads, here of none: the others are those of the base.
-        "config": {"heads": {}},
-        "snapshot_id": made[0].snapshot_id,
-        "base_release": base,
-        "candidate": release,
-        "reasons": [f"nothing was fitted: {release} has the heads of {base} but one"],
-        "report": {},
-        "finished_at": db_now(),
-    }
-    session.execute(insert_into(session, RunRow).on_conflict_do_nothing().values(row))
-
-
 def take_over(session: Session, *, owner: str, lapse_s: float) -> Run | None:
     """Takes the running run whose process gave no sign of life for `lapse_s`; None if there is none such.
 

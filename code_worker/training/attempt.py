@@ -66,7 +66,10 @@ class Attempt:
             runs.note(session, self.held.lease, candidate=release)
 
         try:
-            return self.parts.registry.add(self.place.candidate, by=self.run.by, along=note)
+            some = self.run.config.get("heads") is not None
+            return self.parts.registry.add(
+                self.place.candidate, by=self.run.by, along=note, heads_of=self.run.base_release if some else None
+            )
         except RunLostError:
             # Of a run that goes on, the process that has it now may be storing the same files.
             now = self.parts.store.run(lambda session: runs.get(session, self.run.id), write=False)

@@ -39,6 +39,7 @@ OTHERWISE = {
     "erasures.add_targets": "the erasure's own list, deleted when it is done",
     "erasures.begin": "the erasure itself",
     "erasures.turn_targets": "the erasure's own list",
+    "kept_heads.note": "check, which its caller asks first, asks",
     "kept_images.to_drop": "what is about to be deleted",
     "origins.note_labelled": "of a job for which its caller has asked",
     "origins.note_origins": "of jobs that its caller has locked",

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from code_worker.errors import ConfigurationError, NoReleaseError, UnknownHeadError
+from code_worker.data.erasure import Eraser
+from code_worker.errors import ArtifactError, ConfigurationError, NoReleaseError, UnknownHeadError
 from code_worker.plugins import load_plugins
+from code_worker.releases.artifacts import open_artifacts
 from code_worker.releases.manifest import Manifest
 from code_worker.settings import Settings, load_settings
-from code_worker.store import erasing, runs
+from code_worker.store import erasing, erasures, runs
 from code_worker.store.engine import Store
+from code_worker.store.scopes import Scope
 from code_worker.training.labelled import labelled_embeddings
 from code_worker.training.refit import plan_heads
 from code_worker.training.reign import taught
@@ -110,6 +113,27 @@ def test_a_head_that_is_dropped_leaves_the_others_as_they_are(
     known = sqlite_store.run(lambda session: (taught(session, whole), taught(session, made)), write=False)
     assert known[0].heads
     assert {one.sha256 for one in known[1].heads or ()} == {one.sha256 for one in known[0].heads}
+
+
+def test_heads_that_learned_what_was_erased_since_are_not_taken_over(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    bobs = set(label(settings, sqlite_store, pictures("real", 9, first=7000), "real", by="bob"))
+    registry, whole = registry_of(settings, sqlite_store), str(learn(settings, sqlite_store).candidate)
+    known = sqlite_store.run(lambda session: taught(session, whole), write=False).heads or ()
+    erased = next(one.sha256 for one in known if one.sha256 in bobs)
+    Eraser(settings, sqlite_store, wait_s=0).erase(Scope(sha256=erased), by="olga")
+    assert sqlite_store.run(erasures.releases_owed, write=False) == {whole}
+    with pytest.raises(ArtifactError, match=f"heads of {whole} learned from what was erased"):
+        registry.drop_head(whole, "knn", by="alice")
+    ended = Learner(settings, sqlite_store).learn("refit", by="alice", challenge=True, heads={"knn": {}})
+    assert ended is not None
+    assert ended.state == "failed"
+    assert "must not be taken over" in ended.reasons[0]
+    assert {one.info.id for one in registry.list()} == {champion, whole}
+    kept = open_artifacts(settings).list()
+    assert set(kept) == {champion, whole}, "what could not be registered is not left in the store"
 
 
 def test_the_default_head_is_dropped_only_for_another(settings: Settings, sqlite_store: Store, champion: str) -> None:
