@@ -110,6 +110,7 @@ class _Installed:
         self._read: Settings | None = None
         self.host = Host(app, self.settings)
         self.bystander = Bystander(app)
+        self._said = ""
 
     def settings(self) -> Settings:
         """Those given, else those that environment, file and the app's configuration say.
@@ -138,11 +139,14 @@ class _Installed:
 
     def configure(self, **_: Any) -> None:
         """Adds what is ours at each reading of the configuration; workers and beat refuse what is wrong with it."""
+        said, self._said = self._said, ""
         try:
             self.add()
         except CodeWorkerError as error:
-            # In a web process, too, that only publishes and must go on.
-            log.error("configuration_error", error=str(error))  # noqa: TRY400 - a traceback would not help
+            self._said = str(error)
+            # In a web process, too, that only publishes and must go on; its app is read and then finalized.
+            if self._said != said:
+                log.error("configuration_error", error=self._said)  # noqa: TRY400 - a traceback would not help
 
     def add(self) -> list[str]:
         """Adds what is missing, and says what that was.

@@ -11,7 +11,6 @@ from celery import signals
 from redbeat.decoder import RedBeatJSONEncoder
 from redbeat.schedulers import RedBeatScheduler, get_redis
 
-from code_worker.broker import is_redis
 from code_worker.errors import CodeWorkerError, ConfigurationError
 from code_worker.logs import configure_logging, get_logger, log_uncaught, redact
 from code_worker.settings import Settings, load_settings
@@ -82,10 +81,6 @@ def main() -> int:
     except CodeWorkerError as error:
         log.error("beat_failed", error=redact(str(error)))  # noqa: TRY400 - as above
         return 1
-    if is_redis(settings.resolved_broker_url):
-        app.conf.beat_scheduler = "code_worker.worker.beat:KeptScheduler"
-    else:
-        app.conf.beat_schedule_filename = str(settings.data_path / "run" / "beat-schedule")
     _start_reporting(settings)
     try:
         app.Beat(loglevel=settings.log_level.upper(), quiet=True, redirect_stdouts=False).run()

@@ -438,3 +438,12 @@ def test_what_they_set_for_their_tasks_is_not_set_for_ours() -> None:
         assert task.acks_late is (name in {MODERATE, SWEEP})
         assert task.acks_on_failure_or_timeout
         assert not getattr(task, "autoretry_for", ())
+
+
+def test_wrong_settings_are_said_once_where_the_app_only_publishes(caplog: pytest.LogCaptureFixture) -> None:
+    app = install(Celery("theirs", broker=URL, set_as_current=False))
+    app.conf.code_worker = {"schedule": {"refit": "every day"}}
+    app.finalize()
+    (line,) = [record.getMessage() for record in caplog.records if "configuration_error" in record.getMessage()]
+    assert "is no cron line" in line
+    assert destination(app, RETRAIN)[0] == TRAIN_QUEUE, "all else is there"
