@@ -52,14 +52,7 @@ class Node:
         owner: str | None = None,
         more: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        """Makes the parts, which load and start nothing yet.
-
-        Args:
-            settings: how they work.
-            store: the ledger.
-            owner: the name that claims carry; unset: a new one, see `owner_name`.
-            more: what to say of the process besides, with every sign of life.
-        """
+        """Makes the parts; `owner` is the name that claims carry, `more` what each sign of life says besides."""
         self.settings = settings
         self.store = store
         self.owner = owner or owner_name()
