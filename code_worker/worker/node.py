@@ -83,9 +83,12 @@ class Node:
         )
         self._policies = PolicyBook()
         self._watchdog = Watchdog(self.in_flight, lambda: self.runtimes.failure, settings.worker.batch_timeout_s)
-        self._background = [
-            Repeater("follow", settings.worker.release_poll_s, self.follow),
-            Repeater("heartbeat", settings.worker.lease_s / 3, self.heartbeat),
+        self._background = self._repeaters()
+
+    def _repeaters(self) -> list[Repeater]:
+        return [
+            Repeater("follow", self.settings.worker.release_poll_s, self.follow),
+            Repeater("heartbeat", self.settings.worker.lease_s / 3, self.heartbeat),
             Repeater("watchdog", self._watchdog.interval_s, self._watchdog.look),
         ]
 
