@@ -13,7 +13,7 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, json_option, limit_option
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_json_lines, print_table, say, to_json
 
 if TYPE_CHECKING:
     from code_worker.store.audit import Entry, Verified
@@ -107,6 +107,6 @@ def _say(found: Verified) -> None:
     for flaw in found.flaws:
         say(f"entry {flaw.seq}: {flaw.problem}", err=True)
     if found.flaws:
-        say(f"FAILED: {len(found.flaws)} flaws in {found.entries} entries", err=True)
+        say(f"FAILED: {plural(len(found.flaws), 'flaw')} in {plural(found.entries, 'entry', 'entries')}", err=True)
     else:
-        say(f"{found.entries} entries, whole; the last is {found.entries}:{found.hash}")
+        say(f"{plural(found.entries, 'entry', 'entries')}, whole; the last is {found.entries}:{found.hash}")

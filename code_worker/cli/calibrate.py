@@ -12,7 +12,7 @@ import click
 from code_worker.cli.arguments import SHARE_BETWEEN
 from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
 from code_worker.cli.measuring import list_skipped, open_measured
-from code_worker.cli.output import print_table, say, to_json
+from code_worker.cli.output import plural, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.errors import ConfigurationError
@@ -219,7 +219,7 @@ def _say(asked: _Asked, made: Calibration, row: PolicyRow | None) -> None:
     )
     print_table(rows, tuple(rows[0]), empty="")
     if learned := evidence["left_out"]["learned"]:
-        say(f"{learned} images left out: a retrain may have learned from them (--all counts them)")
+        say(f"{plural(learned, 'image')} left out: a retrain may have learned from them (--all counts them)")
     if made.made.note:
         say(made.made.note)
     if made.made.warning:

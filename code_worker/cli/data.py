@@ -13,7 +13,7 @@ import click
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import quiet_settings
 from code_worker.cli.measuring import list_skipped
-from code_worker.cli.output import print_table, to_json
+from code_worker.cli.output import plural, print_table, to_json
 from code_worker.cli.progress import progress
 from code_worker.data.examples import losses, passed_over
 from code_worker.errors import (
@@ -106,7 +106,7 @@ def _say_counts(
         return
     print_table(rows, (*_KINDS, "images"), empty="")
     by_label = {label: sum(row["images"] for row in rows if row["label"] == label) for label in ("real", "fake")}
-    click.echo(f"{counts.total()} images: {by_label['real']} real, {by_label['fake']} fake")
+    click.echo(f"{plural(counts.total(), 'image')}: {by_label['real']} real, {by_label['fake']} fake")
 
 
 @data.command()

@@ -14,7 +14,7 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option, raw_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import write_csv
 from code_worker.cli.who import who
@@ -195,7 +195,7 @@ def export(*, statements: bool, form: str, raw: bool, output: Path | None, since
             write_csv(records(), _STATEMENT if statements else _RESOLVED, file, raw=raw)
         else:
             file.writelines(f"{to_json(record)}\n" for record in records())
-    click.echo(f"{written} labels written{f' to {output}' if output else ''}", err=True)
+    say(f"{plural(written, 'label')} written{f' to {output}' if output else ''}", err=True)
 
 
 def _statements(store: Store, since: datetime | None) -> Iterator[dict[str, Any]]:

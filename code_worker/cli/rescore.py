@@ -11,7 +11,7 @@ import click
 from code_worker.cli.arguments import AGO_OR_DATE, json_option
 from code_worker.cli.explanation import RETRY_HELPS
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_table, say, to_json
+from code_worker.cli.output import plural, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.types import Label, RejectReason
@@ -89,9 +89,10 @@ def rescore(
 
 def _say(release: str, tally: RescoreTally, *, dry_run: bool) -> None:
     facts = tally.to_dict()
+    verb = "would be" if dry_run else "was" if tally.rescored == 1 else "were"
     say(
-        f"{tally.examined} verdicts looked at, {tally.rescored} {'would be' if dry_run else 'were'} given again by "
-        f"{release}; {tally.unchanged} say so already"
+        f"{plural(tally.examined, 'verdict')} looked at, {tally.rescored} {verb} given again by {release}; "
+        f"{tally.unchanged} say so already"
     )
     if tally.rescored:
         say(f"scores moved by {facts['mean_shift']:+.4f} on average", "")

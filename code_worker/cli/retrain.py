@@ -10,7 +10,7 @@ import click
 
 from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_facts, print_table, to_json
+from code_worker.cli.output import plural, print_facts, print_table, to_json
 from code_worker.cli.run_progress import run_progress
 from code_worker.cli.runs import run_record, say_run
 from code_worker.cli.who import who
@@ -156,7 +156,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         else ", ".join(f"{name} {value}" for name, value in training.items() if value is not None)
     )
     return {
-        "contradicted": f"{counts['contradicted']} images, decided by the rule",
+        "contradicted": f"{plural(counts['contradicted'], 'image')}, decided by the rule",
         "left out": left_out,
         "champion": plan.champion or "none",
         "heads": ", ".join(plan.heads),

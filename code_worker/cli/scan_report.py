@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from code_worker.cli.output import console, to_json
+from code_worker.cli.output import console, plural, to_json
 from code_worker.cli.records import SCAN_FIELDS, csv_cells, judgement, verdict_record
 from code_worker.terminal import printable
 from code_worker.types import Label, Outcome
@@ -62,7 +62,7 @@ class Tally:
         seconds = time.perf_counter() - (self._began or 0.0)
         found = [f"{count} {label}" for label, count in sorted(self._by_label.items())]
         found += [f"{self.rejected} rejected"] if self.rejected else []
-        parts = [f"{total} images", ", ".join(found)] if total else ["no image found"]
+        parts = [plural(total, "image"), ", ".join(found)] if total else ["no image found"]
         parts += [f"{total / seconds:.1f} images/s"] if total else []
         return " · ".join(parts)
 

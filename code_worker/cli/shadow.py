@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_table, say, to_json
+from code_worker.cli.output import plural, print_table, say, to_json
 from code_worker.types import Label
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _say(report: ShadowReport) -> None:
     if report.agreement is None or report.shift is None:
         say(f"challenger {report.release} has scored nothing that matches")
         return
-    say(f"challenger {report.release} beside {', '.join(report.champions)}: {report.images} images")
+    say(f"challenger {report.release} beside {', '.join(report.champions)}: {plural(report.images, 'image')}")
     say(f"they agree on {report.agreement:.2%}; its scores are {report.shift:+.4f} away on average")
     say("", "labels, champion down, challenger across")
     rows = [{"champion": was, **{now: report.confusion[was][now] for now in Label}} for was in Label]

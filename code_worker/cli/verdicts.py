@@ -11,7 +11,7 @@ import click
 from code_worker.cli.arguments import AGO_OR_DATE, ID, SHA256, SHARE, json_option, limit_option, raw_option
 from code_worker.cli.explanation import explain
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_facts, print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import VERDICT_FIELDS, judgement, verdict_record, write_csv
 from code_worker.cli.timings import COLUMNS, stage_timings
@@ -179,4 +179,4 @@ def export(*, form: str, raw: bool, output: Path | None, **filters: Any) -> None
             write_csv(records(), VERDICT_FIELDS, file, raw=raw)
         else:
             file.writelines(f"{to_json(record)}\n" for record in records())
-    say(f"{written} verdicts written{f' to {output}' if output else ''}", err=True)
+    say(f"{plural(written, 'verdict')} written{f' to {output}' if output else ''}", err=True)

@@ -62,7 +62,7 @@ def test_broken_pixels_are_noticed_when_asked_to_check(bare_cli: Cli, tmp_path: 
     assert bare_cli("data", "show", str(tmp_path / "t"), "--json").records[0]["images"] == 2
     ran = bare_cli("data", "show", str(tmp_path / "t"), "--check")
     assert ran.status == 0
-    assert "1 images: 1 real, 0 fake" in ran.stdout
+    assert "1 image: 1 real, 0 fake" in ran.stdout
     assert "2.jpg: truncated" in ran.stderr
 
 

@@ -169,7 +169,7 @@ def test_export_writes_one_label_per_image_by_the_rule(labelling: Cli, place: Pl
     assert (records[a]["generator"], records[a]["labellers"], records[a]["contradicted"]) == ("sdxl", 2, True)
     unanimous = labelling("labels", "export", "--csv", env={"CODE_WORKER_LABELS__RULE": "unanimous"})
     assert [row["uri"] for row in csv.DictReader(io.StringIO(unanimous.stdout))] == [b]
-    assert unanimous.stderr == "1 labels written\n"
+    assert unanimous.stderr == "1 label written\n"
 
 
 @pytest.mark.parametrize("form", ["--csv", "--jsonl"])

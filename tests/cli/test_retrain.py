@@ -58,7 +58,7 @@ def test_a_dry_run_prints_the_snapshot_and_the_plan_and_writes_nothing(
     said = sqlite_cli("retrain", "--dry-run")
     assert said.status == 0
     assert champion in said.stdout
-    assert "1 images, decided by the rule" in said.stdout
+    assert "1 image, decided by the rule" in said.stdout
     assert "would wait: 11 new real images, 20 are needed" in said.stdout
     (plan,) = sqlite_cli("refit", "--dry-run", "--json").records
     assert sum(plan["snapshot"][part]["real"] for part in ("train", "validation", "holdout")) == 11

@@ -139,7 +139,7 @@ def test_export_writes_the_same_records_as_csv_and_jsonl(cli: Cli, store: Store,
     assert json.loads(rows[0]["timings_ms"]) == lines[0]["timings_ms"]
     assert (rows[0]["score"], rows[1]["score"], rows[1]["reason"]) == ("0.25", "", "empty")
     output = tmp_path / "out.jsonl"
-    assert "1 verdicts written" in cli("verdicts", "export", "--label", "real", "--output", str(output)).stderr
+    assert "1 verdict written" in cli("verdicts", "export", "--label", "real", "--output", str(output)).stderr
     assert [json.loads(line)["job_id"] for line in output.read_text().splitlines()] == jobs[:1]
 
 
