@@ -190,3 +190,26 @@ def test_without_a_database_the_commands_say_how_to_get_one(bare_cli: Cli) -> No
         result = bare_cli(*words)
         assert (result.status, "no database" in result.stderr) == (2, True)
     assert bare_cli("schedule", "list").status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--head", "knn"), "say --head with --challenge"),
+        (("--options", "{}", "--challenge"), "--options belong to one head"),
+        (("--head", "knn", "--head", "svm", "--options", "{}", "--challenge"), "--options belong to one head"),
+    ],
+)
+def test_a_refit_of_one_head_is_asked_for_whole(sqlite_cli: Cli, arguments: tuple[str, ...], said: str) -> None:
+    ran = sqlite_cli("refit", *arguments)
+    assert ran.status == 2
+    assert said in ran.stderr
+
+
+def test_a_dry_run_says_which_head_would_be_fitted(sqlite_cli: Cli) -> None:
+    asked = ("refit", "--head", "knn", "--options", '{"n_neighbors": 3}', "--challenge", "--dry-run", "--json")
+    (plan,) = sqlite_cli(*asked).records
+    assert (plan["heads"], plan["missing"]) == (["knn"], [])
+    unknown = sqlite_cli("refit", "--head", "kn", "--challenge", "--dry-run")
+    assert unknown.status == 2
+    assert "unknown head 'kn'; known: knn, linear, svm" in unknown.stderr
