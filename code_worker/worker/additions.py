@@ -52,6 +52,15 @@ def add_queues(app: Celery) -> None:
                 amqp.queues.add(bound_queue(name))
 
 
+def _assign(app: Celery, name: str, value: object) -> None:
+    """Sets a value, also in Celery 5.6, where the name with the namespace of `config_from_object` is found first."""
+    conf = app.conf
+    conf[name] = value
+    if conf.prefix and conf[name] is not value:
+        key = f"{conf.prefix}{name}"
+        conf[key.upper() if conf.prefix.isupper() else key.lower()] = value
+
+
 def add_routes(app: Celery) -> list[str]:
     """Puts our routes before whatever catches all; a route that names our tasks stays. The tasks that had none."""
     theirs = app.conf.task_routes
@@ -63,9 +72,9 @@ def add_routes(app: Celery) -> list[str]:
     if not missing:
         return []
     if isinstance(theirs, Mapping) or not theirs:
-        app.conf.task_routes = {**missing, **(theirs or {})}
+        _assign(app, "task_routes", {**missing, **(theirs or {})})
     else:
-        app.conf.task_routes = [missing, *listed]
+        _assign(app, "task_routes", [missing, *listed])
     # A router that was made before does not know them.
     vars(app.amqp).pop("router", None)
     app.amqp.flush_routes()
@@ -92,9 +101,9 @@ def add_transport(app: Celery) -> list[str]:
     wanted = TRANSPORTS.get(schemes.pop()) if len(schemes) == 1 else None
     if conf.broker_transport == wanted:
         return []
-    conf.broker_transport = wanted
+    _assign(app, "broker_transport", wanted)
     if wanted:
-        conf.broker_use_ssl = conf.broker_use_ssl or tls_options(urls[0])
+        _assign(app, "broker_use_ssl", conf.broker_use_ssl or tls_options(urls[0]))
     return ["broker_transport"]
 
 
@@ -123,5 +132,5 @@ def add_entries(app: Celery, entries: Mapping[str, Mapping[str, Any]]) -> list[s
     if isinstance(theirs, MutableMapping):
         theirs.update(missing)
     else:
-        app.conf.beat_schedule = {**(theirs or {}), **missing}
+        _assign(app, "beat_schedule", {**(theirs or {}), **missing})
     return list(missing)
