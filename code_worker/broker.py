@@ -29,6 +29,8 @@ REDIS_TRANSPORT: Final = "code_worker.worker.transport:RedisTransport"
 TRANSPORTS: Final = {"redis": REDIS_TRANSPORT, "rediss": "code_worker.worker.transport:TlsRedisTransport"}
 """Our transport by the scheme of a broker's URL."""
 ALL_QUEUES: Final = (*QUEUES, SWEEP_QUEUE, TRAIN_QUEUE)
+# What a worker takes that is told of none: training takes long, and has a worker of its own.
+_TAKEN_UNTOLD: Final = (*QUEUES, SWEEP_QUEUE)
 ROUTES: Final = {
     MODERATE: {"queue": NORMAL},
     SWEEP: {"queue": SWEEP_QUEUE},
@@ -148,11 +150,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "task_routes": dict(ROUTES),
-        # What a worker takes that is told of none: training takes long, and has a worker of its own.
-        "task_queues": {
-            name: {"exchange": name, "exchange_type": "direct", "routing_key": name}
-            for name in (*QUEUES, SWEEP_QUEUE)
-        },
+        "task_queues": {name: _direct(name) for name in _TAKEN_UNTOLD},
         # The encoder is shared by threads; a process each would load it again.
         "worker_pool": "threads",
         "worker_concurrency": settings.worker.concurrency,
@@ -168,6 +166,10 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "beat_schedule_filename": str(settings.data_path / "run" / "beat-schedule"),
     }
     return {**config, **_redis_config(url, settings)} if is_redis(url) else config
+
+
+def _direct(queue: str) -> dict[str, str]:
+    return {"exchange": queue, "exchange_type": "direct", "routing_key": queue}
 
 
 def _redis_config(url: str, settings: Settings) -> dict[str, Any]:

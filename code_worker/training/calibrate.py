@@ -22,6 +22,8 @@ from code_worker.training.snapshot import learned_by
 from code_worker.training.thresholds import RULE, Shares, Thresholds, draw_thresholds, shares_at
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from code_worker.data.examples import Example, Skipped
     from code_worker.moderation.policy import Policy
     from code_worker.moderation.runtime import Runtime
@@ -47,6 +49,17 @@ class Goal:
     max_fpr: float
     max_fnr: float
     strict_fnr: bool = False
+
+    def draw(self, reals: NDArray[np.float32], fakes: NDArray[np.float32], low_before: float | None) -> Thresholds:
+        """Thresholds that achieve it; see `draw_thresholds`."""
+        return draw_thresholds(
+            reals,
+            fakes,
+            max_fpr=self.max_fpr,
+            max_fnr=self.max_fnr,
+            strict_fnr=self.strict_fnr,
+            low_before=low_before,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +132,7 @@ def calibrate(
     scores = checked_scores(head, runtime.heads[head], embedded.embeddings[rows]) if rows else np.empty(0, np.float32)
     reals, fakes = (scores[labels_of(used) == kind] for kind in (REAL, FAKE))
     try:
-        made = draw_thresholds(
-            reals,
-            fakes,
-            max_fpr=goal.max_fpr,
-            max_fnr=goal.max_fnr,
-            strict_fnr=goal.strict_fnr,
-            low_before=before.low if keep_low and before.head in {None, head} else None,
-        )
+        made = goal.draw(reals, fakes, before.low if keep_low and before.head in {None, head} else None)
     except DatasetError as error:
         raise DatasetError(f"{source}: {error}{_left_out(learned, embedded.skipped)}") from None
     evidence = {
@@ -137,13 +143,19 @@ def calibrate(
         "left_out": {"learned": len(learned), "unusable": len(embedded.skipped)},
         **_tool(runtime, head, goal),
         "everything": labelled is None,
+        **_outcome(made),
+    }
+    shares_before = shares_at(reals, fakes, before.low, before.high)
+    return Calibration(head, made, before, shares_before, evidence, embedded.skipped)
+
+
+def _outcome(made: Thresholds) -> dict[str, Any]:
+    return {
         "achieved": made.shares.to_dict(),
         "note": made.note,
         "warning": made.warning,
         "low_kept": made.low_kept,
     }
-    shares_before = shares_at(reals, fakes, before.low, before.high)
-    return Calibration(head, made, before, shares_before, evidence, embedded.skipped)
 
 
 def learnable(store: Store, release: str) -> Labelled:

@@ -33,14 +33,12 @@ from code_worker.store import (
 from code_worker.store import snapshots as snapshot_table
 from code_worker.store.engine import Session, Store
 from code_worker.store.erasures import Receipt
-from code_worker.store.ids import uuid7
 from code_worker.store.kept_images import KeptImage
 from code_worker.store.labels import NewLabel
 from code_worker.store.shadow import ShadowScore
 from code_worker.store.turns import LEASE_S, LostTurnError, Turn
 from code_worker.training.retrain import Learner
 from code_worker.types import ImageFacts
-from code_worker.worker.intake import bury
 from tests.store.acts import accept, claim, judged, write
 from tests.training.learning import (
     NEW,
@@ -343,49 +341,6 @@ def test_a_job_that_is_being_judged_is_waited_for(store: Store, settings: Settin
 def removals(store: Store) -> list[audit.Entry]:
     wanted = audit.AuditFilter(action="erasure.remove")
     return store.run(lambda session: audit.list_entries(session, wanted, limit=99), write=False)
-
-
-@pytest.mark.parametrize("scope", [{"tenant": "acne"}, {"job": uuid7()}, {"sha256": "b" * 64}])
-def test_a_tenant_job_or_image_that_nobody_knows_is_refused(
-    sqlite_store: Store, settings: Settings, scope: dict[str, str]
-) -> None:
-    judge(sqlite_store, "c" * 64, tenant="acme")
-    with pytest.raises(StoreError, match=r"nothing is kept of the .*so nothing was erased: is "):
-        erase(settings, sqlite_store, **scope)
-    with pytest.raises(StoreError, match="nothing is kept"):
-        Eraser(settings, sqlite_store).preview(Scope(**scope))
-    assert sqlite_store.run(erasures.list_receipts) == []
-
-
-def test_who_asks_for_the_same_again_gets_the_receipt_of_then(sqlite_store: Store, settings: Settings) -> None:
-    """A script that lost the answer ends well, and a second receipt would say that somebody else was erased."""
-    job_id = judge(sqlite_store, "c" * 64, tenant="acme")
-    receipt = erase(settings, sqlite_store, tenant="acme")
-    for scope in ({"tenant": "acme"}, {"job": job_id}, {"sha256": "c" * 64}):
-        assert erase(settings, sqlite_store, **scope) == receipt
-        assert Eraser(settings, sqlite_store).preview(Scope(**scope)).jobs == 0
-    judge(sqlite_store, "d" * 64, tenant="acme")
-    assert erase(settings, sqlite_store, tenant="acme").id != receipt.id, "what came since is erased"
-
-
-@pytest.mark.parametrize(
-    "scope", [{"tenant": "acne"}, {"job": "0198c5a2-7f31-7abc-9def-0123456789ab"}, {"sha256": "b" * 64}]
-)
-def test_what_an_unreadable_message_alone_names_is_kept_and_erased(
-    sqlite_store: Store, settings: Settings, scope: dict[str, str]
-) -> None:
-    ((name, value),) = scope.items()
-    bury(sqlite_store, {"v": 9, "items": [{"uri": "s3://b/a.png", "tenant": "other"}, {name: value}]}, "no form")
-    assert erase(settings, sqlite_store, **scope).counts["dead_letters"] == 1
-    (letter,) = sqlite_store.run(workers.list_dead_letters)
-    assert (value in letter.body, "other" in letter.body) == (False, True)
-
-
-def test_a_copy_that_no_row_names_is_kept_and_erased(sqlite_store: Store, settings: Settings) -> None:
-    kept = open_kept(settings)
-    sha256 = kept.put(b"a copy whose labeller died")
-    assert erase(settings, sqlite_store, sha256=sha256).state == "done"
-    assert not kept.exists(sha256)
 
 
 def test_a_run_under_way_that_learns_from_it_ends_and_its_process_writes_nothing_more(
