@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from code_worker.queues import QUEUES
+from code_worker.queues import LIVE, QUEUES
 from tests.faults.deployment import FaultDeployment
 from tests.faults.proxy import TcpProxy
 from tests.faults.rows import Bar, Seen, row
@@ -117,7 +117,18 @@ def test_a_remapped_sigterm_with_the_solo_pool_is_refused(
     deploy: Deploy, sqlite_url: str, redis_server: RedisServer, seen: Seen, tmp_path: Path
 ) -> None:
     deployment = deploy(sqlite_url, CODE_WORKER_BROKER__KEY_PREFIX="", THEIRS_DIRECTORY=str(tmp_path))
-    command = [sys.executable, "-m", "celery", "-A", "tests.worker.foreign_app", "worker", "--pool", "solo"]
+    command = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "tests.worker.foreign_app",
+        "worker",
+        "--pool",
+        "solo",
+        "-Q",
+        LIVE,
+    ]
     environment = {**os.environ, **deployment.environment, "REMAP_SIGTERM": "SIGQUIT"}
     refused = WorkerProcess(command, environment, deployment.log_path)
     status = refused.process.wait(120)

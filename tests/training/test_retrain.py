@@ -333,7 +333,7 @@ def test_a_retrain_trains_the_encoder_and_is_judged_like_any_other(
 
 def test_a_training_that_fails_says_why(settings: Settings, sqlite_store: Store, champion: str) -> None:
     label_world(settings, sqlite_store)
-    training = settings.training.model_copy(update={"learning_rate": 1e30, "steps_per_epoch": 20})
+    training = settings.training.model_copy(update={"learning_rate": 1000.0, "steps_per_epoch": 20})
     hopeless = settings.model_copy(update={"training": training})
     ended = learner(hopeless, sqlite_store).learn("retrain", by="alice")
     assert ended is not None

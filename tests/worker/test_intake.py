@@ -193,7 +193,7 @@ def test_items_have_rows_and_their_message_goes_back_where_no_node_can_be_made(
     settings = Settings(data_dir=tmp_path, database_url=sqlite_store.url)
     with (
         Celery("theirs", broker="memory://", set_as_current=False) as app,
-        closing(WithoutDevice(app, settings)) as host,
+        closing(WithoutDevice(app, lambda: settings)) as host,
     ):
         tasks.register_tasks(app, host)
         task = app.tasks[MODERATE]
@@ -236,7 +236,10 @@ def test_what_came_off_a_queue_is_kept_once_the_database_is_back(
             return super().store()
 
     settings = Settings(data_dir=tmp_path, database_url=sqlite_store.url)
-    with Celery("theirs", broker="memory://", set_as_current=False) as app, closing(Away(app, settings)) as host:
+    with (
+        Celery("theirs", broker="memory://", set_as_current=False) as app,
+        closing(Away(app, lambda: settings)) as host,
+    ):
         for number in range(2):
             host.bury(f"{{unreadable {number}", "JSONDecodeError")
         assert tried.wait(30)

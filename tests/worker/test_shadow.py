@@ -27,11 +27,11 @@ import numpy as np
 from code_worker import Head, HeadSpec, hookimpl
 
 class Moody(Head):
-    '''Scores the probes of building (256) and loading (4), and nothing else.'''
+    '''Scores the probes of building (80, 256) and loading (4, 80), and nothing else.'''
     def fit(self, embeddings, labels):
         return self
     def score(self, embeddings):
-        if len(embeddings) not in {4, 256}:
+        if len(embeddings) not in {4, 80, 256}:
             raise ZeroDivisionError("not today")
         return np.full(len(embeddings), 0.5, np.float32)
     def save(self, directory):
