@@ -35,7 +35,7 @@ class Fickle(Head):
         return self
     def score(self, embeddings):
         self.calls += len(embeddings) == 4
-        return np.full(len(embeddings), float(self.calls > 2), np.float32)
+        return np.full(len(embeddings), float(self.calls > 1), np.float32)
     def save(self, directory):
         (directory / "nothing.txt").write_text("-")
     @classmethod

@@ -22,6 +22,7 @@ import torch
 
 from code_worker.encoder.engine import Engine
 
+# A file that names neither hook nor hookimpl is no plugin.
 inner = Engine.embed
 mark = Path({mark!r})
 

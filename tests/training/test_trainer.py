@@ -198,7 +198,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_step(tmp_path: 
 
 
 def test_the_process_records_divergence_with_its_step(tmp_path: Path) -> None:
-    directory = write_small_job(tmp_path / "job", small_job(learning_rate=1000.0, warmup_epochs=0))
+    directory = write_small_job(
+        tmp_path / "job", small_job(learning_rate=1000.0, weight_decay=1000.0, steps_per_epoch=20, warmup_epochs=0)
+    )
     assert main([str(directory)]) == 3
     failure = json.loads((directory / "failure.json").read_text())
     assert "diverged at step" in failure["reason"]

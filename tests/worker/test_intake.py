@@ -110,7 +110,7 @@ def test_the_log_of_refused_messages_names_no_image_and_no_tenant(
     refused = [record.getMessage() for record in caplog.records if "message_refused" in record.getMessage()]
     kept = {letter.id: letter.error for letter in _letters(sqlite_store)}
     assert [uri in error for error in kept.values()] == [True] * 3, "who looks there is told"
-    assert [kind for kind in ("id_conflict", "item", "message") for line in refused if f"'{kind}'" in line] == [
+    assert [kind for kind in ("id_conflict", "item", "message") for line in refused if f"kind={kind}" in line] == [
         *("id_conflict", "item", "message")
     ]
     assert all(any(letter in line for line in refused) for letter in kept)
