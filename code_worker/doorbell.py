@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
 
 from celery import Celery
 from kombu.entity import Exchange, Queue
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError, OperationalError
+from kombu.transport import virtual
 from redis.exceptions import RedisError
 
 from code_worker.broker import celery_config
 from code_worker.errors import BrokerUnavailableError
 from code_worker.logs import get_logger
-from code_worker.queues import MODERATE, jobs_message
+from code_worker.queues import MODERATE, QUEUES, jobs_message
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
@@ -27,6 +30,7 @@ log = get_logger(__name__)
 _MARK = "code_worker.mark"
 _BYSTANDERS = "code_worker.bystanders"
 _PERSISTENT = 2
+_MOST_HELD = 5000
 
 
 def bound_queue(name: str) -> Queue:
@@ -197,6 +201,24 @@ class Doorbell:
             noted = channel.client.hgetall(f"{channel.global_keyprefix}{_BYSTANDERS}")
             return sorted(name.decode() for name, at in noted.items() if time.time() - float(at) < within_s)
 
+    def held(self, job_ids: Iterable[str]) -> set[str]:
+        """Those of the jobs that are named by a message which a worker took and has not acknowledged.
+
+        Of a broker that is not Redis, and beyond thousands of such messages, nothing is known.
+
+        Raises:
+            BrokerUnavailableError: see `depth`.
+        """
+        wanted, found = set(job_ids), set[str]()
+        with self._channel() as channel:
+            if not _is_redis(channel):
+                return found
+            # kombu puts no prefix before the key of HSCAN.
+            kept = channel.client.hscan_iter(f"{channel.global_keyprefix}{channel.unacked_key}", count=500)
+            for _, message in islice(kept, _MOST_HELD):
+                found |= wanted.intersection(_named_in(channel, message))
+        return found
+
     @contextmanager
     def _channel(self) -> Iterator[Any]:
         try:
@@ -210,6 +232,19 @@ class Doorbell:
         """Closes the connections, unless they are those of somebody's app."""
         if self._own:
             self._app.close()
+
+
+def _named_in(channel: Any, kept: bytes) -> list[str]:
+    """Jobs of an unacknowledged message as kombu keeps it; none where it is somebody else's, or cannot be read."""
+    try:
+        payload, _, routing_key = json.loads(kept)
+        if routing_key not in QUEUES:
+            return []
+        (arguments, *_) = virtual.Message(payload, channel=channel, accept={"application/json"}).payload
+        jobs = arguments[0]["jobs"]
+    except (ValueError, TypeError, LookupError, KombuError):
+        return []
+    return [job for job in jobs if isinstance(job, str)] if isinstance(jobs, list) else []
 
 
 def _is_redis(channel: Any) -> bool:

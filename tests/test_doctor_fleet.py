@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from code_worker.cli.schedule import schedule
 from code_worker.client import Client
-from code_worker.doorbell import Doorbell
+from code_worker.doorbell import Doorbell, bound_queue
 from code_worker.plugins import load_plugins
 from code_worker.queues import LIVE, NORMAL, QUEUES, SWEEP_QUEUE, TRAIN_QUEUE
 from code_worker.releases.registry import open_registry
@@ -168,6 +168,22 @@ def test_messages_that_no_worker_saw_are_told_wherever_doctor_runs(
     assert unseen.status is Status.WARN
     assert "messages of 1 jobs were seen by no worker" in unseen.message
     assert sqlite_store.run(lambda session: jobs.get(session, job), write=False) is not None
+
+
+def test_messages_that_a_worker_took_and_has_not_judged_yet_are_not_lost(
+    make: Make, running: Callable[..., Host], sqlite_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a worker that loads its model for longer than the sweeper waits."""
+    host = running(make(), frozenset(QUEUES))
+    with closing(Client(make())) as client:
+        client.enqueue("s3://b/k")
+    with create_app(make()).connection_for_read() as connection:
+        assert bound_queue(NORMAL)(connection.default_channel).get() is not None
+        with sqlite_store.engine.begin() as there:
+            there.exec_driver_sql("update jobs set published_at = datetime('now', '-60 seconds') || '.000000'")
+        assert host.sweep().rung == 1, "its worker may have died"
+    assert "messages_lost" not in caplog.text
+    assert [check.status for check in found("queues")] == [Status.OK]
 
 
 def test_a_champion_whose_head_no_plugin_offers_is_a_fault_here_and_on_each_worker(

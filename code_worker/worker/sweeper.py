@@ -94,16 +94,24 @@ class Sweeper:
                 rung += self._ring(due, waits)
                 if len(due) < _LIMIT:
                     break
-            unheard = self._ring(self._unheard(), waits)
-            if unheard:
-                self._unheard_last = {"jobs": unheard, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-                log.warning("messages_lost", jobs_rung_again=unheard)
-            rung += unheard
+            rung += self._ring_unheard(waits)
         except BrokerUnavailableError as error:
             log.warning("broker_unavailable", error=str(error))
         if rung or quarantined:
             log.info("swept", rung=rung, quarantined=quarantined)
         return Swept(rung, quarantined)
+
+    def _ring_unheard(self, waits: dict[str, float]) -> int:
+        """Publishes what an empty queue no longer holds; what no worker holds either was lost, and is said."""
+        due = self._unheard()
+        if not due:
+            return 0
+        # A worker that loads its model, or died, has messages that it took and claimed no job of.
+        held = self._doorbell.held(job.id for job in due)
+        if lost := sum(job.id not in held for job in due):
+            self._unheard_last = {"jobs": lost, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+            log.warning("messages_lost", jobs_rung_again=lost)
+        return self._ring(due, waits)
 
     def _waits(self) -> dict[str, float]:
         """Seconds after which a job that was published and not claimed is rung for again, by queue.

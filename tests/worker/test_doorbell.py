@@ -12,8 +12,8 @@ from kombu import Exchange, Queue
 from code_worker.doorbell import Doorbell, bound_queue
 from code_worker.errors import BrokerUnavailableError
 from code_worker.queues import LIVE, MODERATE, NORMAL, RETRAIN, TRAIN_QUEUE
-from code_worker.settings import Settings
-from code_worker.worker.app import install
+from code_worker.settings import BrokerSettings, Settings
+from code_worker.worker.app import create_app, install
 from code_worker.worker.bystander import Bystander
 from tests.servers import RedisServer
 
@@ -44,6 +44,28 @@ def test_a_broker_that_is_gone_is_reported_and_a_new_one_is_used(
     redis_server.start()
     doorbell.ring(NORMAL, ["c"])
     assert doorbell.depth(NORMAL) == 1
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+@pytest.mark.parametrize("prefix", ["cw:", ""])
+def test_what_a_worker_took_and_did_not_acknowledge_is_held(
+    redis_server: RedisServer, tmp_path: Path, prefix: str, compression: str | None
+) -> None:
+    settings = Settings(data_dir=tmp_path, broker_url=redis_server.url, broker=BrokerSettings(key_prefix=prefix))
+    app = create_app(settings)
+    app.conf.task_compression = compression
+    bell = Doorbell(app)
+    bell.ring(NORMAL, ["taken", "and its neighbour"])
+    assert bell.held(["taken"]) == set(), "it waits"
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        message = bound_queue(NORMAL)(channel).get()
+        bell.ring(NORMAL, ["waiting"])
+        assert bell.depth(NORMAL) == 1
+        assert bell.held(["taken", "waiting", "unknown"]) == {"taken"}
+        message.ack()
+        assert bell.held(["taken"]) == set()
+    app.close()
 
 
 def astray(*_: object, **__: object) -> dict[str, object]:
