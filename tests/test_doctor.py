@@ -223,7 +223,7 @@ def test_a_device_or_precision_that_is_not_there_is_a_fault(find: Find, wrong: d
 
 def test_a_broken_plugin_is_a_fault_and_the_rest_is_still_looked_at(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / "broken.py").write_text("raise RuntimeError('boom')\n")
+    (tmp_path / "plugins" / "broken.py").write_text("from code_worker import hookimpl\nraise RuntimeError('boom')\n")
     found = {check.name: check for check in examine(data_dir=data_dir, plugins_dir=tmp_path / "plugins")}
     assert found["plugins"].status is Status.FAIL
     assert "broken.py" in found["plugins"].message

@@ -65,24 +65,30 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     with status 70, since threads cannot be stopped.
 
     Raises:
-        ConfigurationError: called twice on one app, or, of an app that is configured or of settings that are given,
-            what a worker would refuse: an app that accepts no JSON, a schedule that is no cron line. Of others the
-            worker or beat says it when it starts, and ends with status 2.
+        ConfigurationError: called twice on one app, something that is no app or no `Settings`, a configured app that
+            accepts no JSON, or settings that are given and hold a schedule that is no cron line. What is wrong with
+            settings that are read is logged, since a process that only publishes, or runs tasks of its own, can go
+            on: workers of our queues and beat say it when they start, and end with status 2.
     """
+    if not isinstance(app, Celery) or not isinstance(settings, Settings | None):
+        raise ConfigurationError(
+            f"install takes a Celery app and, if any, code_worker.settings.Settings, not {type(app).__name__} and "
+            f"{type(settings).__name__}"
+        )
     if app in _INSTALLED:
         raise ConfigurationError(f"code_worker is installed in the app {app.main!r} already")
     installed = _Installed(app, settings)
     if app.configured:
         check_content(app)
-    if app.configured or settings is not None:
-        beat_entries(installed.settings())
+    if settings is not None:
+        beat_entries(settings)
     register_tasks(app, installed.host)
     register_learning(app, installed.host)
     add_waker(app)
     app.on_after_configure.connect(installed.configure, weak=False)
     app.on_after_finalize.connect(installed.configure, weak=False)
     if app.configured:
-        installed.add()
+        installed.configure()
     _INSTALLED[app] = installed
     Doorbell.adopt(app)
     return app

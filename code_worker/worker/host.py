@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from code_worker.store.engine import Store
     from code_worker.worker.learning import Learning
     from code_worker.worker.node import Node
+    from code_worker.worker.retention import Retention
     from code_worker.worker.sweeper import Sweeper, Swept
 
 __all__ = ["Host"]
@@ -49,6 +50,7 @@ class Host:
         self._learning: Learning | None = None
         self._watcher: Repeater | None = None
         self._retention: Repeater | None = None
+        self._retainer: Retention | None = None
         self._keeper: Repeater | None = None
         self._reporter: tuple[Repeater, Reporter] | None = None
         self._owner: str | None = None
@@ -234,20 +236,27 @@ class Host:
                 from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
                 from code_worker.worker.learning import Watcher  # noqa: PLC0415 - SQLAlchemy
 
-                watcher = Watcher(self.settings, self._background_store(), Doorbell(self._app))
+                watcher = Watcher(self.settings, self._background_store, Doorbell(self._app))
                 self._watcher = Repeater("learning_watch", watcher.interval_s, watcher.look)
                 self._watcher.start()
                 # A trainer's directories of runs may be on no other machine.
                 self._start_retaining()
 
     def _start_retaining(self) -> None:
+        if self._retention is None:
+            self._retention = Repeater("retention", self.settings.retention.interval_s, self._retain)
+            self._retention.start()
+
+    def _retain(self) -> object:
         from code_worker.worker.retention import Retention  # noqa: PLC0415 - SQLAlchemy
 
-        if self._retention is None:
-            work = Retention(self.settings, self._background_store(), f"retention-{uuid4().hex[:12]}")
-            self._stop_retaining = work.stop
-            self._retention = Repeater("retention", work.interval_s, work)
-            self._retention.start()
+        # At the first turn that finds a database: one that is away, or not migrated yet, stops no other part.
+        with self._lock:
+            if self._retainer is None:
+                self._retainer = Retention(self.settings, self._background_store(), f"retention-{uuid4().hex[:12]}")
+                self._stop_retaining = self._retainer.stop
+            retainer = self._retainer
+        return retainer()
 
     def _background_store(self) -> Store:
         """One for all that runs in the background, so that its connections are few; the node has its own."""
@@ -272,6 +281,7 @@ class Host:
         self._lock = threading.RLock()
         self._store = self._background = self._node = self._sweeper = self._repeater = None
         self._learning = self._watcher = self._retention = self._keeper = self._reporter = self._owner = None
+        self._retainer = None
         self._queues = frozenset()
         self._unkept = deque()
 
@@ -281,7 +291,7 @@ class Host:
         with self._lock:
             if self._retention is not None:
                 self._retention.stop()
-                self._retention = None
+                self._retention = self._retainer = None
             if self._repeater is not None:
                 self._repeater.stop()
                 self._repeater = None

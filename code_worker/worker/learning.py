@@ -13,6 +13,8 @@ from code_worker.store import policies, releases, runs, schedule
 from code_worker.worker.schedule import CALIBRATE, schedules, times_until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from celery.schedules import crontab
 
     from code_worker.doorbell import Doorbell
@@ -63,9 +65,15 @@ def calibration_due(session: Session, settings: Settings) -> datetime | None:
 
 
 class Watcher:
-    """Rings for a trainer when something is due: a run that was left behind, or a time that beat did not see."""
+    """Rings for a trainer when something is due: a run that was left behind, or a time that beat did not see.
 
-    def __init__(self, settings: Settings, store: Store, doorbell: Doorbell) -> None:
+    Args:
+        settings: which schedules there are.
+        store: gives the ledger at each look; one that is away, or not migrated yet, fails that look alone.
+        doorbell: where to publish.
+    """
+
+    def __init__(self, settings: Settings, store: Callable[[], Store], doorbell: Doorbell) -> None:
         self.interval_s = min(_LOOK_EVERY_S, settings.training.lease_s)
         self._settings = settings
         self._store = store
@@ -73,7 +81,7 @@ class Watcher:
 
     def look(self) -> None:
         """One look; the message expires before the next one, so that none pile up."""
-        found = self._store.run(lambda session: due(session, self._settings, datetime.now(UTC)))
+        found = self._store().run(lambda session: due(session, self._settings, datetime.now(UTC)))
         if not found:
             return
         log.info("learning_due", what=found)

@@ -320,9 +320,17 @@ def test_what_they_set_for_their_tasks_is_not_set_for_ours() -> None:
         assert not getattr(task, "autoretry_for", ())
 
 
-def test_wrong_settings_are_said_once_where_the_app_only_publishes(caplog: pytest.LogCaptureFixture) -> None:
-    app = install(Celery("theirs", broker=URL, set_as_current=False))
+@pytest.mark.parametrize("first", [True, False])
+def test_wrong_settings_are_said_once_where_the_app_only_publishes(
+    caplog: pytest.LogCaptureFixture, first: bool
+) -> None:
+    app = Celery("theirs", broker=URL, set_as_current=False)
+    if first:
+        install(app)
     app.conf.code_worker = {"schedule": {"refit": "every day"}}
+    if not first:
+        assert app.conf.enable_utc, "it is configured from now on"
+        install(app)
     app.finalize()
     (line,) = [record.getMessage() for record in caplog.records if "configuration_error" in record.getMessage()]
     assert "is no cron line" in line

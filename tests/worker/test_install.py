@@ -14,6 +14,7 @@ import pytest
 import redis
 from celery import Celery
 from kombu import Queue
+from pydantic import SecretStr
 
 from code_worker.broker import REDIS_TRANSPORT
 from code_worker.client import Client
@@ -24,10 +25,12 @@ from code_worker.images.decode import decode_crop
 from code_worker.plugins import load_plugins
 from code_worker.queues import MODERATE, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.releases.loading import load_release
-from code_worker.settings import LimitSettings, Settings
-from code_worker.store.engine import Store
+from code_worker.settings import LimitSettings, RetentionSettings, Settings, TrainingSettings, WorkerSettings
+from code_worker.store import migrate
+from code_worker.store.engine import Store, open_store
 from code_worker.types import Outcome, RejectReason
 from code_worker.worker.app import create_app, host_of, install
+from code_worker.worker.background import failing_parts
 from tests.patience import LIMIT_S
 from tests.servers import RedisServer
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
@@ -197,6 +200,35 @@ def test_install_leaves_a_transport_they_chose(settings: Settings) -> None:
     other = Celery("theirs", broker="amqp://127.0.0.1:1//", set_as_current=False)
     install(other, settings)
     assert other.conf.broker_transport is None
+
+
+def test_parts_that_start_before_the_database_has_tables_work_once_it_has(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    settings = Settings(
+        data_dir=tmp_path,
+        broker_url=SecretStr(redis_server.url),
+        worker=WorkerSettings(sweep_interval_s=0.1, lease_s=5),
+        retention=RetentionSettings(interval_s=0.1),
+        training=TrainingSettings(lease_s=1),
+    )
+    tmp_path.joinpath("code_worker.db").touch()
+    with create_app(settings) as app, closing(host_of(app)) as host:
+        host.start_reporting(frozenset((*QUEUES, TRAIN_QUEUE)))
+        host.start_sweeping()
+        host.start_watching()
+        parts = {"report", "sweep", "learning_watch", "retention"}
+        wait_until(lambda: parts <= set(failing_parts()), LIMIT_S, "parts without tables")
+        with closing(open_store(settings.resolved_database_url)) as store:
+            migrate.upgrade(store)
+        wait_until(lambda: not failing_parts(), LIMIT_S, "parts with tables")
+
+
+def test_what_is_no_app_and_what_are_no_settings_are_refused_by_name(settings: Settings) -> None:
+    with pytest.raises(ConfigurationError, match=r"install takes a Celery app .*, not NoneType"):
+        install(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="not Celery and dict"):
+        install(Celery("theirs", set_as_current=False), {"files": {}})  # type: ignore[arg-type]
 
 
 def test_installing_twice_is_refused(settings: Settings) -> None:
