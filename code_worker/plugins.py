@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -257,7 +257,10 @@ class Plugins:
 
 
 def _call_all(offer: Callable[..., Any]) -> list[HeadSpec]:
-    return list(offer())
+    offered: object = offer()
+    if not isinstance(offered, Iterable):
+        raise TypeError(f"code_worker_register_heads must return a list of HeadSpec, not {type(offered).__name__}")
+    return list(offered)
 
 
 def _installed_candidates(names: Sequence[str] | None) -> Iterator[_Candidate]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -155,13 +156,18 @@ def new(name: str, parent: Path) -> None:
 def check(*, name: str, options: dict[str, Any], as_json: bool) -> None:
     """Run the conformance kit on the head NAME, or on every head of the plugin NAME.
 
-    Exit status: 0 all checks passed; 1 some failed; 2 there is no such head or plugin, or it cannot be loaded.
+    Options of CODE_WORKER_HEADS are used where --options does not name them.
+
+    Exit status: 0 all checks passed; 1 some failed; 2 no such head, plugin or option, or it cannot be loaded.
     """
     from code_worker.testing import check_head  # noqa: PLC0415 - numpy, and the head itself
 
     loaded = _load()
-    specs = {head: loaded.heads()[head] for head in _heads_of(loaded, name)}
-    rows = [{"head": head, **asdict(result)} for head, spec in specs.items() for result in check_head(spec, options)]
+    rows = [
+        {"head": head, **asdict(result)}
+        for head, chosen in _options_of(loaded, _heads_of(loaded, name), options).items()
+        for result in check_head(loaded.heads()[head], chosen)
+    ]
     if as_json:
         print_json_lines(rows)
     else:
@@ -170,6 +176,16 @@ def check(*, name: str, options: dict[str, Any], as_json: bool) -> None:
         print_table(shown, columns, empty=f"plugin {name} loads; it offers no head to check")
     if not all(row["passed"] for row in rows):
         sys.exit(1)
+
+
+def _options_of(loaded: Plugins, heads: tuple[str, ...], options: dict[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Options of these heads, as a fit would have them: those given here before those of the settings."""
+    from code_worker.training.refit import plan_heads  # noqa: PLC0415 - numpy, not for --help
+
+    named = {head.replace("-", "_") for head in heads}
+    ours = {name: chosen for name, chosen in load_settings().heads.items() if name.replace("-", "_") in named}
+    plans = plan_heads(loaded, None, ours, dict.fromkeys(heads, options))
+    return {head: plan.options for head, plan in plans.items()}
 
 
 def _heads_of(loaded: Plugins, name: str) -> tuple[str, ...]:

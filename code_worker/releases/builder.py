@@ -92,9 +92,10 @@ def without_head(
         UnknownHeadError: the release lacks the head, or the default head.
         ConfigurationError: it is the only head, or the default one and no other is named.
     """
-    if unknown := {head, default_head} - {None, *loaded.heads}:
-        raise UnknownHeadError(str(unknown.pop()), tuple(sorted(loaded.heads)))
-    kept, manifest = KeptHeads.of(loaded, directory, {head}), loaded.manifest
+    manifest = loaded.manifest
+    if unknown := {head, default_head} - {None, *manifest.heads}:
+        raise UnknownHeadError(str(unknown.pop()), tuple(sorted(manifest.heads)))
+    kept = KeptHeads.of(loaded, directory, {head})
     if (default := default_head or manifest.default_head) not in kept.entries:
         hint = "name another with --default-head" if kept.entries else "it is the only one"
         raise ConfigurationError(f"jobs of {loaded.id} are judged with {head!r} by default: {hint}")

@@ -78,6 +78,7 @@ def load_release(
     signature: bytes | None = None,
     expected: str | None = None,
     if_changed: IfChanged = "refuse",
+    leave_out: str | None = None,
 ) -> LoadedRelease:
     """Loads a release directory, all of it or nothing.
 
@@ -90,6 +91,7 @@ def load_release(
         expected: hash that the manifest must have.
         if_changed: whether a head that scores the probes otherwise than when the release was made, by more than its
             tolerance, is refused, or used with a warning. Releases made before there were probes are not compared.
+        leave_out: a head that is not loaded, so that its plugin need not be here.
 
     Raises:
         SignatureError: there are keys, and none of them made the signature.
@@ -107,11 +109,12 @@ def load_release(
         _refuse_swapped(directory, hashlib.sha256(content).hexdigest(), sha256)
         check(content, signature_in(directory) if signature is None else signature, keys, str(directory))
     weights = read_weights(directory)
-    heads = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
+    entries = {name: entry for name, entry in manifest.heads.items() if name != leave_out}
+    heads = {name: load_head(directory, name, entry, plugins) for name, entry in entries.items()}
     probes = read_probes(directory) if PROBES_NAME in manifest.files else None
     if keys:
         _refuse_swapped(directory, verify_files(directory)[1], sha256)
-    head_plugins = {name: plugins.provider(entry.plugin_head).release for name, entry in manifest.heads.items()}
+    head_plugins = {name: plugins.provider(entry.plugin_head).release for name, entry in entries.items()}
     for changed in _changed_heads(release_id(sha256), heads, probes):
         head = changed.head
         _refuse_or_warn(changed, release_id(sha256), manifest.heads[head], head_plugins[head], if_changed)
@@ -179,7 +182,9 @@ def load_head(directory: Path, name: str, entry: HeadEntry, plugins: Plugins) ->
     except UnknownHeadError:
         raise PluginError(
             f"head {name!r} needs the plugin head {entry.plugin_head!r} ({entry.target}) of "
-            f"{entry.distribution} {entry.distribution_version}, which is not installed"
+            f"{entry.distribution} {entry.distribution_version}, which is not installed. Install it again; "
+            f"or leave the head out (`code-worker releases drop-head RELEASE {name}`) and promote what that makes, "
+            "or go back to the champion before (`code-worker releases rollback`)"
         ) from None
     try:
         return head_class.load(head_directory(directory, name), entry.options)

@@ -140,12 +140,14 @@ class Registry:
     def drop_head(self, release: str, head: str, *, by: str, default_head: str | None = None) -> str:
         """Adds a release like this one without a head; the others stay as they are. Returns its id.
 
+        The head is not loaded: its plugin may be gone, or score otherwise than it did.
+
         Raises:
             NotAllowedError: `by` is no operator.
             ConfigurationError, NoReleaseError, ArtifactError, PluginError: see `without_head` and `load`.
         """
         require(self._roles, by, Role.OPERATOR, "leave a head out of a release")
-        loaded = self.load(release)
+        loaded = self.load(release, leave_out=head)
         kept, facts = without_head(loaded, self.directory(release), head, default_head)
         note = partial(kept_heads.note, run_id=self._store.new_id(), base=release, by=by)
         with tempfile.TemporaryDirectory(prefix="code-worker-release-") as directory:
@@ -196,8 +198,10 @@ class Registry:
         """Id of the release that scores in the champion's shadow, or None."""
         return self._store.run(lambda session: releases.alias(session, CHALLENGER), write=False)
 
-    def load(self, release: str, on_bytes: OnBytes | None = None) -> LoadedRelease:
+    def load(self, release: str, on_bytes: OnBytes | None = None, *, leave_out: str | None = None) -> LoadedRelease:
         """The release in memory: every file compared with the manifest, the manifest with the registered hash.
+
+        The head `leave_out` is not loaded.
 
         Raises:
             NoReleaseError: it is not registered.
@@ -218,6 +222,7 @@ class Registry:
             signature=signature,
             expected=expected,
             if_changed=self._if_changed,
+            leave_out=leave_out,
         )
 
     def sign(self, release: str, *, by: str) -> None:

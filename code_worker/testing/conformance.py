@@ -70,7 +70,7 @@ def _run(check: Callable[[Subject], None], subject: Subject) -> CheckResult:
         check(subject)
     except NotConformingError as found:
         return CheckResult(name, passed=False, expected=found.expected, seen=found.seen, fix=found.fix)
-    except Exception as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything at all
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything at all
         return CheckResult(
             name,
             passed=False,

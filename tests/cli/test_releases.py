@@ -122,6 +122,37 @@ def test_a_head_is_dropped_into_a_release_of_its_own(run: Run, bare_cli: Cli, tw
     assert "name another with --default-head" in refused.stderr
 
 
+def test_a_head_whose_plugin_is_gone_is_dropped_or_rolled_back(
+    run: Run, bare_cli: Cli, two: list[Path], tmp_path: Path
+) -> None:
+    plugins_dir = tmp_path / "plugins"
+    plugins_dir.mkdir()
+    bare_cli.env["CODE_WORKER_PLUGINS_DIR"] = str(plugins_dir)
+    for name in ("gone", "kept"):
+        (plugins_dir / f"{name}.py").write_text(
+            FICKLE.replace("float(self.calls > 2)", "0.5").replace("fickle", name)
+        )
+    loaded = load_plugins(Settings(plugins_dir=plugins_dir))
+    heads = {name: loaded.head_class(name)() for name in ("gone", "kept")}
+    facts = ReleaseFacts(source=Source(uri="test"), default_head="kept")
+    build_from_parts(
+        tmp_path / "both", random_weights(0, depth=1), heads, load_plugins(Settings(plugins_dir=plugins_dir)), facts
+    )
+    both = id_of(tmp_path / "both")
+    run("import", two[0], "--promote")
+    run("import", tmp_path / "both", "--promote")
+    (plugins_dir / "gone.py").unlink()
+    refused = run("promote", both)
+    assert refused.status == 2
+    assert "Install it again" in refused.stderr
+    assert "releases drop-head RELEASE gone" in refused.stderr
+    assert "releases rollback" in refused.stderr
+    assert "is the champion" in run("rollback").stdout
+    dropped = run("drop-head", both, "gone")
+    assert dropped.status == 0, dropped.stderr
+    assert "is the champion" in run("promote", dropped.stdout.split()[0]).stdout
+
+
 def test_promote_and_rollback_say_what_was_before(run: Run, two: list[Path]) -> None:
     first, second = map(id_of, two)
     run("import", two[0], "--promote")

@@ -202,6 +202,11 @@ class WritesInput(Centroids):
         return scores
 
 
+class EndsTheProcess(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        raise SystemExit(0)
+
+
 class KeepsStateOnSelf(Centroids):
     def score(self, embeddings: Any) -> Any:
         self.current = embeddings
@@ -267,6 +272,11 @@ def test_each_check_catches_the_head_that_breaks_its_rule(head_class: type[Head]
         AssertionError, match=f"checks failed\n(.*\n)*{BROKEN[head_class]}: expected .*; seen: .*; fix: "
     ):
         assert_head_conforms(head_class)
+
+
+def test_a_head_that_ends_the_process_fails_the_checks() -> None:
+    failed = [result for result in check_head(EndsTheProcess) if not result.passed]
+    assert "SystemExit: 0" in {result.seen for result in failed}
 
 
 def test_every_check_has_a_head_that_breaks_it() -> None:

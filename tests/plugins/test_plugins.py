@@ -146,7 +146,10 @@ def test_two_plugins_of_one_name_are_both_named(tmp_path: Path) -> None:
         (f"{PLUGIN}1 / 0", "ZeroDivisionError"),
         (f"{PLUGIN}import sys; sys.exit(3)", "SystemExit: 3"),
         (OFFER.replace("return", "return {}[0],"), "KeyError: 0"),
-        (OFFER.replace("return", "return None;"), "TypeError: 'NoneType' object is not iterable"),
+        (
+            OFFER.replace("return", "return None;"),
+            "TypeError: code_worker_register_heads must return a list of HeadSpec",
+        ),
     ],
 )
 def test_a_broken_file_is_named_with_the_cause(source: str, cause: str, tmp_path: Path) -> None:
@@ -182,6 +185,15 @@ def test_a_head_needs_a_name_that_is_safe_everywhere(name: str, tmp_path: Path) 
 def test_an_offer_that_is_no_head_spec_is_refused(tmp_path: Path) -> None:
     source = OFFER.replace('HeadSpec(\'x\', "somewhere:SomeHead", "a test")', "'mine'")
     assert "offers a str where a HeadSpec is expected" in refusal(tmp_path, source)
+
+
+@pytest.mark.parametrize("answer", ["None", "HeadSpec('a', object, 'a')"])
+def test_an_offer_that_is_no_list_is_refused(answer: str, tmp_path: Path) -> None:
+    source = (
+        "from code_worker import HeadSpec, hookimpl\n\n@hookimpl\ndef code_worker_register_heads():\n"
+        f"    return {answer}\n"
+    )
+    assert "code_worker_register_heads must return a list of HeadSpec, not " in refusal(tmp_path, source)
 
 
 def test_a_plugins_directory_that_is_missing_is_an_error(tmp_path: Path) -> None:

@@ -219,6 +219,13 @@ def test_a_sample_job_shows_which_head_the_plugins_choose(tmp_path: Path) -> Non
 
 
 def test_options_reach_the_head_that_is_checked() -> None:
-    done = code_worker("plugins", "check", "knn", "--options", '{"n_neighbors": 0}')
-    assert done.returncode == 1
-    assert "n_neighbors" in done.stdout
+    for done in (
+        code_worker("plugins", "check", "knn", "--options", '{"n_neighbors": 0}'),
+        code_worker("plugins", "check", "knn", CODE_WORKER_HEADS__KNN__N_NEIGHBORS="0"),
+    ):
+        assert done.returncode == 2
+        assert "options of head 'knn': n_neighbors: " in done.stderr
+        assert not done.stdout
+    unknown = code_worker("plugins", "check", "knn", "--options", '{"kk": 3}')
+    assert unknown.returncode == 2
+    assert "options of head 'knn': kk: " in unknown.stderr
