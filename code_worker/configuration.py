@@ -159,7 +159,11 @@ class _Reader:
 
     def unknown(self, names: _Names) -> str:
         """That there is no such setting, and what it may have been meant to be."""
-        known = {self.written(each).lower(): self.written(each) for each in _known(self.model, ())}
+        settings = list(_known(self.model, ()))
+        if len(names) == 1:
+            # A section may be meant: `[wroker]` is nearer to `worker` than to any setting's whole name.
+            settings += [(name,) for name in dict.fromkeys(each[0] for each in settings if len(each) > 1)]
+        known = {self.written(each).lower(): self.written(each) for each in settings}
         near = difflib.get_close_matches(self.written(names).lower(), known, 1)
         hint = f"; did you mean {known[near[0]]}?" if near else ""
         return f"{self.place(names)} is no setting{hint}"

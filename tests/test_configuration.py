@@ -180,7 +180,7 @@ def test_unknown_keys_of_a_file_are_refused_with_their_lines(toml: Callable[[str
     said = refusal()
     assert f"signing_key ({path}, line 1) is no setting; did you mean signing_keys?" in said
     assert f"s3.bukets ({path}, line 4) is no setting; did you mean s3.buckets?" in said
-    assert f"wroker ({path}, line 5) is no setting" in said
+    assert f"wroker ({path}, line 5) is no setting; did you mean worker?" in said
     assert "s3cret" not in said
 
 

@@ -32,6 +32,9 @@ _LINES_PER_TRANSACTION = 1024
 _BLOCK = 1 << 16
 _BOM = "\ufeff"
 _UTF16 = ("\udcff\udcfe", "\udcfe\udcff")
+# How JPEG, PNG, GIF, TIFF, zip and gzip begin, with bytes that are not UTF-8 as surrogates. A list of names that
+# end in NUL may hold any character, so that nothing later in the file tells the one from the other.
+_BINARY = ("\udcff\udcd8\udcff", "\udc89PNG", "GIF87a", "GIF89a", "II*\0", "MM\0*", "PK\x03\x04", "\x1f\udc8b")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ARRAY = re.compile(r'\s*\[\s*["{\]]')
 _NO_AUTHORITY = re.compile(r"(?P<scheme>file|s3|https?):(?P<slash>/?)(?!/)")
@@ -123,7 +126,9 @@ def listed_lines(stream: IO[str]) -> Iterator[Line]:
         stream: UTF-8, other bytes as surrogates.
     """
     first = stream.read(_BLOCK).removeprefix(_BOM)
-    if first.startswith(_UTF16):
+    if first.startswith(_BINARY):
+        yield Line("the list", problem="it is an image or an archive, and no list: name it without --from")
+    elif first.startswith(_UTF16):
         yield Line("the list", problem="it is UTF-16: save it as UTF-8")
     elif "\0" in first:
         names = enumerate(_until_nul(first, stream), 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -16,6 +18,7 @@ from code_worker.terminal import printable
 
 __all__ = ["cli", "main"]
 
+_OUTPUT_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _COMMANDS = {
     "audit": ("code_worker.cli.audit:audit", "Show who changed what, and check that record."),
     "beat": ("code_worker.cli.worker:beat", "Run the scheduler (one per deployment, supervised)."),
@@ -103,6 +106,14 @@ def main() -> None:
     """Runs the command line; our own errors end as one line on stderr, never as a traceback."""
     try:
         cli(prog_name="code-worker")
+    except OSError as error:
+        # Of a file it names the file; where the output goes to is full or gone, and a traceback would go there, too.
+        if error.filename is not None or error.errno not in _OUTPUT_FAILS:
+            raise
+        click.echo(f"code-worker: cannot write the output: {error.strerror}", err=True)
+        # Python writes what is left of it once more at its end, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except CodeWorkerError as error:
         click.echo(printable(f"code-worker: {redact(str(error))}"), err=True)
         sys.exit(2 if isinstance(error, ConfigurationError) else 1)

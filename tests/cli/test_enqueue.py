@@ -219,6 +219,8 @@ def test_lists_are_read_as_tools_write_them(
         (b"~nobody-here/a.png\n", "line 1: ~nobody-here/a.png: "),
         (b"s3://b/0.png\ns3://b/caf\xe9.png\n", "line 2: the address is not UTF-8"),
         ("s3://b/0.png\n".encode("utf-16"), "the list: it is UTF-16: save it as UTF-8"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF\0a\0b\0", "the list: it is an image or an archive, and no list"),
+        (b"\x89PNG\r\n\x1a\n\0a\0", "the list: it is an image or an archive, and no list"),
     ],
 )
 def test_what_names_no_image_is_named_in_one_line(producer: Cli, tmp_path: Path, content: bytes, named: str) -> None:

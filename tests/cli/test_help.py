@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -92,3 +93,11 @@ def test_a_misspelt_command_or_option_is_answered_with_what_was_meant(words: str
     ended = CliRunner().invoke(cli, words.split())
     assert ended.exit_code == 2
     assert said in ended.output
+
+
+@pytest.mark.parametrize("words", [["heads", "list"], ["heads", "list", "--json"], ["--help"]])
+def test_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
+    program = [sys.executable, "-c", "from code_worker.cli.main import main; main()", *words]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        ran = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (1, "code-worker: cannot write the output: No space left on device\n")
