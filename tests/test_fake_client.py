@@ -133,3 +133,10 @@ def test_it_loads_neither_broker_nor_database_nor_model() -> None:
         "    assert cw.verdict(cw.enqueue('s3://b/a')).label == 'real'\n"
     )
     assert modules_after(code).isdisjoint({*HEAVY, "sqlalchemy", "alembic", "celery", "kombu", "redis"})
+
+
+def test_a_verdict_that_is_none_is_refused_before_the_test_begins() -> None:
+    with pytest.raises(ValueError, match=r"s3://b/a\.jpg: 'fakee' is no verdict: one of .*fake.*, or a RejectReason"):
+        fake_client({"s3://b/a.jpg": "fakee"}).__enter__()
+    with fake_client({"s3://b/a.jpg": "fake"}) as client, pytest.raises(ValueError, match="'fakee' is no verdict"):
+        client.decide(cw.enqueue("s3://b/a.jpg"), "fakee")

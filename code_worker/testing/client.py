@@ -45,10 +45,13 @@ class FakeClient:
             verdicts: by URI, how its jobs are decided as soon as they are enqueued: `real`, `fake`, `uncertain`, or a
                 `RejectReason`. All other jobs wait for `decide` or `reject`.
             heads: those of the champion, of which a job may name one; none: any name is taken.
+
+        Raises:
+            ValueError: a verdict that is none.
         """
         self.jobs: dict[str, Job] = {}
         self.labels: list[NewLabel] = []
-        self._answers = dict(verdicts or {})
+        self._answers = {uri: _checked_answer(uri, answer) for uri, answer in (verdicts or {}).items()}
         self._heads = tuple(sorted(heads))
         self._verdicts: dict[str, Verdict] = {}
 
@@ -121,7 +124,7 @@ class FakeClient:
             ValueError: no label, or a score that is none.
             KeyError: no such job was enqueued.
         """
-        said = Label(label)
+        said = _label(label)
         score = _SCORES[said] if score is None else score
         if not 0 <= score <= 1:
             raise ValueError(f"a score is from 0 to 1, not {score}")
@@ -210,6 +213,22 @@ class FakeClient:
         """Does nothing: there is no connection."""
 
 
+def _checked_answer(uri: str, answer: Answer) -> Answer:
+    if isinstance(answer, RejectReason):
+        return answer
+    try:
+        return _label(answer)
+    except ValueError as error:
+        raise ValueError(f"the verdict of {uri}: {error}") from None
+
+
+def _label(said: str) -> Label:
+    try:
+        return Label(said)
+    except ValueError:
+        raise ValueError(f"{said!r} is no verdict: one of {', '.join(Label)}, or a RejectReason") from None
+
+
 @contextmanager
 def fake_client(verdicts: Mapping[str, Answer] | None = None, *, heads: Collection[str] = ()) -> Iterator[FakeClient]:
     """Within it `code_worker.enqueue`, `enqueue_many`, `verdict` and `label` of this process go to a `FakeClient`.
@@ -217,6 +236,9 @@ def fake_client(verdicts: Mapping[str, Answer] | None = None, *, heads: Collecti
     Args:
         verdicts: see `FakeClient`.
         heads: likewise.
+
+    Raises:
+        ValueError: a verdict that is none.
     """
     client = FakeClient(verdicts, heads=heads)
     package = vars(code_worker)
