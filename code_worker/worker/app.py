@@ -175,7 +175,7 @@ class _Installed:
             "schedule": _SWEEP_EVERY_S,
             "options": {"queue": SWEEP_QUEUE, "expires": _SWEEP_EVERY_S},
         }
-        return add_entries(self._app, {SWEEP: sweep, **beat_entries(self.settings())})
+        return add_entries(self._app, {SWEEP: sweep, **beat_entries(self.settings(), below=self._below)})
 
     def check(self) -> None:
         """Adds what was dropped since, and refuses what is wrong.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from zoneinfo import ZoneInfo
 
 from celery.schedules import crontab
 
+from code_worker.configuration import place_of
 from code_worker.errors import ConfigurationError
 from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
 
@@ -22,6 +23,7 @@ TASKS: Final = {"retrain": RETRAIN, "refit": REFIT}
 CALIBRATE: Final = "calibrate"
 """What is due after a promotion instead of by the clock; its times are those of the promotions."""
 _EXPIRES_S: Final = 3600.0
+_FIELDS: Final = 5
 # Once in forty years at the rarest: 29 February on one day of the week around a century that has none.
 _DAYS: Final = 366 * 40 + 1
 
@@ -42,22 +44,32 @@ class UtcCrontab(crontab):  # type: ignore[misc]  # Celery ships no types
         return aware.astimezone(self.tz)
 
 
-def schedules(settings: Settings) -> dict[str, UtcCrontab]:
-    """The schedules that are set, by kind of run.
+def schedules(settings: Settings, *, below: Mapping[str, object] | None = None) -> dict[str, UtcCrontab]:
+    """The schedules that are set, by kind of run; an error names where a line stands, at last in `below`.
 
     Raises:
         ConfigurationError: a line that is no cron line.
     """
     lines = {kind: getattr(settings.schedule, kind) for kind in TASKS}
-    return {kind: _parsed(kind, line) for kind, line in lines.items() if line is not None}
+    crons = {}
+    for kind, line in lines.items():
+        if line is not None:
+            try:
+                crons[kind] = _parsed(line)
+            except ConfigurationError as error:
+                place = place_of(type(settings), ("schedule", kind), line, below or {})
+                raise ConfigurationError(f"{place}: {error}") from None
+    return crons
 
 
-def _parsed(kind: str, line: str) -> UtcCrontab:
+def _parsed(line: str) -> UtcCrontab:
     try:
+        if len(fields := line.split()) != _FIELDS:
+            raise ValueError(f"{len(fields)} fields")
         return _that_comes(UtcCrontab.from_string(line))
     except (ValueError, KeyError) as error:
         raise ConfigurationError(
-            f"CODE_WORKER_SCHEDULE__{kind.upper()}: {line!r} is no cron line ({error}); "
+            f"{line!r} is no cron line ({error}); "
             "write five fields, such as `0 3 * * sun`: minute, hour, day of month, month, day of week"
         ) from None
 
@@ -69,8 +81,8 @@ def _that_comes(cron: UtcCrontab) -> UtcCrontab:
     return cron
 
 
-def beat_entries(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Entries of a beat schedule, for those schedules that are set.
+def beat_entries(settings: Settings, *, below: Mapping[str, object] | None = None) -> dict[str, dict[str, Any]]:
+    """Entries of a beat schedule, for those schedules that are set; `below` as in `schedules`.
 
     Raises:
         ConfigurationError: see `schedules`.
@@ -83,7 +95,7 @@ def beat_entries(settings: Settings) -> dict[str, dict[str, Any]]:
             # Later it is the watcher's: it finds every time that was missed.
             "options": {"queue": TRAIN_QUEUE, "expires": _EXPIRES_S},
         }
-        for kind, cron in schedules(settings).items()
+        for kind, cron in schedules(settings, below=below).items()
     }
 
 

@@ -333,5 +333,5 @@ def test_wrong_settings_are_said_once_where_the_app_only_publishes(
         install(app)
     app.finalize()
     (line,) = [record.getMessage() for record in caplog.records if "configuration_error" in record.getMessage()]
-    assert "is no cron line" in line
+    assert "schedule.refit in app.conf.code_worker: 'every day' is no cron line (2 fields)" in line
     assert destination(app, RETRAIN)[0] == TRAIN_QUEUE, "all else is there"

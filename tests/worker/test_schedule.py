@@ -85,11 +85,18 @@ def test_a_time_on_the_minute_is_due_at_once_and_not_again() -> None:
 
 
 @pytest.mark.parametrize("line", ["daily", "61 * * * *", "0 0 31 2 *", "0 3 * * funday", "", "* * * * * *"])
-def test_a_line_that_is_no_cron_line_is_a_wrong_setting(line: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"CODE_WORKER_SCHEDULE__REFIT: .*is no cron line"):
+def test_a_line_that_is_no_cron_line_is_a_wrong_setting(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"^schedule.refit: .*is no cron line") as refused:
         schedules(scheduled(refit=line))
+    assert "unpack" not in str(refused.value)
     with pytest.raises(ConfigurationError, match="is no cron line"):
         create_app(Settings(data_dir=tmp_path, broker_url="memory://", schedule={"refit": line}))
+    if line:
+        monkeypatch.setenv("CODE_WORKER_SCHEDULE__REFIT", line)
+        with pytest.raises(ConfigurationError, match=r"^CODE_WORKER_SCHEDULE__REFIT: .*is no cron line"):
+            schedules(Settings())
 
 
 def test_beat_gets_an_entry_for_each_schedule_that_is_set(tmp_path: Path) -> None:
