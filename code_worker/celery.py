@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from code_worker.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -17,5 +21,17 @@ def __getattr__(name: str) -> Celery:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from code_worker.worker.app import create_app  # noqa: PLC0415 - Celery, and the settings of this process
 
-    globals()[name] = made = create_app()
+    try:
+        globals()[name] = made = create_app()
+    except ConfigurationError as error:
+        if not _asked_by_celerys_command():
+            raise
+        # Celery's command makes a traceback of all but this.
+        sys.stderr.write(f"Error: {error}\n")
+        raise SystemExit(2) from None
     return made
+
+
+def _asked_by_celerys_command() -> bool:
+    program = Path(sys.argv[0])
+    return program.stem == "celery" or program.parts[-2:] == ("celery", "__main__.py")

@@ -33,7 +33,7 @@ from code_worker.worker.app import create_app, host_of, install
 from code_worker.worker.background import failing_parts
 from tests.patience import LIMIT_S
 from tests.servers import RedisServer
-from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
+from tests.worker.harness import Deployment, WorkerProcess, jpeg, start, wait_until
 
 
 def scored(release: Path, image: bytes) -> float:
@@ -98,6 +98,18 @@ def test_the_celery_command_finds_our_own_app(deploy: Callable[..., Deployment],
     with redis.Redis.from_url(url) as server:
         wait_until(lambda: server.exists("cw:redbeat:code_worker.sweep"), LIMIT_S, "the entry of beat")
     assert (worker.terminate(), beat.terminate()) == (0, 0)
+
+
+@pytest.mark.parametrize("url", ["", "bogus", "redis://10.255.255.1:6379/0"])
+def test_the_celery_command_without_a_broker_ends_with_status_2_and_one_line(tmp_path: Path, url: str) -> None:
+    environment = {**os.environ, "CODE_WORKER_DATA_DIR": str(tmp_path), "CODE_WORKER_BROKER_URL": url}
+    said = tmp_path / "said"
+    with said.open("wb") as stream:
+        process = start([sys.executable, "-m", "celery", "-A", "code_worker", "status"], environment, stream)
+        assert process.wait(LIMIT_S) == 2
+    (line,) = said.read_text().splitlines()
+    assert line.startswith("Error: ")
+    assert "broker" in line.lower()
 
 
 @pytest.fixture
