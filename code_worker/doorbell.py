@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import uuid4
 
@@ -202,9 +201,9 @@ class Doorbell:
             return sorted(name.decode() for name, at in noted.items() if time.time() - float(at) < within_s)
 
     def held(self, job_ids: Iterable[str]) -> set[str]:
-        """Those of the jobs that are named by a message which a worker took and has not acknowledged.
+        """Those of the jobs that are named by a message which a worker took and has not acknowledged, or may be.
 
-        Of a broker that is not Redis, and beyond thousands of such messages, nothing is known.
+        All may be where nobody can know: on a broker that is not Redis, and beyond thousands of such messages.
 
         Raises:
             BrokerUnavailableError: see `depth`.
@@ -212,10 +211,12 @@ class Doorbell:
         wanted, found = set(job_ids), set[str]()
         with self._channel() as channel:
             if not _is_redis(channel):
-                return found
+                return wanted
             # kombu puts no prefix before the key of HSCAN.
             kept = channel.client.hscan_iter(f"{channel.global_keyprefix}{channel.unacked_key}", count=500)
-            for _, message in islice(kept, _MOST_HELD):
+            for number, (_, message) in enumerate(kept):
+                if number == _MOST_HELD:
+                    return wanted
                 found |= wanted.intersection(_named_in(channel, message))
         return found
 

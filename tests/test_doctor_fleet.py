@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,23 @@ def test_a_queue_from_which_nobody_takes_is_a_fault_once_jobs_wait(
     assert "loads the model with the first job" in takes.message
 
 
+def test_an_idle_worker_says_once_that_there_is_no_release(
+    make: Make, running: Callable[..., Host], sqlite_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said() -> list[int]:
+        return [each.levelno for each in caplog.records if "waiting_for_release" in each.getMessage()]
+
+    seen: set[datetime] = set()
+
+    def beats() -> int:
+        seen.update(part.seen_at for part in parts(sqlite_store))
+        return len(seen)
+
+    running(make(worker={"lease_s": 5}), frozenset(QUEUES))
+    wait_until(lambda: beats() > 1 and said(), 120, "signs of life")
+    assert said() == [logging.WARNING]
+
+
 def test_a_producer_with_another_key_prefix_is_told(
     make: Make, running: Callable[..., Host], sqlite_store: Store
 ) -> None:
@@ -166,7 +185,7 @@ def test_messages_that_no_worker_saw_are_told_wherever_doctor_runs(
     wait_until(lambda: any(part.info["unheard"] for part in parts(sqlite_store)), 120, "what the sweeper saw")
     (unseen,) = found("queues")
     assert unseen.status is Status.WARN
-    assert "messages of 1 jobs were seen by no worker" in unseen.message
+    assert "messages of 1 job were neither in their queue nor held by a worker" in unseen.message
     assert sqlite_store.run(lambda session: jobs.get(session, job), write=False) is not None
 
 

@@ -21,7 +21,7 @@ from code_worker.store.models import JobRow, VerdictRow, db_now
 from code_worker.store.sql import IN_LIST, among, insert_new, new_id, plain, table_of, unindexed
 from code_worker.types import ImageFacts, Label, Outcome, Provenance, RejectReason, Verdict
 
-__all__ = ["VerdictFilter", "from_row", "get", "list_verdicts", "live", "stream", "write"]
+__all__ = ["VerdictFilter", "any_given", "from_row", "get", "list_verdicts", "live", "stream", "write"]
 
 log = get_logger(__name__)
 _JOBS = table_of(JobRow)
@@ -167,6 +167,11 @@ def get(session: Session, verdict_id: str) -> Verdict | None:
         return None
     row = session.execute(select(_VERDICTS).where(_VERDICTS.c.id == known)).mappings().one_or_none()
     return None if row is None else from_row(row)
+
+
+def any_given(session: Session) -> bool:
+    """Whether any job has ever had a verdict that is still kept."""
+    return session.execute(select(_VERDICTS.c.id).limit(1)).first() is not None
 
 
 def list_verdicts(

@@ -53,6 +53,7 @@ class Host:
         self._retainer: Retention | None = None
         self._keeper: Repeater | None = None
         self._reporter: tuple[Repeater, Reporter] | None = None
+        self._release_looked_for = False
         self._owner: str | None = None
         self._queues: frozenset[str] = frozenset()
         self._threads: int | None = None
@@ -127,6 +128,20 @@ class Host:
         # A process that judges says it with its leases, under the same name.
         if self._node is None:
             reporter.say()
+            self._warn_without_release()
+
+    def _warn_without_release(self) -> None:
+        """Once: the node, which says it itself, is made with the first job, and until then nobody would know."""
+        if self._release_looked_for or not self._queues & frozenset(QUEUES):
+            return
+        from code_worker.store import releases  # noqa: PLC0415 - SQLAlchemy
+
+        champion = self._background_store().run(
+            lambda session: releases.alias(session, releases.CHAMPION), write=False
+        )
+        self._release_looked_for = True
+        if champion is None:
+            log.warning("waiting_for_release", hint="code-worker releases import DIR --promote")
 
     def _stop_reporting(self) -> None:
         if self._reporter is None:

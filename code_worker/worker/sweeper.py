@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from code_worker.errors import BrokerUnavailableError
 from code_worker.logs import get_logger
 from code_worker.queues import QUEUES, SUSPECTS_PER_MESSAGE, chunks
-from code_worker.store import jobs, workers
+from code_worker.store import jobs, verdicts, workers
 
 if TYPE_CHECKING:
     from code_worker.doorbell import Doorbell
@@ -141,7 +142,9 @@ class Sweeper:
         self._doorbell.mark()
         self._look_at = 0.0
         if lost:
-            log.warning("broker_without_mark", jobs_rung_again=lost)
+            # Before the first verdict no worker has been here, and nothing can have been lost.
+            judged = store.run(verdicts.any_given, write=False)
+            log.log(logging.WARNING if judged else logging.INFO, "broker_without_mark", jobs_rung_again=lost)
 
     def _unheard(self) -> Sequence[jobs.DueJob]:
         """Jobs that were published and not claimed although their queue is empty: somebody deleted their messages."""

@@ -49,7 +49,11 @@ def test_a_broker_that_is_gone_is_reported_and_a_new_one_is_used(
 @pytest.mark.parametrize("compression", [None, "gzip"])
 @pytest.mark.parametrize("prefix", ["cw:", ""])
 def test_what_a_worker_took_and_did_not_acknowledge_is_held(
-    redis_server: RedisServer, tmp_path: Path, prefix: str, compression: str | None
+    redis_server: RedisServer,
+    tmp_path: Path,
+    prefix: str,
+    compression: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = Settings(data_dir=tmp_path, broker_url=redis_server.url, broker=BrokerSettings(key_prefix=prefix))
     app = create_app(settings)
@@ -63,6 +67,9 @@ def test_what_a_worker_took_and_did_not_acknowledge_is_held(
         bell.ring(NORMAL, ["waiting"])
         assert bell.depth(NORMAL) == 1
         assert bell.held(["taken", "waiting", "unknown"]) == {"taken"}
+        with monkeypatch.context() as few:
+            few.setattr("code_worker.doorbell._MOST_HELD", 0)
+            assert bell.held(["waiting"]) == {"waiting"}, "nobody looked at all of them"
         message.ack()
         assert bell.held(["taken"]) == set()
     app.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from code_worker.queues import BACKFILL, NORMAL
 from code_worker.settings import Settings
 from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Store
-from code_worker.types import JobState, RejectReason
+from code_worker.types import JobState, Outcome, RejectReason, Verdict
 from code_worker.worker.ledger import Ledger
 from code_worker.worker.sweeper import Sweeper
 from tests.servers import RedisServer, free_port
@@ -70,6 +71,25 @@ def test_a_broker_that_lost_everything_is_told_again(
     assert sweeper.sweep().rung == len(ids)
     assert bell.depth(NORMAL) == 1 + 4
     assert sweeper.sweep().rung == 0, "once is enough"
+
+
+def test_a_first_start_is_no_loss_to_warn_of(
+    sweeper: Sweeper, store: Store, redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def level(count: int) -> int:
+        caplog.clear()
+        assert sweeper.sweep().rung == count
+        (found,) = (each for each in caplog.records if "broker_without_mark" in each.getMessage())
+        return found.levelno
+
+    caplog.set_level(logging.INFO)
+    first, *_ = _accept(store, 3)
+    assert level(3) == logging.INFO, "enqueued before any worker was there"
+    verdict = Verdict(first, "s3://b/0", Outcome.REJECTED, reason=RejectReason.NOT_FOUND)
+    store.run(lambda session: verdicts.write(session, [verdict]))
+    with redis.Redis.from_url(redis_server.url) as server:
+        server.flushall()
+    assert level(2) == logging.WARNING
 
 
 def test_messages_that_were_deleted_are_sent_again_once_their_queue_is_empty(

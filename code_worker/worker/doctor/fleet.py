@@ -174,8 +174,11 @@ def _unheard(alive: Sequence[WorkerInfo]) -> Iterator[Check]:
     for part in alive:
         last = part.info.get("unheard")
         if last and now - (at := datetime.fromisoformat(last["at"])) < _LATELY:
-            text = f"messages of {last['jobs']} jobs were seen by no worker; published again at {at:%H:%M} UTC"
+            jobs = f"{last['jobs']} job{'s' if last['jobs'] > 1 else ''}"
+            lost = f"messages of {jobs} were neither in their queue nor held by a worker"
             hint = (
-                "has their producer another broker or key prefix? Run `code-worker doctor queues` with its settings"
+                "has their producer another broker or key prefix, or was a queue emptied? Run "
+                "`code-worker doctor queues` with the producer's settings"
             )
+            text = f"{lost}; published again at {at:%H:%M} UTC"
             yield Check("queues", Status.WARN, text, hint)
