@@ -160,7 +160,12 @@ class _Reader:
         if text.startswith("["):
             form = """a list is written as a,b or, with quotes that the shell must not take away, as '["a", "b"]'"""
             return self._json(text, list, form, names)
-        return [entry.strip() for entry in text.split(",") if entry.strip()]
+        entries = [entry.strip() for entry in text.removesuffix(",").split(",")]
+        if not all(entries):
+            # As `$FIRST,$SECOND` with neither set: nothing at all would switch off what the list is for.
+            self.problems.append(f"{self.place(names)}: an entry between commas is empty")
+            return _UNSET
+        return entries
 
     def _json(self, text: str, kind: type, form: str, names: _Names) -> Any:
         try:

@@ -108,6 +108,15 @@ def test_null_empties_every_optional_setting_and_no_other(variables: Set, toml: 
     assert "CODE_WORKER_WORKER__CONCURRENCY: " in refusal()
 
 
+@pytest.mark.parametrize("text", [",", "a,,b", " , ", ",a"])
+def test_an_empty_entry_between_commas_is_refused(text: str, variables: Set) -> None:
+    """`$FIRST,$SECOND` with neither set would switch off what a list protects."""
+    variables(SIGNING_KEYS=text, ROLES__OPERATORS=text)
+    said = refusal()
+    assert "CODE_WORKER_SIGNING_KEYS: an entry between commas is empty" in said
+    assert "CODE_WORKER_ROLES__OPERATORS: an entry between commas is empty" in said
+
+
 @pytest.mark.parametrize(
     ("text", "read"),
     [

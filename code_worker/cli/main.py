@@ -106,6 +106,10 @@ def main() -> None:
     """Runs the command line; our own errors end as one line on stderr, never as a traceback."""
     try:
         cli(prog_name="code-worker")
+    except PermissionError as error:
+        place = error.filename or "a file"
+        click.echo(printable(f"code-worker: this user may not use {place}: {error.strerror}"), err=True)
+        sys.exit(2)
     except OSError as error:
         # Of a file it names the file; where the output goes to is full or gone, and a traceback would go there, too.
         if error.filename is not None or error.errno not in _OUTPUT_FAILS:
@@ -117,10 +121,6 @@ def main() -> None:
     except CodeWorkerError as error:
         click.echo(printable(f"code-worker: {redact(str(error))}"), err=True)
         sys.exit(2 if isinstance(error, ConfigurationError) else 1)
-    except PermissionError as error:
-        place = error.filename or "a file"
-        click.echo(printable(f"code-worker: this user may not use {place}: {error.strerror}"), err=True)
-        sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "code_worker":
             raise

@@ -28,8 +28,19 @@ class _KnowsOurs:
 
     def __missing__(self, name: str) -> Queue:
         if name in ALL_QUEUES:
+            self.__dict__.setdefault("asked_for", set()).add(name)
             return self._add(bound_queue(name))
         return super().__missing__(name)  # type: ignore[misc]  # of Celery's Queues
+
+    @property
+    def consume_from(self) -> Mapping[str, Queue]:
+        """What a worker takes from: in Celery 5.6 all that is known, which leaves out what was only asked for."""
+        known: Any = self
+        found = super().consume_from  # type: ignore[misc]  # as above
+        if found is not known:
+            return found  # type: ignore[no-any-return]
+        asked_for = self.__dict__.get("asked_for", ())
+        return {name: queue for name, queue in known.items() if name not in asked_for}
 
     def _add(self, queue: Queue) -> Queue:
         # Celery would bind one that is listed by its name alone to the default exchange, with what else goes there.
@@ -46,7 +57,9 @@ def add_queues(app: Celery) -> None:
     if not issubclass(amqp.queues_cls, _KnowsOurs):
         amqp.queues_cls = type("Queues", (_KnowsOurs, amqp.queues_cls), {})
     if "queues" in vars(amqp) and not isinstance(amqp.queues, _KnowsOurs):
-        # Somebody asked for them before we came.
+        # Somebody asked for them before we came; Celery 5.6 takes from all that is known unless something is chosen.
+        if not hasattr(amqp.queues, "_default_consume_from") and amqp.queues._consume_from is None:  # noqa: SLF001 - see above
+            amqp.queues._consume_from = dict(amqp.queues)  # noqa: SLF001 - see above
         for name in ALL_QUEUES:
             if name not in amqp.queues:
                 amqp.queues.add(bound_queue(name))

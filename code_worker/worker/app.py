@@ -194,7 +194,9 @@ class _Installed:
         """
         conf, queues = self._app.conf, self._app.amqp.queues
         for exchange in {conf.task_default_exchange, conf.task_default_queue} - {*ALL_QUEUES}:
-            strays = [name for name in ALL_QUEUES if queues[name].exchange.name != exchange]
+            # Not by the brackets: Celery 5.6 would take from a queue that is asked for.
+            known = {name: dict.get(queues, name) for name in ALL_QUEUES}
+            strays = [name for name, queue in known.items() if queue is None or queue.exchange.name != exchange]
             try:
                 unbound = Doorbell(self._app).unbind(exchange, strays)
             except BrokerUnavailableError as error:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["limit_remote_control"]
 
+# Without `hello`, with which workers greet each other: it takes a list of revoked tasks from whoever sends it, and
+# what is revoked is acknowledged and never run.
 _LOOKING: Final = frozenset(
     {
-        *("active", "active_queues", "clock", "hello", "ping", "query_task", "registered"),
+        *("active", "active_queues", "clock", "ping", "query_task", "registered"),
         *("reserved", "revoked", "scheduled", "stats"),
         # Monitors have workers send events with these two, and ask for a sign of life with the third.
         *("enable_events", "disable_events", "heartbeat"),

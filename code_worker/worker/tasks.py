@@ -25,8 +25,11 @@ __all__ = ["register_learning", "register_tasks"]
 
 log = get_logger(__name__)
 _REST_S = 5.0
+_LONG_S = 6 * 3600
+"""Far beyond a batch, which the watchdog ends; a task without a limit gets that of the app. No longer than needed: a
+pool of processes keeps a timer of each task for as long as its limit, also once the task is done."""
 _NEVER_S = 10 * 366 * 86_400
-"""Celery takes the limit of the app for a task that has none."""
+"""For what learns, which may take days and comes seldom."""
 
 
 class OwnTask(Task):  # type: ignore[misc]  # Celery ships no types
@@ -43,7 +46,7 @@ class OwnTask(Task):  # type: ignore[misc]  # Celery ships no types
     serializer = "json"
     rate_limit = 0
     priority = 0
-    time_limit = soft_time_limit = _NEVER_S
+    time_limit = soft_time_limit = _LONG_S
     acks_on_failure_or_timeout = acks_on_failure = acks_on_timeout = True
     retry_on_worker_lost = False
 
@@ -99,7 +102,8 @@ def register_learning(app: Celery, host: Host) -> None:
     They are acknowledged before they begin: a run that dies with its process is found in the ledger, and a message
     that comes back hours later would start another.
     """
-    options = {"base": OwnTask, "acks_late": False, "reject_on_worker_lost": False, "shared": False}
+    limits = {"time_limit": _NEVER_S, "soft_time_limit": _NEVER_S}
+    options = {"base": OwnTask, "acks_late": False, "reject_on_worker_lost": False, "shared": False, **limits}
     for kind, task in TASKS.items():
         app.task(_learning_task(kind, host), name=task, **options)
 

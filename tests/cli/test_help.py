@@ -101,3 +101,21 @@ def test_output_that_cannot_be_written_is_one_line(words: list[str]) -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         ran = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (1, "code-worker: cannot write the output: No space left on device\n")
+
+
+def test_a_file_that_this_user_may_not_use_is_one_line() -> None:
+    """As root all may be used, so that the refusal is raised here."""
+    program = """
+import code_worker.cli.main as program
+
+def refused(**_):
+    raise PermissionError(13, "Permission denied", "/closed/file")
+
+program.cli = refused
+program.main()
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (
+        2,
+        "code-worker: this user may not use /closed/file: Permission denied\n",
+    )

@@ -93,6 +93,9 @@ def test_a_monitor_that_may_look_sees_workers_and_ends_none(
     for command in ("shutdown", "pool_grow", "cancel_consumer", "revoke", "conf", "report", "memdump"):
         monitor.control.broadcast(command)
         assert "ok" not in str(asked(monitor, command).get(name, "")).split()
+    # With this one workers tell each other which tasks are revoked.
+    monitor.control.broadcast("hello", arguments={"from_node": "somebody", "revoked": {"a-task": 1.0}})
+    assert asked(monitor, "revoked") == {name: []}
     assert asked(monitor, "ping") == {name: {"ok": "pong"}}
     assert deployment.workers[0].alive
     assert "canary" not in deployment.log_path.read_text(encoding="utf-8")

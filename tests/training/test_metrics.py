@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score, roc_curve
@@ -260,6 +260,7 @@ def test_one_perfect_class_widens_what_is_joined_of_both() -> None:
 
 
 @pytest.mark.numeric
+@settings(deadline=None)
 @given(samples)
 def test_no_interval_is_a_point_however_few_the_images_are(sample: Sample) -> None:
     for threshold in (0.5, (0.3, 0.7)):

@@ -88,7 +88,7 @@ HOSTILE = [
         "task_default_exchange_type": "topic",
         "task_default_routing_key": "theirs.x",
     },
-    {"task_queues": [Queue("theirs")], "task_create_missing_queues": False},
+    {"task_queues": [Queue("theirs")], "task_default_queue": "theirs", "task_create_missing_queues": False},
     {"task_create_missing_queue_exchange_type": "topic"},
     {"task_protocol": 1},
     {"task_serializer": "yaml", "task_compression": "gzip"},

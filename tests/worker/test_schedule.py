@@ -54,7 +54,8 @@ def test_an_entry_of_beat_fires_at_the_times_that_the_trainer_looks_for(
     for last_run, wait in (
         (WEDNESDAY, after - WEDNESDAY),
         (before, after - WEDNESDAY),
-        (before - timedelta(minutes=1), None),
+        # Not of the same hour: Celery 5.6 takes the next date then, and the trainer looks itself.
+        (before - timedelta(hours=1), None),
     ):
         due, next_s = entry.schedule.is_due(last_run.astimezone(local))
         assert due is (wait is None)
