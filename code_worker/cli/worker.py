@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import click
@@ -16,20 +17,30 @@ from code_worker.worker.supervisor import Child, Supervisor
 __all__ = ["beat", "trainer", "worker"]
 
 
+def _node_name(_: click.Context, __: click.Parameter, name: str | None) -> str | None:
+    # An @ would be taken for the host's, a % for one of Celery's own abbreviations.
+    if name is not None and not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+        raise click.BadParameter("letters, digits, '.', '-' and '_'")
+    return name
+
+
 @click.command()
 @click.option("--concurrency", type=click.IntRange(min=1), help="Messages judged at the same time.")
 @click.option("--queues", metavar="NAMES", help="Of live,normal,backfill; all of them unless said.")
 @click.option("--device", help="auto, cpu, cuda or cuda:N.")
-def worker(concurrency: int | None, queues: str | None, device: str | None) -> None:
+@click.option("--name", callback=_node_name, help='Before @HOST in Celery\'s monitors; "worker" unless said.')
+def worker(concurrency: int | None, queues: str | None, device: str | None, name: str | None) -> None:
     """Run a moderation worker, and start it again when it dies.
 
     Ctrl-C or SIGTERM: it finishes the batches it holds and stops; a second Ctrl-C does not wait. For more than one
-    GPU run one worker per device. Exit status: 0 stopped in order; 2 wrong use or configuration.
+    GPU run one worker per device, each with a name of its own where monitors are used. Exit status: 0 stopped in
+    order; 2 wrong use or configuration.
     """
     settings = _checked(device)
     options = [
         *(("--concurrency", str(concurrency)) if concurrency else ()),
         *(("--queues", queues) if queues else ()),
+        *(("--name", name) if name else ()),
     ]
     env = {"CODE_WORKER_DEVICE": device} if device else {}
     # No batch takes longer than this: the worker's own watchdog sees to that.

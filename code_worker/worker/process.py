@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from celery import signals
+from celery.utils.nodenames import gethostname, nodename
 
 from code_worker.errors import CodeWorkerError, ConfigurationError, StoreError, StoreUnavailableError
 from code_worker.logs import configure_logging, get_logger, log_uncaught, redact
@@ -33,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="code_worker.worker.process")
     parser.add_argument("--queues", default=",".join(name.removeprefix("code_worker.") for name in QUEUES))
     parser.add_argument("--concurrency", type=int)
+    parser.add_argument("--name", default="worker")
     arguments = parser.parse_args(argv)
-    return run_to_end(lambda settings: _run(settings, arguments.queues.split(","), arguments.concurrency))
+    queues = arguments.queues.split(",")
+    return run_to_end(lambda settings: _run(settings, queues, arguments.concurrency, arguments.name))
 
 
 def run_to_end(work: Callable[[Settings], int]) -> int:
@@ -64,7 +67,7 @@ def run_to_end(work: Callable[[Settings], int]) -> int:
         return 1
 
 
-def _run(settings: Settings, queues: Sequence[str], concurrency: int | None) -> int:
+def _run(settings: Settings, queues: Sequence[str], concurrency: int | None, name: str) -> int:
     names = [f"code_worker.{name.strip().removeprefix('code_worker.')}" for name in queues]
     if unknown := set(names) - {*QUEUES, SWEEP_QUEUE}:
         raise ConfigurationError(f"unknown queues: {', '.join(sorted(unknown))}; there are {', '.join(QUEUES)}")
@@ -74,13 +77,17 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None) -> 
     # The model is loaded before the first message is taken; nothing forks afterwards, so CUDA is safe.
     _await_release(host.node())
     log.info("worker_starting", queues=names, concurrency=concurrency, connections=host.store().connections)
-    return consume(app, [*names, SWEEP_QUEUE], concurrency, settings)
+    return consume(app, [*names, SWEEP_QUEUE], concurrency, settings, name=name)
 
 
-def consume(app: Celery, queues: Sequence[str], concurrency: int, settings: Settings) -> int:
-    """A Celery worker on threads, until it is told to stop; returns its exit status."""
+def consume(app: Celery, queues: Sequence[str], concurrency: int, settings: Settings, *, name: str) -> int:
+    """A Celery worker on threads, until it is told to stop; returns its exit status.
+
+    Monitors know it as `name@host`; two of one name on a host are one to them.
+    """
     watched = settings.worker.remote_control != "off"
     worker = app.Worker(
+        hostname=nodename(name, gethostname()),
         pool="threads",
         concurrency=concurrency,
         queues=list(queues),

@@ -28,7 +28,7 @@ def _run(settings: Settings) -> int:
         note_settings(settings, store)
     app = create_app(settings)
     log.info("trainer_starting", retrain=settings.schedule.retrain, refit=settings.schedule.refit)
-    return consume(app, [TRAIN_QUEUE], 1, settings)
+    return consume(app, [TRAIN_QUEUE], 1, settings, name="trainer")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from code_worker.cli.main import cli
+from tests.cli.conftest import Cli
 
 HEAVY = {"boto3", "celery", "numpy", "PIL", "sklearn", "sqlalchemy", "torch"}
 COMMANDS = [
@@ -119,3 +120,9 @@ program.main()
         2,
         "code-worker: this user may not use /closed/file: Permission denied\n",
     )
+
+
+def test_a_workers_name_that_would_mean_something_to_celery_is_refused(bare_cli: Cli) -> None:
+    for name in ("worker@here", "worker-%i", ""):
+        said = bare_cli("worker", "--name", name)
+        assert (said.status, "letters, digits" in said.stderr) == (2, True)

@@ -6,16 +6,19 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from celery import Celery
+from celery.utils.nodenames import gethostname
 from sqlalchemy import text
 
 from code_worker.broker import celery_config
 from code_worker.queues import MODERATE, NORMAL
 from code_worker.store.accepting import NewJob
 from code_worker.types import Label, Outcome, RejectReason
+from code_worker.worker.app import create_app
 from tests.faults.rows import Seen, row
 from tests.fork_server import CHILDREN_ENV
 from tests.servers import S3Server
@@ -207,3 +210,18 @@ def test_a_wrong_configuration_ends_the_worker_with_status_2(
     worker = deployment.worker(*arguments)
     assert worker.process.wait(120) == 2
     assert "code_worker.unheard" in deployment.events("configuration_error")[0]["error"]
+
+
+def test_monitors_tell_the_processes_of_a_host_apart(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
+    deployment = deploy(_sqlite(tmp_path), CODE_WORKER_WORKER__REMOTE_CONTROL="inspect")
+    deployment.worker(module="code_worker.worker.trainer")
+    deployment.worker()
+    deployment.worker("--name", "second")
+
+    def answering() -> list[str]:
+        replies = app.control.ping(timeout=1)
+        return sorted(name for reply in replies for name in reply)
+
+    expected = [f"{name}@{gethostname()}" for name in ("second", "trainer", "worker")]
+    with closing(create_app(deployment.settings)) as app:
+        wait_until(lambda: answering() == expected, 120, "an answer from each")
