@@ -14,9 +14,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+from celery import _state
+from celery.app import trace
 
 from code_worker.doorbell import Doorbell
 from code_worker.machine import usable_cores
@@ -123,6 +126,17 @@ def nothing_installed() -> Iterator[None]:
     """Whoever installs us in an app of a test's must not have the doorbells of later tests ring through it."""
     yield
     Doorbell._installed = None
+
+
+@pytest.fixture(autouse=True)
+def celery_as_it_was() -> Iterator[None]:
+    """A worker that a test makes in this process makes its app everybody's, and forbids to wait for results."""
+    default_app, current_app, waits = _state.default_app, _state._tls.current_app, _state.task_join_will_block()
+    yield
+    trace.reset_worker_optimizations(app=SimpleNamespace())
+    _state._set_task_join_will_block(waits)
+    _state._set_current_app(current_app)
+    _state.set_default_app(default_app)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.result import allow_join_result
 from kombu import Connection, Exchange, Queue
 
 from code_worker.queues import MODERATE, NORMAL, QUEUES, SWEEP_QUEUE, TRAIN_QUEUE
@@ -131,7 +132,7 @@ class Host:
     def observed(self, uri: str) -> tuple[Seen, str | None]:
         """Each of their tasks and entries once, and what monitors see; the job that was sent."""
         seen = Seen()
-        with self.watching(seen):
+        with self.watching(seen), allow_join_result():
             job = self.send("theirs.kick", uri).get(timeout=LIMIT_S)
             seen.last = self.send("theirs.last").get(timeout=LIMIT_S)
         for kind in ("entry", "handler"):
