@@ -12,6 +12,7 @@ __all__ = [
     "EMBEDDING_DIM",
     "EMBEDDING_TOLERANCE",
     "IMAGE_SIZE",
+    "SCORE_ROUNDING",
     "ImageFacts",
     "Job",
     "JobState",
@@ -30,6 +31,9 @@ EMBEDDING_TOLERANCE: Final = 2e-5
 """The promise: no number of an fp32 embedding is further from the published pipeline's, whatever the engine, the
 processor, the number of threads or the rest of the batch. Embeddings end in a LayerNorm, so their numbers are of size
 1, and 2e-5 is 335 units of float32's rounding (2⁻²⁴)."""
+SCORE_ROUNDING: Final = 1e-6
+"""The promise to heads that sum in float32 and declare no tolerance: so far the scores of unchanged code may move on
+another processor before it counts as another head. It is 17 units of float32's rounding (2⁻²⁴)."""
 
 
 class Label(StrEnum):

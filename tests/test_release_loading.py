@@ -254,6 +254,50 @@ def test_a_difference_within_the_heads_own_tolerance_is_no_change(tmp_path: Path
     assert "mean" in load_release(release, changed).heads
 
 
+def on_another_processor(tmp_path: Path, by: float, plugins: Plugins | None = None) -> tuple[Path, Plugins]:
+    """A release with the scores of the probes that a processor of another kind would have given it."""
+    plugins = plugins or with_plugin(tmp_path / "plugins", score=OTHER_SCORE)
+    release = build_with(plugins, tmp_path / "release")
+    arrays = load_file(release / PROBES_NAME)
+    save_file({**arrays, "scores/mean": arrays["scores/mean"] + by}, release / PROBES_NAME)
+    sign_again(release)
+    return release, plugins
+
+
+def test_rounding_by_the_version_that_made_the_head_is_warned_of_and_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    release, plugins = on_another_processor(tmp_path, 1.8e-7)
+    assert "mean" in load_release(release, plugins).heads
+    (line,) = [record.msg for record in caplog.records if record.msg["event"] == "head_changed"]
+    assert line["difference"] == pytest.approx(1.8e-7)
+    assert line["made_by"] == line["loaded_by"]
+    assert "declare a tolerance" in line["hint"]
+
+
+def test_more_than_rounding_is_refused_though_it_is_the_same_version(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"by up to 1\.1e-06"):
+        load_release(*on_another_processor(tmp_path, 1.1e-6))
+
+
+def test_rounding_by_another_version_is_refused(tmp_path: Path) -> None:
+    release, _ = on_another_processor(tmp_path, 1.8e-7)
+    other = with_plugin(tmp_path / "other", score=f"{OTHER_SCORE}  # edited")
+    with pytest.raises(ArtifactError, match="does not score as it did"):
+        load_release(release, other)
+
+
+@pytest.mark.parametrize("border", [0.5, 0.2, 0.9])
+def test_rounding_that_turns_a_verdict_is_refused(tmp_path: Path, border: float) -> None:
+    plugins = with_plugin(tmp_path / "plugins", score=f"return np.full(len(embeddings), {border}, np.float64)")
+    release, _ = on_another_processor(tmp_path, -1.8e-7, plugins)
+    manifest, _ = read_manifest(release)
+    plain = {**manifest.model_dump(), "thresholds": {"low": 0.2, "high": 0.9}}
+    write_manifest(release, Manifest.model_validate(plain))
+    with pytest.raises(ArtifactError, match="does not score as it did"):
+        load_release(release, plugins)
+
+
 def test_a_release_from_before_there_were_probes_goes_on_loading(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -172,7 +172,7 @@ def check(*, name: str, options: dict[str, Any], as_json: bool) -> None:
         print_json_lines(rows)
     else:
         shown = [{**row, "result": "passed" if row["passed"] else "FAILED", "check": row["name"]} for row in rows]
-        columns = ("head", "check", "result", "expected", "seen", "fix")
+        columns = ("head", "check", "result", "expected", "seen", "fix", "warning")
         print_table(shown, columns, empty=f"plugin {name} loads; it offers no head to check")
     if not all(row["passed"] for row in rows):
         sys.exit(1)

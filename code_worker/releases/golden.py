@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from code_worker.errors import ArtifactError
 from code_worker.releases.crops import seeded_crops
-from code_worker.types import EMBEDDING_DIM
+from code_worker.types import EMBEDDING_DIM, SCORE_ROUNDING
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,11 +86,24 @@ def check_same_scores(fitted: Mapping[str, Head], loaded: Mapping[str, Head]) ->
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A head that no longer scores the probes of its release as it did when the release was made."""
+    """A head that no longer scores the probes of its release as it did when the release was made.
+
+    Attributes:
+        head: its name.
+        difference: the largest between two scores of one probe.
+        allowed: the head's tolerance.
+        flipped: probes with a score on the other side of a border.
+    """
 
     head: str
     difference: float
     allowed: float
+    flipped: int
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether unchanged code may differ so much on another processor."""
+        return self.difference <= SCORE_ROUNDING and not self.flipped
 
 
 def probe_embeddings(weights: EncoderWeights) -> NDArray[np.float32]:
@@ -139,8 +152,12 @@ def read_probes(directory: Path) -> Mapping[str, NDArray[np.float64]]:
     return arrays
 
 
-def probe_scores_changed(name: str, head: Head, probes: Mapping[str, NDArray[np.float64]]) -> Changed | None:
+def probe_scores_changed(
+    name: str, head: Head, probes: Mapping[str, NDArray[np.float64]], borders: Collection[float] = (0.5,)
+) -> Changed | None:
     """Compares a head's scores of the probes with those of the head that was put into the release.
+
+    It changed if any is further off than its tolerance; then those on the other side of one of `borders` are counted.
 
     Raises:
         ArtifactError: the probes have no scores of this head, or it does not keep its contract.
@@ -150,4 +167,8 @@ def probe_scores_changed(name: str, head: Head, probes: Mapping[str, NDArray[np.
         raise ArtifactError(f"{PROBES_NAME} has no scores of head {name!r}")
     now = checked_scores(name, head, embeddings).astype(np.float64)
     difference, allowed = float(np.abs(now - then).max()), float(head.tolerance)
-    return None if difference <= allowed else Changed(name, difference, allowed)
+    if difference <= allowed:
+        return None
+    sides = np.array(sorted(borders))[:, None]
+    flipped = int(np.count_nonzero(((then >= sides) != (now >= sides)).any(axis=0)))
+    return Changed(name, difference, allowed, flipped)

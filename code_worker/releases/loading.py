@@ -19,7 +19,7 @@ from code_worker.releases.golden import (
     probe_scores_changed,
     read_probes,
 )
-from code_worker.releases.manifest import MANIFEST_NAME, HeadEntry, Manifest, release_id, verify_files
+from code_worker.releases.manifest import MANIFEST_NAME, HeadEntry, Manifest, Thresholds, release_id, verify_files
 from code_worker.releases.signing import check, signature_in
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def load_release(
         signature: the signature, where it is not the one that lies in the directory.
         expected: hash that the manifest must have.
         if_changed: whether a head that scores the probes otherwise than when the release was made, by more than its
-            tolerance, is refused, or used with a warning. Releases made before there were probes are not compared.
+            tolerance, is refused, or used with a warning. Rounding by the version that made it
+            (`Changed.is_rounding`) is only warned of. Releases made before there were probes are not compared.
         leave_out: a head that is not loaded, so that its plugin need not be here.
 
     Raises:
@@ -115,7 +116,7 @@ def load_release(
     if keys:
         _refuse_swapped(directory, verify_files(directory)[1], sha256)
     head_plugins = {name: plugins.provider(entry.plugin_head).release for name, entry in entries.items()}
-    for changed in _changed_heads(release_id(sha256), heads, probes):
+    for changed in _changed_heads(release_id(sha256), heads, probes, manifest.thresholds):
         head = changed.head
         _refuse_or_warn(changed, release_id(sha256), manifest.heads[head], head_plugins[head], if_changed)
     return LoadedRelease(
@@ -131,28 +132,36 @@ def load_release(
 
 
 def _changed_heads(
-    release: str, heads: Mapping[str, Head], probes: Mapping[str, NDArray[np.float64]] | None
+    release: str,
+    heads: Mapping[str, Head],
+    probes: Mapping[str, NDArray[np.float64]] | None,
+    thresholds: Thresholds,
 ) -> Iterator[Changed]:
     if probes is None and heads:
         log.info("release_without_probes", release=release, hint="heads are not compared with their past")
+    borders = {0.5, thresholds.low, thresholds.high}
     for name, head in heads.items():
         if probes is None:
             checked_scores(name, head, golden_embeddings(_PROBES))
-        elif (changed := probe_scores_changed(name, head, probes)) is not None:
+        elif (changed := probe_scores_changed(name, head, probes, borders)) is not None:
             yield changed
 
 
 def _refuse_or_warn(changed: Changed, release: str, entry: HeadEntry, loaded_by: str, if_changed: IfChanged) -> None:
-    made_by = f"{entry.distribution} {entry.distribution_version}"
-    if if_changed == "warn":
+    made_by = f"{entry.distribution} {entry.distribution_version}".strip()
+    rounding = made_by == loaded_by and changed.is_rounding
+    if rounding or if_changed == "warn":
+        hint = "as another processor rounds: let the head sum in float64, or declare a tolerance" if rounding else ""
         log.warning(
             "head_changed",
             release=release,
             head=changed.head,
             difference=changed.difference,
             allowed=changed.allowed,
+            flipped=changed.flipped,
             made_by=made_by,
             loaded_by=loaded_by,
+            **({"hint": hint} if hint else {}),
         )
         return
     raise ArtifactError(

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from threadpoolctl import threadpool_limits
 
 from code_worker.heads import Head
+from code_worker.testing.other_processor import NotTriedError, scores_elsewhere
 from code_worker.testing.subject import TOLERANCE, NotConformingError, Subject, largest_difference, sample_embeddings
-from code_worker.types import EMBEDDING_DIM
+from code_worker.types import EMBEDDING_DIM, SCORE_ROUNDING
 
-__all__ = ["SCORE_CHECKS", "check_fit"]
+__all__ = ["SCORE_CHECKS", "check_fit", "check_other_processor"]
 
 _BATCHES: Final = (7, 64, 1000)
 _THREADS: Final = 2
@@ -234,6 +235,31 @@ def check_thread_safety(subject: Subject) -> None:
                         "others",
                         "keep nothing on self while scoring; use local variables",
                     )
+
+
+def check_other_processor(subject: Subject) -> str:
+    """A processor with other kernels gives the same scores; returns a warning where they round differently there."""
+    head, directory = subject.fitted_to_hard_data(), subject.directory / "elsewhere"
+    directory.mkdir()
+    head.save(directory)
+    with threadpool_limits(1):
+        here = head.score(subject.queries)
+    try:
+        there = scores_elsewhere(subject.head_class, directory, head.options.model_dump(mode="json"), subject.queries)
+    except NotTriedError as error:
+        return f"not tried with the kernels of another processor: {error}"
+    apart, strayed = largest_difference(here, there), np.count_nonzero((here >= 0.5) != (there >= 0.5))
+    if apart <= subject.tolerance and not strayed:
+        return ""
+    seen = f"scores up to {apart:.2g} apart with the kernels of another processor"
+    fix = "sum in float64 and round at the end, or declare a `tolerance`"
+    if apart > max(subject.tolerance, SCORE_ROUNDING) or strayed:
+        raise NotConformingError(
+            f"scores within {max(subject.tolerance, SCORE_ROUNDING):g} on every processor, on the same side of 0.5",
+            f"{seen}, {strayed} of {len(here)} on the other side",
+            f"{fix}, and decide rows near 0.5 by themselves",
+        )
+    return f"{seen}: a release made here is loaded there with a warning (head_changed); {fix}"
 
 
 SCORE_CHECKS: Final = (

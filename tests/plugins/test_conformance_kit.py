@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import threading
@@ -214,6 +215,20 @@ class KeepsStateOnSelf(Centroids):
         return super().score(self.current)
 
 
+class OffOnAnotherProcessor(Centroids):
+    """Stands for one that sums in float32: the kit tells numpy's kernels by this variable."""
+
+    by = 1e-5
+
+    def score(self, embeddings: Any) -> Any:
+        moved = np.float32(self.by if "NPY_DISABLE_CPU_FEATURES" in os.environ else 0)
+        return np.minimum(super().score(embeddings) + moved, 1)
+
+
+class RoundsOnAnotherProcessor(OffOnAnotherProcessor):
+    by = 2.0**-22
+
+
 BROKEN: dict[type[Head], str] = {
     FitsNothing: "fit",
     ReturnsNone: "fit",
@@ -239,6 +254,7 @@ BROKEN: dict[type[Head], str] = {
     FailsOnNothing: "empty-batch",
     WritesInput: "input-untouched",
     KeepsStateOnSelf: "thread-safety",
+    OffOnAnotherProcessor: "other-processor",
 }
 
 
@@ -246,7 +262,7 @@ BROKEN: dict[type[Head], str] = {
 def test_a_head_that_is_right_passes_every_check() -> None:
     results = check_head(Centroids)
     assert [str(result) for result in results] == [f"{result.name}: passed" for result in results]
-    assert len(results) == 1 + len(SCORE_CHECKS) + len(FILE_CHECKS)
+    assert len(results) == 2 + len(SCORE_CHECKS) + len(FILE_CHECKS)
 
 
 @pytest.mark.numeric
@@ -261,6 +277,7 @@ def test_options_are_passed_on_to_the_head() -> None:
     assert "n_neighbors" in check_head(NearestNeighbourHead, {"n_neighbors": 0})[0].seen
 
 
+@pytest.mark.usefixtures("own_kernels")
 @pytest.mark.parametrize("head_class", BROKEN, ids=lambda broken: broken.__name__)
 def test_each_check_catches_the_head_that_breaks_its_rule(head_class: type[Head]) -> None:
     failed = {result.name: result for result in check_head(head_class) if not result.passed}
@@ -274,6 +291,31 @@ def test_each_check_catches_the_head_that_breaks_its_rule(head_class: type[Head]
         assert_head_conforms(head_class)
 
 
+@pytest.fixture
+def own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever numpy was told to do in this process, the kit tells the other one only."""
+    monkeypatch.delenv("NPY_DISABLE_CPU_FEATURES", raising=False)
+
+
+@pytest.mark.usefixtures("own_kernels")
+def test_rounding_on_another_processor_is_warned_of() -> None:
+    (warned,) = [result for result in check_head(RoundsOnAnotherProcessor) if result.warning]
+    assert (warned.name, warned.passed) == ("other-processor", True)
+    assert "scores up to 2.4e-07 apart" in warned.warning
+    assert "declare a `tolerance`" in warned.warning
+    with pytest.warns(UserWarning, match="other-processor: passed; warning: scores up to"):
+        assert_head_conforms(RoundsOnAnotherProcessor)
+
+
+@pytest.mark.usefixtures("own_kernels")
+def test_a_head_that_no_other_process_can_import_is_warned_of() -> None:
+    class Local(Centroids):
+        pass
+
+    (warned,) = [result for result in check_head(Local) if result.warning]
+    assert warned.warning.startswith("not tried with the kernels of another processor: AttributeError: ")
+
+
 def test_a_head_that_ends_the_process_fails_the_checks() -> None:
     failed = [result for result in check_head(EndsTheProcess) if not result.passed]
     assert "SystemExit: 0" in {result.seen for result in failed}
@@ -281,4 +323,4 @@ def test_a_head_that_ends_the_process_fails_the_checks() -> None:
 
 def test_every_check_has_a_head_that_breaks_it() -> None:
     names = {check.__name__.removeprefix("check_").replace("_", "-") for check in (*SCORE_CHECKS, *FILE_CHECKS)}
-    assert names | {"fit"} == set(BROKEN.values())
+    assert names | {"fit", "other-processor"} == set(BROKEN.values())
