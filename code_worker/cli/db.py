@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from code_worker.cli.ledger import quiet_settings
 from code_worker.cli.output import plural, print_json_lines, say
 
 if TYPE_CHECKING:
+    from code_worker.store.copies import Undone
     from code_worker.store.engine import Store
 
 __all__ = ["db"]
@@ -112,20 +114,44 @@ def backup(file: Path, *, as_json: bool) -> None:
 
 @db.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--force", is_flag=True, help="Also while parts were heard of lately.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def restore(file: Path, *, as_json: bool) -> None:
+def restore(file: Path, *, force: bool, as_json: bool) -> None:
     """Make the SQLite database what it was in FILE, which `db backup` wrote; stop workers, trainer and beat before.
 
-    The present one is copied beside it first. What was unfinished then is rung for again by the sweeper.
+    The present one is copied beside it first; delete that copy later, since it keeps what is erased from now on.
+    Erasures that the copy does not know are undone: each is listed with the command that asks for it again. What was
+    unfinished then is published again by the sweeper.
+
+    Exit status: 0 restored; 1 parts are running, or the copy is not whole; 2 FILE is no copy.
     """
     from code_worker.store.backup import restore as bring_back  # noqa: PLC0415 - SQLAlchemy, as above
+    from code_worker.store.copies import aside_of  # noqa: PLC0415 - as above
+    from code_worker.worker.report import silence_s  # noqa: PLC0415 - as above
 
-    url = quiet_settings().resolved_database_url
-    aside = Path(f"{url.removeprefix('sqlite:///')}.before-{datetime.now(UTC):%Y%m%dT%H%M%S%f}")
-    bring_back(url, file, aside)
+    settings = quiet_settings()
+    url = settings.resolved_database_url
+    aside = aside_of(url, datetime.now(UTC))
+    lost = bring_back(url, file, aside, silence_s=None if force else silence_s(settings))
     kept = aside if aside.exists() else None
     if as_json:
-        print_json_lines([{"restored": str(file), "before": kept and str(kept)}])
+        record = {"restored": str(file), "before": kept and str(kept), "undone": [asdict(one) for one in lost]}
+        print_json_lines([record])
         return
-    say(f"restored {file}{f'; what was there before is in {kept}' if kept else ''}")
-    say("next: code-worker db upgrade, then start the workers")
+    say(f"restored {file}")
+    if kept:
+        say(f"what was there before is in {kept} (delete it later: it keeps what is erased from now on)")
+    _say_undone(lost)
+    again = "erase again as above, " if lost else ""
+    say(f"next: code-worker db upgrade, {again}then start the workers")
+
+
+def _say_undone(lost: Sequence[Undone]) -> None:
+    if not lost:
+        return
+    many = plural(len(lost), "erasure is", "erasures are")
+    say(f"{many} undone, asked for since the copy was made:")
+    for one in lost:
+        say(f"  {one.id}  {one.scope}, {one.at}, by {one.by}{f': {one.why}' if one.why else ''}")
+        for command in one.again or ("nothing that it erased is in the copy",):
+            say(f"    {command}")

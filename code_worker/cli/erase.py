@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, ID, SHA256, json_option
-from code_worker.cli.erasures import receipt_record, say_receipt
+from code_worker.cli.erasures import say_receipt
 from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import plural, print_facts, say, to_json
 from code_worker.cli.progress import progress
@@ -18,7 +18,7 @@ from code_worker.cli.who import who
 
 if TYPE_CHECKING:
     from code_worker.data.erasure import Eraser, Preview, Scope
-    from code_worker.store.erasures import Receipt
+    from code_worker.settings import Settings
 
 __all__ = ["erase"]
 
@@ -78,27 +78,22 @@ def erase(
         elif dry_run:
             _say_preview(eraser.preview(scope), as_json=as_json)
         else:
-            _erase(eraser, scope, why, keep_releases=keep_releases, ask=asks, as_json=as_json)
+            _erase(settings, eraser, scope, why, keep_releases=keep_releases, ask=asks, as_json=as_json)
 
 
-def _erase(eraser: Eraser, scope: Scope, why: str, *, keep_releases: bool, ask: bool, as_json: bool) -> None:
+def _erase(
+    settings: Settings, eraser: Eraser, scope: Scope, why: str, *, keep_releases: bool, ask: bool, as_json: bool
+) -> None:
     if (before := eraser.erased_before(scope)) is not None:
         say("it was erased before, and nothing is kept of it; this is the receipt of then:", err=True)
-        _say_erased(before, as_json=as_json)
+        say_receipt(settings, before, as_json=as_json)
         return
     if ask:
         _say_preview(eraser.preview(scope), as_json=False)
         click.confirm("This cannot be undone. Erase it?", abort=True)
     with progress("erasing", counted=True) as advance:
         receipt = eraser.erase(scope, by=who(), why=why, keep_releases=keep_releases, say=advance)
-    _say_erased(receipt, as_json=as_json)
-
-
-def _say_erased(receipt: Receipt, *, as_json: bool) -> None:
-    if as_json:
-        click.echo(to_json(receipt_record(receipt)))
-    else:
-        say_receipt(receipt)
+    say_receipt(settings, receipt, as_json=as_json)
 
 
 def _say_preview(preview: Preview, *, as_json: bool) -> None:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from code_worker.cli.arguments import ID, SHA256, json_option, limit_option
-from code_worker.cli.ledger import open_ledger
+from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
 from code_worker.errors import StoreError
 
 if TYPE_CHECKING:
+    from code_worker.settings import Settings
     from code_worker.store.erasures import Receipt
 
-__all__ = ["erasures", "receipt_record", "say_receipt"]
+__all__ = ["erasures", "say_receipt"]
 
 
 @click.group()
@@ -34,7 +35,7 @@ def list_(*, after: str | None, limit: int, as_json: bool) -> None:
     with open_ledger() as store:
         found = store.run(lambda session: table.list_receipts(session, after=after, limit=limit), write=False)
     if as_json:
-        print_json_lines(receipt_record(one) for one in found)
+        print_json_lines(_record(one) for one in found)
         return
     rows = [{**asdict(one), "jobs": one.counts.get("jobs"), "images": one.counts.get("images")} for one in found]
     print_table(
@@ -49,14 +50,12 @@ def show(erasure: str, *, as_json: bool) -> None:
     """Show one receipt: what was erased, and which releases had learned from it."""
     from code_worker.store import erasures as table  # noqa: PLC0415 - as above
 
-    with open_ledger() as store:
+    settings = quiet_settings()
+    with open_ledger(settings) as store:
         found = store.run(lambda session: table.get(session, erasure), write=False)
     if found is None:
         raise StoreError(f"no receipt {erasure}: see `code-worker erasures list`")
-    if as_json:
-        click.echo(to_json(receipt_record(found)))
-    else:
-        say_receipt(found)
+    say_receipt(settings, found, as_json=as_json)
 
 
 @erasures.command()
@@ -79,7 +78,7 @@ def check(*, job: str | None, sha256: str | None, tenant: str | None, as_json: b
     with open_ledger() as store:
         found = store.run(lambda session: table.was_erased(session, kind, value), write=False)
     if as_json:
-        print_json_lines(receipt_record(one) for one in found)
+        print_json_lines(_record(one) for one in found)
     else:
         rows = [asdict(one) for one in found]
         print_table(rows, ("id", "created_at", "state", "scope", "by", "why"), empty="no receipt says so")
@@ -87,13 +86,24 @@ def check(*, job: str | None, sha256: str | None, tenant: str | None, as_json: b
         click.get_current_context().exit(1)
 
 
-def receipt_record(receipt: Receipt) -> dict[str, Any]:
+def _record(receipt: Receipt) -> dict[str, Any]:
     """A receipt as plain values."""
     return asdict(receipt)
 
 
-def say_receipt(receipt: Receipt) -> None:
-    """A receipt in a few lines."""
+def say_receipt(settings: Settings, receipt: Receipt, *, as_json: bool) -> None:
+    """A receipt in a few lines, or as one JSON object; copies that may still hold what was erased on stderr."""
+    from code_worker.store import copies  # noqa: PLC0415 - as above
+
+    if as_json:
+        click.echo(to_json(_record(receipt)))
+    else:
+        _say_facts(receipt)
+    for copy in copies.may_hold(settings.resolved_database_url, receipt.id):
+        say(f"{copy} was left by `db restore` and may still hold what was erased: delete it", err=True)
+
+
+def _say_facts(receipt: Receipt) -> None:
     state = "erased" if receipt.state == "done" else "not finished: code-worker erase --resume"
     say(f"{receipt.id}: {state}")
     print_facts(

@@ -11,10 +11,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import make_url
-
 from code_worker.disk import flush
 from code_worker.errors import ConfigurationError, StoreError, StoreUnavailableError
+from code_worker.store.copies import Undone, file_of, heard_of, read_only, undone
 from code_worker.store.migrate import SHARED_TABLE, VERSION_TABLE
 
 __all__ = ["backup", "restore"]
@@ -55,36 +54,65 @@ def backup(url: str, target: Path) -> int:
     return target.stat().st_size
 
 
-def restore(url: str, source: Path, aside: Path) -> None:
+def restore(url: str, source: Path, aside: Path, *, silence_s: float | None = None) -> list[Undone]:
     """Makes the database what it was when the copy was taken, in one transaction; the present one is copied aside.
 
     Processes that have it open see the older state from then on; still, stop them: what they hold is of another time.
 
+    Args:
+        url: of the database.
+        source: the copy.
+        aside: where the present database is copied to.
+        silence_s: a part counts as stopped when nothing was heard of it for so long; None: do not ask.
+
+    Returns:
+        Erasures that were asked for since, and of which the copy brings back what they erased.
+
     Raises:
-        ConfigurationError: as `backup`.
-        StoreError: the file is no whole database of ours.
+        ConfigurationError: the database is none of SQLite's, or the file is no regular one, or the database itself.
+        StoreError: the file is no whole database of ours, or parts are running; nothing was changed.
         StoreUnavailableError: something writes to the database all the time, or the disk is full.
     """
     target = _file_of(url, "pg_restore")
-    if not source.is_file():
-        raise ConfigurationError(f"{source}: no such file")
+    _refuse_source(source, target)
+    since: list[Undone] = []
     with _translated(f"{source} cannot be restored"):
         _check(source)
         if target.is_file() and target.stat().st_size:
+            if silence_s is not None:
+                _refuse_running(target, silence_s)
+            since = undone(target, source)
             backup(url, aside)
         _copy(source, target, keep_log=True)
+    return since
+
+
+def _refuse_running(target: Path, silence_s: float) -> None:
+    if parts := heard_of(target, silence_s):
+        raise StoreError(
+            f"in use by {', '.join(parts)}: stop them first, or say --force where they died "
+            f"(one that died counts as gone after {silence_s:g} s)"
+        )
+
+
+def _refuse_source(source: Path, target: Path) -> None:
+    if not source.exists():
+        raise ConfigurationError(f"{source}: no such file")
+    if not source.is_file():
+        raise ConfigurationError(f"{source} is no regular file: name a copy that `code-worker db backup` wrote")
+    if target.exists() and source.samefile(target):
+        raise ConfigurationError(f"{source} is the database itself: name a copy that `code-worker db backup` wrote")
 
 
 def _file_of(url: str, instead: str) -> Path:
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite" or parsed.database is None:
+    if (file := file_of(url)) is None:
         raise ConfigurationError(f"this is for SQLite; for PostgreSQL use {instead} (docs/operations.md)")
-    return Path(parsed.database).expanduser().absolute()
+    return file
 
 
 def _copy(source: Path, target: Path, *, keep_log: bool = False) -> None:
     """By SQLite's own backup, in one step: a read transaction, which in WAL mode holds up no writer."""
-    reader = sqlite3.connect(f"file:{_quoted(source)}?mode=ro", uri=True, timeout=_PATIENCE_S)
+    reader = read_only(source, timeout_s=_PATIENCE_S)
     writer = sqlite3.connect(target, timeout=_PATIENCE_S)
     with closing(reader), closing(writer):
         reader.backup(writer, progress=_give_up_after(_PATIENCE_S))
@@ -105,12 +133,8 @@ def _give_up_after(seconds: float) -> Callable[[int, int, int], None]:
     return look
 
 
-def _quoted(path: Path) -> str:
-    return str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-
-
 def _check(path: Path) -> None:
-    with closing(sqlite3.connect(f"file:{_quoted(path)}?mode=ro", uri=True)) as connection:
+    with closing(read_only(path)) as connection:
         try:
             found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             revision = _revision(connection)
@@ -132,5 +156,8 @@ def _revision(connection: sqlite3.Connection) -> object:
 def _translated(doing: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, sqlite3.DatabaseError) as error:
+    except OSError as error:
+        # Its text would name the file that was written beside the one that somebody asked for.
+        raise StoreUnavailableError(f"{doing}: {error.strerror or error}") from error
+    except sqlite3.DatabaseError as error:
         raise StoreUnavailableError(f"{doing}: {error}") from error

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,10 @@ from sqlalchemy import text
 
 from code_worker.cli.main import cli
 from code_worker.errors import StoreError
-from code_worker.store import migrate
+from code_worker.store import migrate, workers
 from code_worker.store.engine import Store, open_store
 from tests.cli.conftest import Cli
+from tests.cli.ledger_rows import judged
 from tests.servers import PostgresServer
 
 
@@ -98,6 +101,117 @@ def test_a_copy_is_taken_and_restored(migrated_sqlite: Path, tmp_path: Path) -> 
     assert Path(aside[1]).is_file()
     assert json.loads(run(url, "restore", copy, "--json").stdout)["before"] != aside[1]
     assert run(url, "current").exit_code == 0
+
+
+def copied(cli: Cli, target: Path) -> str:
+    assert cli("db", "backup", str(target)).status == 0
+    return str(target)
+
+
+def test_a_restore_names_each_erasure_that_it_undoes_and_how_to_ask_again(
+    sqlite_cli: Cli, sqlite_store: Store, tmp_path: Path
+) -> None:
+    """A receipt tells nobody what it erased; the copy that is restored has the names."""
+    store, erased = sqlite_store, ["erase", "--yes", "--json"]
+    early = judged(store, "s3://b/early.jpg", 0.9, tenant="early")
+    sqlite_cli(*erased, "--job", early)
+    job = judged(store, "s3://b/a.jpg", 0.9)
+    judged(store, "s3://b/b.jpg", 0.9, tenant="a cme")
+    copy = copied(sqlite_cli, tmp_path / "copy.db")
+    later = judged(store, "s3://b/later.jpg", 0.9, tenant="later")
+    asked = [
+        *(("--job", job), ("--tenant", "a cme"), ("--tenant", "later"), ("--sha256", "ab" * 32)),
+        ("--before", "2000-01-31"),
+    ]
+    judged(store, "s3://b/c.jpg", 0.9)
+    receipts = [sqlite_cli(*erased, *words, "--why", "asked for").records[0] for words in asked]
+    assert later not in str(receipts)
+    ran = sqlite_cli("db", "restore", copy, "--json")
+    assert ran.status == 0, ran.stderr
+    undone = {one["id"]: one for one in ran.records[0]["undone"]}
+    assert list(undone) == [one["id"] for one in receipts]
+    commands = [one["again"] for one in undone.values()]
+    assert commands == [
+        [f"code-worker erase --job {job} --why 'asked for'"],
+        ["code-worker erase --tenant 'a cme' --why 'asked for'"],
+        [],
+        [f"code-worker erase --sha256 {'ab' * 32} --why 'asked for'"],
+        ["code-worker erase --before 2000-01-31T00:00:00+00:00 --why 'asked for'"],
+    ]
+    assert {one["scope"] for one in undone.values()} == {one["scope"] for one in receipts}
+
+
+def test_a_restore_says_in_words_what_it_undoes_and_what_is_left_beside(
+    sqlite_cli: Cli, sqlite_store: Store, tmp_path: Path
+) -> None:
+    copy = copied(sqlite_cli, tmp_path / "empty.db")
+    full = judged(sqlite_store, "s3://b/a.jpg", 0.9)
+    assert "undone" not in sqlite_cli("db", "restore", copied(sqlite_cli, tmp_path / "full.db")).stdout
+    sqlite_cli("erase", "--job", full, "--yes")
+    said = sqlite_cli("db", "restore", str(tmp_path / "full.db")).stdout
+    assert "1 erasure is undone, asked for since the copy was made:" in said
+    assert f"    code-worker erase --job {full}\n" in said
+    assert "(delete it later: it keeps what is erased from now on" in said
+    assert "next: code-worker db upgrade, erase again as above, then start the workers" in said
+    sqlite_cli("erase", "--job", full, "--yes")
+    assert "nothing that it erased is in the copy" in sqlite_cli("db", "restore", copy).stdout
+
+
+def test_an_erasure_names_copies_that_a_restore_left_and_that_may_hold_it(
+    sqlite_cli: Cli, sqlite_store: Store, tmp_path: Path
+) -> None:
+    job = judged(sqlite_store, "s3://b/a.jpg", 0.9)
+    restored = sqlite_cli("db", "restore", copied(sqlite_cli, tmp_path / "copy.db"), "--json").records[0]
+    erased = sqlite_cli("erase", "--job", job, "--yes", "--json")
+    assert erased.stderr.splitlines()[-1] == (
+        f"{restored['before']} was left by `db restore` and may still hold what was erased: delete it"
+    )
+    (receipt,) = erased.records
+    assert restored["before"] in sqlite_cli("erasures", "show", receipt["id"]).stderr
+    # One that knows of the finished erasure holds none of it.
+    knows = sqlite_cli("db", "restore", copied(sqlite_cli, tmp_path / "after.db"), "--json").records[0]["before"]
+    assert knows not in sqlite_cli("erasures", "show", receipt["id"]).stderr
+    Path(restored["before"]).unlink()
+    assert sqlite_cli("erasures", "show", receipt["id"]).stderr == ""
+
+
+def test_a_restore_is_refused_while_parts_are_heard_of(sqlite_cli: Cli, sqlite_store: Store, tmp_path: Path) -> None:
+    copy = copied(sqlite_cli, tmp_path / "copy.db")
+    job = judged(sqlite_store, "s3://b/a.jpg", 0.9)
+    for owner, info in (("one", {}), ("two", {"role": "trainer"})):
+        sqlite_store.run(partial(workers.beat, owner=owner, version="1", host="h", pid=7, info=info))
+    ran = sqlite_cli("db", "restore", copy)
+    assert (ran.status, ran.stderr.count("\n")) == (1, 1)
+    assert "in use by worker h:7, trainer h:7: stop them first, or say --force" in ran.stderr
+    assert sqlite_cli("jobs", "show", job).status == 0
+    assert list(tmp_path.glob("**/*.before-*")) == []
+    assert sqlite_cli("db", "restore", copy, "--force").status == 0
+    assert sqlite_cli("jobs", "show", job).status == 1
+
+
+def test_the_database_itself_and_what_is_no_file_are_no_copies(
+    sqlite_cli: Cli, sqlite_store: Store, tmp_path: Path
+) -> None:
+    file = Path(sqlite_store.url.removeprefix("sqlite:///"))
+    (tmp_path / "link").symlink_to(file)
+    (tmp_path / "hard").hardlink_to(file)
+    os.mkfifo(tmp_path / "pipe")
+    said = {str(one): "is the database itself" for one in (file, tmp_path / "link", tmp_path / "hard")}
+    for source, why in {**said, "/dev/zero": "no regular file", str(tmp_path / "pipe"): "no regular file"}.items():
+        ran = sqlite_cli("db", "restore", source)
+        assert (ran.status, ran.stderr.count("\n")) == (2, 1), (source, ran.stderr)
+        assert f"{source} " in ran.stderr
+        assert why in ran.stderr
+
+
+@pytest.mark.parametrize("target", ["/proc/x.db", "/proc/none/x.db", "/dev/null/x.db"])
+def test_a_place_that_no_copy_can_be_written_to_is_named_as_it_was_given(
+    sqlite_cli: Cli, sqlite_store: Store, target: str
+) -> None:
+    ran = sqlite_cli("db", "backup", target)
+    assert (ran.status, ran.stderr.count("\n")) == (1, 1)
+    assert ran.stderr.startswith(f"code-worker: the database cannot be copied to {target}: ")
+    assert ".x.db-" not in ran.stderr
 
 
 def test_asking_for_the_revision_makes_no_database(tmp_path: Path) -> None:
