@@ -275,3 +275,24 @@ def test_what_was_imported_before_is_the_release_that_is_here(
     assert registry.import_(str(parity_set.directory), options) == first
     assert registry.import_(str(parity_set.directory), replace(options, notes="other")) != first
     assert len(registry.list()) == 2
+
+
+@pytest.mark.parametrize("damage", ["gone", "a file is gone", "a file is damaged"])
+def test_what_was_imported_before_and_is_whole_no_more_is_imported_anew(
+    damage: str, parity_set: ParitySet, plugins: Plugins, tmp_path: Path, sqlite_store: Store
+) -> None:
+    kept = LocalArtifacts(tmp_path / "kept")
+    registry = Registry(sqlite_store, kept, plugins, RoleSettings())
+    (bare := tmp_path / "heads").mkdir()
+    options = ImportOptions(heads_dir=bare)
+    first = registry.import_(str(parity_set.directory), options)
+    weights = kept.root / first / "encoder" / "model.safetensors"
+    if damage == "gone":
+        kept.drop(first)
+    elif damage == "a file is gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1])
+    # Within the same second it is the very same release, and whole again.
+    second = registry.import_(str(parity_set.directory), options)
+    assert registry.load(second).id == second

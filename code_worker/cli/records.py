@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
 from code_worker.cli.output import to_json
-from code_worker.data.label_files.tables import without_formulas
+from code_worker.data.label_files.tables import csv_line, without_formulas
 
 if TYPE_CHECKING:
     from code_worker.store.jobs import JobInfo
     from code_worker.types import Verdict
 
-__all__ = ["SCAN_FIELDS", "VERDICT_FIELDS", "csv_cells", "job_record", "judgement", "verdict_record", "write_csv"]
+__all__ = ["SCAN_FIELDS", "VERDICT_FIELDS", "csv_record", "job_record", "judgement", "verdict_record", "write_csv"]
 
 SCAN_FIELDS = (
     *("uri", "sha256", "outcome", "label", "score", "reason", "head", "release"),
@@ -50,16 +49,15 @@ def write_csv(
     rows: Iterable[Mapping[str, Any]], fields: Iterable[str], stream: IO[str], *, raw: bool = False
 ) -> None:
     """A header and one line per row; what is no plain value is written as JSON, formulas as text unless `raw`."""
-    writer = csv.writer(stream, lineterminator="\n")
     names = tuple(fields)
-    writer.writerow(names)
+    stream.write(csv_line(names))
     for row in rows:
-        writer.writerow(csv_cells(row, names, raw=raw))
+        stream.write(csv_record(row, names, raw=raw))
 
 
-def csv_cells(row: Mapping[str, Any], fields: Iterable[str], *, raw: bool = False) -> list[object]:
+def csv_record(row: Mapping[str, Any], fields: Iterable[str], *, raw: bool = False) -> str:
     """One line of CSV; text that a spreadsheet would run as a formula stays text, unless it is to be `raw`."""
-    return [_cell(row[name], raw=raw) for name in fields]
+    return csv_line(_cell(row[name], raw=raw) for name in fields)
 
 
 def _cell(value: object, *, raw: bool) -> object:

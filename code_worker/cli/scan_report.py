@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from enum import Enum, auto
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.text import Text
 
 from code_worker.cli.output import console, plural, to_json
-from code_worker.cli.records import SCAN_FIELDS, csv_cells, judgement, verdict_record
+from code_worker.cli.records import SCAN_FIELDS, csv_record, judgement, verdict_record
+from code_worker.data.label_files.tables import csv_line
 from code_worker.terminal import printable
 from code_worker.types import Label, Outcome
 
@@ -72,9 +73,8 @@ def printer(form: Form, *, raw: bool = False) -> Callable[[Verdict], None]:
     if form is Form.JSON:
         return lambda verdict: click.echo(to_json(_record(verdict)))
     if form is Form.CSV:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(SCAN_FIELDS)
-        return lambda verdict: writer.writerow(csv_cells(_record(verdict), SCAN_FIELDS, raw=raw))
+        sys.stdout.write(csv_line(SCAN_FIELDS))
+        return partial(_write_row, raw=raw)
     out = console()
     out.print(_line("verdict", "score", "head", "image"), style="bold")
     return lambda verdict: _print_row(out, verdict)
@@ -83,6 +83,10 @@ def printer(form: Form, *, raw: bool = False) -> Callable[[Verdict], None]:
 def _record(verdict: Verdict) -> dict[str, Any]:
     whole = verdict_record(verdict)
     return {name: whole[name] for name in SCAN_FIELDS}
+
+
+def _write_row(verdict: Verdict, *, raw: bool) -> None:
+    sys.stdout.write(csv_record(_record(verdict), SCAN_FIELDS, raw=raw))
 
 
 def _print_row(out: Console, verdict: Verdict) -> None:

@@ -122,17 +122,18 @@ def _hash(value: str | None) -> str | None:
 
 def _address(row: Mapping[str, Any], directory: Path) -> str | None:
     """URI, or path on this machine; a relative one begins at the manifest."""
-    uri = _text(row, "uri")
+    uri = _text(row, "uri", as_written=True)
     if uri is not None and _SCHEME.match(uri):
         return uri
-    path = uri or _text(row, "path")
+    path = uri or _text(row, "path", as_written=True)
     return None if path is None else str(directory.resolve() / path)
 
 
-def _text(row: Mapping[str, Any], name: str) -> str | None:
+def _text(row: Mapping[str, Any], name: str, *, as_written: bool = False) -> str | None:
     value = row.get(name)
     if value is None or value == "":
         return None
     if not isinstance(value, str):
         raise ValueError(f"{name} is {str(value)[:80]!r}, not text")  # noqa: TRY004 - one more row that is wrong
-    return value.strip() or None
+    text = value.strip()
+    return (value if as_written else text) if text else None

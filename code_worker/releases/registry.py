@@ -63,7 +63,8 @@ class Registry:
     def import_(self, source: str, options: ImportOptions | None = None, *, by: str | None = None) -> str:
         """Builds a release from `source` (see `build_release`), stores and registers it; returns its id.
 
-        A checkpoint that was imported before, and differs in nothing but the time, is the release that is here.
+        A checkpoint that was imported before, and differs in nothing but the time, is the release that is here, if
+        that is whole.
 
         Raises:
             NotAllowedError: `by` (unset: the user of this process) is no operator.
@@ -78,10 +79,21 @@ class Registry:
             return (None if finished else self._same_as(built)) or self.add(built, by=by)
 
     def _same_as(self, directory: Path) -> str | None:
-        """The newest release that differs in nothing but the time."""
+        """The newest release that differs in nothing but the time, and could be loaded."""
         wanted = essence(read_manifest(directory)[0].model_dump(mode="json"))
-        ready = (one for one in self.list() if one.info.status == releases.READY)
-        return next((one.info.id for one in ready if essence(one.info.manifest) == wanted), None)
+        alike = (one.info for one in self.list() if essence(one.info.manifest) == wanted)
+        return next((one.id for one in alike if one.status == releases.READY and self._is_whole(one.id)), None)
+
+    def _is_whole(self, release: str) -> bool:
+        """Whether its files are kept, undamaged, and signed where keys are configured."""
+        try:
+            # A cached copy alone is on this machine only.
+            if self._artifacts.exists(release):
+                self._verified(release)
+                return True
+        except ArtifactError as error:
+            log.warning("release_not_whole", release=release, error=str(error))
+        return False
 
     def add(
         self,
@@ -209,9 +221,7 @@ class Registry:
             ArtifactError: it is missing, damaged (IntegrityError), or cannot be loaded here.
             PluginError: a head's plugin is not installed.
         """
-        directory, manifest = self._fetch(release)
-        signature = self._artifacts.signature(release) if self._keys else None
-        check(manifest, signature, self._keys, release)
+        directory, manifest, signature = self._verified(release)
         # Not trusted to be still there: whoever may write to the artifact store could put another in its place.
         expected = hashlib.sha256(manifest).hexdigest()
         return load_release(
@@ -242,6 +252,13 @@ class Registry:
     def directory(self, release: str) -> Path:
         """Where the verified files of a registered release are, to be read alone; raises as `load` does."""
         return self._fetch(release)[0]
+
+    def _verified(self, release: str) -> tuple[Path, bytes, bytes | None]:
+        """Files, manifest and signature, which is by one of the keys where there are some; raises as `load` does."""
+        directory, manifest = self._fetch(release)
+        signature = self._artifacts.signature(release) if self._keys else None
+        check(manifest, signature, self._keys, release)
+        return directory, manifest, signature
 
     def _fetch(self, release: str) -> tuple[Path, bytes]:
         """Where the verified files are, and the manifest, which is the registered one."""

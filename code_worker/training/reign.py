@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from code_worker.store import comparisons, image_groups, policies, runs
+from code_worker.store import comparisons, image_groups, policies, releases, runs
 from code_worker.training import snapshot as snapshots
 from code_worker.training.opinions import PolicyRule
 from code_worker.training.spending import Comparison, Spending, spend
@@ -15,6 +15,7 @@ from code_worker.training.spending import Comparison, Spending, spend
 if TYPE_CHECKING:
     from code_worker.store.engine import Session
     from code_worker.store.policies import PolicyRow
+    from code_worker.store.runs import Run
     from code_worker.training.snapshot import Member, Snapshot
 
 __all__ = ["Taught", "compared_on", "policy_rules", "spend_on", "stale_scopes", "taught", "unlearned"]
@@ -25,7 +26,8 @@ class Taught:
     """What a release learned here.
 
     Attributes:
-        heads: images that its heads were fitted on; None where they were fitted elsewhere.
+        heads: images that its heads were fitted on; None where one of them, or one that was kept of another
+            release, was fitted elsewhere.
         encoder: content hashes of images that its encoder, or one that it descends from, learned from or was chosen
             by.
     """
@@ -36,35 +38,59 @@ class Taught:
 
 def taught(session: Session, release: str) -> Taught:
     """Follows a release back through the runs that made it and those it descends from."""
-    heads: dict[str, Member] | None = None
-    encoder: set[str] = set()
-    fitted_in = {release}
-    for at, made in runs.ancestry(session, [release]).items():
-        for run in made:
-            members = {one.sha256: one for one in snapshots.load(session, run.snapshot_id or "").training_share}
-            if at in fitted_in:
-                heads = {**members, **(heads or {})}
-                if run.config.get("heads") is not None and run.base_release is not None:
-                    # The other heads are those of the release before.
-                    fitted_in.add(run.base_release)
-            if run.kind == "retrain":
-                encoder |= members.keys()
-    return Taught(None if heads is None else tuple(heads.values()), frozenset(encoder))
+    line = runs.ancestry(session, [release])
+    retrains = [run for made in line.values() for run in made if run.kind == "retrain"]
+    encoder = {one.sha256 for run in retrains for one in _learned_in(session, run)}
+    return Taught(_fitted_on(session, release, line), frozenset(encoder))
+
+
+def _fitted_on(session: Session, release: str, line: Mapping[str, Sequence[Run]]) -> tuple[Member, ...] | None:
+    """What the heads of a release were fitted on, those that it keeps of others too; None if nobody recorded it."""
+    found: dict[str, Member] = {}
+    waiting, seen = [(release, _heads_of(session, release))], set[tuple[str, frozenset[str]]]()
+    while waiting:
+        at, heads = waiting.pop()
+        if not line[at]:
+            return None
+        seen.add((at, heads))
+        for run in line[at]:
+            found = {**{one.sha256: one for one in _learned_in(session, run)}, **found}
+            before = (run.base_release or "", _kept(run, heads))
+            if before[0] and before[1] and before not in seen:
+                waiting.append(before)
+    return tuple(found.values())
+
+
+def _heads_of(session: Session, release: str) -> frozenset[str]:
+    info = releases.get(session, release)
+    return frozenset() if info is None else frozenset(info.manifest.get("heads", ()))
+
+
+def _kept(run: Run, heads: frozenset[str]) -> frozenset[str]:
+    """Which of these heads the run did not fit: they are those of the release before."""
+    fitted = run.config.get("heads")
+    # Names of variables have `_` where a head's may have `-`, and a run has them as they were asked for.
+    asked = {name.replace("-", "_") for name in (heads if fitted is None else fitted)}
+    return frozenset(name for name in heads if name.replace("-", "_") not in asked)
+
+
+def _learned_in(session: Session, run: Run) -> list[Member]:
+    return snapshots.load(session, run.snapshot_id or "").training_share
 
 
 def compared_on(session: Session, taken: Snapshot, *, candidate: str, champion: str | None) -> Snapshot:
     """What both are compared on: of the hold-out what neither learned, and `new` as the champion has it."""
-    releases = [candidate] if champion is None else [candidate, champion]
-    return unlearned(session, snapshots.as_new_to(session, taken, champion), releases)
+    both = [candidate] if champion is None else [candidate, champion]
+    return unlearned(session, snapshots.as_new_to(session, taken, champion), both)
 
 
-def unlearned(session: Session, taken: Snapshot, releases: Iterable[str]) -> Snapshot:
+def unlearned(session: Session, taken: Snapshot, named: Iterable[str]) -> Snapshot:
     """The same without images of the hold-out that these releases, or those they go back to, learned from.
 
     Retention forgets which group an image was in: labelled again in another one, it may be held out although it was
     learned. With it go the images of its group, which are copies and siblings. `left_out` counts them as `learned`.
     """
-    learned = snapshots.learned_by(session, releases).images
+    learned = snapshots.learned_by(session, named).images
     # Also by images that were learned and are no members now, such as those that labellers contradict.
     groups = {place.group for place in image_groups.places(session, sorted(learned)).values()}
     groups |= {one.group for one in taken.members if one.group is not None and one.sha256 in learned}

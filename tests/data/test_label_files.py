@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import re
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 
 from code_worker.data.label_files.forms import read_rows
 from code_worker.data.label_files.rows import Row, Words
-from code_worker.data.label_files.tables import with_formulas, without_formulas
+from code_worker.data.label_files.tables import csv_line, with_formulas, without_formulas
 from code_worker.errors import ConfigurationError, DatasetError
 from tests.data.label_rows import problems, rows
 
@@ -71,7 +74,7 @@ def test_csv_of_excel_is_read_in_every_encoding_with_any_line_end(
     assert [(row.place, Path(row.uri or "").name, row.label, row.by, row.note) for row in found] == [
         ("line 3", "a.jpg", "real", "bob", None),
         ("line 4", "b.jpg", "fake", None, None),
-        ("line 6", "ü.jpg", "fake", None, "two\nlines"),
+        ("line 6", "ü.jpg", "fake", None, f"two{end}lines"),
         ("line 8", "d.jpg", "real", None, None),
     ]
 
@@ -103,6 +106,52 @@ def test_lines_are_found_whole_wherever_the_file_is_cut(file: Path) -> None:
     content = "uri,label\r" + "".join(f"{'x' * 70_000}{number},real\r" for number in range(5))
     found = rows(file, content)
     assert [(row.place, (row.uri or "")[-2:]) for row in found] == [(f"line {n + 2}", f"x{n}") for n in range(5)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_what_is_in_quotes_is_taken_as_it_is_written(file: Path, end: str) -> None:
+    lines = [
+        "label , uri,by,note",
+        f'" real ","s3://b/two{end}lines {end}","  bob "," seen ""twice"" "',
+        'real, s3://b/by hand.jpg ,  bob , " seen" ',
+        'real," s3",,"  "',
+    ]
+    found = rows(file, end.join(lines))
+    assert not problems(found)
+    assert [(row.label, row.uri, row.by, row.note) for row in found] == [
+        ("real", f"s3://b/two{end}lines {end}", "  bob ", ' seen "twice" '),
+        ("real", "s3://b/by hand.jpg ", "bob", '" seen"'),
+        ("real", str(file.parent / " s3"), None, None),
+    ]
+
+
+def plain_rows(text: str) -> list[list[str]]:
+    """CSV as spreadsheets read it: outside of quotes a carriage return, a line feed and both together end a row."""
+    found, row, cell, quoted = [], list[str](), "", False
+    for character in re.sub('"[^"]*"|\r\n?', lambda one: one[0] if one[0][0] == '"' else "\n", text):
+        if character == '"':
+            quoted = not quoted
+        elif quoted or character not in ",\n":
+            cell += character
+        else:
+            row.append(cell)
+            cell = ""
+            if character == "\n":
+                found.append(row)
+                row = []
+    return found
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_every_reader_finds_the_rows_that_were_written(file: Path, end: str) -> None:
+    cells = [f"s3://b/a{end}=HYPERLINK(1),x{end}", "real", f"{end}b", "", f" c {end}{end}d"]
+    written = csv_line(["uri", "label", "by", "collection", "note"]) + csv_line(map(without_formulas, cells))
+    expected = [["uri", "label", "by", "collection", "note"], [without_formulas(cell) for cell in cells]]
+    assert list(csv.reader(io.StringIO(written, newline=""), strict=True)) == expected
+    assert plain_rows(written) == expected
+    (found,) = rows(file, written)
+    assert [found.uri, found.label, found.by, found.collection or "", found.note] == cells
+    assert csv_line([None, 0.25, 7]) == ",0.25,7\n"
 
 
 @pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1", "-1", "@a", "\tx", "'=x", "''+x", "plain", "'quoted'", ""])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from code_worker.errors import ConfigurationError, IntegrityError, NotAllowedErr
 from code_worker.heads import Head
 from code_worker.plugins import Plugins
 from code_worker.releases.artifacts import ArtifactStore, LocalArtifacts, S3Artifacts
-from code_worker.releases.importer import build_release
+from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import load_release
 from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, write_manifest
 from code_worker.releases.registry import Registry
@@ -192,6 +193,21 @@ def test_a_published_form_is_signed_when_it_is_taken(
 ) -> None:
     id_ = opened(OURS).import_(str(parity_set.directory))
     assert artifacts.signature(id_) is not None
+
+
+def test_what_was_imported_before_without_a_key_is_imported_anew(
+    parity_set: ParitySet, opened: Open, artifacts: ArtifactStore, plugins: Plugins, tmp_path: Path
+) -> None:
+    (bare := tmp_path / "heads").mkdir()
+    options = ImportOptions(heads_dir=bare)
+    build_release(str(parity_set.directory), plugins, tmp_path / "built", options)
+    manifest = read_manifest(tmp_path / "built")[0]
+    write_manifest(tmp_path / "built", manifest.model_copy(update={"created_at": datetime(2026, 1, 2, tzinfo=UTC)}))
+    unsigned = opened().add(tmp_path / "built")
+    signed = opened(OURS).import_(str(parity_set.directory), options)
+    assert signed != unsigned
+    assert artifacts.signature(signed) is not None
+    assert opened(OURS).import_(str(parity_set.directory), options) == signed
 
 
 def test_a_short_key_is_refused_without_being_shown(monkeypatch: pytest.MonkeyPatch) -> None:

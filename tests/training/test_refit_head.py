@@ -96,6 +96,31 @@ def test_heads_that_were_kept_are_known_to_have_learned_what_their_release_did(
     assert {one.sha256 for one in known.heads} & bobs
 
 
+def test_of_a_head_that_is_kept_of_an_imported_release_nobody_knows_what_it_learned(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    registry = registry_of(settings, sqlite_store)
+
+    def heads_learned(release: str) -> int | None:
+        known = sqlite_store.run(lambda session: taught(session, release), write=False).heads
+        return None if known is None else len(known)
+
+    beside = str(learn(settings, sqlite_store, challenge=True, heads={"knn": {}}).candidate)
+    assert heads_learned(beside) is None, "its linear head is the imported release's"
+    later = str(learn(settings, sqlite_store, challenge=True, heads={"linear": {}}).candidate)
+    assert heads_learned(later), "nothing was kept of the imported release"
+    alone = registry.drop_head(beside, "linear", default_head="knn", by="alice")
+    assert heads_learned(alone) == heads_learned(later)
+    registry.promote(beside, by="alice")
+    upon = str(learn(settings, sqlite_store, challenge=True, heads={"svm": {}}).candidate)
+    assert heads_learned(upon) is None, "it was kept twice"
+    ended = Learner(settings, sqlite_store).learn("refit", by="alice", force=True)
+    assert ended is not None
+    assert ended.report["gate"]["unrecorded"] is True
+    assert heads_learned(str(ended.candidate)), "every head was fitted again"
+
+
 def test_a_head_that_is_dropped_leaves_the_others_as_they_are(
     settings: Settings, sqlite_store: Store, champion: str
 ) -> None:

@@ -20,11 +20,17 @@ _CHUNK_BYTES: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line without its end, counted from 1, or why it cannot be read."""
+    """One line, counted from 1, or why it cannot be read.
+
+    Attributes:
+        text: the line without its end.
+        written: the line as it stands in the file, up to the next one.
+    """
 
     number: int
     text: str = ""
     problem: str = ""
+    written: str = ""
 
     @property
     def place(self) -> str:
@@ -46,11 +52,12 @@ def numbered_lines(file: BinaryIO, *, errors: str = "strict") -> Iterator[Line]:
     """
     chunks = _utf8(file)
     first = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
-    for number, data in enumerate(_split(itertools.chain([first], chunks), _end_of(first)), 1):
+    end = _end_of(first)
+    for number, data in enumerate(_split(itertools.chain([first], chunks), end), 1):
         if data is None:
             yield Line(number, problem=f"it is longer than {_MAX_BYTES} bytes")
         else:
-            yield _decoded(number, data, errors)
+            yield _decoded(number, data, end.decode(), errors)
 
 
 def _utf8(file: BinaryIO) -> Iterator[bytes]:
@@ -90,8 +97,9 @@ def _split(chunks: Iterable[bytes], end: bytes) -> Iterator[bytes | None]:
         yield None if is_too_long else rest
 
 
-def _decoded(number: int, data: bytes, errors: str) -> Line:
+def _decoded(number: int, data: bytes, end: str, errors: str) -> Line:
     try:
-        return Line(number, data.decode(errors=errors).strip("\r\n"))
+        text = data.decode(errors=errors)
+        return Line(number, text.strip("\r\n"), written=text + end)
     except UnicodeDecodeError as error:
         return Line(number, problem=f"it is not UTF-8 (byte {error.start + 1})")

@@ -10,10 +10,24 @@ from typing import Any, Final
 
 from code_worker.errors import ConfigurationError
 
-__all__ = ["FIELDS", "TARGETS", "Meaning", "Row", "RowError", "Words", "located", "moment", "row_of", "text_of"]
+__all__ = [
+    "FIELDS",
+    "NAMES",
+    "TARGETS",
+    "Meaning",
+    "Row",
+    "RowError",
+    "Words",
+    "located",
+    "moment",
+    "row_of",
+    "text_of",
+]
 
 TARGETS: Final = ("uri", "image", "path", "sha256")
 """Names of the field that says which image is meant; the first that is there counts, `sha256` may stand beside it."""
+NAMES: Final = TARGETS[:-1]
+"""Those of them that hold an address or path, of which every character counts."""
 FIELDS: Final = (*TARGETS, "label", "generator", "collection", "group", "by", "at", "note")
 _SHOWN: Final = 60
 
@@ -136,14 +150,14 @@ def row_of(place: str, fields: Mapping[str, Any], words: Words, base: str) -> Ro
     """
     try:
         meaning = words.meaning(fields.get("label"))
-        uri = next((target for name in TARGETS[:-1] if (target := text_of(fields, name))), None)
+        uri = next((target for name in NAMES if (target := text_of(fields, name))), None)
         sha256 = text_of(fields, "sha256")
         if uri is None and sha256 is None:
             raise RowError(f"it names no image: one of {', '.join(TARGETS)} is needed")
         return Row(
             place,
             uri=None if uri is None else located(uri, base),
-            sha256=sha256 and sha256.lower(),
+            sha256=sha256 and sha256.strip().lower(),
             label=meaning.label,
             generator=text_of(fields, "generator") or meaning.generator,
             collection=text_of(fields, "collection"),
@@ -181,7 +195,7 @@ def moment(value: str | None) -> datetime | None:
     if value is None:
         return None
     try:
-        found = datetime.fromisoformat(value)
+        found = datetime.fromisoformat(value.strip())
     except ValueError:
         raise RowError(f"{_shown(value)!r} is no time such as 2026-01-31T12:00:00Z") from None
     return found if found.tzinfo else found.replace(tzinfo=UTC)

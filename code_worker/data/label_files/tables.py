@@ -6,22 +6,23 @@ import csv
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, Final
 
 from code_worker.data.label_files.label_studio import STUDIO_COLUMNS, studio_row
 from code_worker.data.label_files.lines import Line, numbered_lines
-from code_worker.data.label_files.rows import FIELDS, TARGETS, Row, Words, row_of
+from code_worker.data.label_files.rows import FIELDS, NAMES, TARGETS, Row, Words, row_of
 from code_worker.errors import DatasetError
 
-__all__ = ["Record", "csv_records", "csv_rows", "json_rows", "with_formulas", "without_formulas"]
+__all__ = ["Record", "csv_line", "csv_records", "csv_rows", "json_rows", "with_formulas", "without_formulas"]
 
 _DELIMITERS: Final[tuple[str, ...]] = (",", ";", "\t")
 _DECLARED: Final = re.compile(r""""?sep=(\t|[^\s\w"'])"?""")
 _MAX_JOINED: Final = 200
 _UNCLOSED: Final = "unexpected end of data"
 _FORMULA: Final = re.compile(r"'*[=+\-@\t\r\n]")
+_TO_QUOTE: Final = re.compile(r'[",\r\n]|^\s|\s$')
 _ESCAPED_FORMULA: Final = re.compile(r"'+[=+\-@\t\r\n]")
 
 
@@ -36,6 +37,18 @@ def without_formulas(text: str) -> str:
 def with_formulas(text: str) -> str:
     """The text that `without_formulas` was given."""
     return text[1:] if _ESCAPED_FORMULA.match(text) else text
+
+
+def csv_line(values: Iterable[object]) -> str:
+    """One line of CSV with its line feed, which `csv_records` reads as it was.
+
+    Quoted is what holds a line end of any kind, also a carriage return alone, and what begins or ends with a blank.
+    """
+    return ",".join("" if value is None else _quoted(str(value)) for value in values) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return '"{}"'.format(text.replace('"', '""')) if _TO_QUOTE.search(text) else text
 
 
 def json_rows(file: BinaryIO, words: Words, base: str) -> Iterator[Row]:
@@ -98,7 +111,8 @@ def csv_records(
     """Records of a table (comma, semicolon, tab, or as a line `sep=;` says), as spreadsheets write them.
 
     Values that are missing at the end of a row are empty. Columns without a name and rows without any value are
-    passed over. What `without_formulas` escaped is read back.
+    passed over. What `without_formulas` escaped is read back. A value in quotes is taken as it is written, unless it
+    is blank; without them, blanks around it do not count, but for those that end the name of an image.
 
     Args:
         file: a file at its beginning.
@@ -134,7 +148,7 @@ def _columns(
 ) -> tuple[str, list[str]]:
     for delimiter in delimiters:
         try:
-            names = [name.lower() for name in _parsed(text, delimiter)]
+            names = [name.strip().lower() for name in _parsed(text, delimiter)]
         except csv.Error:
             continue
         if is_header(names):
@@ -168,30 +182,50 @@ class _Records:
         return self._returned.popleft() if self._returned else next(self._lines, None)
 
     def _record(self, line: Line) -> Record:
-        text, taken = line.text, list[Line]()
+        # What stands before the first value is of the line end before.
+        text, taken = line.written.lstrip("\r\n"), list[Line]()
         while True:
             problem, values = self._tried(text, may_be_short=not taken)
             if not problem:
-                return Record(line, dict(zip(self._columns, map(with_formulas, values), strict=True)))
+                return Record(line, dict(zip(self._columns, self._trimmed(text, values), strict=True)))
             if problem != _UNCLOSED or len(taken) == _MAX_JOINED or (more := self._next()) is None:
                 break
             taken.append(more)
-            text = f"{text}\n{more.text}"
+            text += more.written
         self._returned.extendleft(reversed(taken))
         return Record(line, problem="a quote is never closed" if taken or problem == _UNCLOSED else problem)
+
+    def _trimmed(self, text: str, values: Sequence[str]) -> Iterator[str]:
+        """Without what a person who wrote blanks around values did not mean."""
+        in_quotes: Sequence[bool] = ()
+        for place, value in enumerate(values):
+            kept = value.strip()
+            if kept and kept != value:
+                in_quotes = in_quotes or _in_quotes(text, self._delimiter)
+                is_name = self._columns[place] in NAMES
+                kept = value if in_quotes[place] else value.lstrip() if is_name else kept
+            yield with_formulas(kept)
 
     def _tried(self, text: str, *, may_be_short: bool) -> tuple[str, list[str]]:
         most = len(self._columns)
         try:
             values = _parsed(text, self._delimiter)
         except csv.Error as error:
-            is_cr = "\r" in text and str(error) != _UNCLOSED
-            return "a carriage return stands in it outside quotes" if is_cr else str(error), []
-        if any(values[most:]) or (len(values) < self._least and not may_be_short):
+            if "new-line" not in str(error):
+                return str(error), []
+            stray = "carriage return" if "\r" in text.rstrip("\r\n") else "line feed"
+            return f"a {stray} stands in it outside quotes", []
+        if any(map(str.strip, values[most:])) or (len(values) < self._least and not may_be_short):
             return f"{len(values)} values under {self._least} columns", []
         return "", [*values[:most], *[""] * (most - len(values))]
 
 
 def _parsed(text: str, delimiter: str) -> list[str]:
     (values,) = csv.reader([text], strict=True, delimiter=delimiter) if text else [[]]
-    return [value.strip() for value in values]
+    return values
+
+
+def _in_quotes(text: str, delimiter: str) -> list[bool]:
+    """Of each value of a record that `_parsed` took, whether it is quoted."""
+    end = re.escape(delimiter)
+    return [bool(value[1]) for value in re.finditer(rf'("[^"]*(?:""[^"]*)*"|)[^{end}]*(?:{end}|$)', text)]
