@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime
@@ -140,7 +141,47 @@ def test_a_queue_from_which_nobody_takes_is_a_fault_once_jobs_wait(
     bystander.stop()
     assert len(found("queues")) == 1
     (takes,) = found("workers")
-    assert "loads the model with the first job" in takes.message
+    assert "has no model yet, and loads it now or with the first job" in takes.message
+
+
+SLOW = """
+import time
+from pathlib import Path
+from code_worker import hookimpl
+
+while not Path({go!r}).exists():
+    time.sleep(0.01)
+
+@hookimpl
+def code_worker_select_head(job, heads):
+    return None
+"""
+
+
+def test_a_worker_that_takes_minutes_to_load_is_heard_of_and_sweeps_meanwhile(
+    make: Make, sqlite_store: Store, tmp_path: Path
+) -> None:
+    go, plugins = tmp_path / "go", tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "slow.py").write_text(SLOW.format(go=str(go)))
+    settings = make(plugins_dir=plugins)
+    host = Host(create_app(settings), lambda: settings)
+    loading = threading.Thread(target=host.node)
+    loading.start()
+    try:
+        host.start_reporting(QUEUES)
+        host.sweep()
+        wait_until(lambda: parts(sqlite_store), 120, "its sign of life")
+        (told,) = found("workers")
+        assert told.status is Status.OK
+        assert "loads it now" in told.message
+        assert loading.is_alive()
+    finally:
+        go.touch()
+        loading.join(120)
+    assert not loading.is_alive()
+    wait_until(lambda: [part.role for part in parts(sqlite_store)] == ["worker"], 120, "the sign of life of its node")
+    host.close()
 
 
 def test_an_idle_worker_says_once_that_there_is_no_release(
