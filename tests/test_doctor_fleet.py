@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import pytest
 from celery import Celery
 from click.testing import CliRunner
 
+from code_worker._version import __version__
 from code_worker.cli.schedule import schedule
 from code_worker.client import Client
 from code_worker.doorbell import Doorbell, bound_queue
 from code_worker.plugins import load_plugins
 from code_worker.queues import LIVE, NORMAL, QUEUES, SWEEP_QUEUE, TRAIN_QUEUE
 from code_worker.releases.registry import open_registry
-from code_worker.settings import Settings
+from code_worker.settings import LimitSettings, Settings
 from code_worker.store import jobs, workers
 from code_worker.store.engine import Store
 from code_worker.worker import beat
@@ -85,6 +87,24 @@ def test_a_part_says_which_settings_it_runs_with_and_no_value_of_them(make: Make
     assert differing(make(roles={"operators": ["alice"]}), said) == []
     assert differing(make(schedule={"retrain": "0 3 * * sun"}), said) == ["roles", "schedule"]
     assert differing(make(), {}) == [], "a part of an older version says nothing"
+
+
+def test_parts_on_machines_of_several_sizes_share_their_settings(make: Make) -> None:
+    here = make()
+    smaller = LimitSettings.model_construct(_fields_set=set(), **{**dict(here.limits), "max_decode_bytes": 1_000_000})
+    said = facts(here.model_copy(update={"limits": smaller}), "worker")
+    assert differing(here, said) == []
+    assert differing(make(limits={"max_decode_bytes": 1_000_000}), said) == ["limits"], "which somebody set"
+    assert differing(make(limits={"max_side": 100}), said) == ["limits"]
+
+
+def test_a_part_of_another_version_is_not_compared(make: Make, sqlite_store: Store) -> None:
+    said = facts(make(roles={"operators": ["alice"]}), "trainer")
+    for owner, version in (("older", "0"), ("same", __version__)):
+        beat_of = partial(workers.beat, owner=owner, version=version, host=owner, pid=1, info=said)
+        sqlite_store.run(beat_of)
+    (told,) = [check for check in found("workers") if "other settings" in check.message]
+    assert "same:1" in told.message
 
 
 def test_a_schedule_that_a_running_trainer_does_not_know_is_told_by_list_and_doctor(

@@ -12,8 +12,10 @@ from celery import Celery, signals
 from celery.beat import Service
 
 from code_worker.broker import REDIS_TRANSPORT
-from code_worker.queues import RETRAIN, SWEEP, TRAIN_QUEUE
+from code_worker.machine import usable_memory
+from code_worker.queues import MODERATE, RETRAIN, SWEEP, TRAIN_QUEUE
 from code_worker.worker.app import install
+from code_worker.worker.prefork import warn_of_prefork
 from tests.worker.test_configuration import ENTRIES, ROUTES, URL, destination
 
 
@@ -189,3 +191,18 @@ def test_a_transport_goes_when_the_app_moves_to_another_broker() -> None:
     app.conf.broker_url = "amqp://127.0.0.1:1//"
     started(app, "code_worker.live")
     assert app.conf.broker_transport is None
+
+
+@pytest.mark.parametrize(("children", "level"), [(1, "INFO"), (1_000_000, "WARNING")])
+def test_a_child_says_once_what_it_took_and_warns_where_that_is_too_much_for_all(
+    children: int, level: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(signals.task_postrun, "receivers", [])
+    warn_of_prefork(children, None)
+    app = install(Celery("theirs", broker=URL, set_as_current=False))
+    for name in (SWEEP, MODERATE, MODERATE):
+        signals.task_postrun.send(sender=app.tasks[name])
+    (said,) = [record for record in caplog.records if "prefork_child_memory" in record.getMessage()]
+    assert said.levelname == level
+    assert f"usable_mb={round(usable_memory() / 1e6)}" in said.getMessage()

@@ -92,7 +92,7 @@ def _fails(part: WorkerInfo) -> Iterator[Check]:
 
 
 def _differs(settings: Settings, part: WorkerInfo) -> Iterator[Check]:
-    if sections := differing(settings, part.info):
+    if sections := differing(settings, part.info, version=part.version):
         since = f"{part.started_at:%Y-%m-%d %H:%M} UTC"
         text = (
             f"{part.role} {_named(part)}, running since {since}, has other settings than here: {', '.join(sections)}"
