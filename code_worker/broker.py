@@ -20,6 +20,7 @@ __all__ = [
     "celery_config",
     "check_broker",
     "check_visibility",
+    "driver_of",
     "is_redis",
     "tls_options",
     "transport_options",
@@ -45,6 +46,12 @@ _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", None, ""})
 def is_redis(url: str) -> bool:
     """Whether the URL names a Redis server reached by TCP or TLS."""
     return urlsplit(url).scheme in TRANSPORTS
+
+
+def driver_of(app: Any) -> str:
+    """The kind of an app's broker, in kombu's word: `redis` for one, several, behind Sentinel or at a socket, too."""
+    with app.connection_for_read() as connection:
+        return str(connection.get_transport_cls().driver_type)
 
 
 def check_broker(settings: Settings) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ _MARK = "code_worker.mark"
 _BYSTANDERS = "code_worker.bystanders"
 _PERSISTENT = 2
 _MOST_HELD = 5000
+_BYSTANDERS_KEPT_S = 3600.0
 
 
 def bound_queue(name: str) -> Queue:
@@ -97,7 +99,7 @@ class Doorbell:
         try:
             self._app.send_task(
                 task,
-                queue=bound_queue(queue),
+                queue=self._queue(queue),
                 router=_Straight(),
                 ignore_result=True,
                 serializer="json",
@@ -116,7 +118,21 @@ class Doorbell:
         """
         with self._channel() as channel:
             # Not passively: kombu looks for the key without its prefix then, and calls every queue unknown.
-            return int(bound_queue(queue)(channel).queue_declare().message_count)
+            return int(self._queue(queue)(channel).queue_declare().message_count)
+
+    def _queue(self, name: str) -> Queue:
+        """A queue of ours by its own exchange, declared as an app's workers declare it.
+
+        Its type, priorities and other arguments are the app's: RabbitMQ refuses a queue that is declared otherwise.
+        """
+        if self._own:
+            return bound_queue(name)
+        try:
+            queue = copy.copy(self._app.amqp.queues[name])
+        except KeyError:
+            return bound_queue(name)
+        queue.exchange, queue.routing_key = Exchange(name, type="direct"), name
+        return queue
 
     def unbind(self, exchange: str, queues: Iterable[str]) -> list[str]:
         """Takes queues from an exchange that they are bound to in Redis, and returns which were.
@@ -186,6 +202,7 @@ class Doorbell:
                 channel.client.hdel(_BYSTANDERS, name)
             else:
                 channel.client.hset(_BYSTANDERS, name, str(time.time()))
+                _bystanders(channel)
 
     def bystanders(self, *, within_s: float) -> list[str]:
         """Workers that were noted so lately.
@@ -196,9 +213,7 @@ class Doorbell:
         with self._channel() as channel:
             if not _is_redis(channel):
                 return []
-            # kombu puts no prefix before the key of HGETALL.
-            noted = channel.client.hgetall(f"{channel.global_keyprefix}{_BYSTANDERS}")
-            return sorted(name.decode() for name, at in noted.items() if time.time() - float(at) < within_s)
+            return sorted(name for name, age_s in _bystanders(channel).items() if age_s < within_s)
 
     def held(self, job_ids: Iterable[str]) -> set[str]:
         """Those of the jobs that are named by a message which a worker took and has not acknowledged, or may be.
@@ -225,7 +240,11 @@ class Doorbell:
         try:
             with self._app.connection_for_read() as connection:
                 connection.ensure_connection(max_retries=1, interval_start=0.1)
-                yield connection.default_channel
+                try:
+                    yield connection.default_channel
+                except connection.channel_errors as error:
+                    # Such as RabbitMQ's of a queue that others declared otherwise.
+                    raise OperationalError(str(error)) from error
         except (OperationalError, RedisError, ConnectionError, TimeoutError) as error:
             raise BrokerUnavailableError(f"broker did not answer: {error}") from error
 
@@ -233,6 +252,17 @@ class Doorbell:
         """Closes the connections, unless they are those of somebody's app."""
         if self._own:
             self._app.close()
+
+
+def _bystanders(channel: Any) -> dict[str, float]:
+    """Workers that were noted, with how many seconds ago; those that were killed long ago are forgotten."""
+    # kombu puts no prefix before the key of HGETALL.
+    noted = channel.client.hgetall(f"{channel.global_keyprefix}{_BYSTANDERS}")
+    ages = {name.decode(): time.time() - float(at) for name, at in noted.items()}
+    # As far ahead as behind: a clock that was wrong for a while leaves none for good.
+    if gone := [name for name, age_s in ages.items() if abs(age_s) > _BYSTANDERS_KEPT_S]:
+        channel.client.hdel(_BYSTANDERS, *gone)
+    return {name: age_s for name, age_s in ages.items() if name not in gone}
 
 
 def _named_in(channel: Any, kept: bytes) -> list[str]:

@@ -14,7 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["ServerClock", "decode_memory", "library_threads", "memory_limit", "uptime_s", "usable_cores", "wait_for"]
+__all__ = [
+    "ServerClock",
+    "decode_memory",
+    "library_threads",
+    "memory_limit",
+    "uptime_s",
+    "usable_cores",
+    "usable_memory",
+    "wait_for",
+]
 
 _DECODE_BYTES: Final = 280_000_000
 _DECODE_SHARE: Final = 4
@@ -61,6 +70,16 @@ def memory_limit(root: Path = _ROOT) -> int | None:
         limits += [words[0] for name in ("memory.max", "memory.limit_in_bytes") if (words := _numbers(group / name))]
     # Version 1 writes the largest number of pages there is where it has no limit.
     return min((int(limit) for limit in limits if 0 < limit < 2**60), default=None)
+
+
+def usable_memory(root: Path = _ROOT) -> int:
+    """Bytes that this process and those beside it may use: the machine's memory, or less where a limit is lower.
+
+    Args:
+        root: Where `/proc` and `/sys` are found.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, memory_limit(root) or machine)
 
 
 def decode_memory(root: Path = _ROOT) -> int:

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ import pytest
 from celery import Celery
 from click.testing import CliRunner
 
+from code_worker._version import __version__
 from code_worker.cli.schedule import schedule
 from code_worker.client import Client
 from code_worker.doorbell import Doorbell, bound_queue
 from code_worker.plugins import load_plugins
 from code_worker.queues import LIVE, NORMAL, QUEUES, SWEEP_QUEUE, TRAIN_QUEUE
 from code_worker.releases.registry import open_registry
-from code_worker.settings import Settings
+from code_worker.settings import LimitSettings, Settings
 from code_worker.store import jobs, workers
 from code_worker.store.engine import Store
 from code_worker.worker import beat
@@ -86,6 +89,24 @@ def test_a_part_says_which_settings_it_runs_with_and_no_value_of_them(make: Make
     assert differing(make(), {}) == [], "a part of an older version says nothing"
 
 
+def test_parts_on_machines_of_several_sizes_share_their_settings(make: Make) -> None:
+    here = make()
+    smaller = LimitSettings.model_construct(_fields_set=set(), **{**dict(here.limits), "max_decode_bytes": 1_000_000})
+    said = facts(here.model_copy(update={"limits": smaller}), "worker")
+    assert differing(here, said) == []
+    assert differing(make(limits={"max_decode_bytes": 1_000_000}), said) == ["limits"], "which somebody set"
+    assert differing(make(limits={"max_side": 100}), said) == ["limits"]
+
+
+def test_a_part_of_another_version_is_not_compared(make: Make, sqlite_store: Store) -> None:
+    said = facts(make(roles={"operators": ["alice"]}), "trainer")
+    for owner, version in (("older", "0"), ("same", __version__)):
+        beat_of = partial(workers.beat, owner=owner, version=version, host=owner, pid=1, info=said)
+        sqlite_store.run(beat_of)
+    (told,) = [check for check in found("workers") if "other settings" in check.message]
+    assert "same:1" in told.message
+
+
 def test_a_schedule_that_a_running_trainer_does_not_know_is_told_by_list_and_doctor(
     make: Make, running: Callable[..., Host], sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +161,47 @@ def test_a_queue_from_which_nobody_takes_is_a_fault_once_jobs_wait(
     bystander.stop()
     assert len(found("queues")) == 1
     (takes,) = found("workers")
-    assert "loads the model with the first job" in takes.message
+    assert "has no model yet, and loads it now or with the first job" in takes.message
+
+
+SLOW = """
+import time
+from pathlib import Path
+from code_worker import hookimpl
+
+while not Path({go!r}).exists():
+    time.sleep(0.01)
+
+@hookimpl
+def code_worker_select_head(job, heads):
+    return None
+"""
+
+
+def test_a_worker_that_takes_minutes_to_load_is_heard_of_and_sweeps_meanwhile(
+    make: Make, sqlite_store: Store, tmp_path: Path
+) -> None:
+    go, plugins = tmp_path / "go", tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "slow.py").write_text(SLOW.format(go=str(go)))
+    settings = make(plugins_dir=plugins)
+    host = Host(create_app(settings), lambda: settings)
+    loading = threading.Thread(target=host.node)
+    loading.start()
+    try:
+        host.start_reporting(QUEUES)
+        host.sweep()
+        wait_until(lambda: parts(sqlite_store), 120, "its sign of life")
+        (told,) = found("workers")
+        assert told.status is Status.OK
+        assert "loads it now" in told.message
+        assert loading.is_alive()
+    finally:
+        go.touch()
+        loading.join(120)
+    assert not loading.is_alive()
+    wait_until(lambda: [part.role for part in parts(sqlite_store)] == ["worker"], 120, "the sign of life of its node")
+    host.close()
 
 
 def test_an_idle_worker_says_once_that_there_is_no_release(

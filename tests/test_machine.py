@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from code_worker.machine import (
@@ -19,6 +20,7 @@ from code_worker.machine import (
     memory_limit,
     uptime_s,
     usable_cores,
+    usable_memory,
     wait_for,
 )
 from code_worker.settings import LimitSettings, Settings
@@ -143,6 +145,14 @@ def test_a_container_decodes_in_a_quarter_of_its_memory_at_most(tmp_path: Path) 
         assert decode_memory(root) == share
     assert Settings().limits.max_decode_bytes == decode_memory()
     assert LimitSettings(max_decode_bytes=5).max_decode_bytes == 5
+
+
+def test_a_limit_above_the_memory_that_is_there_is_none(tmp_path: Path) -> None:
+    there = psutil.virtual_memory().total
+    assert usable_memory(tmp_path) == there
+    for limit in (2**20, there + 2**20):
+        root = described(tmp_path, "0::/", **{"sys/fs/cgroup/memory.max": str(limit)})
+        assert usable_memory(root) == min(limit, there)
 
 
 def test_libraries_of_a_new_process_are_told_of_a_quota_and_else_left_alone(

@@ -7,7 +7,7 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from code_worker.broker import is_redis
+from code_worker.broker import driver_of
 from code_worker.doorbell import Doorbell
 from code_worker.errors import BrokerUnavailableError
 from code_worker.logs import get_logger
@@ -41,7 +41,7 @@ class Bystander:
     def start(self) -> None:
         """Says it, and looks from now on; other brokers than Redis are not asked."""
         log.info("queues_not_taken", queues=list(QUEUES), hint=_HINT)
-        if is_redis(str(self._app.conf.broker_url or "")):
+        if driver_of(self._app) == "redis":
             self._repeater.start()
 
     def stop(self) -> None:

@@ -42,6 +42,8 @@ class Host:
         self._app = app
         self._read_settings = settings
         self._lock = threading.RLock()
+        # Taken before the other: a node loads for minutes where kernels are compiled, and all else goes on meanwhile.
+        self._loading = threading.RLock()
         self._store: Store | None = None
         self._background: Store | None = None
         self._node: Node | None = None
@@ -99,8 +101,10 @@ class Host:
             ConfigurationError: a plugin, device or setting that cannot work.
             StoreError: a database that is not migrated.
         """
-        with self._lock:
+        with self._loading:
             if self._node is None:
+                # It says itself that there is none.
+                self._release_looked_for = True
                 from code_worker.worker.node import Node  # noqa: PLC0415 - numpy and heads: only where images are judged
 
                 node = Node(self.settings, self.store(), owner=self._named(), more=self._facts)
@@ -139,8 +143,8 @@ class Host:
         champion = self._background_store().run(
             lambda session: releases.alias(session, releases.CHAMPION), write=False
         )
-        self._release_looked_for = True
-        if champion is None:
+        looked_for, self._release_looked_for = self._release_looked_for, True
+        if champion is None and not looked_for:
             log.warning("waiting_for_release", hint="code-worker releases import DIR --promote")
 
     def _stop_reporting(self) -> None:
@@ -293,7 +297,7 @@ class Host:
         """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
         parts = (self._node, self._sweeper, self._repeater, self._learning, self._watcher, self._retention)
         _INHERITED.append((self._store, self._background, self._keeper, self._reporter, self._unkept, *parts))
-        self._lock = threading.RLock()
+        self._lock, self._loading = threading.RLock(), threading.RLock()
         self._store = self._background = self._node = self._sweeper = self._repeater = None
         self._learning = self._watcher = self._retention = self._keeper = self._reporter = self._owner = None
         self._retainer = None
@@ -303,7 +307,7 @@ class Host:
     def close(self) -> None:
         """Ends the background work of this process."""
         self._stop_keeping()
-        with self._lock:
+        with self._loading, self._lock:
             if self._retention is not None:
                 self._retention.stop()
                 self._retention = self._retainer = None

@@ -11,6 +11,7 @@ from typing import Any, Final
 from celery import signals
 
 from code_worker.logs import get_logger
+from code_worker.machine import usable_memory
 from code_worker.queues import MODERATE
 
 __all__ = ["warn_of_prefork"]
@@ -38,9 +39,9 @@ def _measure(children: int, measured: set[int], sender: Any = None, **_: Any) ->
         return
     measured.add(os.getpid())
     each_mb = _peak_bytes() / _MB
-    machine_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _MB
-    say = log.warning if each_mb * children > machine_mb else log.info
-    say("prefork_child_memory", child_mb=round(each_mb), children=children, machine_mb=round(machine_mb))
+    usable_mb = usable_memory() / _MB
+    say = log.warning if each_mb * children > usable_mb else log.info
+    say("prefork_child_memory", child_mb=round(each_mb), children=children, usable_mb=round(usable_mb))
 
 
 def _peak_bytes() -> int:

@@ -74,8 +74,14 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None, nam
     app = create_app(settings)
     host, concurrency = host_of(app), concurrency or settings.worker.concurrency
     host.judge_on(concurrency)
-    # The model is loaded before the first message is taken; nothing forks afterwards, so CUDA is safe.
-    _await_release(host.node())
+    host.start_reporting(names)
+    try:
+        # The model is loaded before the first message is taken; nothing forks afterwards, so CUDA is safe.
+        _await_release(host.node())
+    except BaseException:
+        # Else `doctor` would take it for one that is about to judge.
+        host.close()
+        raise
     log.info("worker_starting", queues=names, concurrency=concurrency, connections=host.store().connections)
     return consume(app, [*names, SWEEP_QUEUE], concurrency, settings, name=name)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kombu.exceptions import SerializerNotInstalled
 from kombu.serialization import prepare_accept_content
 
-from code_worker.broker import ALL_QUEUES, OWN_VISIBILITY, check_visibility, is_redis
+from code_worker.broker import ALL_QUEUES, OWN_VISIBILITY, TRANSPORTS, check_visibility, driver_of
 from code_worker.errors import ConfigurationError
 from code_worker.logs import get_logger
 from code_worker.machine import usable_cores
@@ -27,6 +27,14 @@ _REMAP: Final = "REMAP_SIGTERM"
 _KOMBUS_OWN_S: Final = 3600
 _JSON: Final = "application/json"
 _THEIR_VISIBILITY: Final = "broker_transport_options['visibility_timeout'] of the app"
+_UNTESTED: Final = (
+    "code_worker is built for and tested on Redis: on other brokers `doctor` and the sweeper know less of what waits "
+    "and what was lost"
+)
+_NOT_OURS: Final = (
+    "with kombu's own transport, which Sentinel, sockets and a broker_transport of yours imply, a worker may end "
+    "when Redis restarts: let a supervisor start it again"
+)
 _PATCHED: Final = ("gevent", "eventlet")
 
 
@@ -55,6 +63,7 @@ def refuse_to_start(worker: Any, check: Callable[[], object], settings: Callable
         check()
         _check_pool(worker)
         _check_visibility(worker.app, settings())
+    _warn_of_broker(worker.app)
     if "prefork" in _pool_of(worker) and taken & frozenset(QUEUES):
         warn_of_prefork(_children_of(worker), worker.app.conf.worker_max_memory_per_child)
 
@@ -111,7 +120,17 @@ def _check_pool(worker: Any) -> None:
 
 
 def _check_visibility(app: Any, settings: Settings) -> None:
-    if is_redis(str(app.conf.broker_url or "")):
-        theirs = (app.conf.broker_transport_options or {}).get("visibility_timeout", _KOMBUS_OWN_S)
+    """Of Redis always; of another broker, such as SQS, where it is set."""
+    options = app.conf.broker_transport_options or {}
+    if driver_of(app) == "redis" or "visibility_timeout" in options:
+        theirs = options.get("visibility_timeout", _KOMBUS_OWN_S)
         own = theirs == settings.broker.visibility_timeout_s
         check_visibility(float(theirs), settings, setting=OWN_VISIBILITY if own else _THEIR_VISIBILITY)
+
+
+def _warn_of_broker(app: Any) -> None:
+    """Once: of a broker that nobody tried us on, and of one that is not reached by our transport."""
+    if (driver := driver_of(app)) != "redis":
+        log.warning("broker_untested", driver=driver, hint=_UNTESTED)
+    elif app.conf.broker_transport not in TRANSPORTS.values():
+        log.warning("broker_without_our_transport", hint=_NOT_OURS)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
+from pydantic import BaseModel
+
 from code_worker._version import __version__
 from code_worker.worker.background import failing_parts
 from code_worker.worker.supervisor import OWNER_ENV
@@ -44,16 +46,30 @@ def facts(settings: Settings, role: str) -> dict[str, Any]:
     }
 
 
-def differing(settings: Settings, said: Mapping[str, Any]) -> list[str]:
-    """Sections of the settings in which a part that said `said` runs with others than these."""
+def differing(settings: Settings, said: Mapping[str, Any], *, version: str = __version__) -> list[str]:
+    """Sections of the settings in which a part of that version, which said `said`, runs with others than these.
+
+    None where the version is another: its settings and defaults are others too.
+    """
+    if version != __version__:
+        return []
     theirs: Mapping[str, str] = said.get("settings") or {}
     return [name for name in _COMPARED if name in theirs and theirs[name] != _digest(settings, name)]
 
 
 def _digest(settings: Settings, name: str) -> str:
-    """Of the values, which name people: a digest is enough to see that they differ."""
-    value = settings.model_dump(mode="json", include={name})
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    """Of the values, which name people: a digest is enough to see that they differ.
+
+    What nobody set and follows from the machine is left out: parts in containers of several sizes share the settings.
+    """
+    section = getattr(settings, name)
+    value = section.model_dump(mode="json", exclude=_derived(section)) if isinstance(section, BaseModel) else section
+    return hashlib.sha256(json.dumps({name: value}, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _derived(section: BaseModel) -> set[str]:
+    fields = type(section).model_fields.items()
+    return {name for name, field in fields if field.default_factory is not None} - section.model_fields_set
 
 
 class Reporter:

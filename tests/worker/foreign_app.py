@@ -15,13 +15,13 @@ import code_worker
 from tests.process_switches import set_all
 
 set_all()
-app = Celery("theirs", broker=os.environ["CODE_WORKER_BROKER_URL"])
+app = Celery("theirs", broker=os.environ.get("THEIRS_BROKER") or os.environ["CODE_WORKER_BROKER_URL"])
 app.conf.task_queues = [Queue("theirs.mail"), Queue("theirs.images")]
 app.conf.task_default_queue = "theirs.mail"
 app.conf.task_routes = {"theirs.resize": {"queue": "theirs.images"}}
 app.conf.beat_schedule = {"theirs.nightly": {"task": "theirs.resize", "schedule": 3600.0, "args": ("nightly",)}}
 app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
-app.conf.broker_transport_options = {"visibility_timeout": 600}
+app.conf.broker_transport_options = {"visibility_timeout": 600, "master_name": "theirs"}
 
 
 @app.task(name="theirs.resize", ignore_result=True)

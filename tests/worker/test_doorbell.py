@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
+from uuid import uuid4
 
 import pytest
+import redis
+from amqp.exceptions import PreconditionFailed
 from celery import Celery
 from kombu import Exchange, Queue
+from kombu.transport import memory
 
 from code_worker.doorbell import Doorbell, bound_queue
 from code_worker.errors import BrokerUnavailableError
@@ -154,4 +160,81 @@ def test_a_worker_that_takes_none_of_our_queues_says_once_that_jobs_wait(
     assert "-Q code_worker.live,code_worker.normal" in line
     redis_server.kill()
     Bystander(app).look()
+    app.close()
+
+
+def test_workers_that_were_killed_long_ago_are_forgotten(redis_server: RedisServer) -> None:
+    app = install(Celery("theirs", broker=redis_server.url, set_as_current=False))
+    app.conf.broker_transport_options = {"global_keyprefix": "theirs:"}
+    bell, key = Doorbell(app), "theirs:code_worker.bystanders"
+    with redis.Redis.from_url(redis_server.url) as client:
+        now = time.time()
+        client.hset(key, mapping={"killed": str(now - 4000), "ahead": str(now + 4000), "lately": str(now - 600)})
+        bell.note_bystander("here")
+        assert set(client.hkeys(key)) == {b"lately", b"here"}
+        client.hset(key, "killed", str(now - 4000))
+        assert bell.bystanders(within_s=300) == ["here"]
+        assert set(client.hkeys(key)) == {b"lately", b"here"}
+    app.close()
+
+
+class StrictChannel(memory.Channel):  # type: ignore[misc]  # kombu ships no types
+    """Refuses a queue that is declared with other arguments than before, as RabbitMQ does."""
+
+    declared: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def queue_declare(self, queue: str, passive: bool = False, **options: Any) -> Any:
+        given = {name: value for name, value in options.items() if name != "nowait"}
+        if not passive and self.declared.setdefault(queue, given) != given:
+            raise PreconditionFailed(f"inequivalent arg for queue {queue!r}: {given}, not {self.declared[queue]}")
+        return super().queue_declare(queue=queue, passive=passive, **options)
+
+
+class StrictTransport(memory.Transport):  # type: ignore[misc]  # as above
+    Channel = StrictChannel
+
+
+QUEUES_AS_THEIRS = [
+    {"task_queue_max_priority": 10},
+    {"task_create_missing_queue_type": "quorum"},
+    {"task_queues": [Queue("theirs"), Queue(NORMAL, queue_arguments={"x-max-priority": 5}, durable=False)]},
+    {"task_queues": [Queue(NORMAL, Exchange("x", type="topic"), "a.#", queue_arguments={"x-queue-type": "quorum"})]},
+]
+
+
+@pytest.mark.parametrize("first", ["worker", "producer"])
+@pytest.mark.parametrize("conf", QUEUES_AS_THEIRS, ids=["priorities", "quorum", "listed", "bound"])
+def test_our_queues_are_declared_as_workers_of_their_app_declare_them(conf: dict[str, object], first: str) -> None:
+    StrictChannel.declared.clear()
+    # By a name of its own: kombu remembers for each what it declared.
+    app = install(Celery("theirs", broker=f"memory://{uuid4().hex}", set_as_current=False))
+    app.conf.update(conf, broker_transport=StrictTransport)
+    bell = Doorbell(app)
+
+    def declared_by_a_worker() -> None:
+        app.amqp.queues.select([NORMAL])
+        with app.connection_for_read() as connection:
+            app.amqp.TaskConsumer(connection.default_channel).close()
+
+    for step in [declared_by_a_worker, lambda: bell.ring(NORMAL, ["a"])][:: 1 if first == "worker" else -1]:
+        step()
+    assert bell.depth(NORMAL) == 1
+    assert StrictChannel.declared[NORMAL]["arguments"], "as theirs, and not bare"
+    with app.connection_for_read() as connection:
+        message = app.amqp.queues[NORMAL](connection.default_channel).get()
+        assert message.delivery_info["exchange"] == "", "to this queue and to nobody else's"
+        message.ack()
+    app.close()
+
+
+def test_a_queue_that_others_declared_otherwise_is_a_broker_that_does_not_take_the_message() -> None:
+    StrictChannel.declared.clear()
+    app = Celery("producer", broker=f"memory://{uuid4().hex}", set_as_current=False)
+    app.conf.broker_transport = StrictTransport
+    with app.connection_for_read() as connection:
+        Queue(NORMAL, Exchange(NORMAL), queue_arguments={"x-queue-type": "quorum"})(connection.channel()).declare()
+    with pytest.raises(BrokerUnavailableError, match="inequivalent arg"):
+        Doorbell(app, own=True).ring(NORMAL, ["a"])
+    with pytest.raises(BrokerUnavailableError, match="inequivalent arg"):
+        Doorbell(app, own=True).depth(NORMAL)
     app.close()

@@ -12,8 +12,10 @@ from celery import Celery, signals
 from celery.beat import Service
 
 from code_worker.broker import REDIS_TRANSPORT
-from code_worker.queues import RETRAIN, SWEEP, TRAIN_QUEUE
+from code_worker.machine import usable_memory
+from code_worker.queues import MODERATE, RETRAIN, SWEEP, TRAIN_QUEUE
 from code_worker.worker.app import install
+from code_worker.worker.prefork import warn_of_prefork
 from tests.worker.test_configuration import ENTRIES, ROUTES, URL, destination
 
 
@@ -59,6 +61,53 @@ def test_what_is_wrong_ends_a_worker_of_our_queues_with_status_2_and_one_line(
     started(install(other := Celery("others", broker=URL, set_as_current=False)))
     other.config_from_object(configuration)
     started(other)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:1/0;redis://127.0.0.1:2/0",
+        ["redis://127.0.0.1:1/0", "redis://127.0.0.1:2/0"],
+        "sentinel://127.0.0.1:1;sentinel://127.0.0.1:2",
+        "redis+socket:///nowhere/redis.sock",
+        "rediss://127.0.0.1:1/0",
+        "memory://",
+    ],
+    ids=str,
+)
+def test_a_timeout_within_which_batches_are_repeated_is_refused_on_every_redis_and_where_it_is_set(
+    url: str | list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = install(Celery("theirs", broker=url, set_as_current=False))
+    app.conf.broker_transport_options = {"visibility_timeout": 60}
+    with pytest.raises(SystemExit) as ended:
+        started(app, "code_worker.live")
+    assert ended.value.code == 2
+    (line,) = caplog.records
+    assert "set broker_transport_options['visibility_timeout']" in line.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (URL, None),
+        (f"{URL};{URL}", None),
+        ("sentinel://127.0.0.1:1", "broker_without_our_transport"),
+        ("redis+socket:///nowhere/redis.sock", "broker_without_our_transport"),
+        ("memory://", "broker_untested"),
+        ("amqp://127.0.0.1:1//", "broker_untested"),
+    ],
+)
+def test_a_worker_of_our_queues_warns_once_of_a_broker_that_is_less_than_redis_by_our_transport(
+    url: str, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = install(Celery("theirs", broker=url, set_as_current=False))
+    started(app, "celery")
+    assert not caplog.records, "whose queues are none of ours"
+    app.amqp.queues.select(["code_worker.live"])
+    started(app, "code_worker.live")
+    warned = [record.getMessage() for record in caplog.records if "broker_" in record.getMessage()]
+    assert [line.split()[0] for line in warned] == ([said] if said else [])
 
 
 @pytest.mark.parametrize("pool", ["gevent", "eventlet"])
@@ -142,3 +191,18 @@ def test_a_transport_goes_when_the_app_moves_to_another_broker() -> None:
     app.conf.broker_url = "amqp://127.0.0.1:1//"
     started(app, "code_worker.live")
     assert app.conf.broker_transport is None
+
+
+@pytest.mark.parametrize(("children", "level"), [(1, "INFO"), (1_000_000, "WARNING")])
+def test_a_child_says_once_what_it_took_and_warns_where_that_is_too_much_for_all(
+    children: int, level: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(signals.task_postrun, "receivers", [])
+    warn_of_prefork(children, None)
+    app = install(Celery("theirs", broker=URL, set_as_current=False))
+    for name in (SWEEP, MODERATE, MODERATE):
+        signals.task_postrun.send(sender=app.tasks[name])
+    (said,) = [record for record in caplog.records if "prefork_child_memory" in record.getMessage()]
+    assert said.levelname == level
+    assert f"usable_mb={round(usable_memory() / 1e6)}" in said.getMessage()

@@ -45,7 +45,7 @@ def workers(settings: Settings) -> Iterator[Check]:
     if not judging:
         waiting = [_named(part) for part in alive if part.role == "consumer"]
         none = f"none was heard of for {within_s:.0f} s"
-        text = f"{', '.join(waiting)} loads the model with the first job" if waiting else none
+        text = f"{', '.join(waiting)} has no model yet, and loads it now or with the first job" if waiting else none
         yield Check("workers", Status.OK if waiting else Status.WARN, text, "code-worker worker")
     else:
         yield Check("workers", Status.OK, f"{len(judging)} at work: {', '.join(map(_named, judging))}")
@@ -92,7 +92,7 @@ def _fails(part: WorkerInfo) -> Iterator[Check]:
 
 
 def _differs(settings: Settings, part: WorkerInfo) -> Iterator[Check]:
-    if sections := differing(settings, part.info):
+    if sections := differing(settings, part.info, version=part.version):
         since = f"{part.started_at:%Y-%m-%d %H:%M} UTC"
         text = (
             f"{part.role} {_named(part)}, running since {since}, has other settings than here: {', '.join(sections)}"
