@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict
 
 from code_worker.errors import PluginError
+from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,8 +144,10 @@ class HeadSpec:
             module, _, attribute = self.target.partition(":")
             try:
                 found = getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
-                raise PluginError(f"head {self.name!r}: cannot import {self.target!r}: {error}") from error
+            except (Exception, SystemExit) as error:  # a plugin is somebody else's code and may raise anything at all
+                raise_if_stop(error)
+                said = f"{type(error).__name__}: {error}"
+                raise PluginError(f"head {self.name!r}: cannot import {self.target!r}: {said}") from error
         if not (isinstance(found, type) and issubclass(found, Head)):
             raise PluginError(f"head {self.name!r}: {self.target!r} is not a subclass of code_worker.Head")
         return found

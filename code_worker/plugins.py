@@ -29,6 +29,7 @@ from code_worker.errors import PluginError, UnknownHeadError
 from code_worker.heads import Head, HeadSpec
 from code_worker.logs import get_logger
 from code_worker.settings import Settings
+from code_worker.stops import raise_if_stop
 from code_worker.types import Job
 
 __all__ = ["HEAD_NAME", "FoundPlugin", "InstalledPlugin", "Plugins", "find_plugins", "load_plugins"]
@@ -235,7 +236,8 @@ class Plugins:
         """
         try:
             chosen = self._manager.hook.code_worker_select_head(job=job, heads=tuple(names))
-        except Exception as error:  # a plugin is somebody else's code and may raise anything at all
+        except (Exception, SystemExit) as error:  # a plugin is somebody else's code and may raise anything at all
+            raise_if_stop(error)
             raise PluginError(
                 f"code_worker_select_head of {self._culprit(error)} failed: {type(error).__name__}: {error}"
             ) from error
@@ -243,7 +245,7 @@ class Plugins:
             raise PluginError(f"code_worker_select_head answered {type(chosen).__name__}, not the name of a head")
         return chosen
 
-    def _culprit(self, error: Exception) -> str:
+    def _culprit(self, error: BaseException) -> str:
         """The plugin whose code was running, by the traceback."""
         running = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
         for implementation in self._manager.hook.code_worker_select_head.get_hookimpls():
@@ -348,6 +350,7 @@ def _load(origin: InstalledPlugin, load: Callable[[], T]) -> T:
     except PluginError:
         raise
     except (Exception, SystemExit) as error:  # a plugin is somebody else's code and may raise anything at all
+        raise_if_stop(error)
         raise PluginError(f"plugin {origin} cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from code_worker.heads import Head, HeadSpec
+from code_worker.stops import raise_if_stop
 from code_worker.testing.files import FILE_CHECKS
 from code_worker.testing.scoring import SCORE_CHECKS, check_fit, check_other_processor
 from code_worker.testing.subject import NotConformingError, Subject, sample_embeddings
@@ -91,7 +92,8 @@ def _run(check: Callable[[Subject], str | None], subject: Subject) -> CheckResul
         warning = check(subject)
     except NotConformingError as found:
         return CheckResult(name, passed=False, expected=found.expected, seen=found.seen, fix=found.fix)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything at all
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
+        raise_if_stop(error)
         return CheckResult(
             name,
             passed=False,

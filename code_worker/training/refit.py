@@ -17,6 +17,7 @@ from code_worker.data.holdout import refuse_holdout
 from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source, verify_files
+from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -152,7 +153,8 @@ def _fit(
     rows = labels == REAL if head_class.one_class else np.ones(len(labels), dtype=np.bool_)
     try:
         return head_class(plan.options).fit(embeddings[rows], labels[rows])
-    except Exception as error:  # a head is somebody else's code: whatever it raises, the candidate fails by its name
+    except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, it fails by name
+        raise_if_stop(error)
         raise TrainingError(
             f"head {name!r} cannot be fitted on {int(rows.sum())} images: {type(error).__name__}: {error}"
         ) from error

@@ -124,6 +124,13 @@ def test_a_head_whose_module_is_missing_names_it(tmp_path: Path) -> None:
         from_files(tmp_path, mine=FILE.format(name="mine")).head_class("mine")
 
 
+def test_a_head_whose_module_calls_exit_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sources = {"mine": OFFER.replace("somewhere:", "quitting_part:"), "quitting_part": "raise SystemExit(3)"}
+    with pytest.raises(PluginError, match="head 'x': cannot import 'quitting_part:SomeHead': SystemExit: 3"):
+        from_files(tmp_path, **sources).head_class("x")
+
+
 def test_two_providers_of_one_head_are_both_named(tmp_path: Path) -> None:
     with pytest.raises(
         PluginError, match=r"head 'knn' is offered by 'code_worker_heads' of code-worker .* and by .*a\.py"
@@ -249,6 +256,12 @@ def test_a_choice_that_fails_names_the_plugin(tmp_path: Path) -> None:
     plugins = from_files(tmp_path, a=source, b=source.replace("{}", "{'acme': None}"))
     with pytest.raises(PluginError, match=r"code_worker_select_head of plugin .*a\.py failed: KeyError: 'acme'"):
         plugins.select_head(Job("1", "a", tenant="acme"), ["knn"])
+
+
+def test_a_choice_that_calls_exit_names_the_plugin(tmp_path: Path) -> None:
+    source = f"{PLUGIN}import sys\n@hookimpl\ndef code_worker_select_head(job):\n    sys.exit('no licence')\n"
+    with pytest.raises(PluginError, match=r"of plugin .*a\.py failed: SystemExit: no licence"):
+        from_files(tmp_path, a=source).select_head(Job("1", "a"), ["knn"])
 
 
 def test_the_same_object_cannot_be_two_plugins() -> None:
