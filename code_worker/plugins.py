@@ -125,7 +125,8 @@ def load_plugins(settings: Settings) -> Plugins:
 
     Raises:
         PluginError: an allowed one that is not installed, cannot be imported, implements a hook that does not exist,
-            or offers a head that another offers too. The text names the plugin, where it is from, and the cause.
+            offers a head that another offers too, or what is no head. The text names the plugin, where it is from,
+            and the cause.
     """
     plugins = Plugins()
     for candidate in _candidates(settings):
@@ -201,6 +202,14 @@ class Plugins:
             raise PluginError(
                 f"head {spec.name!r} is offered by {self._installed[other]} and by {origin}; remove one or rename it"
             )
+        variable = spec.name.replace("-", "_")
+        if alike := next((name for name in self._heads if name.replace("-", "_") == variable), None):
+            raise PluginError(
+                f"heads {alike!r} of {self.provider(alike)} and {spec.name!r} of {origin} would share the settings "
+                f"CODE_WORKER_HEADS__{variable.upper()}__…; remove one or rename it"
+            )
+        if not isinstance(spec.target, str):
+            _class_of(origin, spec)
         self._heads[spec.name] = spec
         self._providers[spec.name] = origin.name
 
@@ -213,10 +222,9 @@ class Plugins:
 
         Raises:
             UnknownHeadError: no plugin offers it.
-            PluginError: its module cannot be imported.
+            PluginError: its module cannot be imported, or it is no head.
         """
-        self.provider(name)
-        return self._heads[name].head_class()
+        return _class_of(self.provider(name), self._heads[name])
 
     def provider(self, name: str) -> InstalledPlugin:
         """The plugin that offers a head.
@@ -256,6 +264,13 @@ class Plugins:
     def installed(self) -> list[InstalledPlugin]:
         """Every plugin in use, in the order of registration."""
         return list(self._installed.values())
+
+
+def _class_of(origin: InstalledPlugin, spec: HeadSpec) -> type[Head]:
+    try:
+        return spec.head_class()
+    except PluginError as error:
+        raise PluginError(f"plugin {origin}: {error}") from error
 
 
 def _call_all(offer: Callable[..., Any]) -> list[HeadSpec]:

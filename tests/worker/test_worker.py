@@ -228,6 +228,17 @@ def test_a_plugin_that_calls_exit_costs_its_own_jobs_alone(deploy: Callable[...,
     assert len(deployment.events("worker_starting")) == 1
 
 
+def test_a_worker_says_at_its_start_which_settings_no_head_will_take(
+    deploy: Callable[..., Deployment], tmp_path: Path
+) -> None:
+    own = {"CODE_WORKER_HEADS__LINER__C": "1", "CODE_WORKER_HEADS__KNN__N_NEIGHBORS": "5"}
+    deployment = deploy(_sqlite(tmp_path), **own)
+    deployment.worker()
+    wait_until(lambda: deployment.events("worker_starting"), 120, "the worker's start")
+    (unused,) = deployment.events("head_settings_unused")
+    assert unused["error"].endswith("that no plugin offers; did you mean 'linear'?")
+
+
 @pytest.mark.parametrize("arguments", [["--queues", "live,unheard"]])
 def test_a_wrong_configuration_ends_the_worker_with_status_2(
     deploy: Callable[..., Deployment], tmp_path: Path, arguments: list[str]
