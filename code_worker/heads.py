@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from code_worker.errors import PluginError
+from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +23,16 @@ if TYPE_CHECKING:
     Labels = NDArray[np.int8]
     Scores = NDArray[np.float32]
 
-__all__ = ["EstimatorState", "Head", "HeadSpec", "compute_device", "fit_head", "use_compute_device"]
+__all__ = [
+    "EstimatorState",
+    "Head",
+    "HeadSpec",
+    "compute_device",
+    "fit_head",
+    "head_spelt",
+    "unknown_head_settings",
+    "use_compute_device",
+]
 
 _device = "cpu"
 
@@ -135,7 +146,7 @@ class HeadSpec:
         """Imports and returns the class.
 
         Raises:
-            PluginError: the target does not import, or is no subclass of `Head`.
+            PluginError: the target does not import, or is no subclass of `Head` that can be made.
         """
         if not isinstance(self.target, str):
             found: object = self.target
@@ -143,11 +154,35 @@ class HeadSpec:
             module, _, attribute = self.target.partition(":")
             try:
                 found = getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
-                raise PluginError(f"head {self.name!r}: cannot import {self.target!r}: {error}") from error
+            except (Exception, SystemExit) as error:  # a plugin is somebody else's code and may raise anything at all
+                raise_if_stop(error)
+                said = f"{type(error).__name__}: {error}"
+                raise PluginError(f"head {self.name!r}: cannot import {self.target!r}: {said}") from error
         if not (isinstance(found, type) and issubclass(found, Head)):
             raise PluginError(f"head {self.name!r}: {self.target!r} is not a subclass of code_worker.Head")
+        if missing := getattr(found, "__abstractmethods__", None):
+            raise PluginError(
+                f"head {self.name!r}: {self.target!r} is abstract: it lacks {', '.join(sorted(missing))}"
+            )
         return found
+
+
+def head_spelt(name: str, known: Collection[str]) -> str | None:
+    """The head of `known` that a name in the settings stands for; names of variables have no `-`."""
+    alike = [one for one in known if name == one] or [one for one in known if name == one.replace("-", "_")]
+    return alike[0] if alike else None
+
+
+def unknown_head_settings(configured: Iterable[str], known: Collection[str]) -> list[str]:
+    """A sentence for each head of `CODE_WORKER_HEADS` that is none of `known`, with the one that is spelt alike."""
+    found = []
+    for name in configured:
+        if head_spelt(name, known) is None:
+            near = get_close_matches(name.replace("_", "-"), known, 1) or get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
+            where = f"[heads.{name}] or CODE_WORKER_HEADS__{name.upper().replace('-', '_')}__…"
+            found.append(f"settings for a head {name!r} ({where}) that no plugin offers; {hint}")
+    return found
 
 
 def fit_head(head: Head, embeddings: Embeddings, labels: Labels) -> Head:

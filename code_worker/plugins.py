@@ -29,6 +29,7 @@ from code_worker.errors import PluginError, UnknownHeadError
 from code_worker.heads import Head, HeadSpec
 from code_worker.logs import get_logger
 from code_worker.settings import Settings
+from code_worker.stops import raise_if_stop
 from code_worker.types import Job
 
 __all__ = ["HEAD_NAME", "FoundPlugin", "InstalledPlugin", "Plugins", "find_plugins", "load_plugins"]
@@ -124,7 +125,8 @@ def load_plugins(settings: Settings) -> Plugins:
 
     Raises:
         PluginError: an allowed one that is not installed, cannot be imported, implements a hook that does not exist,
-            or offers a head that another offers too. The text names the plugin, where it is from, and the cause.
+            offers a head that another offers too, or what is no head. The text names the plugin, where it is from,
+            and the cause.
     """
     plugins = Plugins()
     for candidate in _candidates(settings):
@@ -200,6 +202,14 @@ class Plugins:
             raise PluginError(
                 f"head {spec.name!r} is offered by {self._installed[other]} and by {origin}; remove one or rename it"
             )
+        variable = spec.name.replace("-", "_")
+        if alike := next((name for name in self._heads if name.replace("-", "_") == variable), None):
+            raise PluginError(
+                f"heads {alike!r} of {self.provider(alike)} and {spec.name!r} of {origin} would share the settings "
+                f"CODE_WORKER_HEADS__{variable.upper()}__…; remove one or rename it"
+            )
+        if not isinstance(spec.target, str):
+            _class_of(origin, spec)
         self._heads[spec.name] = spec
         self._providers[spec.name] = origin.name
 
@@ -212,10 +222,9 @@ class Plugins:
 
         Raises:
             UnknownHeadError: no plugin offers it.
-            PluginError: its module cannot be imported.
+            PluginError: its module cannot be imported, or it is no head.
         """
-        self.provider(name)
-        return self._heads[name].head_class()
+        return _class_of(self.provider(name), self._heads[name])
 
     def provider(self, name: str) -> InstalledPlugin:
         """The plugin that offers a head.
@@ -235,7 +244,8 @@ class Plugins:
         """
         try:
             chosen = self._manager.hook.code_worker_select_head(job=job, heads=tuple(names))
-        except Exception as error:  # a plugin is somebody else's code and may raise anything at all
+        except (Exception, SystemExit) as error:  # a plugin is somebody else's code and may raise anything at all
+            raise_if_stop(error)
             raise PluginError(
                 f"code_worker_select_head of {self._culprit(error)} failed: {type(error).__name__}: {error}"
             ) from error
@@ -243,7 +253,7 @@ class Plugins:
             raise PluginError(f"code_worker_select_head answered {type(chosen).__name__}, not the name of a head")
         return chosen
 
-    def _culprit(self, error: Exception) -> str:
+    def _culprit(self, error: BaseException) -> str:
         """The plugin whose code was running, by the traceback."""
         running = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
         for implementation in self._manager.hook.code_worker_select_head.get_hookimpls():
@@ -254,6 +264,13 @@ class Plugins:
     def installed(self) -> list[InstalledPlugin]:
         """Every plugin in use, in the order of registration."""
         return list(self._installed.values())
+
+
+def _class_of(origin: InstalledPlugin, spec: HeadSpec) -> type[Head]:
+    try:
+        return spec.head_class()
+    except PluginError as error:
+        raise PluginError(f"plugin {origin}: {error}") from error
 
 
 def _call_all(offer: Callable[..., Any]) -> list[HeadSpec]:
@@ -348,6 +365,7 @@ def _load(origin: InstalledPlugin, load: Callable[[], T]) -> T:
     except PluginError:
         raise
     except (Exception, SystemExit) as error:  # a plugin is somebody else's code and may raise anything at all
+        raise_if_stop(error)
         raise PluginError(f"plugin {origin} cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -230,6 +230,13 @@ def test_a_broken_plugin_is_a_fault_and_the_rest_is_still_looked_at(data_dir: Pa
     assert found["sources"].status is Status.OK
 
 
+def test_settings_of_a_head_that_nobody_offers_are_warned_of_with_the_nearest_name(find: Find) -> None:
+    found = find("plugins", heads={"liner": {"C": 1}, "knn": {"n_neighbors": 5}})
+    assert [check.status for check in found] == [Status.OK, Status.WARN]
+    assert "settings for a head 'liner'" in found[1].message
+    assert "did you mean 'linear'?" in found[1].message
+
+
 def test_a_default_head_that_nobody_offers_is_a_fault(find: Find) -> None:
     (found,) = find("plugins", head="nobody")
     assert found.status is Status.FAIL

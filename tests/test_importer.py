@@ -179,6 +179,23 @@ def test_a_head_file_that_nobody_takes_is_named(published: Path, tmp_path: Path)
         build_release(str(published), Plugins(), tmp_path / "r")
 
 
+def test_a_head_that_calls_exit_over_a_file_is_named(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "quitting.py").write_text(
+        "from code_worker import HeadSpec, hookimpl\n"
+        "from code_worker_heads.linear import LinearHead\n"
+        "class Quitting(LinearHead):\n"
+        "    @classmethod\n"
+        "    def from_estimator(cls, estimator):\n"
+        "        raise SystemExit(3)\n"
+        "@hookimpl\n"
+        "def code_worker_register_heads():\n"
+        "    return [HeadSpec('quitting', Quitting)]\n"
+    )
+    plugins = load_plugins(Settings(plugins_dir=tmp_path))
+    with pytest.raises(ArtifactError, match="head 'quitting' failed over a KNeighborsClassifier: SystemExit: 3"):
+        build_release(str(published), plugins, tmp_path / "r")
+
+
 def test_a_head_per_generator_gets_the_name_it_is_given(published: Path, plugins: Plugins, tmp_path: Path) -> None:
     content = (published / "sklearn" / LINEAR_FILE).read_bytes()
     (published / "sklearn" / "linear_gen3.sav").write_bytes(content)

@@ -44,7 +44,7 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def failed(error: Exception, images: int) -> None:
+def failed(error: BaseException, images: int) -> None:
     raise AssertionError(images) from error
 
 

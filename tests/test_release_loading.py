@@ -191,6 +191,8 @@ def test_a_plugins_head_is_saved_and_loaded_like_a_built_in_one(tmp_path: Path) 
         (SCORE, "(directory / 'mean.txt').write_text('0.75')", "scores differently once saved and loaded"),
         (SCORE, "pass", "saved no file"),
         (SCORE, "raise KeyError('oops')", r"cannot be saved: KeyError: 'oops'"),
+        (SCORE, "raise SystemExit(3)", r"head 'mean' cannot be saved: SystemExit: 3"),
+        ("raise SystemExit(3)", SAVE, r"head 'mean' cannot score: SystemExit: 3"),
         (SCORE, "(directory / '.hidden').write_text('1')", "not a plain relative path"),
         (SCORE, "(directory / 'mean.txt').symlink_to('/etc/hostname')", "links are not followed"),
         ("return embeddings.mean(1) * 5", SAVE, r"outside \[0, 1\]"),
@@ -213,6 +215,15 @@ def test_a_plugin_that_fails_while_loading_is_an_artifact_error(tmp_path: Path) 
     sign_again(release)
     with pytest.raises(ArtifactError, match=r"cannot be loaded by .*MeanHead.*ValueError"):
         load_release(release, plugins)
+
+
+def test_a_plugin_that_calls_exit_while_loading_is_an_artifact_error(tmp_path: Path) -> None:
+    release = build_with(with_plugin(tmp_path / "plugins"), tmp_path / "release")
+    quitting = PLUGIN.format(loses=False, score=SCORE, save=SAVE).replace("head = cls", "raise SystemExit(3); cls")
+    (tmp_path / "quitting").mkdir()
+    (tmp_path / "quitting" / "mean_head.py").write_text(quitting)
+    with pytest.raises(ArtifactError, match=r"head 'mean' cannot be loaded by .*SystemExit: 3"):
+        load_release(release, load_plugins(Settings(plugins_dir=tmp_path / "quitting")))
 
 
 OTHER_SCORE = "return (0.5 + (embeddings.mean(1) - self.centre) / 100).clip(0, 1).astype(np.float32)"

@@ -13,12 +13,13 @@ import click
 
 from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import moment, print_json_lines, print_table, to_json
+from code_worker.cli.output import moment, plural, print_json_lines, print_table, say, to_json
 from code_worker.errors import ConfigurationError, NoReleaseError, UnknownHeadError
 from code_worker.settings import load_settings
 
 if TYPE_CHECKING:
     from code_worker.plugins import Plugins
+    from code_worker.testing.conformance import CheckResult
 
 __all__ = ["plugins"]
 
@@ -156,26 +157,36 @@ def new(name: str, parent: Path) -> None:
 def check(*, name: str, options: dict[str, Any], as_json: bool) -> None:
     """Run the conformance kit on the head NAME, or on every head of the plugin NAME.
 
-    Options of CODE_WORKER_HEADS are used where --options does not name them.
+    Each check is a line as it ends. A head that cannot be fitted, or whose scores are no scores, is not tried any
+    further. Options of CODE_WORKER_HEADS are used where --options does not name them.
 
     Exit status: 0 all checks passed; 1 some failed; 2 no such head, plugin or option, or it cannot be loaded.
     """
-    from code_worker.testing import check_head  # noqa: PLC0415 - numpy, and the head itself
+    from code_worker.testing.conformance import each_check  # noqa: PLC0415 - numpy, and the head itself
 
-    loaded = _load()
-    rows = [
-        {"head": head, **asdict(result)}
-        for head, chosen in _options_of(loaded, _heads_of(loaded, name), options).items()
-        for result in check_head(loaded.heads()[head], chosen)
-    ]
-    if as_json:
-        print_json_lines(rows)
-    else:
-        shown = [{**row, "result": "passed" if row["passed"] else "FAILED", "check": row["name"]} for row in rows]
-        columns = ("head", "check", "result", "expected", "seen", "fix", "warning")
-        print_table(shown, columns, empty=f"plugin {name} loads; it offers no head to check")
-    if not all(row["passed"] for row in rows):
+    loaded, passed = _load(), True
+    heads = _heads_of(loaded, name)
+    for head, chosen in _options_of(loaded, heads, options).items():
+        for result in each_check(loaded.head_class(head), chosen):
+            passed = passed and result.passed
+            if as_json:
+                print_json_lines([{"head": head, **asdict(result)}])
+            else:
+                _say_result(head, result)
+    if not heads and not as_json:
+        say(f"plugin {name} loads; it offers no head to check")
+    if not passed:
         sys.exit(1)
+
+
+def _say_result(head: str, result: CheckResult) -> None:
+    state = "passed" if result.passed else "FAILED"
+    say(f"{head}  {result.name:<18}  {f'{state}, with a warning' if result.warning else state}")
+    for name in ("expected", "seen", "fix", "warning"):
+        if text := getattr(result, name):
+            say(f"    {name}: {text}")
+    if result.left_out:
+        say(f"    {plural(result.left_out, 'other check')} not run, since they rest on this one: mend it first")
 
 
 def _options_of(loaded: Plugins, heads: tuple[str, ...], options: dict[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from code_worker.logs import get_logger
+from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["score_items", "score_rows"]
 
 log = get_logger(__name__)
-Failed = Callable[[Exception, int], None]
+Failed = Callable[[BaseException, int], None]
 """Called with what a head raised, and over how many images."""
 
 
@@ -26,7 +27,7 @@ def score_items(head: Head, name: str, items: Sequence[Item]) -> list[float | st
     """A score in [0, 1] per item, or the text of what went wrong with it."""
     matrix = np.stack([item.embedding for item in items if item.embedding is not None])
 
-    def failed(error: Exception, images: int) -> None:
+    def failed(error: BaseException, images: int) -> None:
         log.error("head_failed", head=name, images=images, exc_info=error)
 
     return score_rows(head, name, matrix, failed)
@@ -49,7 +50,8 @@ def _try_score(head: Head, name: str, matrix: NDArray[np.float32], failed: Faile
         # An application may have numpy raise on every underflow; what is not finite is looked for all the same.
         with np.errstate(all="ignore"):
             scores = np.asarray(head.score(matrix))
-    except Exception as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything at all
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
+        raise_if_stop(error)
         failed(error, len(matrix))
         return f"head {name!r} failed: {type(error).__name__}: {error}"[:500]
     if scores.shape != (len(matrix),):

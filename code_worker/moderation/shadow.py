@@ -122,7 +122,7 @@ def shadow_scores(
     sight: Sight,
     embeddings: Mapping[str, NDArray[np.float32]],
     challenger: Runtime,
-    failed: Callable[[str, Exception, int], None],
+    failed: Callable[[str, BaseException, int], None],
 ) -> list[ShadowScore]:
     """What the challenger says of the judged images whose embeddings by its encoder are given, by content hash.
 

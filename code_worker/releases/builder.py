@@ -27,6 +27,7 @@ from code_worker.releases.manifest import (
     head_digest,
     write_manifest,
 )
+from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,7 +153,8 @@ def _save_head(name: str, head: Head, directory: Path) -> None:
         head.save(directory)
     except ArtifactError:
         raise
-    except Exception as error:  # a head is somebody else's code: whatever it raises, this release cannot be built
+    except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, nothing is built
+        raise_if_stop(error)
         raise ArtifactError(f"head {name!r} cannot be saved: {type(error).__name__}: {error}") from error
     if not files_below(directory):
         raise ArtifactError(f"head {name!r} saved no file")

@@ -10,6 +10,7 @@ import numpy as np
 
 from code_worker.errors import ArtifactError
 from code_worker.releases.crops import seeded_crops
+from code_worker.stops import raise_if_stop
 from code_worker.types import EMBEDDING_DIM, SCORE_ROUNDING
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def checked_scores(name: str, head: Head, embeddings: NDArray[np.float32]) -> ND
     try:
         with np.errstate(all="ignore"):  # an application may have numpy raise on every underflow
             scores = np.asarray(head.score(embeddings))
-    except Exception as error:  # a head is somebody else's code: whatever it raises, this release cannot be used
+    except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, it cannot be used
+        raise_if_stop(error)
         raise ArtifactError(f"head {name!r} cannot score: {type(error).__name__}: {error}") from error
     if scores.shape != (len(embeddings),):
         raise ArtifactError(f"head {name!r} returned scores of shape {scores.shape}, not ({len(embeddings)},)")

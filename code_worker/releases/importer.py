@@ -16,11 +16,12 @@ from code_worker.releases.estimator import read_estimator
 from code_worker.releases.hashing import FileEntry, hash_file
 from code_worker.releases.manifest import MANIFEST_NAME, Source, verify_files
 from code_worker.releases.signing import check, signature_in
+from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-    from code_worker.heads import Head
+    from code_worker.heads import EstimatorState, Head
     from code_worker.plugins import Plugins
 
 __all__ = ["ImportOptions", "build_release"]
@@ -157,7 +158,7 @@ def _recognise(paths: Sequence[Path], plugins: Plugins, *, skip: bool) -> list[_
 
 def _take(path: Path, classes: Mapping[str, type[Head]]) -> _Found:
     estimator = read_estimator(path)
-    offers = ((name, head_class.from_estimator(estimator)) for name, head_class in classes.items())
+    offers = ((name, _offered(name, head_class, estimator)) for name, head_class in classes.items())
     takers = [_Found(path, name, head) for name, head in offers if head is not None]
     if not takers:
         raise ArtifactError(
@@ -169,6 +170,18 @@ def _take(path: Path, classes: Mapping[str, type[Head]]) -> _Found:
             f"{path.name}: more than one head takes it: {', '.join(one.plugin_head for one in takers)}"
         )
     return takers[0]
+
+
+def _offered(name: str, head_class: type[Head], estimator: EstimatorState) -> Head | None:
+    try:
+        return head_class.from_estimator(estimator)
+    except ArtifactError:
+        raise
+    except (Exception, SystemExit) as error:  # a head is somebody else's code and may raise anything at all
+        raise_if_stop(error)
+        raise ArtifactError(
+            f"head {name!r} failed over a {estimator.class_name}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _name_heads(found: Iterable[_Found], options: ImportOptions) -> dict[str, _Found]:

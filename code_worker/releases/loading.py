@@ -21,6 +21,7 @@ from code_worker.releases.golden import (
 )
 from code_worker.releases.manifest import MANIFEST_NAME, HeadEntry, Manifest, Thresholds, release_id, verify_files
 from code_worker.releases.signing import check, signature_in
+from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -199,7 +200,8 @@ def load_head(directory: Path, name: str, entry: HeadEntry, plugins: Plugins) ->
         return head_class.load(head_directory(directory, name), entry.options)
     except ArtifactError:
         raise
-    except Exception as error:  # a head is somebody else's code: whatever it raises, this release cannot be used
+    except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, it cannot be used
+        raise_if_stop(error)
         raise ArtifactError(
             f"head {name!r} cannot be loaded by {entry.target} (written by {entry.distribution} "
             f"{entry.distribution_version}): {type(error).__name__}: {error}"

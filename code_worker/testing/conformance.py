@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from code_worker.heads import Head, HeadSpec
+from code_worker.stops import raise_if_stop
 from code_worker.testing.files import FILE_CHECKS
-from code_worker.testing.scoring import SCORE_CHECKS, check_fit, check_other_processor
+from code_worker.testing.scoring import BASIC_CHECKS, SCORE_CHECKS, check_fit, check_other_processor
 from code_worker.testing.subject import NotConformingError, Subject, sample_embeddings
 
-__all__ = ["CheckResult", "assert_head_conforms", "check_head", "sample_embeddings"]
+__all__ = ["CheckResult", "assert_head_conforms", "check_head", "each_check", "sample_embeddings"]
+
+_CHECKS: Final = (*SCORE_CHECKS, *FILE_CHECKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class CheckResult:
         seen: what the head did.
         fix: how to mend it.
         warning: what to look at although it passed.
+        left_out: how many checks were not run, since they rest on this one, which failed.
     """
 
     name: str
@@ -46,15 +50,24 @@ class CheckResult:
     seen: str = ""
     fix: str = ""
     warning: str = ""
+    left_out: int = 0
 
     def __str__(self) -> str:
         if self.passed:
             return f"{self.name}: passed{f'; warning: {self.warning}' if self.warning else ''}"
-        return f"{self.name}: expected {self.expected}; seen: {self.seen}; fix: {self.fix}"
+        rest = f"; {self.left_out} other checks rest on this one and were not run" if self.left_out else ""
+        return f"{self.name}: expected {self.expected}; seen: {self.seen}; fix: {self.fix}{rest}"
 
 
 def check_head(head: HeadSpec | type[Head], options: Mapping[str, Any] | None = None) -> list[CheckResult]:
-    """Runs every check on a head's class with these options; stops after the first if it cannot even be fitted.
+    """Runs every check on a head's class with these options; see `each_check`."""
+    return list(each_check(head, options))
+
+
+def each_check(head: HeadSpec | type[Head], options: Mapping[str, Any] | None = None) -> Iterator[CheckResult]:
+    """Runs the checks on a head's class with these options, and yields each result as it is there.
+
+    What other checks rest on ends them when it fails: a head that cannot be fitted, or whose scores are no scores.
 
     Raises:
         PluginError: the spec's target cannot be imported.
@@ -62,20 +75,23 @@ def check_head(head: HeadSpec | type[Head], options: Mapping[str, Any] | None = 
     head_class = head.head_class() if isinstance(head, HeadSpec) else head
     with tempfile.TemporaryDirectory(prefix="code_worker_check_") as directory:
         subject = Subject(head_class, options or {}, Path(directory))
-        first = _run(check_fit, subject)
-        if not first.passed:
-            return [first]
-        results = [first, *(_run(check, subject) for check in (*SCORE_CHECKS, *FILE_CHECKS))]
-        if all(result.passed for result in results):
+        checks, whole = (check_fit, *_CHECKS), True
+        for number, check in enumerate(checks, 1):
+            result = _run(check, subject)
+            whole = whole and result.passed
+            if not result.passed and check in BASIC_CHECKS:
+                yield replace(result, left_out=1 + len(checks) - number)
+                return
+            yield result
+        if whole:
             # Another process has to load the head: of one that breaks a rule it would say nothing new.
-            results.append(_run(check_other_processor, subject))
-        return results
+            yield _run(check_other_processor, subject)
 
 
 def assert_head_conforms(head: HeadSpec | type[Head], options: Mapping[str, Any] | None = None) -> None:
     """Raises AssertionError that lists each failed check with what was expected, what was seen, and how to fix it.
 
-    What `check_head` warns of is a UserWarning.
+    What a check warns of is a UserWarning.
     """
     results = check_head(head, options)
     for result in results:
@@ -91,7 +107,8 @@ def _run(check: Callable[[Subject], str | None], subject: Subject) -> CheckResul
         warning = check(subject)
     except NotConformingError as found:
         return CheckResult(name, passed=False, expected=found.expected, seen=found.seen, fix=found.fix)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything at all
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
+        raise_if_stop(error)
         return CheckResult(
             name,
             passed=False,

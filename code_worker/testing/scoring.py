@@ -16,7 +16,7 @@ from code_worker.testing.other_processor import NotTriedError, scores_elsewhere
 from code_worker.testing.subject import TOLERANCE, NotConformingError, Subject, largest_difference, sample_embeddings
 from code_worker.types import EMBEDDING_DIM, SCORE_ROUNDING
 
-__all__ = ["SCORE_CHECKS", "check_fit", "check_other_processor"]
+__all__ = ["BASIC_CHECKS", "SCORE_CHECKS", "check_fit", "check_other_processor"]
 
 _BATCHES: Final = (7, 64, 1000)
 _THREADS: Final = 2
@@ -262,10 +262,12 @@ def check_other_processor(subject: Subject) -> str:
     return f"{seen}: a release made here is loaded there with a warning (head_changed); {fix}"
 
 
+BASIC_CHECKS: Final = (check_fit, check_shape_and_dtype, check_range)
+"""What all others rest on."""
 SCORE_CHECKS: Final = (
-    check_options,
     check_shape_and_dtype,
     check_range,
+    check_options,
     check_direction,
     check_border,
     check_determinism,

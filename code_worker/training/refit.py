@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,10 @@ from pydantic import ValidationError
 from code_worker.data.examples import REAL
 from code_worker.data.holdout import refuse_holdout
 from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
+from code_worker.heads import head_spelt, unknown_head_settings
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source, verify_files
+from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,42 +80,40 @@ def plan_heads(
         only: heads to be planned, and options that come before all; unset: every one.
 
     Raises:
-        UnknownHeadError: one of `only`, or in the settings, that neither the champion nor a plugin has.
-        ConfigurationError: options that a head refuses.
+        UnknownHeadError: one of `only` that neither the champion nor a plugin has.
+        ConfigurationError: one in the settings that neither has, or options that a head refuses.
     """
     own = {} if champion is None else champion.heads
     plans = {name: HeadPlan(name, {}) for name in plugins.heads()}
     plans |= {name: HeadPlan(entry.plugin_head, entry.options) for name, entry in own.items()}
+    if wrong := unknown_head_settings(configured or {}, plans):
+        raise ConfigurationError("; ".join(wrong))
     for given in (configured or {}, only or {}):
         for name, options in given.items():
-            if (known := _spelt(name, plans)) is None:
+            if (known := head_spelt(name, plans)) is None:
                 raise UnknownHeadError(name, tuple(sorted(plans)))
             if options:
                 plans[known] = _with_options(known, plans[known], options, plugins)
-    wanted = plans.keys() if only is None else {_spelt(name, plans) for name in only}
+    wanted = plans.keys() if only is None else {head_spelt(name, plans) for name in only}
     return {name: plan for name, plan in sorted(plans.items()) if name in wanted}
-
-
-def _spelt(name: str, known: Collection[str]) -> str | None:
-    """The head that a name stands for; names of variables have no `-`."""
-    alike = [one for one in known if name == one] or [one for one in known if name == one.replace("-", "_")]
-    return alike[0] if alike else None
 
 
 def _with_options(name: str, plan: HeadPlan, options: Mapping[str, Any], plugins: Plugins) -> HeadPlan:
     head_class = plugins.head_class(plan.plugin_head)
     # Names of variables have no case, and their values are text, of which JSON is the longer form.
-    fields = {field.lower(): field for field in head_class.Options.model_fields}
+    fields = {field.lower(): field for field in getattr(head_class.Options, "model_fields", ())}
     given = {fields.get(key.lower(), key): value for key, value in options.items()}
     problem = ""
     for tried in (given, {key: _from_json(value) for key, value in given.items()}):
         try:
-            head = head_class({**plan.options, **tried})
+            return replace(plan, options=head_class({**plan.options, **tried}).options.model_dump(mode="json"))
         except ValidationError as error:
             problem = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        else:
-            return replace(plan, options=head.options.model_dump(mode="json"))
-    raise ConfigurationError(f"options of head {name!r}: {problem}; it has {', '.join(sorted(fields.values()))}")
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
+            raise_if_stop(error)
+            problem = f"{type(error).__name__}: {error}"
+    has = ", ".join(sorted(fields.values())) or "none"
+    raise ConfigurationError(f"options of head {name!r}: {problem}; it has {has}")
 
 
 def _from_json(value: object) -> object:
@@ -152,7 +152,8 @@ def _fit(
     rows = labels == REAL if head_class.one_class else np.ones(len(labels), dtype=np.bool_)
     try:
         return head_class(plan.options).fit(embeddings[rows], labels[rows])
-    except Exception as error:  # a head is somebody else's code: whatever it raises, the candidate fails by its name
+    except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, it fails by name
+        raise_if_stop(error)
         raise TrainingError(
             f"head {name!r} cannot be fitted on {int(rows.sum())} images: {type(error).__name__}: {error}"
         ) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from code_worker._version import __version__
 from code_worker.errors import CodeWorkerError, StoreUnavailableError
 from code_worker.failpoints import failpoint
+from code_worker.heads import unknown_head_settings
 from code_worker.images.source import Sources
 from code_worker.logs import get_logger
 from code_worker.moderation.judge import Judge
@@ -18,7 +19,7 @@ from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.pool import PriorityPool
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
-from code_worker.store import embeddings, jobs, policies, workers
+from code_worker.store import embeddings, jobs, policies, releases, workers
 from code_worker.worker.background import Repeater
 from code_worker.worker.fetching import GuardedSources
 from code_worker.worker.gate import Gate
@@ -97,6 +98,9 @@ class Node:
         self.store.run(lambda session: workers.saw_plugins(session, self._plugins.installed()))
         note_settings(self.settings, self.store)
         log.info("plugins_in_use", plugins=[str(plugin) for plugin in self._plugins.installed()])
+        own = self.store.run(releases.champions_heads, write=False) or ()
+        for wrong in unknown_head_settings(self.settings.heads, {*self._plugins.heads(), *own}):
+            log.warning("head_settings_unused", error=wrong)
         self.follow()
         for repeater in self._background:
             repeater.start()

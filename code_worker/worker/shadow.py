@@ -144,7 +144,7 @@ class Shadow:
                 return
             vectors, fresh = self._embeddings(sight, challenger)
 
-            def failed(head: str, error: Exception, images: int) -> None:
+            def failed(head: str, error: BaseException, images: int) -> None:
                 self._say(log.error, "shadow_head_failed", images, release=sight.release, head=head, exc_info=error)
 
             scores = shadow_scores(sight, vectors, challenger, failed)

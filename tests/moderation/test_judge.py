@@ -32,6 +32,7 @@ from tests.moderation.doubles import (
     FirstValueHead,
     MeanEmbedder,
     PickyHead,
+    QuittingHead,
     ShoutingHead,
     png,
     runtime,
@@ -348,6 +349,16 @@ def test_a_head_spoils_no_more_than_its_own_images(judge_objects: Callable[..., 
         ("broken-1", RejectReason.MODEL_UNAVAILABLE),
         ("broken-2", RejectReason.MODEL_UNAVAILABLE),
     }
+
+
+def test_a_head_that_calls_exit_is_a_failure_of_that_head(judge_objects: Callable[..., Judged]) -> None:
+    jobs = {"quit-1": {"head": "quitting"}, "quit-2": {"head": "quitting"}, "good": {}}
+    heads = runtime(linear=FirstValueHead(), quitting=QuittingHead())
+    judged = judge_objects({name: png(seed) for seed, name in enumerate(jobs)}, jobs=jobs, runtime=heads)
+    assert {verdict.job_id for verdict in judged.verdicts} == {"good"}
+    assert {fault.job.id: fault.detail for fault in judged.faults} == dict.fromkeys(
+        ("quit-1", "quit-2"), "head 'quitting' failed: SystemExit: no licence"
+    )
 
 
 def test_a_release_brings_its_own_thresholds_for_what_no_policy_covers(judge_objects: Callable[..., Judged]) -> None:

@@ -77,6 +77,16 @@ class TakesAnyOption(Centroids):
         pass
 
 
+class RaisesAlways(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        raise KeyError("weights")
+
+
+class ScoresNanAlways(Centroids):
+    def score(self, embeddings: Any) -> Any:
+        return np.full(len(embeddings), np.nan, np.float32)
+
+
 class Float64(Centroids):
     def score(self, embeddings: Any) -> Any:
         return self.raw(embeddings)
@@ -319,6 +329,24 @@ def test_a_head_that_no_other_process_can_import_is_warned_of() -> None:
 def test_a_head_that_ends_the_process_fails_the_checks() -> None:
     failed = [result for result in check_head(EndsTheProcess) if not result.passed]
     assert "SystemExit: 0" in {result.seen for result in failed}
+
+
+@pytest.mark.parametrize(
+    ("head_class", "last"),
+    [
+        (FitsNothing, "fit"),
+        (RaisesAlways, "shape-and-dtype"),
+        (Float64, "shape-and-dtype"),
+        (EndsTheProcess, "shape-and-dtype"),
+        (ScoresNanAlways, "range"),
+    ],
+)
+def test_what_all_checks_rest_on_ends_them(head_class: type[Head], last: str) -> None:
+    results = check_head(head_class)
+    assert [result.name for result in results if not result.passed] == [last]
+    assert results[-1].name == last
+    assert len(results) + results[-1].left_out == 2 + len(SCORE_CHECKS) + len(FILE_CHECKS)
+    assert str(results[-1]).endswith(f"{results[-1].left_out} other checks rest on this one and were not run")
 
 
 def test_every_check_has_a_head_that_breaks_it() -> None:

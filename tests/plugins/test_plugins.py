@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,13 @@ def test_a_head_whose_module_is_missing_names_it(tmp_path: Path) -> None:
         from_files(tmp_path, mine=FILE.format(name="mine")).head_class("mine")
 
 
+def test_a_head_whose_module_calls_exit_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sources = {"mine": OFFER.replace("somewhere:", "quitting_part:"), "quitting_part": "raise SystemExit(3)"}
+    with pytest.raises(PluginError, match="head 'x': cannot import 'quitting_part:SomeHead': SystemExit: 3"):
+        from_files(tmp_path, **sources).head_class("x")
+
+
 def test_two_providers_of_one_head_are_both_named(tmp_path: Path) -> None:
     with pytest.raises(
         PluginError, match=r"head 'knn' is offered by 'code_worker_heads' of code-worker .* and by .*a\.py"
@@ -131,6 +139,13 @@ def test_two_providers_of_one_head_are_both_named(tmp_path: Path) -> None:
         from_files(tmp_path / "one", a=FILE.format(name="knn"))
     with pytest.raises(PluginError, match=r"head 'x' is offered by .*a\.py and by .*b\.py; remove one or rename"):
         from_files(tmp_path / "two", a=FILE.format(name="x"), b=FILE.format(name="x"))
+
+
+def test_two_heads_that_would_share_their_settings_are_both_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        PluginError, match=r"heads 'soft-two' of .*a\.py and 'soft_two' of .*b\.py would share .*HEADS__SOFT_TWO__"
+    ):
+        from_files(tmp_path, a=FILE.format(name="soft-two"), b=FILE.format(name="soft_two"))
 
 
 def test_two_plugins_of_one_name_are_both_named(tmp_path: Path) -> None:
@@ -251,6 +266,12 @@ def test_a_choice_that_fails_names_the_plugin(tmp_path: Path) -> None:
         plugins.select_head(Job("1", "a", tenant="acme"), ["knn"])
 
 
+def test_a_choice_that_calls_exit_names_the_plugin(tmp_path: Path) -> None:
+    source = f"{PLUGIN}import sys\n@hookimpl\ndef code_worker_select_head(job):\n    sys.exit('no licence')\n"
+    with pytest.raises(PluginError, match=r"of plugin .*a\.py failed: SystemExit: no licence"):
+        from_files(tmp_path, a=source).select_head(Job("1", "a"), ["knn"])
+
+
 def test_the_same_object_cannot_be_two_plugins() -> None:
     plugins, plugin = Plugins(), Chooser("knn")
     plugins.add(InstalledPlugin("a", "1", "a"), plugin)
@@ -258,6 +279,23 @@ def test_the_same_object_cannot_be_two_plugins() -> None:
         plugins.add(InstalledPlugin("b", "1", "b"), plugin)
 
 
-def test_a_target_that_is_no_head_is_refused() -> None:
-    with pytest.raises(PluginError, match="not a subclass"):
-        HeadSpec("x", "pathlib:Path").head_class()
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("object", "head 'x': <class 'object'> is not a subclass of code_worker.Head"),
+        ("5", "head 'x': 5 is not a subclass of code_worker.Head"),
+        ("Half", "head 'x': <class '.*Half'> is abstract: it lacks load, save, score"),
+    ],
+)
+def test_what_is_no_whole_head_is_refused_at_load_with_its_plugin(target: str, said: str, tmp_path: Path) -> None:
+    half = "from code_worker import Head\nclass Half(Head):\n    def fit(self, embeddings, labels): return self\n"
+    assert re.search(rf"broken\.py: {said}", refusal(tmp_path, half + OFFER.replace('"somewhere:SomeHead"', target)))
+
+
+@pytest.mark.parametrize(("target", "said"), [("pathlib:Path", "not a subclass"), ("code_worker:Head", "abstract")])
+def test_a_target_that_is_no_whole_head_is_refused_where_it_is_used(target: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match=said):
+        HeadSpec("x", target).head_class()
+    plugins = from_files(tmp_path, mine=OFFER.replace("somewhere:SomeHead", target))
+    with pytest.raises(PluginError, match=rf"plugin .*mine\.py: head 'x': '{target}' .*{said}"):
+        plugins.head_class("x")

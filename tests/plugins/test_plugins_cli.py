@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,22 @@ class UpsideDown(LinearHead):
 @hookimpl
 def code_worker_register_heads():
     return [HeadSpec("upside-down", UpsideDown)]
+"""
+FUSSY = """
+from code_worker import HeadSpec, hookimpl
+from code_worker_heads.linear import LinearHead
+
+class Fussy(LinearHead):
+    class Options(LinearHead.Options):
+        size: str = "small"
+
+    def __init__(self, options=None):
+        super().__init__(options)
+        self.size = {"small": 1}[self.options.size]
+
+@hookimpl
+def code_worker_register_heads():
+    return [HeadSpec("fussy", Fussy)]
 """
 
 
@@ -171,6 +188,49 @@ def test_a_head_that_breaks_a_rule_fails_the_check_and_says_how_to_mend_it(tmp_p
     assert {row["name"] for row in rows(failed) if not row["passed"]} >= {"direction", "border"}
 
 
+def test_a_line_is_printed_as_each_check_ends(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(
+        "import os, time\n"
+        "from code_worker import HeadSpec, hookimpl\n"
+        "from code_worker_heads.linear import LinearHead\n"
+        "class Waiting(LinearHead):\n"
+        "    def save(self, directory):\n"
+        "        until = time.monotonic() + 120\n"
+        "        while not os.path.exists(os.environ['SEEN']):\n"
+        "            if time.monotonic() > until:\n"
+        "                raise TimeoutError('nobody saw the first line')\n"
+        "            time.sleep(0.01)\n"
+        "        super().save(directory)\n"
+        "@hookimpl\n"
+        "def code_worker_register_heads():\n"
+        "    return [HeadSpec('waiting', Waiting)]\n"
+    )
+    seen = tmp_path / "seen"
+    running = subprocess.Popen(
+        [forking_python(), "-m", "code_worker", "plugins", "check", "waiting"],
+        env={**os.environ, "CODE_WORKER_PLUGINS_DIR": str(tmp_path), "SEEN": str(seen)},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with running:
+        assert running.stdout is not None
+        assert running.stdout.readline().split() == ["waiting", "fit", "passed"]
+        seen.touch()
+        rest = running.stdout.read()
+    assert running.returncode == 0, rest
+    assert "waiting  save-and-load" in rest
+
+
+def test_a_head_that_gives_no_scores_is_one_failure_and_not_twenty(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(UPSIDE_DOWN.replace("return np", "return np.nan * np"))
+    done = code_worker("plugins", "check", "bad", CODE_WORKER_PLUGINS_DIR=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout.count("FAILED") == 1
+    assert "    expected: every score in [0, 1]\n" in done.stdout
+    assert re.search(r"1\d other checks not run, since they rest on this one: mend it first\n$", done.stdout)
+
+
 def test_a_plugin_without_heads_is_checked_by_loading_it(tmp_path: Path) -> None:
     (tmp_path / "chooser.py").write_text(
         "from code_worker import hookimpl\n@hookimpl\ndef code_worker_select_head(job, heads):\n    return None\n"
@@ -218,7 +278,7 @@ def test_a_sample_job_shows_which_head_the_plugins_choose(tmp_path: Path) -> Non
     assert "no database in" in none.stderr
 
 
-def test_options_reach_the_head_that_is_checked() -> None:
+def test_options_reach_the_head_that_is_checked(tmp_path: Path) -> None:
     for done in (
         code_worker("plugins", "check", "knn", "--options", '{"n_neighbors": 0}'),
         code_worker("plugins", "check", "knn", CODE_WORKER_HEADS__KNN__N_NEIGHBORS="0"),
@@ -226,6 +286,13 @@ def test_options_reach_the_head_that_is_checked() -> None:
         assert done.returncode == 2
         assert "options of head 'knn': n_neighbors: " in done.stderr
         assert not done.stdout
+    (tmp_path / "fussy.py").write_text(FUSSY)
+    fussy = code_worker(
+        *("plugins", "check", "fussy", "--options", '{"size": "big"}'), CODE_WORKER_PLUGINS_DIR=str(tmp_path)
+    )
+    assert (fussy.returncode, fussy.stdout) == (2, "")
+    assert fussy.stderr.startswith("code-worker: options of head 'fussy': KeyError: 'big'; it has C, ")
+    assert fussy.stderr.count("\n") == 1
     unknown = code_worker("plugins", "check", "knn", "--options", '{"kk": 3}')
     assert unknown.returncode == 2
     assert "options of head 'knn': kk: " in unknown.stderr

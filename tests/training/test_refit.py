@@ -123,6 +123,13 @@ def test_a_head_that_cannot_be_fitted_fails_the_candidate_by_its_name(tmp_path: 
         fit_heads(plan_heads(plugins, None), plugins, members, embeddings)
 
 
+def test_a_head_that_calls_exit_fails_the_candidate_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN.replace("RuntimeError", "SystemExit"))
+    plugins = load_plugins(Settings(plugins_dir=tmp_path))
+    with pytest.raises(TrainingError, match="head 'broken' cannot be fitted on 80 images: SystemExit: no luck"):
+        fit_heads(plan_heads(plugins, None), plugins, *images())
+
+
 def test_options_that_a_head_does_not_know_fail_the_candidate_by_its_name(plugins: Plugins) -> None:
     members, embeddings = images()
     with pytest.raises(TrainingError, match="head 'knn' cannot be fitted"):

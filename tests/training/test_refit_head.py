@@ -221,6 +221,16 @@ def test_a_name_in_a_variable_stands_for_a_head_with_a_dash(tmp_path: Path) -> N
     assert plan_heads(plugins, None, {"far_off": {"n_neighbors": 4}})["far-off"].options["n_neighbors"] == 4
 
 
+def test_settings_of_a_head_that_nobody_offers_are_refused_with_the_nearest_name() -> None:
+    plugins = load_plugins(Settings())
+    with pytest.raises(
+        ConfigurationError, match=r"head 'liner' \(\[heads\.liner\] or CODE_WORKER_HEADS__LINER__….*'linear'"
+    ):
+        plan_heads(plugins, None, {"knn": {"n_neighbors": 5}, "liner": {"C": 1}})
+    with pytest.raises(ConfigurationError, match=r"head 'texture' .* no plugin offers; known: knn, linear, svm"):
+        plan_heads(plugins, None, {"texture": {}})
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "said"),
     [

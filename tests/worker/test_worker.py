@@ -202,6 +202,46 @@ def test_a_job_that_kills_the_worker_is_quarantined_and_its_neighbours_are_judge
     assert lives == 4, "three deaths, then peace"
 
 
+def test_a_plugin_that_calls_exit_costs_its_own_jobs_alone(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
+    plugins = tmp_path / "plugins"
+    plugins.mkdir()
+    (plugins / "quitting.py").write_text(
+        "import sys\n"
+        "from code_worker import hookimpl\n"
+        "@hookimpl\n"
+        "def code_worker_select_head(job, heads):\n"
+        "    if job.metadata.get('quit'):\n"
+        "        sys.exit('no licence')\n"
+    )
+    limits = {"CODE_WORKER_WORKER__MAX_FAULTS": "1"}
+    deployment = deploy(_sqlite(tmp_path), CODE_WORKER_PLUGINS_DIR=str(plugins), **limits)
+    items = []
+    for number in range(4):
+        path = tmp_path / "files" / f"{number}.jpg"
+        path.write_bytes(jpeg(number))
+        items.append({"uri": str(path), "metadata": {"quit": number == 1}})
+    ids = deployment.client().enqueue_many(items)
+    deployment.worker()
+    verdicts = decided(deployment.client(), ids)
+    assert [verdict.outcome for verdict in verdicts] == [
+        *(Outcome.JUDGED, Outcome.REJECTED, Outcome.JUDGED, Outcome.JUDGED)
+    ]
+    assert verdicts[1].reason is RejectReason.MODEL_UNAVAILABLE
+    assert f"plugin {plugins / 'quitting.py'} failed: SystemExit: no licence" in verdicts[1].detail
+    assert len(deployment.events("worker_starting")) == 1
+
+
+def test_a_worker_says_at_its_start_which_settings_no_head_will_take(
+    deploy: Callable[..., Deployment], tmp_path: Path
+) -> None:
+    own = {"CODE_WORKER_HEADS__LINER__C": "1", "CODE_WORKER_HEADS__KNN__N_NEIGHBORS": "5"}
+    deployment = deploy(_sqlite(tmp_path), **own)
+    deployment.worker()
+    wait_until(lambda: deployment.events("worker_starting"), 120, "the worker's start")
+    (unused,) = deployment.events("head_settings_unused")
+    assert unused["error"].endswith("that no plugin offers; did you mean 'linear'?")
+
+
 @pytest.mark.parametrize("arguments", [["--queues", "live,unheard"]])
 def test_a_wrong_configuration_ends_the_worker_with_status_2(
     deploy: Callable[..., Deployment], tmp_path: Path, arguments: list[str]

@@ -15,6 +15,7 @@ from typing import Final
 from code_worker._version import __version__
 from code_worker.configuration import PREFIX, config_file, is_setting_variable
 from code_worker.disk import expanded
+from code_worker.heads import unknown_head_settings
 from code_worker.settings import Settings
 from code_worker.worker.doctor.check import Check, Status
 
@@ -119,6 +120,10 @@ def plugins(settings: Settings) -> Iterator[Check]:
             Status.FAIL,
             f"the default head {settings.head!r} is not among {', '.join(heads) or 'none'}",
             f"install its plugin, or set {PREFIX}HEAD",
+        )
+    for wrong in unknown_head_settings(settings.heads, heads):
+        yield Check(
+            "plugins", Status.WARN, wrong, "a refit refuses them, unless the champion has a head of that name"
         )
 
 

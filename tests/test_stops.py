@@ -1,0 +1,88 @@
+"""What a plugin's `sys.exit` is, and what a signal's is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from code_worker.stops import raise_if_stop
+
+
+def stop(*_: object) -> None:
+    sys.exit(143)
+
+
+class Stopper:
+    def stop(self, *_: object) -> None:
+        sys.exit(143)
+
+    def __call__(self, *_: object) -> None:
+        self.stop()
+
+
+@pytest.fixture
+def on_signal() -> Iterator[Callable[[Any], None]]:
+    """Installs a handler of SIGUSR1."""
+    before = signal.getsignal(signal.SIGUSR1)
+    yield lambda handler: signal.signal(signal.SIGUSR1, handler)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def raised(plugin: Callable[[], object]) -> BaseException:
+    """What a plugin raises, as it is caught."""
+    try:
+        plugin()
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - as every plugin is called
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def waits_for_a_signal() -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    while True:
+        signal.pause()
+
+
+@pytest.mark.parametrize(
+    "plugin",
+    [
+        lambda: sys.exit(3),
+        lambda: argparse.ArgumentParser().parse_args(["--no-such-option"]),
+        lambda: {}["a"],
+    ],
+    ids=["exit", "argparse", "error"],
+)
+def test_what_a_plugin_raises_is_its_failure(plugin: Callable[[], object]) -> None:
+    raise_if_stop(raised(plugin))
+
+
+@pytest.mark.parametrize(
+    "handler", [stop, Stopper().stop, Stopper(), partial(stop, 1)], ids=["function", "method", "object", "partial"]
+)
+def test_the_handler_of_a_signal_ends_the_process_out_of_a_plugin(
+    handler: object, on_signal: Callable[[Any], None]
+) -> None:
+    on_signal(handler)
+    with pytest.raises(SystemExit, match="143"):
+        raise_if_stop(raised(waits_for_a_signal))
+
+
+@pytest.mark.parametrize("module", ["code_worker.worker.process", "celery.apps.worker", "billiard.common"])
+def test_an_end_that_is_ours_or_celerys_passes(module: str) -> None:
+    names: dict[str, Any] = {"__name__": module}
+    exec("def end(*_): raise SystemExit(0)", names)
+    with pytest.raises(SystemExit):
+        raise_if_stop(raised(names["end"]))
+
+
+def test_a_plugins_file_is_not_ours_though_it_is_named_after_us() -> None:
+    names: dict[str, Any] = {"__name__": "code_worker_plugin_mine"}
+    exec("def end(*_): raise SystemExit(0)", names)
+    raise_if_stop(raised(names["end"]))
