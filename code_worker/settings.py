@@ -324,6 +324,12 @@ class Settings(BaseSettings):
         return f"sqlite:///{self.data_path / 'code_worker.db'}"
 
     @property
+    def database_file(self) -> Path | None:
+        """The file of the SQLite database in use; None for another kind."""
+        url = self.resolved_database_url
+        return Path(url.partition(":///")[2]).expanduser().absolute() if url.startswith("sqlite") else None
+
+    @property
     def resolved_artifacts(self) -> str:
         """Artifact root in use: an absolute directory or an `s3://` prefix."""
         return self._resolved("artifacts", "releases")

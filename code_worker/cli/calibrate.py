@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from code_worker.cli.arguments import SHARE_BETWEEN
-from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
+from code_worker.cli.ledger import has_database, no_database, open_ledger, quiet_settings
 from code_worker.cli.measuring import list_skipped, open_measured
 from code_worker.cli.output import plural, print_table, say, to_json
 from code_worker.cli.progress import progress
@@ -102,7 +102,7 @@ def _calibrate_one(asked: _Asked) -> None:
     if not asked.dry_run:
         require(settings.roles, who(), Role.OPERATOR, "set thresholds")
     if not (asked.dry_run or has_database(settings)):
-        raise ConfigurationError(f"no database in {settings.data_path} to set a policy in; try --dry-run")
+        raise ConfigurationError(f"{no_database(settings)}; --dry-run needs none")
     with open_ledger(settings) if has_database(settings) else nullcontext() as store:
         calibration = _calibrated(asked, settings, store)
         row = None if asked.dry_run or store is None else _put(asked, settings, store, calibration)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from code_worker.cli.ledger import quiet_settings
+from code_worker.cli.ledger import has_database, missing_database, quiet_settings
 from code_worker.cli.output import plural, print_json_lines, say
 
 if TYPE_CHECKING:
@@ -77,13 +77,15 @@ def current(context: click.Context, *, as_json: bool) -> None:
     """Show the database's revision; exit status 1 when it is older than the one that this version needs."""
     from code_worker.store import migrate  # noqa: PLC0415 - Alembic, as above
 
-    (have, kind), need = _revision(), migrate.head()
+    settings, (have, kind), need = quiet_settings(), _revision(), migrate.head()
     newer = migrate.is_newer(have)
     if as_json:
         found = {"dialect": kind, "revision": have, "needed": need, "current": have == need, "newer": newer}
         print_json_lines([found])
     elif newer:
         say(f"{kind} database: {_newer(have, need)}; it serves")
+    elif have is None and not has_database(settings):
+        say(f"{missing_database(settings)}; this version needs {need}: run `code-worker db upgrade`")
     else:
         hint = "" if have == need else f"; this version needs {need}: run `code-worker db upgrade`"
         say(f"{kind} database, revision {have or 'none'}{hint}")

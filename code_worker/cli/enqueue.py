@@ -11,7 +11,7 @@ import click
 
 from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.enqueue_list import Accepted, Line, accept_lines, listed_lines, named_lines, prefix_lines
-from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
+from code_worker.cli.ledger import has_database, no_database, open_ledger, quiet_settings
 from code_worker.cli.output import plural, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.scan_inputs import say_left_out
@@ -73,10 +73,7 @@ def enqueue(
         raise click.UsageError("--key names one job: give exactly one URI, or keys in the lines of --from")
     settings = quiet_settings()
     if not has_database(settings):
-        raise ConfigurationError(
-            f"no database in {settings.data_path}: start `code-worker up`, "
-            "or name yours with CODE_WORKER_DATABASE_URL"
-        )
+        raise ConfigurationError(no_database(settings))
     if common["head"]:
         _check_head(settings, common["head"])
     left_out = LeftOut()

@@ -14,7 +14,7 @@ from code_worker.settings import Settings, load_settings
 if TYPE_CHECKING:
     from code_worker.store.engine import Store
 
-__all__ = ["has_database", "open_ledger", "quiet_settings"]
+__all__ = ["has_database", "missing_database", "no_database", "open_ledger", "quiet_settings"]
 
 
 def quiet_settings() -> Settings:
@@ -25,18 +25,31 @@ def quiet_settings() -> Settings:
 
 
 def has_database(settings: Settings) -> bool:
-    """False while nothing was ever started in the data directory; a database of yours is taken as there.
+    """False while the file of a SQLite database is not there; a database server is taken to have one.
 
     Raises:
-        ConfigurationError: this user may not look into the data directory.
+        ConfigurationError: this user may not look into its directory.
     """
-    if settings.database_url is not None:
+    if (file := settings.database_file) is None:
         return True
-    file = settings.data_path / "code_worker.db"
     try:
         return file.is_file()
     except PermissionError:
         raise ConfigurationError(forbidden(file)) from None
+
+
+def missing_database(settings: Settings) -> str:
+    """Where there is no database."""
+    where = f"in {settings.data_path}" if settings.database_url is None else f"at {settings.database_file}"
+    return f"no database {where}"
+
+
+def no_database(settings: Settings) -> str:
+    """That there is no database where the settings say, and what to do."""
+    return (
+        f"{missing_database(settings)}: start `code-worker up`, run `code-worker db upgrade`, "
+        "or name another with CODE_WORKER_DATA_DIR or CODE_WORKER_DATABASE_URL"
+    )
 
 
 @contextmanager
@@ -51,9 +64,6 @@ def open_ledger(settings: Settings | None = None) -> Iterator[Store]:
 
     settings = settings or quiet_settings()
     if not has_database(settings):
-        raise ConfigurationError(
-            f"no database in {settings.data_path}: start `code-worker up`, run `code-worker db upgrade`, "
-            "or name another with CODE_WORKER_DATA_DIR or CODE_WORKER_DATABASE_URL"
-        )
+        raise ConfigurationError(no_database(settings))
     with closing(migrate.open_current(settings.resolved_database_url)) as store:
         yield store

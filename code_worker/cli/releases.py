@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from code_worker.cli.arguments import json_option
-from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
+from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
@@ -142,10 +142,8 @@ def _say_imported(release: Registered, *, new: bool, promoted: bool, as_json: bo
 def list_(*, as_json: bool) -> None:
     """List releases, newest first; the champion judges, a challenger runs in its shadow."""
     settings = quiet_settings()
-    rows = []
-    if has_database(settings):
-        with _registry(settings) as registry:
-            rows = [release.summary() for release in registry.list()]
+    with _registry(settings) as registry:
+        rows = [release.summary() for release in registry.list()]
     if as_json:
         print_json_lines(rows)
         return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from code_worker.cli.ledger import has_database, open_ledger
+from code_worker.cli.ledger import has_database, missing_database, open_ledger
 from code_worker.errors import NoReleaseError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def load(settings: Settings, release: str | None, plugins: Plugins) -> tuple[Loa
         loaded = load_release(Path(release), plugins, keys=settings.signing_keys, if_changed=settings.changed_heads)
         return loaded, PolicyBook()
     if not has_database(settings):
-        raise _no_release(release)
+        raise _no_release(release, f" ({missing_database(settings)})")
     from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, only where there is a database
 
     with open_ledger(settings) as store:
@@ -83,9 +83,11 @@ def load(settings: Settings, release: str | None, plugins: Plugins) -> tuple[Loa
         return registry.load(wanted), book
 
 
-def _no_release(wanted: str | None) -> NoReleaseError:
+def _no_release(wanted: str | None, why: str = "") -> NoReleaseError:
     what = (
-        "no release is installed" if wanted is None else f"{wanted} is neither a directory nor an installed release"
+        f"no release is installed{why}"
+        if wanted is None
+        else f"{wanted} is neither a directory nor an installed release"
     )
     return NoReleaseError(
         f"{what}; get the published one with `code-worker releases import hf:aimagelab/CoDE --promote` "

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from code_worker.cli.arguments import json_option
-from code_worker.cli.ledger import has_database, open_ledger, quiet_settings
-from code_worker.cli.output import moment, print_json_lines, print_table
+from code_worker.cli.ledger import has_database, no_database, open_ledger, quiet_settings
+from code_worker.cli.output import moment, print_json_lines, print_table, say
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
@@ -41,6 +41,8 @@ def list_(*, as_json: bool) -> None:
     crons, now, last = schedules(settings), datetime.now(UTC), _last(settings, kinds)
     rows = [_row(settings, kind, crons.get(kind), now, last.get(kind, (None, None))) for kind in kinds]
     learning = _learning_parts(settings)
+    if learning is None:
+        say(no_database(settings), err=True)
     for row in rows:
         row["restart"] = [_named(part) for part in learning or () if _has_another(settings, part, row["schedule"])]
     if as_json:

@@ -232,7 +232,7 @@ def _ledger(asked: _Asked) -> Iterator[Store]:
     from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy, only for what reads the database
 
     settings = asked.settings
-    if settings.database_url is None and not (settings.data_path / "code_worker.db").is_file():
-        raise DatasetError(f"no labels: there is no database in {settings.data_path} (code-worker db upgrade)")
+    if (file := settings.database_file) is not None and not file.is_file():
+        raise DatasetError(f"no labels: there is no database in {file.parent} (code-worker db upgrade)")
     with closing(migrate.open_current(settings.resolved_database_url)) as store:
         yield store

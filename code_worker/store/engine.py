@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from code_worker.disk import make_private
-from code_worker.errors import ConfigurationError
+from code_worker.errors import ConfigurationError, StoreError
 from code_worker.logs import get_logger
 from code_worker.machine import ServerClock
 from code_worker.store.faults import (
@@ -161,11 +161,17 @@ class Store:
         self.engine.dispose()
 
 
-def open_store(url: str, *, threads: int = 8) -> Store:
+def open_store(url: str, *, threads: int = 8, create: bool = True) -> Store:
     """Opens (and for SQLite creates, empty and private) the database that a URL names; connects to PostgreSQL lazily.
+
+    Args:
+        url: where it is.
+        threads: how many use it at a time.
+        create: whether a file of SQLite's that is not there is made.
 
     Raises:
         ConfigurationError: a URL that cannot be read, another kind of database, or one that lives in memory.
+        StoreError: the file is not there and is not to be made.
     """
     try:
         parsed = make_url(url)
@@ -173,7 +179,7 @@ def open_store(url: str, *, threads: int = 8) -> Store:
         raise ConfigurationError("database_url is not a URL such as postgresql+psycopg://user@host/name") from None
     kind = parsed.drivername
     if kind in {"sqlite", "sqlite+pysqlite"}:
-        return Store(_open_sqlite(parsed, threads))
+        return Store(_open_sqlite(parsed, threads, create=create))
     if kind in {"postgres", "postgresql", "postgresql+psycopg"}:
         return _open_postgresql(parsed.set(drivername="postgresql+psycopg"), threads)
     raise ConfigurationError(f"database_url: {kind} is not supported; use sqlite:///… or postgresql+psycopg://…")
@@ -261,10 +267,12 @@ def _set_for_transaction(connection: Connection, *, wanted: Mapping[str, str]) -
     connection.execute(text(f"SELECT {calls}"), values)
 
 
-def _open_sqlite(url: URL, threads: int) -> Engine:
+def _open_sqlite(url: URL, threads: int, *, create: bool) -> Engine:
     if not url.database or url.database == ":memory:" or url.query:
         raise ConfigurationError("database_url: SQLite must be a plain file (sqlite:////path/to/file.db)")
     path = Path(url.database).expanduser().absolute()
+    if not (create or path.exists()):
+        raise StoreError(f"there is no database at {path}: run `code-worker db upgrade`, or name another file")
     _create_private(path)
     # Longer than busy_timeout: a thread in the queue for a connection waits for threads in the queue for the lock.
     engine = _make_engine(url.set(database=str(path)), threads, 60, {"timeout": 30})

@@ -153,9 +153,9 @@ def open_current(url: str, *, threads: int = 8) -> Store:
 
     Raises:
         ConfigurationError: see `open_store`.
-        StoreError: it is away, empty or older.
+        StoreError: it is away, not there, empty or older; nothing is made.
     """
-    store = open_store(url, threads=threads)
+    store = open_store(url, threads=threads, create=False)
     try:
         require_current(store)
     except BaseException:

@@ -68,7 +68,7 @@ def _in_store(settings: Settings, owner: str, work: Callable[[Session], T]) -> T
     from code_worker.store.engine import open_store  # noqa: PLC0415 - SQLAlchemy, only once something died
 
     try:
-        with closing(open_store(settings.resolved_database_url, threads=1)) as store:
+        with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:
             return store.run(work)
     except CodeWorkerError as error:
         log.warning("claims_not_released", owner=owner, error=str(error))  # their leases lapse by themselves

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -80,7 +81,14 @@ def test_an_empty_or_older_database_names_the_command(empty: Store) -> None:
     migrate.require_current(empty)
 
 
+def test_a_file_that_is_not_there_is_named_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=rf"no database at {tmp_path}/typo/a\.db: run `code-worker db upgrade`"):
+        migrate.open_current(f"sqlite:///{tmp_path}/typo/a.db")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_database_that_does_not_fit_is_let_go(database_url: str) -> None:
+    open_store(database_url).close()
     made: list[object] = []
     closed: list[object] = []
     listeners = [("connect", lambda one, _: made.append(one)), ("close", lambda one, _: closed.append(one))]

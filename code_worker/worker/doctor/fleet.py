@@ -39,7 +39,7 @@ def workers(settings: Settings) -> Iterator[Check]:
         heads = {} if info is None else needed_heads(info.manifest)
         return fleet.alive(session, within_s=within_s, role=None), champion, heads
 
-    with closing(open_store(settings.resolved_database_url, threads=1)) as store:
+    with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:
         alive, champion, heads = store.run(read, write=False)
     judging = [part for part in alive if part.role == fleet.JUDGES]
     if not judging:
@@ -107,7 +107,7 @@ def queues(settings: Settings) -> Iterator[Check]:
     def read(session: Session) -> tuple[list[WorkerInfo], dict[str, tuple[int, float]]]:
         return fleet.alive(session, within_s=silence_s(settings), role=None), joblist.waiting(session)
 
-    with closing(open_store(settings.resolved_database_url, threads=1)) as store:
+    with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:
         alive, waiting = store.run(read, write=False)
     found = [*_untaken(settings, alive, waiting), *_elsewhere(settings, alive), *_unheard(alive)]
     yield from found

@@ -28,7 +28,7 @@ _LETTERS: Final = 100
 
 
 def _ask(settings: Settings, work: Callable[[Session], T]) -> T:
-    with closing(open_store(settings.resolved_database_url, threads=1)) as store:
+    with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:
         return store.run(work, write=False)
 
 

@@ -132,7 +132,7 @@ def database(settings: Settings) -> Iterator[Check]:
     if health.is_missing(url):
         yield Check("database", Status.FAIL, f"{health.place(url)} is not there yet", "code-worker db upgrade")
         return
-    with closing(open_store(url, threads=1)) as store:
+    with closing(open_store(url, threads=1, create=False)) as store:
         asked = time.time()
         there = store.run(health.server_time, write=False)
         answered = time.time()
