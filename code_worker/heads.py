@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,8 +21,24 @@ if TYPE_CHECKING:
     Labels = NDArray[np.int8]
     Scores = NDArray[np.float32]
 
-__all__ = ["EstimatorState", "Head", "HeadSpec", "compute_device", "fit_head", "use_compute_device"]
+__all__ = [
+    "MAX_TOLERANCE",
+    "EstimatorState",
+    "Head",
+    "HeadSpec",
+    "compute_device",
+    "fit_head",
+    "tolerance_of",
+    "use_compute_device",
+]
 
+MAX_TOLERANCE: Final = 1e-4
+"""The most that a head may declare as its `tolerance`: what sums in float32, taken in another order, come to.
+
+A float32 sum of n = 192 products is off by n·u·Σ|wᵢxᵢ| at most, u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical
+Algorithms, 2002, eq. 3.5), and a score by a quarter of what its log-odds are off, the logistic function's steepest
+slope. Twice that, for products that add up to 17, at which a float32 score becomes 1, is 9.7e-5.
+"""
 _device = "cpu"
 
 
@@ -148,6 +164,18 @@ class HeadSpec:
         if not (isinstance(found, type) and issubclass(found, Head)):
             raise PluginError(f"head {self.name!r}: {self.target!r} is not a subclass of code_worker.Head")
         return found
+
+
+def tolerance_of(head: Head | type[Head]) -> float:
+    """The `tolerance` that a head declares.
+
+    Raises:
+        ValueError: it is no number from 0 to `MAX_TOLERANCE`.
+    """
+    declared: object = head.tolerance
+    if not (isinstance(declared, float | int) and 0 <= declared <= MAX_TOLERANCE):
+        raise ValueError(f"declares a tolerance of {declared!r}; it must be from 0 to {MAX_TOLERANCE:g}")
+    return float(declared)
 
 
 def fit_head(head: Head, embeddings: Embeddings, labels: Labels) -> Head:
