@@ -84,14 +84,16 @@ class Client:
 
         Raises:
             ValueError: an argument that is out of range.
-            UnknownHeadError: the champion has no such head; without a champion any name is taken.
+            UnknownHeadError: the champion has no such head; without a champion any name is taken, and so is that of
+                a job that its key finds again.
             IdConflictError: the key was used for a different job.
             StoreUnavailableError: the database could not be reached; nothing was accepted.
             CommitUnknownError: the database did not say whether it accepted the job; its id is in `job_ids`. Enqueue
                 it again with the same key, and it is the same job.
         """
         new = jobs.NewJob(uri, head, tenant, content_type, priority, metadata or {}, key)
-        self._refuse_unknown_head(head)
+        if self._with_unknown_heads([new]):
+            raise UnknownHeadError(str(head), self._heads)
         ids = self._accept([new])
         self._publish(ids, [new])
         return ids[0]
@@ -111,10 +113,7 @@ class Client:
 
         Ids come as soon as they are safe in SQL; their messages go out meanwhile, one transaction behind.
         """
-        groups = (
-            [self._new_job(place, {**common, **_as_mapping(item)}) for place, item in group]
-            for group in chunks(enumerate(items), _ROWS_PER_TRANSACTION)
-        )
+        groups = (self._new_jobs(group, common) for group in chunks(enumerate(items), _ROWS_PER_TRANSACTION))
         # SQLite takes one writer at a time: a second thread would only wait for its lock.
         lag = 0 if self._store.dialect == "sqlite" else 1
         with ThreadPoolExecutor(1, "code_worker-publish") as behind:
@@ -174,26 +173,42 @@ class Client:
             target, label, generator=generator, by=by, collection=collection, group=group, note=note, at=at
         )
 
-    def _new_job(self, place: int, item: Mapping[str, Any]) -> jobs.NewJob:
-        try:
-            self._refuse_unknown_head(item.get("head"))
-            return jobs.NewJob.of(item)
-        except (ValueError, UnknownHeadError) as error:
-            # Not its URI: errors end in logs.
-            raise ValueError(f"item {place}: {error}") from None
+    def _new_jobs(
+        self, group: Iterable[tuple[int, str | Mapping[str, Any]]], common: Mapping[str, Any]
+    ) -> list[jobs.NewJob]:
+        new: list[jobs.NewJob] = []
+        places: list[int] = []
+        for place, item in group:
+            try:
+                new.append(jobs.NewJob.of({**common, **_as_mapping(item)}))
+            except ValueError as error:
+                # Not its URI: errors end in logs.
+                raise ValueError(f"item {place}: {error}") from None
+            places.append(place)
+        for wrong in self._with_unknown_heads(new):
+            raise ValueError(f"item {places[wrong]}: {UnknownHeadError(str(new[wrong].head), self._heads)}")
+        return new
 
-    def _refuse_unknown_head(self, head: object) -> None:
+    def _with_unknown_heads(self, new: Sequence[jobs.NewJob]) -> list[int]:
+        """Places of jobs whose head the champion lacks, but for those that a key finds again: they are accepted."""
+        unknown = [place for place, job in enumerate(new) if not self._is_known(job.head)]
+        keyed = [new[place].id for place in unknown if new[place].key is not None]
+        if not keyed:
+            return unknown
+        before = self._store.run(lambda session: jobs.accepted_before(session, keyed), write=False)
+        return [place for place in unknown if new[place].id not in before]
+
+    def _is_known(self, head: str | None) -> bool:
         """What the champion's heads are is read again every few seconds, by those who name one."""
         if head is None:
-            return
+            return True
         left_s = self._heads_until - time.monotonic()
         # One that is missing may have come with a promotion since; asked once a second, whatever names come.
         if left_s <= 0 or (self._heads and head not in self._heads and left_s < _HEADS_FOR_S - _ASK_AGAIN_S):
             known = self._store.run(releases.champions_heads, write=False)
             self._heads = known or ()
             self._heads_until = time.monotonic() + _HEADS_FOR_S
-        if self._heads and head not in self._heads:
-            raise UnknownHeadError(str(head), self._heads)
+        return not self._heads or head in self._heads
 
     def _accept(self, new: list[jobs.NewJob]) -> list[str]:
         try:

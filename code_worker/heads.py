@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -24,16 +24,25 @@ if TYPE_CHECKING:
     Scores = NDArray[np.float32]
 
 __all__ = [
+    "MAX_TOLERANCE",
     "EstimatorState",
     "Head",
     "HeadSpec",
     "compute_device",
     "fit_head",
     "head_spelt",
+    "tolerance_of",
     "unknown_head_settings",
     "use_compute_device",
 ]
 
+MAX_TOLERANCE: Final = 1e-4
+"""The most that a head may declare as its `tolerance`: what sums in float32, taken in another order, come to.
+
+A float32 sum of n = 192 products is off by n·u·Σ|wᵢxᵢ| at most, u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical
+Algorithms, 2002, eq. 3.5), and a score by a quarter of what its log-odds are off, the logistic function's steepest
+slope. Twice that, for products that add up to 17, at which a float32 score becomes 1, is 9.7e-5.
+"""
 _device = "cpu"
 
 
@@ -183,6 +192,18 @@ def unknown_head_settings(configured: Iterable[str], known: Collection[str]) -> 
             where = f"[heads.{name}] or CODE_WORKER_HEADS__{name.upper().replace('-', '_')}__…"
             found.append(f"settings for a head {name!r} ({where}) that no plugin offers; {hint}")
     return found
+
+
+def tolerance_of(head: Head | type[Head]) -> float:
+    """The `tolerance` that a head declares.
+
+    Raises:
+        ValueError: it is no number from 0 to `MAX_TOLERANCE`.
+    """
+    declared: object = head.tolerance
+    if not (isinstance(declared, float | int) and 0 <= declared <= MAX_TOLERANCE):
+        raise ValueError(f"declares a tolerance of {declared!r}; it must be from 0 to {MAX_TOLERANCE:g}")
+    return float(declared)
 
 
 def fit_head(head: Head, embeddings: Embeddings, labels: Labels) -> Head:

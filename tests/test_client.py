@@ -176,3 +176,22 @@ def test_a_head_that_the_champion_lacks_is_refused_where_it_is_asked_for(
     assert client.enqueue("s3://b/a.jpg", head="svm")
     with pytest.raises(UnknownHeadError):
         client.enqueue("s3://b/a.jpg", head="knn")
+
+
+def test_a_key_finds_its_job_again_after_a_promotion_that_dropped_the_head(
+    make_client: Callable[..., Client], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("code_worker.client._HEADS_FOR_S", 0.0)
+    client = make_client(None)
+    champion(store, "r-one", ["knn", "linear"])
+    asked: Any = {"uri": "s3://b/a.jpg", "head": "knn", "key": "post-1"}
+    job = client.enqueue(**asked)
+    champion(store, "r-two", ["linear"])
+    assert client.enqueue(**asked) == job
+    assert client.enqueue_many([asked, {**asked, "head": "linear", "key": "post-2"}])[0] == job
+    with pytest.raises(IdConflictError):
+        client.enqueue(**{**asked, "uri": "s3://b/b.jpg"})
+    with pytest.raises(UnknownHeadError):
+        client.enqueue(**{**asked, "tenant": "acme"})
+    with pytest.raises(ValueError, match="item 1: unknown head 'knn'; known: linear"):
+        client.enqueue_many([asked, {**asked, "key": "post-3"}])

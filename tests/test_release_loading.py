@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 from code_worker.encoder.engine import Engine
 from code_worker.encoder.weights import random_weights
 from code_worker.errors import ArtifactError, IntegrityError, PluginError
+from code_worker.heads import MAX_TOLERANCE
 from code_worker.plugins import Plugins, load_plugins
-from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.builder import KeptHeads, ReleaseFacts, build_from_parts
 from code_worker.releases.crops import seeded_crops
 from code_worker.releases.golden import PROBES_NAME, golden_embeddings
 from code_worker.releases.hashing import describe_files
@@ -307,6 +308,45 @@ def test_rounding_that_turns_a_verdict_is_refused(tmp_path: Path, border: float)
     write_manifest(release, Manifest.model_validate(plain))
     with pytest.raises(ArtifactError, match="does not score as it did"):
         load_release(release, plugins)
+
+
+@pytest.mark.parametrize("declared", [MAX_TOLERANCE * 1.001, 1.0, -1e-9, float("nan"), "much"])
+def test_a_head_that_declares_more_tolerance_than_rounding_needs_is_refused(tmp_path: Path, declared: float) -> None:
+    release, changed = with_changed_code(tmp_path, tolerance=declared)
+    with pytest.raises(ArtifactError, match=f"head 'mean' declares a tolerance of {declared!r}; .* from 0 to 0.0001"):
+        load_release(release, changed)
+
+
+def test_a_head_that_is_kept_is_compared_with_what_it_was_when_it_was_fitted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    release, changed = with_changed_code(tmp_path)
+    loaded = load_release(release, changed, if_changed="warn")
+    head = changed.head_class("linear")().fit(golden_embeddings(16), np.arange(16, dtype=np.int8) % 2)
+    made, kept = tmp_path / "made", KeptHeads.of(loaded, release, {"linear"})
+    facts = ReleaseFacts(source=Source(uri="test"))
+    build_from_parts(made, loaded.weights, {"linear": head}, changed, facts, kept=kept)
+    with pytest.raises(ArtifactError, match=r"head 'mean' of .* by up to 1e-05 .*made by mean_head sha256:"):
+        load_release(made, changed)
+    caplog.clear()
+    assert set(load_release(made, changed, if_changed="warn").heads) == {"linear", "mean"}
+    assert [record.msg["head"] for record in caplog.records if record.msg["event"] == "head_changed"] == ["mean"]
+    before, after = load_file(release / PROBES_NAME), load_file(made / PROBES_NAME)
+    assert set(after) == {"embeddings", "scores/linear", "scores/mean"}
+    for name in before:
+        np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_heads_kept_of_a_release_from_before_there_were_probes_are_probed_now(tmp_path: Path) -> None:
+    plugins = with_plugin(tmp_path / "plugins")
+    release = build_with(plugins, tmp_path / "release")
+    (release / PROBES_NAME).unlink()
+    sign_again(release)
+    loaded = load_release(release, plugins)
+    made, kept = tmp_path / "made", KeptHeads.of(loaded, release, ())
+    build_from_parts(made, loaded.weights, {}, plugins, ReleaseFacts(source=Source(uri="test")), kept=kept)
+    assert "scores/mean" in load_file(made / PROBES_NAME)
+    assert "mean" in load_release(made, plugins).heads
 
 
 def test_a_release_from_before_there_were_probes_goes_on_loading(

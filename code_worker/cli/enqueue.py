@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import IO, Any
@@ -74,23 +74,33 @@ def enqueue(
     settings = quiet_settings()
     if not has_database(settings):
         raise ConfigurationError(no_database(settings))
-    if common["head"]:
-        _check_head(settings, common["head"])
     left_out = LeftOut()
-    lines = _lines(settings, uris, prefix, listed, left_out)
     given = {name: value for name, value in common.items() if value is not None}
+    lines = _with_head_checked(settings, _lines(settings, uris, prefix, listed, left_out), given)
     accepted, refused = _enqueue(settings, lines, given, keep=wait, as_json=as_json)
     say_left_out(left_out)
     judged = print_verdicts(settings, accepted, timeout, as_json=as_json) if wait else True
     raise SystemExit(1 if refused or left_out.unreadable or not judged else 0)
 
 
-def _check_head(settings: Settings, head: str) -> None:
-    """Once, and not again for each line; without a champion any name is taken.
+def _with_head_checked(settings: Settings, lines: Iterator[Line], common: Mapping[str, Any]) -> Iterator[Line]:
+    """The lines; before the first that would be a new job by `--head`, for all of them, whether there is that head.
+
+    A line with a key may name a job that is there already, by a head that has gone since.
 
     Raises:
         UnknownHeadError: the champion has no such head.
     """
+    checked = "head" not in common or "key" in common
+    for line in lines:
+        if not checked and not line.problem and not {"head", "key"} & line.item.keys():
+            _check_head(settings, common["head"])
+            checked = True
+        yield line
+
+
+def _check_head(settings: Settings, head: str) -> None:
+    """Raises UnknownHeadError when the champion has no such head; without a champion any name is taken."""
     from code_worker.store import releases  # noqa: PLC0415 - SQLAlchemy, not for --help
 
     with open_ledger(settings) as store:

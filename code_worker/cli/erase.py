@@ -57,7 +57,8 @@ def erase(
     shown.
 
     Exit status: 0 erased; 1 something could not be erased now, or nothing is kept of the job, image or tenant nor was
-    anything erased of it; 2 when there is no terminal to ask at and no `--yes`.
+    anything erased of it (while a job is being judged, an unknown --sha256 may be of its image, and is not refused);
+    2 when there is no terminal to ask at and no `--yes`.
     """
     from code_worker.data.erasure import Eraser, Scope  # noqa: PLC0415 - SQLAlchemy and storage: not for --help
 

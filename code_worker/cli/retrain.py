@@ -98,7 +98,9 @@ def _enqueue(kind: str, settings: Settings, asked: dict[str, Any]) -> None:
     bell = Doorbell.for_producer(settings)
     try:
         task = {"retrain": RETRAIN, "refit": REFIT}[kind]
-        bell.call(task, TRAIN_QUEUE, arguments={"by": who(), **asked})
+        # A trainer of before an option was there does what it can, as long as nobody asks for the option.
+        given = {name: value for name, value in asked.items() if value not in (None, False)}
+        bell.call(task, TRAIN_QUEUE, arguments={"by": who(), **given})
     finally:
         bell.close()
     click.echo(f"{kind} is queued for the trainer; see `code-worker runs list`")

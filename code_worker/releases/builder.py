@@ -140,7 +140,7 @@ def build_from_parts(
         shutil.copytree(head_directory(kept.directory, name), head_directory(directory, name))
     every = {**heads, **kept.heads}
     if every:
-        write_probes(directory, weights, every)
+        write_probes(directory, weights, every, kept=kept.entries, base=kept.directory)
     manifest = _describe(directory, weights, heads, plugins, facts, kept=kept.entries)
     loaded = {name: load_head(directory, name, entry, plugins) for name, entry in manifest.heads.items()}
     check_same_scores(every, loaded)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from code_worker.errors import ArtifactError
+from code_worker.heads import tolerance_of
 from code_worker.releases.crops import seeded_crops
 from code_worker.stops import raise_if_stop
 from code_worker.types import EMBEDDING_DIM, SCORE_ROUNDING
@@ -119,18 +120,35 @@ def probe_embeddings(weights: EncoderWeights) -> NDArray[np.float32]:
     return np.concatenate((golden_embeddings(_FIXED_PROBES), drawn[np.isfinite(drawn).all(axis=1)]))
 
 
-def write_probes(directory: Path, weights: EncoderWeights, heads: Mapping[str, Head]) -> None:
+def write_probes(
+    directory: Path,
+    weights: EncoderWeights,
+    heads: Mapping[str, Head],
+    *,
+    kept: Collection[str] = (),
+    base: Path | None = None,
+) -> None:
     """Writes the probes and each head's scores of them into a release directory.
 
+    Args:
+        directory: the release that is made.
+        weights: its encoder, which is that of `base`.
+        heads: its heads.
+        kept: those that are taken over from the release `base`. Their scores are the ones recorded there, where there
+            are some: the code that is here now may score otherwise than what the head was put in with.
+        base: directory of that release.
+
     Raises:
-        ArtifactError: a head that does not keep its contract.
+        ArtifactError: a head that does not keep its contract, or probes of `base` that cannot be read.
     """
     from safetensors.numpy import save_file
 
-    embeddings = probe_embeddings(weights)
-    scores = {
-        f"scores/{name}": checked_scores(name, head, embeddings).astype(np.float64) for name, head in heads.items()
-    }
+    recorded = read_probes(base) if base is not None and kept and (base / PROBES_NAME).is_file() else {}
+    embeddings = recorded["embeddings"].astype(np.float32) if recorded else probe_embeddings(weights)
+    scores = {}
+    for name, head in heads.items():
+        then = recorded.get(f"scores/{name}") if name in kept else None
+        scores[f"scores/{name}"] = checked_scores(name, head, embeddings).astype(np.float64) if then is None else then
     save_file({"embeddings": embeddings, **scores}, directory / PROBES_NAME)
 
 
@@ -162,13 +180,18 @@ def probe_scores_changed(
     It changed if any is further off than its tolerance; then those on the other side of one of `borders` are counted.
 
     Raises:
-        ArtifactError: the probes have no scores of this head, or it does not keep its contract.
+        ArtifactError: the probes have no scores of this head, or it does not keep its contract, of which its
+            `tolerance` is a part.
     """
     embeddings, then = probes["embeddings"].astype(np.float32), probes.get(f"scores/{name}")
     if then is None or then.shape != (len(embeddings),):
         raise ArtifactError(f"{PROBES_NAME} has no scores of head {name!r}")
     now = checked_scores(name, head, embeddings).astype(np.float64)
-    difference, allowed = float(np.abs(now - then).max()), float(head.tolerance)
+    try:
+        allowed = tolerance_of(head)
+    except ValueError as error:
+        raise ArtifactError(f"head {name!r} {error}: mend its class") from None
+    difference = float(np.abs(now - then).max())
     if difference <= allowed:
         return None
     sides = np.array(sorted(borders))[:, None]

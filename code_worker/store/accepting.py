@@ -18,7 +18,7 @@ from code_worker.store.ids import keyed_id, uuid7
 from code_worker.store.models import JobRow, VerdictRow, db_now_plus
 from code_worker.store.sql import IN_LIST, among, insert_new, table_of
 
-__all__ = ["ACCEPT_GRACE_S", "NewJob", "accept"]
+__all__ = ["ACCEPT_GRACE_S", "NewJob", "accept", "accepted_before"]
 
 ACCEPT_GRACE_S: Final = 10.0
 """How long a producer has to publish what it accepted before the sweeper does it."""
@@ -68,6 +68,15 @@ class NewJob:
             return cls(**fields, **fixed, again="id" in fixed)
         checked_item(fields)
         raise AssertionError("what is no job's fields is refused")
+
+
+def accepted_before(session: Session, ids: Sequence[str]) -> set[str]:
+    """Which of these jobs are in the ledger; an id that a key makes says so of that key."""
+    return {
+        job_id
+        for some in chunks(ids, IN_LIST)
+        for job_id in session.scalars(select(_JOBS.c.id).where(among(session, _JOBS.c.id, some)))
+    }
 
 
 def accept(session: Session, jobs: Sequence[NewJob]) -> list[str]:

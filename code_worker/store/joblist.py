@@ -32,8 +32,6 @@ __all__ = [
 
 _JOBS = table_of(JobRow)
 _VERDICTS = table_of(VerdictRow)
-_RETRIED: Final = 10_000
-"""Jobs, those accepted first, of which the one that waits longest is looked for; a retry takes no more by default."""
 _CLOCKS_DIFFER: Final = timedelta(minutes=5)
 
 
@@ -149,21 +147,11 @@ def waiting(session: Session) -> dict[str, tuple[int, float]]:
 def oldest_unfinished_s(session: Session) -> float | None:
     """Age of the job that waits longest for a verdict; what an alarm should watch. None when there is none.
 
-    Of a job that is judged again the age counts from the retry.
+    Of a job that is judged again the age counts from the retry. Reads every unfinished job, as `counts` does.
     """
-    ages = []
-    for state in (JobState.ACCEPTED, JobState.RUNNING):
-        first = (
-            select(func.coalesce(_JOBS.c.retried_at, _JOBS.c.created_at).label("since"))
-            .where(_JOBS.c.state == state.value)
-            .order_by(_JOBS.c.created_at)
-            .limit(_RETRIED)
-            .subquery()
-        )
-        since, now = session.execute(select(func.min(first.c.since), db_now())).one()
-        if since is not None:
-            ages.append((now - since).total_seconds())
-    return max(0.0, *ages) if ages else None
+    since = func.min(func.coalesce(_JOBS.c.retried_at, _JOBS.c.created_at))
+    first, now = session.execute(select(since, db_now()).where(_JOBS.c.due_at.is_not(None))).one()
+    return None if first is None else max(0.0, (now - first).total_seconds())
 
 
 def retry(session: Session, ids: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from code_worker.store.accepting import ACCEPT_GRACE_S, NewJob, accept
+from code_worker.store.accepting import ACCEPT_GRACE_S, NewJob, accept, accepted_before
 from code_worker.store.claims import (
     Fault,
     attempts_of,
@@ -33,6 +33,7 @@ __all__ = [
     "JobInfo",
     "NewJob",
     "accept",
+    "accepted_before",
     "attempts_of",
     "claim",
     "claimed_unheard",

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from threadpoolctl import threadpool_limits
 
-from code_worker.heads import Head
+from code_worker.heads import MAX_TOLERANCE, Head, tolerance_of
 from code_worker.testing.other_processor import NotTriedError, scores_elsewhere
-from code_worker.testing.subject import TOLERANCE, NotConformingError, Subject, largest_difference, sample_embeddings
+from code_worker.testing.subject import NotConformingError, Subject, largest_difference, sample_embeddings
 from code_worker.types import EMBEDDING_DIM, SCORE_ROUNDING
 
 __all__ = ["BASIC_CHECKS", "SCORE_CHECKS", "check_fit", "check_other_processor"]
@@ -116,7 +116,7 @@ def check_determinism(subject: Subject) -> None:
             "the same scores twice", "others the second time", "no randomness and no state in score"
         )
     difference = largest_difference(scores, subject.fitted().score(subject.embeddings))
-    if difference > TOLERANCE:
+    if difference > MAX_TOLERANCE:
         raise NotConformingError(
             "a head fitted again on the same data scores the same",
             f"a difference of {difference:.2g}",
@@ -163,13 +163,14 @@ def _must_agree(subject: Subject, alone: NDArray[np.float32], other: NDArray[np.
 
 def check_tolerance(subject: Subject) -> None:
     """`tolerance` is a number from 0 to 1e-4."""
-    declared: object = subject.head_class.tolerance
-    if not (isinstance(declared, float | int) and 0 <= declared <= TOLERANCE):
+    try:
+        tolerance_of(subject.head_class)
+    except ValueError:
         raise NotConformingError(
-            f"a tolerance from 0 to {TOLERANCE:g}",
-            repr(declared),
+            f"a tolerance from 0 to {MAX_TOLERANCE:g}",
+            repr(subject.head_class.tolerance),
             "compute in float64, and declare no more than rounding can do",
-        )
+        ) from None
 
 
 def check_nan_refusal(subject: Subject) -> None:

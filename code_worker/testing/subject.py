@@ -9,11 +9,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from code_worker.heads import Head, fit_head
+from code_worker.heads import MAX_TOLERANCE, Head, fit_head
 from code_worker.types import EMBEDDING_DIM
 
 __all__ = [
-    "TOLERANCE",
     "NotConformingError",
     "Subject",
     "hard_embeddings",
@@ -22,13 +21,6 @@ __all__ = [
     "sample_embeddings",
 ]
 
-TOLERANCE: Final = 1e-4
-"""The most that a head may declare as its `tolerance`: what sums in float32, taken in another order, come to.
-
-A float32 sum of n = 192 products is off by n·u·Σ|wᵢxᵢ| at most, u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical
-Algorithms, 2002, eq. 3.5), and a score by a quarter of what its log-odds are off, the logistic function's steepest
-slope. Twice that, for products that add up to 17, at which a float32 score becomes 1, is 9.7e-5.
-"""
 _ROWS: Final = 1000
 
 
@@ -104,7 +96,7 @@ class Subject:
     @property
     def tolerance(self) -> float:
         """How far two scores of one embedding may be apart, by the head's own word."""
-        return min(float(self.head_class.tolerance), TOLERANCE)
+        return min(float(self.head_class.tolerance), MAX_TOLERANCE)
 
     def fitted(self) -> Head:
         """A new head, fitted on the training data; one-class heads get its real images only."""

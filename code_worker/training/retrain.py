@@ -58,7 +58,8 @@ class Asked:
     Attributes:
         force: run although fewer images are labelled than the minimum numbers want.
         challenge: make the candidate the challenger, without the gate; that needs no new labels either.
-        heads: of a refit, the heads to fit and options of each; the champion's others stay as they are. Unset: all.
+        heads: of a refit that challenges, the heads to fit and options of each; the champion's others stay as they
+            are. Unset: all.
     """
 
     force: bool = False
@@ -154,7 +155,7 @@ class Learner:
 
         Raises:
             NotAllowedError: without a slot, `by` is no operator.
-            ConfigurationError: heads or options that nothing here has, or heads of what is no refit.
+            ConfigurationError: heads or options that nothing here has, or heads of what is no refit or no challenge.
             RunActiveError: another process works on a run.
             RunLostError, RunStoppedError: see `Held.check`; the run goes on elsewhere or later.
             StoreUnavailableError: the database stayed away; the run goes on when it is back.
@@ -172,6 +173,8 @@ class Learner:
     def _check_heads(self, kind: str, asked: Asked) -> None:
         if asked.heads is not None and kind != "refit":
             raise ConfigurationError("a retrain makes another encoder and fits every head: name heads for a refit")
+        if asked.heads is not None and not asked.challenge:
+            raise ConfigurationError("the gate compares what judges by default, which stays: ask for a challenge")
         plan_heads(self._parts.plugins, self._champions_manifest(), self._settings.heads, asked.heads)
 
     def _champions_manifest(self) -> Manifest | None:

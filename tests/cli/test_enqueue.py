@@ -75,6 +75,25 @@ def test_a_head_that_the_champion_lacks_ends_the_command_before_anything_is_acce
     assert "line 2: unknown head 'kn'; known: knn, linear\n1 job accepted, 1 line refused" in ran.stderr
 
 
+def test_a_job_with_a_key_is_found_again_though_its_head_is_gone(
+    producer: Cli, sqlite_store: Store, tmp_path: Path
+) -> None:
+    champion(sqlite_store, "r-one", ["knn", "linear"])
+    by_key = ("enqueue", "s3://b/a.jpg", "--head", "knn", "--key", "post-7", "--json")
+    first = producer(*by_key)
+    champion(sqlite_store, "r-two", ["linear"])
+    again = producer(*by_key)
+    assert (again.status, again.records) == (0, first.records)
+    listed = tmp_path / "list.jsonl"
+    listed.write_text('{"uri": "s3://b/a.jpg", "key": "post-7"}\n{"uri": "s3://b/a.jpg", "key": "post-8"}\n')
+    ran = producer("enqueue", "--from", str(listed), "--head", "knn", "--json")
+    assert (ran.status, ran.records) == (1, first.records)
+    assert ran.stderr.startswith("line 2: unknown head 'knn'; known: linear\n")
+    listed.write_text('{"uri": "s3://b/a.jpg", "key": "post-7"}\ns3://b/b.jpg\n')
+    ran = producer("enqueue", "--from", str(listed), "--head", "knn")
+    assert ran.status == 2
+
+
 def test_the_same_key_is_the_same_job_and_a_conflict_is_named(producer: Cli) -> None:
     first = producer("enqueue", "s3://b/a.jpg", "--key", "post-7", "--json")
     assert producer("enqueue", "s3://b/a.jpg", "--key", "post-7", "--json").records == first.records

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -116,12 +119,34 @@ def test_a_run_under_way_elsewhere_is_left_alone(sqlite_cli: Cli, settings: Sett
     assert f"another run is under way: retrain {other}" in refused.stderr
 
 
-def test_enqueue_leaves_it_to_the_trainer(sqlite_cli: Cli, settings: Settings, redis_server: RedisServer) -> None:
+@pytest.mark.parametrize(
+    ("words", "task", "asked"),
+    [
+        (("retrain", "--force"), "code_worker.retrain", {"force": True}),
+        (("refit",), "code_worker.refit", {}),
+        (
+            ("refit", "--head", "knn", "--challenge"),
+            "code_worker.refit",
+            {"heads": {"knn": {}}, "challenge": True},
+        ),
+    ],
+)
+def test_enqueue_leaves_it_to_the_trainer_and_sends_only_what_is_asked_for(
+    sqlite_cli: Cli,
+    settings: Settings,
+    redis_server: RedisServer,
+    words: tuple[str, ...],
+    task: str,
+    asked: dict[str, Any],
+) -> None:
     sqlite_cli.env["CODE_WORKER_BROKER_URL"] = redis_server.url
-    assert "queued for the trainer" in sqlite_cli("retrain", "--enqueue", "--force").stdout
+    assert "queued for the trainer" in sqlite_cli(*words, "--enqueue").stdout
     with redis.Redis.from_url(redis_server.url) as server:
-        (message,) = server.lrange(f"cw:{TRAIN_QUEUE}", 0, -1)
-    assert b"code_worker.retrain" in message
+        (message,) = (json.loads(each) for each in server.lrange(f"cw:{TRAIN_QUEUE}", 0, -1))
+    assert message["headers"]["task"] == task
+    _, arguments, _ = json.loads(base64.b64decode(message["body"]))
+    assert arguments.pop("by")
+    assert arguments == asked, "an older trainer knows no other fields"
 
 
 def test_runs_are_shown_with_their_curves(cli: Cli, store: Store) -> None:

@@ -15,6 +15,7 @@ from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
 from code_worker.worker.intake import bury
 from tests.data.test_erasure import erase, judge
+from tests.store.acts import accept, claim, judged, write
 from tests.training.learning import learning_settings
 
 
@@ -33,6 +34,20 @@ def test_a_tenant_job_or_image_that_nobody_knows_is_refused(
     with pytest.raises(StoreError, match="nothing is kept"):
         Eraser(settings, sqlite_store).preview(Scope(**scope))
     assert sqlite_store.run(erasures.list_receipts) == []
+
+
+def test_a_hash_that_nobody_knows_may_be_of_an_image_that_is_being_judged(
+    sqlite_store: Store, settings: Settings
+) -> None:
+    (job_id,) = accept(sqlite_store, "s3://b/a.png")
+    claim(sqlite_store, [job_id])
+    seen = Eraser(settings, sqlite_store).preview(Scope(sha256="b" * 64))
+    assert (seen.jobs, seen.images, seen.labels, seen.copies) == (0, 1, 0, 0)
+    receipt = erase(settings, sqlite_store, sha256="b" * 64)
+    assert (receipt.state, receipt.counts) == ("done", {"images": 1}), "nothing but what it was asked for"
+    write(sqlite_store, judged(job_id))
+    with pytest.raises(StoreError, match="nothing is kept"):
+        erase(settings, sqlite_store, sha256="e" * 64)
 
 
 def test_who_asks_for_the_same_again_gets_the_receipt_of_then(sqlite_store: Store, settings: Settings) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import update
 
 from code_worker.errors import StoreError
 from code_worker.store import jobs
-from code_worker.store.engine import Store
+from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
 from code_worker.store.models import JobRow
 from code_worker.store.sql import table_of
@@ -118,6 +118,28 @@ def test_the_age_of_a_job_that_is_judged_again_counts_from_the_retry(store: Stor
     age_s = store.run(jobs.oldest_unfinished_s)
     assert age_s is not None
     assert 3600 <= age_s < 4200
+
+
+def test_jobs_that_were_retried_just_now_hide_none_that_has_waited_longer(store: Store) -> None:
+    accept(store, *(f"s3://b/{number}" for number in range(10_001)))
+    waiting, running = accept(store, "s3://b/w"), accept(store, "s3://b/r")
+    claim(store, running)
+    now, table = datetime.now(UTC), JOBS.update()
+
+    def aged(session: Session, ids: list[str], days: float, retried_days: float | None) -> None:
+        retried_at = None if retried_days is None else now - timedelta(days=retried_days)
+        values = {"created_at": now - timedelta(days=days), "retried_at": retried_at}
+        session.execute(table.where(JOBS.c.id.in_(ids)).values(values))
+
+    def oldest_days() -> float:
+        return (store.run(jobs.oldest_unfinished_s) or 0.0) / 86_400
+
+    store.run(lambda session: session.execute(table.values(created_at=now - timedelta(days=30), retried_at=now)))
+    store.run(lambda session: aged(session, running, 1, None))
+    store.run(lambda session: aged(session, waiting, 2, None))
+    assert 2 <= oldest_days() < 2.1, "one that was never judged"
+    store.run(lambda session: aged(session, waiting, 29, 3))
+    assert 3 <= oldest_days() < 3.1, "one that was retried before the others"
 
 
 def test_only_finished_jobs_are_retried_and_they_start_afresh(store: Store) -> None:

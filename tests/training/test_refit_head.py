@@ -251,4 +251,8 @@ def test_what_no_head_has_is_refused_before_a_run_begins(
         Learner(settings, sqlite_store).learn("refit", by="alice", challenge=True, **asked)
     with pytest.raises(ConfigurationError, match="name heads for a refit"):
         Learner(settings, sqlite_store).learn("retrain", by="alice", heads={"knn": {}})
+    for begin in (Learner(settings, sqlite_store).learn, Learner(settings, sqlite_store).plan):
+        who = {"by": "alice"} if begin.__name__ == "learn" else {}
+        with pytest.raises(ConfigurationError, match="which stays: ask for a challenge"):
+            begin("refit", **who, heads={"knn": {}})
     assert sqlite_store.run(runs.list_runs, write=False) == []
