@@ -107,7 +107,7 @@ class Doorbell:
                 priority=0,
                 **message,
             )
-        except (OperationalError, RedisError, ConnectionError, TimeoutError) as error:
+        except self._refusals() as error:
             raise BrokerUnavailableError(f"broker did not take the message: {error}") from error
 
     def depth(self, queue: str) -> int:
@@ -240,13 +240,17 @@ class Doorbell:
         try:
             with self._app.connection_for_read() as connection:
                 connection.ensure_connection(max_retries=1, interval_start=0.1)
-                try:
-                    yield connection.default_channel
-                except connection.channel_errors as error:
-                    # Such as RabbitMQ's of a queue that others declared otherwise.
-                    raise OperationalError(str(error)) from error
-        except (OperationalError, RedisError, ConnectionError, TimeoutError) as error:
+                yield connection.default_channel
+        except self._refusals() as error:
             raise BrokerUnavailableError(f"broker did not answer: {error}") from error
+
+    def _refusals(self) -> tuple[type[Exception], ...]:
+        """Errors of a broker that does not answer, or refuses: RabbitMQ does a queue that others declared otherwise.
+
+        Those of channels come from kombu's driver as they are.
+        """
+        connection = self._app.connection_for_write()
+        return (OperationalError, RedisError, ConnectionError, TimeoutError, *connection.channel_errors)
 
     def close(self) -> None:
         """Closes the connections, unless they are those of somebody's app."""

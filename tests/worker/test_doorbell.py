@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
+import amqp
 import pytest
 import redis
 from amqp.exceptions import PreconditionFailed
@@ -192,6 +193,10 @@ class StrictChannel(memory.Channel):  # type: ignore[misc]  # kombu ships no typ
 
 class StrictTransport(memory.Transport):  # type: ignore[misc]  # as above
     Channel = StrictChannel
+    connection_errors = amqp.Connection.connection_errors
+    channel_errors = amqp.Connection.channel_errors
+    recoverable_connection_errors = amqp.Connection.recoverable_connection_errors
+    recoverable_channel_errors = amqp.Connection.recoverable_channel_errors
 
 
 QUEUES_AS_THEIRS = [
