@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import click
 from celery import Celery, signals
 
 from code_worker.broker import ALL_QUEUES, celery_config
@@ -16,6 +16,7 @@ from code_worker.logs import get_logger
 from code_worker.queues import QUEUES, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.additions import add_entries, add_queues, add_routes, add_transport
+from code_worker.worker.app_settings import settings_in, warn_of_idle
 from code_worker.worker.bystander import Bystander
 from code_worker.worker.host import Host
 from code_worker.worker.refusals import check_content, refuse_to_start, refusing, threads_of
@@ -34,7 +35,6 @@ log = get_logger(__name__)
 _INSTALLED: WeakKeyDictionary[Celery, _Installed] = WeakKeyDictionary()
 _SWEEP_EVERY_S = 30.0
 _JUDGING = frozenset({*QUEUES, SWEEP_QUEUE})
-_CONF = "code_worker"
 
 
 def create_app(settings: Settings | None = None) -> Celery:
@@ -116,7 +116,7 @@ class _Installed:
         self._read: Settings | None = None
         self.host = Host(app, self.settings)
         self.bystander = Bystander(app)
-        self._said = ""
+        self._wrong = ""
 
     def settings(self) -> Settings:
         """Those given, else those that environment, file and the app's configuration say.
@@ -126,33 +126,27 @@ class _Installed:
         """
         if self._given is not None:
             return self._given
-        below = self._of_app()
+        below = settings_in(self._app)
         if self._read is None or below != self._below:
             self._read, self._below = load_settings(below=below), below
+            warn_of_idle(below or {})
         return self._read
-
-    def _of_app(self) -> Mapping[str, object] | None:
-        below = self._app.conf.get(_CONF)
-        # A configuration that is a module may have imported us, and would have our name.
-        if below is None or isinstance(below, ModuleType):
-            return None
-        if not isinstance(below, Mapping):
-            raise ConfigurationError(
-                f"`code_worker` in the configuration of the app {self._app.main!r} must be a mapping of settings, "
-                f"not {type(below).__name__}"
-            )
-        return below
 
     def configure(self, **_: Any) -> None:
         """Adds what is ours at each reading of the configuration; workers and beat refuse what is wrong with it."""
-        said, self._said = self._said, ""
+        said, self._wrong = self._wrong, ""
         try:
             self.add()
         except CodeWorkerError as error:
-            self._said = str(error)
+            self._wrong = str(error)
             # In a web process, too, that only publishes and must go on; its app is read and then finalized.
-            if self._said != said:
-                log.error("configuration_error", error=self._said)  # noqa: TRY400 - a traceback would not help
+            if self._wrong != said and not _celery_starts_worker_or_beat():
+                self.say_what_is_wrong()
+
+    def say_what_is_wrong(self) -> None:
+        """Logs why something could not be added when the configuration was read last, if anything could not."""
+        if self._wrong:
+            log.error("configuration_error", error=self._wrong)
 
     def add(self) -> list[str]:
         """Adds what is missing, and says what that was.
@@ -206,6 +200,14 @@ class _Installed:
                 log.info("bindings_removed", exchange=exchange, queues=unbound)
 
 
+def _celery_starts_worker_or_beat() -> bool:
+    """Whether this process is Celery's command for one of them, which says what is wrong itself when it starts."""
+    context = click.get_current_context(silent=True)
+    if context is None or context.find_root().command.name != "celery":
+        return False
+    return not {context.info_name, context.invoked_subcommand}.isdisjoint({"worker", "beat"})
+
+
 def _of_worker(sender: Any) -> _Installed | None:
     worker: Worker | None = getattr(sender, "controller", sender)
     app = getattr(worker, "app", None)
@@ -245,7 +247,8 @@ def _close(sender: Any, **_: Any) -> None:
 
 def _check_worker(sender: Any, **_: Any) -> None:
     if (installed := _of_worker(sender)) is not None:
-        refuse_to_start(sender, installed.check, installed.settings)
+        if not refuse_to_start(sender, installed.check, installed.settings):
+            installed.say_what_is_wrong()
         installed.host.judge_on(threads_of(sender))
 
 

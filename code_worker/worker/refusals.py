@@ -51,14 +51,14 @@ def refusing() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
-def refuse_to_start(worker: Any, check: Callable[[], object], settings: Callable[[], Settings]) -> None:
+def refuse_to_start(worker: Any, check: Callable[[], object], settings: Callable[[], Settings]) -> bool:
     """Ends the process with status 2 when a Celery worker of our queues is set up in a way that cannot be trusted.
 
-    A worker of others' queues is none of our business.
+    A worker of others' queues is none of our business: then it returns False.
     """
     taken = frozenset(worker.app.amqp.queues.consume_from) & frozenset(ALL_QUEUES)
     if not taken:
-        return
+        return False
     with refusing():
         check()
         _check_pool(worker)
@@ -66,6 +66,7 @@ def refuse_to_start(worker: Any, check: Callable[[], object], settings: Callable
     _warn_of_broker(worker.app)
     if "prefork" in _pool_of(worker) and taken & frozenset(QUEUES):
         warn_of_prefork(_children_of(worker), worker.app.conf.worker_max_memory_per_child)
+    return True
 
 
 def check_content(app: Any) -> None:
