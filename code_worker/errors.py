@@ -7,10 +7,11 @@ CodeWorkerError
 │   ├── UnknownHeadError        a head that no plugin registered, or that the release lacks
 │   ├── PluginError             a plugin that cannot be loaded, or two that claim one name
 │   └── NoReleaseError          nothing installed to judge with
-├── ArtifactError               a checkpoint, head file or release that must not be used
+├── ArtifactError               a checkpoint, head file or release that must not be used (exit status 2)
 │   ├── UnsafeArtifactError     a pickle that asked for something it may not have
 │   ├── IntegrityError          bytes that differ from the manifest's sha256
-│   └── SignatureError          a release that no holder of a key of ours signed
+│   ├── SignatureError          a release that no holder of a key of ours signed
+│   └── ArtifactStorageError    the storage of releases is full, closed or away; no release's fault (exit status 1)
 ├── DatasetError                labelled images, a shard or a tree that cannot be used as they are
 │   └── StorageError            the dataset storage is full, closed or away; no image's fault
 ├── TrainingError               a run that failed, with the reason that is recorded
@@ -42,6 +43,7 @@ from code_worker.types import RejectReason
 
 __all__ = [
     "ArtifactError",
+    "ArtifactStorageError",
     "BrokerUnavailableError",
     "CodeWorkerError",
     "CommitUnknownError",
@@ -116,6 +118,10 @@ class IntegrityError(ArtifactError):
 
 class SignatureError(ArtifactError):
     """A release without a signature, or with one that no configured key made, where keys are configured."""
+
+
+class ArtifactStorageError(ArtifactError):
+    """The storage of releases cannot be written or read; the same call may work later."""
 
 
 class DatasetError(CodeWorkerError):

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from code_worker._version import __version__
-from code_worker.errors import CodeWorkerError, ConfigurationError
+from code_worker.errors import ArtifactError, ArtifactStorageError, CodeWorkerError, ConfigurationError
 from code_worker.logs import redact
 from code_worker.terminal import printable
 
@@ -98,7 +98,8 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Tell real images from generated ones, at scale.
 
-    Exit status: 0 done; 1 some images were rejected or a check failed; 2 wrong use or configuration.
+    Exit status: 0 done; 1 some images were rejected or a check failed; 2 wrong use or configuration, or a release
+    that cannot be loaded here.
     """
 
 
@@ -120,7 +121,9 @@ def main() -> None:
         sys.exit(1)
     except CodeWorkerError as error:
         click.echo(printable(f"code-worker: {redact(str(error))}"), err=True)
-        sys.exit(2 if isinstance(error, ConfigurationError) else 1)
+        # What is only away may come back; a release or file that cannot be used stays so.
+        lasts = isinstance(error, ConfigurationError | ArtifactError) and not isinstance(error, ArtifactStorageError)
+        sys.exit(2 if lasts else 1)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "code_worker":
             raise

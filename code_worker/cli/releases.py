@@ -15,7 +15,7 @@ from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
-from code_worker.errors import ConfigurationError, NoReleaseError
+from code_worker.errors import ConfigurationError, IntegrityError, NoReleaseError
 
 if TYPE_CHECKING:
     from code_worker.releases.registry import Registered, Registry
@@ -276,8 +276,12 @@ def verify(
     with _registry(settings) as registry:
         if (wanted := release or registry.champion()) is None:
             raise NoReleaseError("no champion to verify; name a release (code-worker releases list)")
-        with progress(f"checking the files of {wanted}"):
-            loaded = registry.load(wanted)
+        try:
+            with progress(f"checking the files of {wanted}"):
+                loaded = registry.load(wanted)
+        except IntegrityError as error:  # what this command is there to find
+            say(f"code-worker: {error}", err=True)
+            sys.exit(1)
     with progress(f"comparing encoders of {wanted}", total=images) as advance:
         report = compare(
             loaded,

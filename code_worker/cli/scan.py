@@ -54,7 +54,8 @@ def scan(
     rest is passed over and listed on stderr.
 
     Exit status: 0 all judged; 1 some images were rejected, or a directory could not be listed; 2 wrong use or
-    configuration.
+    configuration, or the release cannot be loaded here: it is damaged or not signed, or the plugin of a head is
+    missing, fails or has changed.
     """
     if as_json and as_csv:
         raise click.UsageError("--json or --csv, not both")

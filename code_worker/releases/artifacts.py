@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError
+from code_worker.errors import ArtifactError, ArtifactStorageError, ConfigurationError, IntegrityError
 from code_worker.failpoints import failpoint
 from code_worker.object_store import object_versions, storage_client, storage_errors
 from code_worker.releases.hashing import OnBytes
@@ -300,9 +300,9 @@ def _translated(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtifactError(f"{doing}: {error}") from error
+        raise ArtifactStorageError(f"{doing}: {error}") from error
     except storage_errors() as error:
-        raise ArtifactError(f"{doing}: {error}") from error
+        raise ArtifactStorageError(f"{doing}: {error}") from error
 
 
 def _is_whole(directory: Path, release: str) -> bool:

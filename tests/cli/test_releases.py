@@ -267,7 +267,7 @@ def test_without_a_champion_there_is_nothing_to_verify(run: Run, two: list[Path]
         (("import", "/nowhere/at/all"), 2, "does not exist"),
         (("import", "hf:not-a-name"), 2, "not a hub name"),
         (("import", ".", "--head", "nonsense"), 2, "write FILE=NAME"),
-        (("import", "."), 1, "no config.json"),
+        (("import", "."), 2, "no config.json"),
     ],
 )
 def test_a_wrong_source_is_said_in_one_line(

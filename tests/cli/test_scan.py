@@ -3,17 +3,22 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from code_worker.encoder.weights import random_weights
 from code_worker.images.listing import NO_IMAGE
 from code_worker.plugins import load_plugins
+from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.manifest import Source
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings
 from code_worker.store.engine import Store
+from code_worker.testing import sample_embeddings
 from tests.cli.conftest import Cli
 from tests.servers import S3Server
 from tests.toy_release import toy_crops, write_toy_release
@@ -197,3 +202,76 @@ def test_the_champion_judges_unless_another_release_is_named(
 @pytest.mark.parametrize("arguments", [(), ("a.png", "--json", "--csv")])
 def test_wrong_use_ends_with_status_2(bare_cli: Cli, arguments: tuple[str, ...]) -> None:
     assert bare_cli("scan", *arguments).status == 2
+
+
+PLUGIN = """
+from code_worker import HeadSpec, hookimpl
+from code_worker_heads.linear import LinearHead
+
+class Mine(LinearHead):
+    def score(self, embeddings):
+        return super().score(embeddings) * {factor}
+
+@hookimpl
+def code_worker_register_heads():
+    return [HeadSpec("mine", Mine)]
+"""
+
+
+def _damage(release: Path, _plugin: Path) -> None:
+    with next(release.glob("heads/mine/*.json")).open("ab") as file:
+        file.write(b" ")
+
+
+def _unsigned(_release: Path, _plugin: Path) -> None:
+    """The setting asks for a signature, and there is none."""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "env", "said"),
+    [
+        (lambda _, plugin: plugin.unlink(), {}, "needs the plugin head 'mine'"),
+        (lambda _, plugin: plugin.write_text(PLUGIN.format(factor=0.5)), {}, "does not score as it did"),
+        (lambda _, plugin: plugin.write_text(PLUGIN.format(factor="nothing")), {}, "cannot score"),
+        (lambda _, plugin: plugin.write_text("from code_worker import hookimpl\n1 / 0"), {}, "ZeroDivisionError"),
+        (_damage, {}, "changed: heads/mine/"),
+        (_unsigned, {"CODE_WORKER_SIGNING_KEYS": "k" * 32}, "sign"),
+        (lambda release, _: (release / "manifest.json").unlink(), {}, "manifest.json"),
+    ],
+    ids=["missing", "changed", "failing", "broken", "damaged", "unsigned", "no release"],
+)
+def test_a_release_that_cannot_be_loaded_here_is_status_2_whatever_the_reason(
+    scan: Cli, pictures: Path, tmp_path: Path, spoil: Callable[[Path, Path], None], env: dict[str, str], said: str
+) -> None:
+    plugin = tmp_path / "plugins" / "mine.py"
+    plugin.parent.mkdir()
+    plugin.write_text(PLUGIN.format(factor=1))
+    plugins = load_plugins(Settings(plugins_dir=plugin.parent))
+    embeddings, labels = sample_embeddings(64)
+    head = plugins.head_class("mine")().fit(embeddings, labels)
+    facts = ReleaseFacts(source=Source(uri="test"), toy=True)
+    build_from_parts(tmp_path / "release", random_weights(0, depth=1), {"mine": head}, plugins, facts)
+    spoil(tmp_path / "release", plugin)
+    env = {"CODE_WORKER_PLUGINS_DIR": str(plugin.parent), **env}
+    ran = scan("scan", str(pictures), "--release", str(tmp_path / "release"), env=env)
+    assert (ran.status, ran.stdout) == (2, "")
+    (line,) = (line for line in ran.stderr.splitlines() if line.startswith("code-worker: "))
+    assert said in line
+
+
+def test_a_storage_of_releases_that_is_away_is_status_1(
+    sqlite_cli: Cli, sqlite_store: Store, shallow_release: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path / "data")
+    registry = open_registry(settings, store=sqlite_store, plugins=load_plugins(settings))
+    registry.promote(registry.add(shallow_release), by="test", reason="test")
+    away = {
+        "CODE_WORKER_ARTIFACTS": "s3://bucket/releases",
+        "CODE_WORKER_S3__ENDPOINT_URL": "http://127.0.0.1:1",
+        "CODE_WORKER_S3__MAX_ATTEMPTS": "1",
+        "CODE_WORKER_S3__ACCESS_KEY_ID": "none",
+        "CODE_WORKER_S3__SECRET_ACCESS_KEY": "none",
+    }
+    ran = sqlite_cli("scan", str(pictures), env=away)
+    assert (ran.status, ran.stdout) == (1, "")
+    assert "cannot read release" in ran.stderr

@@ -222,7 +222,7 @@ def test_the_shell_signs(sqlite_cli: Cli, copy: Path, tmp_path: Path) -> None:
     id_ = json.loads(sqlite_cli("releases", "import", str(copy), "--json").stdout)["id"]
     keys = {"CODE_WORKER_SIGNING_KEYS": json.dumps([OURS.get_secret_value()])}
     refused = sqlite_cli("releases", "promote", id_, env=keys)
-    assert (refused.status, f"{id_} is not signed" in refused.stderr) == (1, True)
+    assert (refused.status, f"{id_} is not signed" in refused.stderr) == (2, True)
     assert sqlite_cli("releases", "sign", id_, env=keys).stdout == f"{id_} is signed\n"
     assert sqlite_cli("releases", "promote", id_, env=keys).status == 0
 
