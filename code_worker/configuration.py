@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from code_worker.errors import ConfigurationError
 
-__all__ = ["CONFIG_ENV", "PREFIX", "Layer", "config_file", "is_setting_variable", "layers", "place_of"]
+__all__ = ["CONFIG_ENV", "PREFIX", "Layer", "config_file", "is_setting_variable", "layers"]
 
 CONFIG_ENV: Final = "CODE_WORKER_CONFIG"
 PREFIX: Final = "CODE_WORKER_"
@@ -83,21 +83,6 @@ def layers(model: type[BaseModel], below: Mapping[str, object]) -> list[Layer]:
     if problems:
         raise ConfigurationError(f"wrong settings: {'; '.join(problems)}")
     return found
-
-
-def place_of(model: type[BaseModel], names: _Names, value: object, below: Mapping[str, object]) -> str:
-    """Where a setting of that value is written; its own name where a program set it by other means.
-
-    Raises:
-        ConfigurationError: see `layers`.
-    """
-    for layer in layers(model, below):
-        if layer.holds(names):
-            found: Any = layer.values
-            for name in names:
-                found = found.get(name) if isinstance(found, Mapping) else None
-            return layer.place(names) if found == value else ".".join(names)
-    return ".".join(names)
 
 
 def config_file() -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -22,12 +23,13 @@ from code_worker.errors import ConfigurationError
 from code_worker.source_settings import FileSettings, LimitSettings, S3Settings
 from code_worker.training_settings import (
     DAY_S,
-    MANY_IMAGES,
     MANY_THREADS,
     YEAR_S,
     GateSettings,
     LabelSettings,
+    ScheduleSettings,
     Section,
+    ShadowSettings,
     TrainingSettings,
 )
 
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 _KEY_LENGTH = 32
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 _LONGEST_DAYS = 18_250
 """Fifty years: ids carry times from 1970 on."""
 _BELOW: ContextVar[Mapping[str, object]] = ContextVar("_BELOW", default={})  # noqa: B039 - nobody writes to it
@@ -125,32 +128,6 @@ class WorkerSettings(Section):
     store_embeddings: bool = Field(
         True, description="Keep embeddings, so that bytes seen before are not encoded again."
     )
-
-
-class ScheduleSettings(Section):
-    """When the detector learns by itself; unset: only when told to."""
-
-    retrain: str | None = Field(None, description="Cron line in UTC, such as `0 3 * * sun`.")
-    refit: str | None = Field(None, description="Cron line in UTC for refitting the heads alone.")
-    calibrate: bool = Field(
-        False,
-        description="After a promotion draw anew the thresholds of policies that were calibrated on another release.",
-    )
-    min_new_real: int = Field(
-        20, ge=0, le=MANY_IMAGES, description="Real images new to the champion, below which a run waits."
-    )
-    min_new_fake: int = Field(
-        50, ge=0, le=MANY_IMAGES, description="Generated images new to it, below which a run waits."
-    )
-    min_holdout: int = Field(
-        20, ge=1, le=MANY_IMAGES, description="Images of each class in the hold-out, below which it waits."
-    )
-
-
-class ShadowSettings(Section):
-    """How a challenger is watched."""
-
-    share: float = Field(1.0, ge=0, le=1, description="Share of judged images that it scores too, by content hash.")
 
 
 class RetentionSettings(Section):
@@ -297,6 +274,13 @@ class Settings(BaseSettings):
         if any(len(key.get_secret_value()) < _KEY_LENGTH for key in keys):
             raise ValueError(f"a key must have {_KEY_LENGTH} characters or more")
         return keys
+
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, device: str) -> str:
+        if not _DEVICE.fullmatch(device):
+            raise ValueError("choose auto, cpu, cuda or cuda:N")
+        return device
 
     @field_validator("broker_url")
     @classmethod

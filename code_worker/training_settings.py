@@ -1,10 +1,12 @@
-"""The sections of the settings on learning: what labels say, how a retrain trains, what the gate asks."""
+"""The sections of the settings on learning: labels, training, the gate, schedules and challengers."""
 
 from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from code_worker.crontab import cron_line
 
 __all__ = [
     "DAY_S",
@@ -13,7 +15,9 @@ __all__ = [
     "YEAR_S",
     "GateSettings",
     "LabelSettings",
+    "ScheduleSettings",
     "Section",
+    "ShadowSettings",
     "TrainingSettings",
 ]
 
@@ -176,3 +180,34 @@ class GateSettings(Section):
     )
     bootstrap: int = Field(1000, ge=100, le=100_000, description="Resamples of the bootstrap in reports.")
     promote: bool = Field(True, description="Promote by itself what passes; else it becomes the challenger.")
+
+
+class ScheduleSettings(Section):
+    """When the detector learns by itself; unset: only when told to."""
+
+    retrain: str | None = Field(None, description="Cron line in UTC, such as `0 3 * * sun`.")
+    refit: str | None = Field(None, description="Cron line in UTC for refitting the heads alone.")
+    calibrate: bool = Field(
+        False,
+        description="After a promotion draw anew the thresholds of policies that were calibrated on another release.",
+    )
+    min_new_real: int = Field(
+        20, ge=0, le=MANY_IMAGES, description="Real images new to the champion, below which a run waits."
+    )
+    min_new_fake: int = Field(
+        50, ge=0, le=MANY_IMAGES, description="Generated images new to it, below which a run waits."
+    )
+    min_holdout: int = Field(
+        20, ge=1, le=MANY_IMAGES, description="Images of each class in the hold-out, below which it waits."
+    )
+
+    @field_validator("retrain", "refit")
+    @classmethod
+    def _is_cron_line(cls, line: str | None) -> str | None:
+        return None if line is None else cron_line(line)
+
+
+class ShadowSettings(Section):
+    """How a challenger is watched."""
+
+    share: float = Field(1.0, ge=0, le=1, description="Share of judged images that it scores too, by content hash.")

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from code_worker._version import __version__
+from code_worker.cli.interrupts import noted_interrupts
 from code_worker.errors import ArtifactError, ArtifactStorageError, CodeWorkerError, ConfigurationError
 from code_worker.logs import redact
 from code_worker.terminal import printable
@@ -106,7 +107,8 @@ def cli() -> None:
 def main() -> None:
     """Runs the command line; our own errors end as one line on stderr, never as a traceback."""
     try:
-        cli(prog_name="code-worker")
+        with noted_interrupts():
+            cli(prog_name="code-worker")
     except PermissionError as error:
         place = error.filename or "a file"
         click.echo(printable(f"code-worker: this user may not use {place}: {error.strerror}"), err=True)

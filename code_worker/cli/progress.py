@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from code_worker.cli.interrupts import check_interrupt
 from code_worker.cli.output import console
 from code_worker.terminal import printable
 
@@ -19,6 +20,8 @@ def progress(
     what: str, total: int | None = None, *, counted: bool = False, beside_rows: bool = False
 ) -> Iterator[Callable[[int], None]]:
     """A bar (a spinner while `total` is unknown) that goes when the work ends; yields what advances it.
+
+    An interrupt that was lost ends the work at the next advance.
 
     `counted`: show the number reached although the total is unknown. `beside_rows`: the command prints rows
     meanwhile; where these go to the same terminal, they are progress enough.
@@ -36,4 +39,9 @@ def progress(
     )
     with bar:
         task = bar.add_task(printable(what), total=total)
-        yield lambda done: bar.advance(task, done)
+
+        def advance(done: int) -> None:
+            check_interrupt()
+            bar.advance(task, done)
+
+        yield advance

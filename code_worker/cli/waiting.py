@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from code_worker.cli.interrupts import check_interrupt
 from code_worker.cli.ledger import open_ledger
 from code_worker.cli.output import plural, say, to_json
 from code_worker.cli.progress import progress
@@ -108,6 +109,7 @@ def _await(store: Store, job_id: str, deadline: float | None, meanwhile: Callabl
             return None
         meanwhile()
         time.sleep(_POLL_S)
+        check_interrupt()
     return verdict
 
 

@@ -11,7 +11,6 @@ from code_worker.broker import check_broker
 from code_worker.logs import configure_logging
 from code_worker.settings import Settings, load_settings
 from code_worker.worker.children import TRAINER_GRACE_S, beat_child, trainer_child, worker_child
-from code_worker.worker.schedule import schedules
 from code_worker.worker.supervisor import Child, Supervisor
 
 __all__ = ["beat", "trainer", "worker"]
@@ -56,7 +55,6 @@ def trainer(device: str | None) -> None:
     trainer goes on with it. Exit status as `worker`.
     """
     settings = _checked(device)
-    schedules(settings)
     env = {"CODE_WORKER_DEVICE": device} if device else {}
     _supervise(trainer_child(settings, env=env), TRAINER_GRACE_S)
 
@@ -68,7 +66,6 @@ def beat() -> None:
     Several may run: a lock in Redis lets one fire at a time. Exit status as `worker`.
     """
     settings = _checked(None)
-    schedules(settings)
     _supervise(beat_child(), settings.worker.batch_timeout_s)
 
 

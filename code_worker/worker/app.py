@@ -66,9 +66,9 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
 
     Raises:
         ConfigurationError: called twice on one app, something that is no app or no `Settings`, a configured app that
-            accepts no JSON, or settings that are given and hold a schedule that is no cron line. What is wrong with
-            settings that are read is logged, since a process that only publishes, or runs tasks of its own, can go
-            on: workers of our queues and beat say it when they start, and end with status 2.
+            accepts no JSON. What is wrong with settings that are read is logged, since a process that only publishes,
+            or runs tasks of its own, can go on: workers of our queues and beat say it when they start, and end with
+            status 2.
     """
     if not isinstance(app, Celery) or not isinstance(settings, Settings | None):
         raise ConfigurationError(
@@ -80,8 +80,6 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     installed = _Installed(app, settings)
     if app.configured:
         check_content(app)
-    if settings is not None:
-        beat_entries(settings)
     register_tasks(app, installed.host)
     register_learning(app, installed.host)
     add_waker(app)
@@ -169,7 +167,7 @@ class _Installed:
             "schedule": _SWEEP_EVERY_S,
             "options": {"queue": SWEEP_QUEUE, "expires": _SWEEP_EVERY_S},
         }
-        return add_entries(self._app, {SWEEP: sweep, **beat_entries(self.settings(), below=self._below)})
+        return add_entries(self._app, {SWEEP: sweep, **beat_entries(self.settings())})
 
     def check(self) -> None:
         """Adds what was dropped since, and refuses what is wrong.

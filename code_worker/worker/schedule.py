@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from zoneinfo import ZoneInfo
 
 from celery.schedules import crontab
 
-from code_worker.configuration import place_of
-from code_worker.errors import ConfigurationError
 from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ TASKS: Final = {"retrain": RETRAIN, "refit": REFIT}
 CALIBRATE: Final = "calibrate"
 """What is due after a promotion instead of by the clock; its times are those of the promotions."""
 _EXPIRES_S: Final = 3600.0
-_FIELDS: Final = 5
 # Once in forty years at the rarest: 29 February on one day of the week around a century that has none.
 _DAYS: Final = 366 * 40 + 1
 
@@ -44,49 +41,14 @@ class UtcCrontab(crontab):  # type: ignore[misc]  # Celery ships no types
         return aware.astimezone(self.tz)
 
 
-def schedules(settings: Settings, *, below: Mapping[str, object] | None = None) -> dict[str, UtcCrontab]:
-    """The schedules that are set, by kind of run; an error names where a line stands, at last in `below`.
-
-    Raises:
-        ConfigurationError: a line that is no cron line.
-    """
+def schedules(settings: Settings) -> dict[str, UtcCrontab]:
+    """The schedules that are set, by kind of run."""
     lines = {kind: getattr(settings.schedule, kind) for kind in TASKS}
-    crons = {}
-    for kind, line in lines.items():
-        if line is not None:
-            try:
-                crons[kind] = _parsed(line)
-            except ConfigurationError as error:
-                place = place_of(type(settings), ("schedule", kind), line, below or {})
-                raise ConfigurationError(f"{place}: {error}") from None
-    return crons
+    return {kind: UtcCrontab.from_string(line) for kind, line in lines.items() if line is not None}
 
 
-def _parsed(line: str) -> UtcCrontab:
-    try:
-        if len(fields := line.split()) != _FIELDS:
-            raise ValueError(f"{len(fields)} fields")
-        return _that_comes(UtcCrontab.from_string(line))
-    except (ValueError, KeyError) as error:
-        raise ConfigurationError(
-            f"{line!r} is no cron line ({error}); "
-            "write five fields, such as `0 3 * * sun`: minute, hour, day of month, month, day of week"
-        ) from None
-
-
-def _that_comes(cron: UtcCrontab) -> UtcCrontab:
-    # Celery itself looks for days that no month has from 5.7 on.
-    if next(_days(cron, datetime.now(UTC), 1), None) is None:
-        raise ValueError("no such day")
-    return cron
-
-
-def beat_entries(settings: Settings, *, below: Mapping[str, object] | None = None) -> dict[str, dict[str, Any]]:
-    """Entries of a beat schedule, for those schedules that are set; `below` as in `schedules`.
-
-    Raises:
-        ConfigurationError: see `schedules`.
-    """
+def beat_entries(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Entries of a beat schedule, for those schedules that are set."""
     return {
         TASKS[kind]: {
             "task": TASKS[kind],
@@ -95,7 +57,7 @@ def beat_entries(settings: Settings, *, below: Mapping[str, object] | None = Non
             # Later it is the watcher's: it finds every time that was missed.
             "options": {"queue": TRAIN_QUEUE, "expires": _EXPIRES_S},
         }
-        for kind, cron in schedules(settings, below=below).items()
+        for kind, cron in schedules(settings).items()
     }
 
 

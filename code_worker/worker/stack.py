@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from code_worker.broker import check_broker
 from code_worker.disk import make_private
@@ -22,6 +24,19 @@ from code_worker.worker.embedded import EmbeddedBroker
 from code_worker.worker.supervisor import Backoff, Supervisor
 
 __all__ = ["Stack"]
+
+_REFUSED: Final = 2
+# Any other fault is the worker's to name.
+_ASK_DEVICE: Final = f"""
+import sys
+from code_worker.encoder.engine import resolve_device
+from code_worker.errors import ConfigurationError
+try:
+    resolve_device(sys.argv[1])
+except ConfigurationError as error:
+    print(error)
+    sys.exit({_REFUSED})
+"""
 
 
 class Stack:
@@ -52,12 +67,14 @@ class Stack:
         """Makes directories and database, then starts broker, scheduler, trainer and worker.
 
         Raises:
-            ConfigurationError: another stack runs in this directory, or no embedded server is installed.
+            ConfigurationError: another stack runs in this directory, no embedded server is installed, or the GPU that
+                the settings name is not there; nothing was started.
             StoreError: a database of yours that was not migrated, or that does not answer.
             BrokerUnavailableError: the embedded broker does not start.
         """
         if self._broker is None:
             check_broker(self.settings)
+        _check_device(self.settings.device)
         self._make_directories()
         self._lock.acquire()
         self._prepare_database()
@@ -124,6 +141,19 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _check_device(device: str) -> None:
+    """Asks for a GPU that is named, in another process, so that this one need not load torch.
+
+    Raises:
+        ConfigurationError: it is not there.
+    """
+    if device in {"auto", "cpu"}:
+        return
+    asked = subprocess.run([sys.executable, "-c", _ASK_DEVICE, device], capture_output=True, text=True, check=False)
+    if asked.returncode == _REFUSED:
+        raise ConfigurationError(asked.stdout.strip())
 
 
 class _Lock:

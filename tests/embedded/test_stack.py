@@ -52,6 +52,28 @@ def test_a_second_up_on_the_same_directory_is_refused_and_harms_nothing(up: Up, 
         assert client.ping()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("CODE_WORKER_DEVICE", "cudaa", "CODE_WORKER_DEVICE: choose auto, cpu, cuda or cuda:N"),
+        ("CODE_WORKER_DEVICE", "cuda:999", "device 'cuda:999' is not there"),
+        (
+            "CODE_WORKER_SCHEDULE__RETRAIN",
+            "0 3 * * funday",
+            "is no cron line (day of week: 'funday')",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    tmp_path: Path, variable: str, value: str, said: str
+) -> None:
+    words = [forking_python(), "-m", "code_worker", "up", "--data-dir", str(tmp_path / "data")]
+    ran = subprocess.run(words, env={**os.environ, variable: value}, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+    assert said in ran.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def test_when_up_is_killed_nothing_stays_and_the_next_one_goes_on(up: Up, tmp_path: Path) -> None:
     up.wait_ready()
     until(lambda: len(up.children()) == 4)

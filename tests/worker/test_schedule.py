@@ -7,19 +7,22 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
+import hypothesis
 import pytest
 from celery import Celery
 from celery.beat import ScheduleEntry
+from hypothesis import strategies as st
 
+from code_worker.crontab import cron_line
 from code_worker.errors import ConfigurationError
 from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
-from code_worker.settings import Settings
+from code_worker.settings import Settings, load_settings
 from code_worker.store import policies, releases, runs, schedule
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
-from code_worker.worker.app import create_app, install
+from code_worker.worker.app import install
 from code_worker.worker.learning import calibration_due, due
-from code_worker.worker.schedule import CALIBRATE, beat_entries, schedules, times_from, times_until
+from code_worker.worker.schedule import CALIBRATE, UtcCrontab, beat_entries, schedules, times_from, times_until
 
 WEDNESDAY = datetime(2026, 11, 25, 14, 30, 20, tzinfo=UTC)
 
@@ -89,15 +92,46 @@ def test_a_time_on_the_minute_is_due_at_once_and_not_again() -> None:
 def test_a_line_that_is_no_cron_line_is_a_wrong_setting(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigurationError, match=r"^schedule.refit: .*is no cron line") as refused:
-        schedules(scheduled(refit=line))
-    assert "unpack" not in str(refused.value)
-    with pytest.raises(ConfigurationError, match="is no cron line"):
-        create_app(Settings(data_dir=tmp_path, broker_url="memory://", schedule={"refit": line}))
-    if line:
-        monkeypatch.setenv("CODE_WORKER_SCHEDULE__REFIT", line)
-        with pytest.raises(ConfigurationError, match=r"^CODE_WORKER_SCHEDULE__REFIT: .*is no cron line"):
-            schedules(Settings())
+    with pytest.raises(ConfigurationError, match=r"schedule.refit: .*is no cron line"):
+        load_settings(schedule={"refit": line})
+    if not line:
+        return
+    with pytest.raises(ConfigurationError, match=r"schedule.refit in app.conf.code_worker: .*is no cron line"):
+        load_settings(below={"schedule": {"refit": line}})
+    (file := tmp_path / "settings.toml").write_text(f'[schedule]\nretrain = "* * * * *"\nrefit = "{line}"\n')
+    monkeypatch.setenv("CODE_WORKER_CONFIG", str(file))
+    with pytest.raises(ConfigurationError, match=rf"schedule.refit \({file}, line 3\): .*is no cron line"):
+        load_settings()
+    monkeypatch.setenv("CODE_WORKER_SCHEDULE__REFIT", line)
+    with pytest.raises(ConfigurationError, match=r"CODE_WORKER_SCHEDULE__REFIT: .*is no cron line"):
+        load_settings()
+
+
+number = st.integers(0, 61).map(str) | st.sampled_from(["sun", "Mon", "saturday", "7", "funday", "jan"])
+numbers = st.builds("{}-{}".format, number, number) | number | st.just("*")
+part = st.builds("{}/{}".format, numbers, st.integers(0, 40)) | numbers | numbers
+field = st.lists(part, min_size=1, max_size=3).map(",".join)
+
+
+@hypothesis.given(st.lists(field, min_size=5, max_size=5).map(" ".join))
+@hypothesis.settings(deadline=None, max_examples=400)
+def test_settings_accept_no_line_that_the_scheduler_refuses_or_that_never_comes(line: str) -> None:
+    try:
+        read = cron_line(line)
+    except ValueError:
+        return
+    assert next(times_from(UtcCrontab.from_string(read), WEDNESDAY), None) is not None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("* * * * *", "  0  3 * * sun ", "*/15 0-6/2 1,15 * mon-fri", "0 0 29 2 *", "5 22-2 * * Fri-mon"),
+        "0 0 31 1,2 saturday,sun",
+    ],
+)
+def test_lines_that_the_scheduler_takes_are_taken(line: str) -> None:
+    assert next(times_from(UtcCrontab.from_string(cron_line(line)), WEDNESDAY)) > WEDNESDAY
 
 
 def test_beat_gets_an_entry_for_each_schedule_that_is_set(tmp_path: Path) -> None:

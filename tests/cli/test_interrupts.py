@@ -1,0 +1,99 @@
+"""Ctrl-C ends what waits, whenever it comes and whatever swallows its exception."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from code_worker.cli.interrupts import check_interrupt, noted_interrupts
+from code_worker.store.engine import Store
+from tests.fork_server import forking_python
+from tests.patience import LIMIT_S
+
+Start = Callable[[str], subprocess.Popen[str]]
+# Garbage is collected at any moment; what is raised meanwhile is printed and dropped.
+LOST = """
+import gc, signal, time
+from code_worker.cli.main import main
+
+begun = time.monotonic()
+def collected(phase, info):
+    listens = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    if phase == "stop" and listens and time.monotonic() > begun + {after_s} and not asked:
+        asked.append(True)
+        signal.raise_signal(signal.SIGINT)
+asked = []
+gc.callbacks.append(collected)
+gc.set_threshold(50)
+main()
+"""
+PLAIN = "from code_worker.cli.main import main; main()"
+
+
+@pytest.fixture
+def waiting(sqlite_store: Store, tmp_path: Path) -> Iterator[Start]:
+    """Starts `enqueue --wait` for a job that nobody judges."""
+    env = {**os.environ, "CODE_WORKER_DATA_DIR": str(tmp_path), "CODE_WORKER_DATABASE_URL": sqlite_store.url}
+    with ExitStack() as started:
+
+        def start(code: str) -> subprocess.Popen[str]:
+            words = [forking_python(), "-c", code, "enqueue", "s3://b/a.jpg", "--wait"]
+            pipe = subprocess.PIPE
+            process = started.enter_context(subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True))
+            started.callback(process.kill)
+            return process
+
+        yield start
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.0, 4.0])
+def test_an_interrupt_whose_exception_is_lost_ends_the_wait(waiting: Start, after_s: float) -> None:
+    process = waiting(LOST.format(after_s=after_s))
+    _, said = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1
+    assert "Exception ignored in" in said
+    assert said.endswith("Aborted!\n")
+
+
+def test_an_interrupt_ends_the_wait_at_any_moment(waiting: Start) -> None:
+    draw = random.Random(11)
+    started = [(waiting(PLAIN), draw.uniform(0.0, 5.0)) for _ in range(12)]
+    begun = time.monotonic()
+    for process, after_s in sorted(started, key=lambda one: one[1]):
+        time.sleep(max(0.0, begun + after_s - time.monotonic()))
+        process.send_signal(signal.SIGINT)
+    for process, _ in started:
+        _, said = process.communicate(timeout=LIMIT_S)
+        assert process.returncode in {1, -signal.SIGINT, 128 + signal.SIGINT, 130}, said
+
+
+def test_a_noted_interrupt_is_raised_until_the_block_ends() -> None:
+    with noted_interrupts():
+        check_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check_interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with noted_interrupts():
+        check_interrupt()
+
+
+def test_a_handler_of_somebody_else_is_left_alone() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        with noted_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            check_interrupt()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]
