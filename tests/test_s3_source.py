@@ -11,10 +11,12 @@ from uuid import uuid4
 import pytest
 
 from code_worker.errors import ImageRejectedError, SourceCredentialsError
+from code_worker.images.listing import NO_IMAGE, OTHER_KIND, PREFIX_BYTES, LeftOut, images_under
 from code_worker.images.s3 import Location, S3Source, parse_location
 from code_worker.images.source import Fetched, Sources
 from code_worker.settings import LimitSettings, S3Settings, Settings
 from code_worker.types import RejectReason
+from tests.fault_s3 import FaultServer, whole
 from tests.faults.rows import Seen, row
 from tests.servers import S3Server
 
@@ -266,3 +268,35 @@ def test_settings_that_cannot_work_pause_the_source(make_sources: MakeSources, c
     with pytest.raises(SourceCredentialsError) as caught:
         make_sources("bucket", **changes).fetch("s3://bucket/a")
     assert caught.value.source == "s3://bucket"
+
+
+def test_objects_that_cannot_be_images_by_name_or_size_take_no_request(make_sources: MakeSources) -> None:
+    sizes = {
+        "in/a.JPG": 0,
+        "in/b": 17,
+        "in/c.img": 5000,
+        "in/d": 16,
+        "in/e.json": 5000,
+        "in/f.TXT": 5000,
+        "in/g.jpg.zip": 5000,
+        "in/h.png.xml": 5000,
+        "in/.hidden": 5000,
+        "in/empty": 0,
+    }
+    entries = "".join(f"<Contents><Key>{key}</Key><Size>{size}</Size></Contents>" for key, size in sizes.items())
+    answer = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
+    left_out = LeftOut()
+    with FaultServer(whole(answer), whole(b"\x89PNG\r\n\x1a\n" + bytes(100))) as server:
+        sources = make_sources("b", endpoint_url=server.url)
+        found = list(images_under(sources, "s3://b/in/", left_out))
+    assert found == ["s3://b/in/a.JPG", "s3://b/in/b", "s3://b/in/c.img"]
+    assert sorted(one["path"] for one in server.requests[1:]) == ["/b/in/b", "/b/in/c.img"]
+    assert {one["range"] for one in server.requests[1:]} == {f"bytes=0-{PREFIX_BYTES - 1}"}
+    passed_over = {
+        reason: sorted(name.removeprefix("s3://b/in/") for name in names) for reason, _, names in left_out.passed_over
+    }
+    assert passed_over == {
+        "hidden": [".hidden"],
+        NO_IMAGE: ["d", "empty"],
+        OTHER_KIND: ["e.json", "f.TXT", "g.jpg.zip", "h.png.xml"],
+    }

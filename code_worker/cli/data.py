@@ -159,8 +159,8 @@ def pack(source: str, *, limit: int | None, real_urls: int, out: Path, shard_mb:
         click.echo(to_json({"out": out, **facts, "shards": list(map(str, packed.shards)), **left_out}))
         return
     click.echo(
-        f"packed {packed.images} images in {packed.records} records into {len(packed.shards)} shards "
-        f"({packed.size_bytes:,} bytes) in {out}"
+        f"packed {plural(packed.images, 'image')} in {plural(packed.records, 'record')} into "
+        f"{plural(len(packed.shards), 'shard')} ({plural(packed.size_bytes, 'byte')}) in {out}"
     )
 
 

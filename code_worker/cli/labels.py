@@ -117,7 +117,8 @@ def import_(
     if as_json:
         click.echo(to_json(counts))
     else:
-        click.echo("{new} new labels, {known} said before, {refused} rows refused".format_map(counts))
+        new, refused = plural(counts["new"], "new label"), plural(counts["refused"], "row")
+        click.echo(f"{new}, {counts['known']:,} said before, {refused} refused")
     raise SystemExit(1 if counts["refused"] else 0)
 
 

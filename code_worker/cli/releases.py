@@ -12,7 +12,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.errors import ConfigurationError, IntegrityError, NoReleaseError
@@ -300,11 +300,10 @@ def verify(
 
 
 def _say_report(report: VerifyReport) -> None:
-    click.echo(f"{report.release}: {report.files} files match the manifest")
+    click.echo(f"{report.release}: {plural(report.files, 'file matches', 'files match')} the manifest")
     click.echo(
         f"{report.engine} on {report.device} in {report.precision}, {report.kernels} kernels, against the reference "
-        f"on {report.images} crops: "
-        f"embeddings differ by at most {report.embedding_error:.2g}"
+        f"on {plural(report.images, 'crop')}: embeddings differ by at most {report.embedding_error:.2g}"
     )
     rows = [
         {

@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import ID, json_option, limit_option
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_facts, print_json_lines, print_table, say, to_json
 from code_worker.errors import StoreError
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def _standing(run: Run) -> str:
 def _print_facts(run: Run) -> None:
     skipped = run.report.get("skipped", {}).get("images")
     learned = sum(run.report.get("gate", {}).get("learned", {}).values())
+    unjudged = f"{plural(learned, 'image')} of the hold-out that a release learned from"
     print_facts(
         {
             "by": run.by,
@@ -109,7 +110,7 @@ def _print_facts(run: Run) -> None:
             "candidate": run.candidate,
             "snapshot": run.snapshot_id,
             "unreadable images": skipped or None,
-            "not judged on": f"{learned} images of the hold-out that a release learned from" if learned else None,
+            "not judged on": unjudged if learned else None,
         }
     )
 

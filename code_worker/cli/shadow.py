@@ -108,7 +108,7 @@ def _say_labelled(report: ShadowReport) -> None:
         say("", "none of these images is labelled, so nobody knows who is right: code-worker label")
         return
     say(
-        f"\nof {known.images} labelled images both are right on {known.both}, only the champion on "
+        f"\nof {plural(known.images, 'labelled image')} both are right on {known.both}, only the champion on "
         f"{known.only_champion}, only the challenger on {known.only_challenger}, neither on {known.neither}"
     )
 

@@ -17,6 +17,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "LFS_POINTER",
     "NO_IMAGE",
+    "OTHER_KIND",
     "PREFIX_BYTES",
     "SIGNATURES",
     "LeftOut",
@@ -45,6 +46,15 @@ LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 PREFIX_BYTES: Final = 17
 """One more than the longest signature: a bare signature is no header, nothing that follows could contradict it."""
 NO_IMAGE: Final = "neither the name nor the content is that of an image"
+OTHER_KIND: Final = "the name is that of another kind of file, and to look into it would take a request"
+_OTHER_SUFFIXES: Final = frozenset(
+    {
+        *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".toml", ".md", ".log"),
+        *(".html", ".htm", ".css", ".js", ".py", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".sql", ".md5", ".sha256"),
+        *(".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".parquet", ".npy", ".npz", ".pt"),
+        *(".safetensors", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mp3", ".m4a", ".wav", ".flac", ".ogg"),
+    }
+)
 _NAMED: Final = 10
 _LOOKS_AT_ONCE: Final = 8
 
@@ -108,8 +118,9 @@ def is_hidden(part: str) -> bool:
 def images_under(sources: Sources, place: str, left_out: LeftOut) -> Iterator[str]:
     """Images under a directory or `s3://bucket/prefix/`, in the order of their names, listed as they are asked for.
 
-    An image is what has the suffix of one, whatever it holds, and what begins as one, whatever it is called. Hidden
-    files and directories and `__MACOSX` are passed over, links to directories not followed.
+    An image is what has the suffix of one, whatever it holds, and what begins as one, whatever it is called; but an
+    object that is called as another kind of file is not looked into, since that takes a request. Hidden files and
+    directories and `__MACOSX` are passed over, links to directories not followed.
 
     Args:
         sources: what lists and reads.
@@ -119,13 +130,13 @@ def images_under(sources: Sources, place: str, left_out: LeftOut) -> Iterator[st
     Raises:
         ImageRejectedError, TransientError, SourceCredentialsError: as `Sources.list`.
     """
-    listed = sources.list(place, left_out)
     if not place.startswith("s3://"):
+        listed = sources.list(place, left_out)
         yield from _told(((uri, _look(sources, uri)) for uri in listed), left_out)
         return
-    visible = _visible(listed, place, left_out)
+    possible = _possible(sources.sizes(place), place, left_out)
     with ThreadPoolExecutor(_LOOKS_AT_ONCE, thread_name_prefix="look") as pool:
-        yield from _told(_looked_ahead(sources, visible, pool), left_out)
+        yield from _told(_looked_ahead(sources, possible, pool), left_out)
 
 
 def _told(looked: Iterable[tuple[str, bool]], left_out: LeftOut) -> Iterator[str]:
@@ -136,13 +147,24 @@ def _told(looked: Iterable[tuple[str, bool]], left_out: LeftOut) -> Iterator[str
             left_out.pass_over(uri, NO_IMAGE)
 
 
-def _visible(listed: Iterable[str], place: str, left_out: LeftOut) -> Iterator[str]:
+def _possible(listed: Iterable[tuple[str, int | None]], place: str, left_out: LeftOut) -> Iterator[str]:
+    """What may be an image by what a list says of it; whatever stays takes a request, unless its name says so."""
     start = place[: place.rindex("/") + 1]
-    for uri in listed:
+    for uri, size in listed:
         if any(map(is_hidden, uri.removeprefix(start).split("/"))):
             left_out.pass_over(uri, "hidden")
+        elif has_image_suffix(_key(uri)):
+            yield uri
+        elif size is not None and size < PREFIX_BYTES:
+            left_out.pass_over(uri, NO_IMAGE)
+        elif PurePosixPath(_key(uri)).suffix.lower() in _OTHER_SUFFIXES:
+            left_out.pass_over(uri, OTHER_KIND)
         else:
             yield uri
+
+
+def _key(uri: str) -> str:
+    return uri.removesuffix("?versionId=")
 
 
 def _looked_ahead(sources: Sources, uris: Iterable[str], pool: ThreadPoolExecutor) -> Iterator[tuple[str, bool]]:
@@ -159,7 +181,7 @@ def _looked_ahead(sources: Sources, uris: Iterable[str], pool: ThreadPoolExecuto
 
 
 def _look(sources: Sources, uri: str) -> bool:
-    if has_image_suffix(uri.removesuffix("?versionId=")):
+    if has_image_suffix(_key(uri)):
         return True
     try:
         return looks_like_image(sources.peek(uri, PREFIX_BYTES))

@@ -130,6 +130,10 @@ class S3Source:
         Raises:
             ImageRejectedError, TransientError, SourceCredentialsError: as `fetch`, the first at once.
         """
+        return (uri for uri, _ in self.sizes(prefix))
+
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int | None]]:
+        """As `list`, each with the object's size in bytes, or None where the server does not say it."""
         bucket, _, start = prefix.removeprefix(_SCHEME).partition("/")
         _check_form(prefix, bucket, start)
         location = Location(bucket, start)
@@ -144,7 +148,7 @@ class S3Source:
         for client in clients.values():
             client.close()
 
-    def _pages(self, client: S3Client, prefix: Location) -> Iterator[str]:
+    def _pages(self, client: S3Client, prefix: Location) -> Iterator[tuple[str, int | None]]:
         pages = iter(client.get_paginator("list_objects_v2").paginate(Bucket=prefix.bucket, Prefix=prefix.key))
         while True:
             try:
@@ -157,7 +161,10 @@ class S3Source:
                 key = entry["Key"]
                 if not key.endswith("/") and self._allows(Location(prefix.bucket, key)):
                     # A key may end like a version; an empty version says that it does not.
-                    yield f"{prefix.source}/{key}" + ("?versionId=" if _VERSION.search(key) else "")
+                    yield (
+                        f"{prefix.source}/{key}" + ("?versionId=" if _VERSION.search(key) else ""),
+                        entry.get("Size"),
+                    )
 
     def _allows(self, location: Location) -> bool:
         """Whether an entry covers it: `bucket`, or `bucket/prefix` up to a slash."""

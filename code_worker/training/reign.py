@@ -26,8 +26,8 @@ class Taught:
     """What a release learned here.
 
     Attributes:
-        heads: images that its heads were fitted on; None where one of them, or one that was kept of another
-            release, was fitted elsewhere.
+        heads: images that its heads were fitted on, or the one that was asked about; None where one of them was
+            fitted elsewhere, such as one that was kept of an imported release.
         encoder: content hashes of images that its encoder, or one that it descends from, learned from or was chosen
             by.
     """
@@ -36,28 +36,38 @@ class Taught:
     encoder: frozenset[str]
 
 
-def taught(session: Session, release: str) -> Taught:
-    """Follows a release back through the runs that made it and those it descends from."""
+def taught(session: Session, release: str, head: str | None = None) -> Taught:
+    """Follows a release back through the runs that made it and those it descends from.
+
+    Args:
+        session: reads the ledger.
+        release: its id.
+        head: the one of its heads that is asked about; unset: all of them.
+    """
     line = runs.ancestry(session, [release])
     retrains = [run for made in line.values() for run in made if run.kind == "retrain"]
     encoder = {one.sha256 for run in retrains for one in _learned_in(session, run)}
-    return Taught(_fitted_on(session, release, line), frozenset(encoder))
+    heads = _heads_of(session, release) if head is None else frozenset({head})
+    return Taught(_fitted_on(session, release, heads, line), frozenset(encoder))
 
 
-def _fitted_on(session: Session, release: str, line: Mapping[str, Sequence[Run]]) -> tuple[Member, ...] | None:
-    """What the heads of a release were fitted on, those that it keeps of others too; None if nobody recorded it."""
+def _fitted_on(
+    session: Session, release: str, asked: frozenset[str], line: Mapping[str, Sequence[Run]]
+) -> tuple[Member, ...] | None:
+    """What these heads of a release were fitted on, those that it keeps of others too; None if nobody recorded it."""
     found: dict[str, Member] = {}
-    waiting, seen = [(release, _heads_of(session, release))], set[tuple[str, frozenset[str]]]()
+    waiting, seen = [(release, asked)], set[tuple[str, frozenset[str]]]()
     while waiting:
         at, heads = waiting.pop()
         if not line[at]:
             return None
         seen.add((at, heads))
         for run in line[at]:
-            found = {**{one.sha256: one for one in _learned_in(session, run)}, **found}
-            before = (run.base_release or "", _kept(run, heads))
-            if before[0] and before[1] and before not in seen:
-                waiting.append(before)
+            kept = _kept(run, heads)
+            if kept != heads or not heads:
+                found = {**{one.sha256: one for one in _learned_in(session, run)}, **found}
+            if run.base_release is not None and kept and (run.base_release, kept) not in seen:
+                waiting.append((run.base_release, kept))
     return tuple(found.values())
 
 

@@ -266,8 +266,8 @@ class Stages:
         # Of a release that was made elsewhere nobody knows whether these are what its heads were fitted on.
         return [] if known.heads is None else more_images(taken, known.encoder)
 
-    def _taught(self, release: str) -> Taught:
-        return self.attempt.parts.store.run(lambda session: taught(session, release), write=False)
+    def _taught(self, release: str, head: str | None = None) -> Taught:
+        return self.attempt.parts.store.run(lambda session: taught(session, release, head), write=False)
 
     def _unlearned(self, taken: Snapshot, release: str | None) -> Snapshot:
         known = [] if release is None else [release]
@@ -352,7 +352,7 @@ class Stages:
         # Where somebody moved the champion meanwhile, another encoder may have learned from these images.
         if not more or base is None or champion is None or champion.release != base.id:
             return None
-        heads = self._taught(base.id).heads
+        heads = self._taught(base.id, champion.head).heads
         if heads is None:
             return None
         plugins = self.attempt.parts.plugins

@@ -81,7 +81,7 @@ def test_a_packed_data_set_is_counted_as_before(bare_cli: Cli, shard: Path, tmp_
     out = tmp_path / "out"
     ran = bare_cli("data", "pack", str(shard), "--out", str(out), "--shard-mb", "1")
     assert ran.status == 0
-    assert ran.stdout.startswith("packed 9 images in 2 records into 1 shards (")
+    assert ran.stdout.startswith("packed 9 images in 2 records into 1 shard (")
     assert "gen_0.png: an empty file" in ran.stderr
     before, after = (bare_cli("data", "show", str(place), "--json").records[0] for place in (shard, out))
     assert before["kinds"] == after["kinds"]

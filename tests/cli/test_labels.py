@@ -111,7 +111,7 @@ def test_an_import_without_bad_rows_ends_well(labelling: Cli, place: Place) -> N
     task = {"id": 1, "data": {"image": path}, "annotations": [{"id": 2, "result": result, "completed_by": 3}]}
     file.write_text(json.dumps([task]), encoding="utf-8")
     ran = labelling("labels", "import", str(file))
-    assert (ran.status, ran.stdout, ran.stderr) == (0, "1 new labels, 0 said before, 0 rows refused\n", "")
+    assert (ran.status, ran.stdout, ran.stderr) == (0, "1 new label, 0 said before, 0 rows refused\n", "")
     assert place.statements()[0].by == "label-studio:3"
 
 

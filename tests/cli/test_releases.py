@@ -210,6 +210,7 @@ def test_verify_passes_and_prints_the_figures(run: Run, two: list[Path]) -> None
     assert "torch on cpu in fp32, plain kernels, against the reference on 8 crops" in result.stdout
     assert "0 of 8" in result.stdout
     assert "3.12e+03 in 10,000" in result.stdout  # 1 − 0.05^(1/8): eight crops prove next to nothing
+    assert "against the reference on 1 crop: " in run("verify", "--images", 1, "--engine", "torch").stdout
     report = json.loads(run("verify", id_of(two[0]), "--images", 4, "--json").stdout)
     assert report["passed"] is True
     assert report["images"] == 4

@@ -121,6 +121,28 @@ def test_of_a_head_that_is_kept_of_an_imported_release_nobody_knows_what_it_lear
     assert heads_learned(str(ended.candidate)), "every head was fitted again"
 
 
+def test_of_one_head_it_is_known_what_that_one_learned(
+    settings: Settings, sqlite_store: Store, champion: str
+) -> None:
+    label_world(settings, sqlite_store)
+    first = str(learn(settings, sqlite_store).candidate)
+    later = set(label(settings, sqlite_store, pictures("real", 20, first=7000), "real"))
+    second = str(learn(settings, sqlite_store, challenge=True, heads={"knn": {}}).candidate)
+
+    def learned(release: str, head: str | None = None) -> set[str]:
+        known = sqlite_store.run(lambda session: taught(session, release, head), write=False).heads
+        assert known is not None
+        return {one.sha256 for one in known}
+
+    assert learned(second, "linear") == learned(first, "linear") == learned(first)
+    assert not learned(second, "linear") & later, "the gate compares with the head as it is"
+    assert learned(second, "knn") & later
+    assert learned(second) == learned(second, "linear") | learned(second, "knn")
+    dropped = registry_of(settings, sqlite_store).drop_head(second, "svm", by="alice")
+    assert learned(dropped, "linear") == learned(first)
+    assert learned(dropped, "knn") == learned(second, "knn")
+
+
 def test_a_head_that_is_dropped_leaves_the_others_as_they_are(
     settings: Settings, sqlite_store: Store, champion: str
 ) -> None:
