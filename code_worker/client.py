@@ -44,13 +44,16 @@ _INHERITED: list[object] = []
 class Client:
     """Connection of one process to the ledger and the broker; safe to share between threads.
 
+    Settings that are not given are those of the app in which `install` put our tasks in this process, if any, else
+    those of environment and file.
+
     Raises:
         ConfigurationError: settings that cannot work.
         StoreError: the database has no tables yet, or those of another version.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
-        self._settings = settings or load_settings()
+        self._settings = settings or (Settings.of_app or load_settings)()
         self._store = migrate.open_current(self._settings.resolved_database_url)
         self._bell: Doorbell | None = None
         self._labelling: Labeller | None = None
@@ -290,7 +293,7 @@ def _default() -> Client:
 
 
 def enqueue(uri: str, **options: Any) -> str:
-    """`Client.enqueue` on the client that the environment's settings describe, made once per process."""
+    """`Client.enqueue` on a `Client()` that is made once per process."""
     return _default().enqueue(uri, **options)
 
 

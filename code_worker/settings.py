@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
@@ -188,6 +188,8 @@ class Settings(BaseSettings):
     """All settings of the project; every field can be set by environment or file."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    of_app: ClassVar[Callable[[], Settings] | None] = None
+    """Reads those of the app that `install` put our tasks in, for producers in its process."""
 
     data_dir: Path = Field(Path("~/.local/share/code_worker"), description="Where local state lives.")
     database_url: SecretStr | None = Field(

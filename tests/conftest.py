@@ -23,6 +23,7 @@ from celery.app import trace
 
 from code_worker.doorbell import Doorbell
 from code_worker.machine import usable_cores
+from code_worker.settings import Settings
 from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
 from tests.durations import Durations
@@ -125,7 +126,7 @@ def logging_as_it_was() -> Iterator[None]:
 def nothing_installed() -> Iterator[None]:
     """Whoever installs us in an app of a test's must not have the doorbells of later tests ring through it."""
     yield
-    Doorbell._installed = None
+    Doorbell._installed = Settings.of_app = None
 
 
 @pytest.fixture(autouse=True)

@@ -60,9 +60,9 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     `celery -A yours worker -P threads -Q code_worker.live,code_worker.normal,code_worker.backfill,code_worker.sweep`.
     Training takes long and holds a device: give it a worker of its own, `-P threads -c 1 -Q code_worker.train`.
     On Redis, an app that sets no transport of its own gets ours, which survives a Redis restart; that of kombu 5.7.0
-    does not. `enqueue` in this process publishes through the app; producers elsewhere need its broker URL and key
-    prefix. Let a supervisor restart the workers: a process in which a batch is stuck or whose device is lost ends
-    with status 70, since threads cannot be stopped.
+    does not. `enqueue` in this process publishes through the app, by its settings; producers elsewhere need its
+    broker URL and key prefix. Let a supervisor restart the workers: a process in which a batch is stuck or whose
+    device is lost ends with status 70, since threads cannot be stopped.
 
     Raises:
         ConfigurationError: called twice on one app, something that is no app or no `Settings`, a configured app that
@@ -89,6 +89,7 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
         installed.configure()
     _INSTALLED[app] = installed
     Doorbell.adopt(app)
+    Settings.of_app = installed.settings
     return app
 
 

@@ -26,7 +26,7 @@ from code_worker.plugins import load_plugins
 from code_worker.queues import MODERATE, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.releases.loading import load_release
 from code_worker.settings import LimitSettings, RetentionSettings, Settings, TrainingSettings, WorkerSettings
-from code_worker.store import migrate
+from code_worker.store import joblist, migrate
 from code_worker.store.engine import Store, open_store
 from code_worker.types import Outcome, RejectReason
 from code_worker.worker.app import create_app, host_of, install
@@ -165,6 +165,16 @@ def test_enqueue_rings_through_the_app_that_was_installed_in(
     with redis.Redis.from_url(redis_server.url) as server:
         assert server.llen("code_worker.normal") == 1
     client.close()
+    app.close()
+
+
+def test_producers_in_the_process_go_by_the_settings_of_the_app(redis_server: RedisServer, store: Store) -> None:
+    app = Celery("theirs", broker=redis_server.url, set_as_current=False)
+    install(app)
+    app.conf.code_worker = {"database_url": store.url}
+    with closing(Client()) as client:
+        job = client.enqueue("s3://b/k")
+    assert store.run(lambda session: joblist.get(session, job), write=False) is not None
     app.close()
 
 
