@@ -37,7 +37,6 @@ log = get_logger(__name__)
 _ROWS_PER_TRANSACTION = 1024
 _REST_S = 30.0
 _HEADS_FOR_S = 3.0
-_ASK_AGAIN_S = 1.0
 _INHERITED: list[object] = []
 
 
@@ -186,9 +185,8 @@ class Client:
         """What the champion's heads are is read again every few seconds, by those who name one."""
         if head is None:
             return
-        left_s = self._heads_until - time.monotonic()
-        # One that is missing may have come with a promotion since; asked once a second, whatever names come.
-        if left_s <= 0 or (self._heads and head not in self._heads and left_s < _HEADS_FOR_S - _ASK_AGAIN_S):
+        # Nothing is refused by what was read earlier: a head may have come with a promotion since.
+        if time.monotonic() >= self._heads_until or (self._heads and head not in self._heads):
             known = self._store.run(releases.champions_heads, write=False)
             self._heads = known or ()
             self._heads_until = time.monotonic() + _HEADS_FOR_S

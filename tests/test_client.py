@@ -176,3 +176,13 @@ def test_a_head_that_the_champion_lacks_is_refused_where_it_is_asked_for(
     assert client.enqueue("s3://b/a.jpg", head="svm")
     with pytest.raises(UnknownHeadError):
         client.enqueue("s3://b/a.jpg", head="knn")
+
+
+def test_a_head_that_came_with_a_promotion_is_known_at_once(make_client: Callable[..., Client], store: Store) -> None:
+    client = make_client(None)
+    champion(store, "r-one", ["knn"])
+    assert client.enqueue("s3://b/a.jpg", head="knn")
+    champion(store, "r-two", ["knn", "svm"])
+    assert client.enqueue("s3://b/a.jpg", head="svm")
+    with pytest.raises(UnknownHeadError, match="known: knn, svm"):
+        client.enqueue("s3://b/a.jpg", head="typo")
