@@ -6,7 +6,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,6 @@ log = get_logger(__name__)
 _ROWS_PER_TRANSACTION = 1024
 _REST_S = 30.0
 _HEADS_FOR_S = 3.0
-_ASK_AGAIN_S = 1.0
 _INHERITED: list[object] = []
 
 
@@ -194,24 +193,22 @@ class Client:
 
     def _with_unknown_heads(self, new: Sequence[jobs.NewJob]) -> list[int]:
         """Places of jobs whose head the champion lacks, but for those that a key finds again: they are accepted."""
-        unknown = [place for place, job in enumerate(new) if not self._is_known(job.head)]
-        keyed = [new[place].id for place in unknown if new[place].key is not None]
+        asked = {job.head for job in new if job.head is not None}
+        unknown = asked.difference(self._known_heads(asked) or asked)
+        places = [place for place, job in enumerate(new) if job.head in unknown]
+        keyed = [new[place].id for place in places if new[place].key is not None]
         if not keyed:
-            return unknown
+            return places
         before = self._store.run(lambda session: jobs.accepted_before(session, keyed), write=False)
-        return [place for place in unknown if new[place].id not in before]
+        return [place for place in places if new[place].id not in before]
 
-    def _is_known(self, head: str | None) -> bool:
-        """What the champion's heads are is read again every few seconds, by those who name one."""
-        if head is None:
-            return True
-        left_s = self._heads_until - time.monotonic()
-        # One that is missing may have come with a promotion since; asked once a second, whatever names come.
-        if left_s <= 0 or (self._heads and head not in self._heads and left_s < _HEADS_FOR_S - _ASK_AGAIN_S):
-            known = self._store.run(releases.champions_heads, write=False)
-            self._heads = known or ()
+    def _known_heads(self, asked: Set[str]) -> tuple[str, ...]:
+        """The champion's, read again every few seconds by those who ask for one; empty where there is no champion."""
+        # None is refused by what was read earlier: it may have come with a promotion since.
+        if asked and (time.monotonic() >= self._heads_until or (self._heads and not asked <= set(self._heads))):
+            self._heads = self._store.run(releases.champions_heads, write=False) or ()
             self._heads_until = time.monotonic() + _HEADS_FOR_S
-        return not self._heads or head in self._heads
+        return self._heads
 
     def _accept(self, new: list[jobs.NewJob]) -> list[str]:
         try:

@@ -195,3 +195,13 @@ def test_a_key_finds_its_job_again_after_a_promotion_that_dropped_the_head(
         client.enqueue(**{**asked, "tenant": "acme"})
     with pytest.raises(ValueError, match="item 1: unknown head 'knn'; known: linear"):
         client.enqueue_many([asked, {**asked, "key": "post-3"}])
+
+
+def test_a_head_that_came_with_a_promotion_is_known_at_once(make_client: Callable[..., Client], store: Store) -> None:
+    client = make_client(None)
+    champion(store, "r-one", ["knn"])
+    assert client.enqueue("s3://b/a.jpg", head="knn")
+    champion(store, "r-two", ["knn", "svm"])
+    assert client.enqueue("s3://b/a.jpg", head="svm")
+    with pytest.raises(UnknownHeadError, match="known: knn, svm"):
+        client.enqueue("s3://b/a.jpg", head="typo")

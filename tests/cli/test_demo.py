@@ -81,6 +81,14 @@ def test_the_demo_judges_everything_learns_a_newcomer_and_leaves_nothing_running
     }
     assert processes_of(directory) == []
     assert suggested(printed, bare_cli) == 8
+    check_release(directory, tmp_path / "other", bare_cli)
+
+
+def check_release(directory: Path, data: Path, cli: Cli) -> None:
+    """What it leaves is a release that any other deployment takes in, as docs/celery.md says."""
+    ran = cli("releases", "import", str(directory / "release"), "--promote", env={"CODE_WORKER_DATA_DIR": str(data)})
+    assert ran.status == 0, ran.stderr
+    assert "is the champion" in ran.stdout
 
 
 def check_first_act(printed: str) -> None:
@@ -118,6 +126,7 @@ def test_the_demo_ends_after_the_first_act_if_asked_to(tmp_path: Path, bare_cli:
     check_first_act(printed)
     assert processes_of(directory) == []
     assert suggested(printed, bare_cli) == 5
+    check_release(directory, tmp_path / "other", bare_cli)
 
 
 def test_a_demo_whose_gate_rejects_says_that_nothing_changed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from celery.utils.log import LoggingProxy
 
 from code_worker.queues import LIVE, NORMAL, SWEEP_QUEUE
+from code_worker.store import joblist
 from code_worker.worker.inflight import InFlight
 from code_worker.worker.watchdog import STUCK_STATUS, Watchdog
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
@@ -112,7 +113,7 @@ def test_a_batch_that_hangs_in_a_worker_of_somebodys_app_ends_the_process(
     ]
     worker = WorkerProcess(command, {**os.environ, **deployment.environment}, deployment.log_path)
     deployment.workers.append(worker)
-    deployment.client().enqueue(str(tmp_path / "files" / "a.jpg"), metadata={"hang": True})
+    job = deployment.client().enqueue(str(tmp_path / "files" / "a.jpg"), metadata={"hang": True})
 
     def said(text: str) -> bool:
         return text in deployment.log_path.read_text(encoding="utf-8")
@@ -123,3 +124,6 @@ def test_a_batch_that_hangs_in_a_worker_of_somebodys_app_ends_the_process(
         wait_until(lambda: said(f"exitcode {STUCK_STATUS}"), 120, "the child's end")
     assert said("batch_stuck")
     assert said("in code_worker_select_head"), "the stacks name the culprit"
+    stuck = deployment.store().run(lambda session: joblist.get(session, job), write=False)
+    assert stuck is not None
+    assert stuck.attempts >= 1, "in the end it is quarantined"
