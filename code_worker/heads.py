@@ -100,6 +100,8 @@ class Head(ABC):
     def fit(self, embeddings: Embeddings, labels: Labels) -> Self:
         """Learns from `(n, 192) float32` embeddings and `(n,) int8` labels (0 real, 1 generated); returns self.
 
+        Both arrays are read-only.
+
         Raises:
             ValueError: fewer rows than the head needs, or a value that is not finite.
         """
@@ -207,11 +209,13 @@ def tolerance_of(head: Head | type[Head]) -> float:
 
 
 def fit_head(head: Head, embeddings: Embeddings, labels: Labels) -> Head:
-    """Fits a head on what it may see, a one-class head on the real images alone; returns it.
+    """Fits a head on what it may see, read-only, and a one-class head on the real images alone; returns it.
 
     Raises:
         ValueError: as `Head.fit`.
     """
-    if head.one_class:
-        return head.fit(embeddings[labels == 0], labels[labels == 0])
-    return head.fit(embeddings, labels)
+    rows = labels == 0 if head.one_class else slice(None)
+    seen, known = embeddings[rows], labels[rows]
+    # Other heads learn from the same arrays.
+    seen.flags.writeable = known.flags.writeable = False
+    return head.fit(seen, known)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from code_worker.data.examples import REAL
 from code_worker.data.holdout import refuse_holdout
 from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
-from code_worker.heads import head_spelt, unknown_head_settings
+from code_worker.heads import fit_head, head_spelt, unknown_head_settings
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source, verify_files
 from code_worker.stops import raise_if_stop
@@ -149,13 +149,13 @@ def fit_heads(
 def _fit(
     name: str, plan: HeadPlan, head_class: type[Head], embeddings: NDArray[np.float32], labels: NDArray[np.int8]
 ) -> Head:
-    rows = labels == REAL if head_class.one_class else np.ones(len(labels), dtype=np.bool_)
     try:
-        return head_class(plan.options).fit(embeddings[rows], labels[rows])
+        return fit_head(head_class(plan.options), embeddings, labels)
     except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, it fails by name
         raise_if_stop(error)
+        images = np.count_nonzero(labels == REAL) if head_class.one_class else len(labels)
         raise TrainingError(
-            f"head {name!r} cannot be fitted on {int(rows.sum())} images: {type(error).__name__}: {error}"
+            f"head {name!r} cannot be fitted on {images} images: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -349,6 +349,18 @@ def test_what_all_checks_rest_on_ends_them(head_class: type[Head], last: str) ->
     assert str(results[-1]).endswith(f"{results[-1].left_out} other checks rest on this one and were not run")
 
 
+def test_a_one_class_head_that_writes_to_what_it_learns_from_is_caught() -> None:
+    class Writes(Centroids):
+        one_class = True
+
+        def fit(self, embeddings: Any, labels: Any) -> Self:
+            embeddings -= embeddings.mean()
+            return self
+
+    (result,) = check_head(Writes)
+    assert (result.name, "read-only" in result.seen) == ("fit", True)
+
+
 def test_every_check_has_a_head_that_breaks_it() -> None:
     names = {check.__name__.removeprefix("check_").replace("_", "-") for check in (*SCORE_CHECKS, *FILE_CHECKS)}
     assert names | {"fit", "other-processor"} == set(BROKEN.values())

@@ -130,6 +130,16 @@ def test_a_head_that_calls_exit_fails_the_candidate_by_its_name(tmp_path: Path) 
         fit_heads(plan_heads(plugins, None), plugins, *images())
 
 
+@pytest.mark.parametrize("array", ["embeddings", "labels"])
+@pytest.mark.parametrize("one_class", [True, False])
+def test_a_head_cannot_write_to_what_others_learn_from(tmp_path: Path, array: str, one_class: bool) -> None:
+    writing = BROKEN.replace('raise RuntimeError("no luck today")', f"{array} += 1")
+    (tmp_path / "broken.py").write_text(writing.replace("(Head):", f"(Head):\n    one_class = {one_class}"))
+    plugins = load_plugins(Settings(plugins_dir=tmp_path))
+    with pytest.raises(TrainingError, match=r"head 'broken' cannot be fitted on \d+ images: ValueError: .*read-only"):
+        fit_heads({"broken": HeadPlan("broken", {})}, plugins, *images())
+
+
 def test_options_that_a_head_does_not_know_fail_the_candidate_by_its_name(plugins: Plugins) -> None:
     members, embeddings = images()
     with pytest.raises(TrainingError, match="head 'knn' cannot be fitted"):
