@@ -32,7 +32,7 @@ _SHOWN = 20
 @click.option(
     "--from",
     "listed",
-    type=click.File("r", encoding="utf-8", errors="surrogateescape"),
+    type=click.File("rb"),
     metavar="FILE|-",
     help='A list: URIs or objects such as {"uri": "s3://b/a.jpg", "tenant": "acme"}, one per line or in an array; '
     "or names that each end in a NUL. Lines that begin with # are passed over.",
@@ -52,7 +52,7 @@ def enqueue(
     *,
     uris: Sequence[str],
     prefix: str | None,
-    listed: IO[str] | None,
+    listed: IO[bytes] | None,
     wait: bool,
     timeout: float | None,
     as_json: bool,
@@ -100,7 +100,7 @@ def _check_head(settings: Settings, head: str) -> None:
 
 
 def _lines(
-    settings: Settings, uris: Sequence[str], prefix: str | None, listed: IO[str] | None, left_out: LeftOut
+    settings: Settings, uris: Sequence[str], prefix: str | None, listed: IO[bytes] | None, left_out: LeftOut
 ) -> Iterator[Line]:
     if prefix is not None:
         return prefix_lines(settings, prefix)
