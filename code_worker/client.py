@@ -6,7 +6,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -202,11 +202,12 @@ class Client:
         before = self._store.run(lambda session: jobs.accepted_before(session, keyed), write=False)
         return [place for place in places if new[place].id not in before]
 
-    def _known_heads(self, asked: Set[str]) -> tuple[str, ...]:
+    def _known_heads(self, asked: set[str]) -> tuple[str, ...]:
         """The champion's, read again every few seconds by those who ask for one; empty where there is no champion."""
         # None is refused by what was read earlier: it may have come with a promotion since.
         if asked and (time.monotonic() >= self._heads_until or (self._heads and not asked <= set(self._heads))):
-            self._heads = self._store.run(releases.champions_heads, write=False) or ()
+            known = self._store.run(releases.champions_heads, write=False)
+            self._heads = known or ()
             self._heads_until = time.monotonic() + _HEADS_FOR_S
         return self._heads
 

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from code_worker.errors import ConfigurationError
 
-__all__ = ["CONFIG_ENV", "PREFIX", "Layer", "config_file", "is_setting_variable", "layers"]
+__all__ = ["CONFIG_ENV", "PREFIX", "Layer", "config_file", "expected", "is_setting_variable", "layers"]
 
 CONFIG_ENV: Final = "CODE_WORKER_CONFIG"
 PREFIX: Final = "CODE_WORKER_"
@@ -34,11 +34,14 @@ _OTHERS: Final = frozenset(
 
 _SERVICE_LINK: Final = re.compile(
     r"CODE_WORKER(?:_[A-Z0-9_]+)?_(?:"
-    r"SERVICE_HOST=.*|SERVICE_PORT(?:_[A-Z0-9_]+)?=\d+|PORT(?:_\d+_(?:TCP|UDP|SCTP))?=[a-z]+://.*"
-    r"|PORT_\d+_(?:TCP|UDP|SCTP)_(?:PROTO|PORT|ADDR)=.*)",
+    r"SERVICE_HOST=[0-9A-Fa-f.:]+|SERVICE_PORT(?:_[A-Z0-9_]+)?=\d+"
+    r"|PORT(?:_\d+_(?:TCP|UDP|SCTP))?=(?:tcp|udp|sctp)://[0-9A-Fa-f.:\[\]]+:\d+"
+    r"|PORT_\d+_(?:TCP|UDP|SCTP)_(?:PROTO=(?:tcp|udp|sctp)|PORT=\d+|ADDR=[0-9A-Fa-f.:]+)"
+    r"|NAME=/[^/\s]+/[^/\s]+|ENV_[A-Za-z0-9_]+=.*)",
     re.DOTALL,
 )
-"""What Kubernetes sets in every container for a service whose name begins with `code-worker`."""
+"""What Kubernetes sets for a service, and Docker for a link, whose name begins with `code-worker`: address, protocol
+and port; Docker also the link's name and a copy of the other container's environment."""
 
 _TABLE_LINE: Final = re.compile(r"\s*\[\[?([^\[\]]+)\]")
 _KEY_LINE: Final = re.compile(r"\s*([\w\-.\"' ]+?)\s*=")
@@ -133,7 +136,7 @@ class _Reader:
         types = _types(field.annotation)
         if not text.strip():
             return _UNSET
-        if NoneType in types and text.strip() == "null":
+        if NoneType in types and text.strip().lower() == "null":
             return None
         if tuple in types:
             return self._list(text.strip(), names)
@@ -164,6 +167,9 @@ class _Reader:
 
     def unknown(self, names: _Names) -> str:
         """That there is no such setting, and what it may have been meant to be."""
+        last = names[-1].upper()
+        if last.startswith(PREFIX) and self.written is not _variable:
+            return f"{self.place(names)} is no setting{self._without_prefix(last)}"
         settings = list(_known(self.model, ()))
         if len(names) == 1:
             # A section may be meant: `[wroker]` is nearer to `worker` than to any setting's whole name.
@@ -172,6 +178,12 @@ class _Reader:
         near = difflib.get_close_matches(self.written(names).lower(), known, 1)
         hint = f"; did you mean {known[near[0]]}?" if near else ""
         return f"{self.place(names)} is no setting{hint}"
+
+    def _without_prefix(self, variable: str) -> str:
+        names = tuple(variable[len(PREFIX) :].lower().split("__"))
+        if names not in set(_known(self.model, ())):
+            return "; names of variables are for the environment"
+        return f'; in a file it is called "{".".join(names)}"'
 
 
 def _environment(model: type[BaseModel], problems: list[str]) -> Layer:
@@ -258,6 +270,45 @@ def _line_of(names: _Names, text: str) -> int | None:
 
 def _dotted(text: str) -> _Names:
     return tuple(part.strip().strip("\"'") for part in text.split("."))
+
+
+def expected(model: type[BaseModel], names: _Names, kind: str) -> str | None:
+    """What a setting takes, in words; None where the error itself says it better.
+
+    Args:
+        model: the settings.
+        names: sections and name of the setting.
+        kind: pydantic's name of the error.
+    """
+    if (field := _field(model, names)) is None:
+        return None
+    types = _types(field.annotation)
+    if is_section(field.annotation):
+        return f"is a table: [{'.'.join(names)}] and its settings below it" if "type" in kind else None
+    if tuple in types:
+        return "an entry of the list is no text" if kind == "string_type" else None
+    if bool in types:
+        return "write true or false"
+    number = "a whole number" if int in types else "a number" if float in types else None
+    return number and f"write {number}{_bounds(field)}{', or null' if NoneType in types else ''}"
+
+
+def _field(model: type[BaseModel], names: _Names) -> FieldInfo | None:
+    *sections, last = names
+    for name in sections:
+        below = model.model_fields.get(name)
+        if below is None or not is_section(below.annotation):
+            return None
+        model = below.annotation
+    return model.model_fields.get(last)
+
+
+def _bounds(field: FieldInfo) -> str:
+    found = {}
+    for bound in field.metadata:
+        found.update({name: getattr(bound, name) for name in ("ge", "gt", "le", "lt") if hasattr(bound, name)})
+    words = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
+    return "".join(f" {words[name]} {found[name]}" for name in words if found.get(name) is not None)
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:

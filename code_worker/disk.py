@@ -7,7 +7,7 @@ from pathlib import Path
 
 from code_worker.errors import ConfigurationError
 
-__all__ = ["expanded", "flush", "forbidden", "is_lfs_pointer", "make_private"]
+__all__ = ["expanded", "flush", "forbidden", "is_lfs_pointer", "make_private", "no_file"]
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -27,6 +27,24 @@ def expanded(path: Path, setting: str) -> Path:
         raise ConfigurationError(
             f"{path} is in a home directory, and this user has none: set {setting} to an absolute path"
         ) from None
+
+
+def no_file(path: Path, setting: str) -> Path:
+    """The path of a directory that may not be there yet.
+
+    Raises:
+        ConfigurationError: a file is in its place, or on the way to it; it names the setting.
+    """
+    for each in (path, *path.parents):
+        try:
+            if each.is_dir():
+                return path
+            if each.exists():
+                where = "which" if each == path else f"and {each}"
+                raise ConfigurationError(f"{setting} names {path}, {where} is a file: name a directory")
+        except PermissionError:
+            return path  # what comes to use it says so
+    return path
 
 
 def make_private(directory: Path) -> None:

@@ -17,8 +17,8 @@ from pydantic_settings import (
 )
 
 from code_worker.addresses import broker_address, database_address
-from code_worker.configuration import Layer, layers
-from code_worker.disk import expanded, forbidden
+from code_worker.configuration import Layer, expected, layers
+from code_worker.disk import expanded, forbidden, no_file
 from code_worker.errors import ConfigurationError
 from code_worker.source_settings import FileSettings, LimitSettings, S3Settings
 from code_worker.training_settings import (
@@ -297,7 +297,7 @@ class Settings(BaseSettings):
     @property
     def data_path(self) -> Path:
         """The data directory, absolute."""
-        return expanded(self.data_dir, "CODE_WORKER_DATA_DIR")
+        return no_file(expanded(self.data_dir, "CODE_WORKER_DATA_DIR"), "CODE_WORKER_DATA_DIR")
 
     @property
     def resolved_database_url(self) -> str:
@@ -369,8 +369,8 @@ def load_settings(*, below: Mapping[str, object] | None = None, **overrides: obj
         return Settings(**overrides)  # type: ignore[arg-type]  # values are checked by pydantic
     except ValidationError as error:
         written = layers(Settings, _BELOW.get())
-        problems = "; ".join(_described(problem, written, overrides) for problem in error.errors())
-        raise ConfigurationError(f"wrong settings: {problems}") from None
+        problems = dict.fromkeys(_described(problem, written, overrides) for problem in error.errors())
+        raise ConfigurationError(f"wrong settings: {'; '.join(problems)}") from None
     finally:
         _BELOW.reset(token)
 
@@ -380,4 +380,5 @@ def _described(problem: ErrorDetails, written: Sequence[Layer], overrides: Mappi
     names = tuple(str(part) for part in problem["loc"] if not isinstance(part, int))
     layer = None if names[0] in overrides else next((each for each in written if each.holds(names)), None)
     place = ".".join(names) if layer is None else layer.place(names)
-    return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
+    said = None if problem["type"] == "value_error" else expected(Settings, names, problem["type"])
+    return f"{place}: {said or problem['msg'].removeprefix('Value error, ')}"

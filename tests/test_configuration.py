@@ -105,7 +105,43 @@ def test_null_empties_every_optional_setting_and_no_other(variables: Set, toml: 
     toml("".join(f'{".".join(names)} = "null"\n' for names in optional))
     assert load_settings() == settings
     variables(WORKER__CONCURRENCY="null")
-    assert "CODE_WORKER_WORKER__CONCURRENCY: " in refusal()
+    assert "CODE_WORKER_WORKER__CONCURRENCY: write a whole number from 1 to 1024" in refusal()
+
+
+@pytest.mark.parametrize("null", ["NULL", "Null", " null "])
+def test_null_is_read_in_any_letters(null: str, variables: Set) -> None:
+    variables(LABELS__MAX_DUPLICATES=null)
+    assert load_settings().labels.max_duplicates is None
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "said"),
+    [
+        ("WORKER__CONCURRENCY", ("4.5", "null", "eight", "0", "1025"), "write a whole number from 1 to 1024"),
+        ("WORKER__BACKOFF_S", ("x", "0", "inf", "1e9"), "write a number above 0 to 86400"),
+        ("WORKER__MAX_DENIED", ("0", "few"), "write a whole number from 1 to 1000000, or null"),
+        ("TRAINING__EMA_DECAY", ("1", "x"), "write a number above 0 below 1, or null"),
+        ("WORKER__STORE_EMBEDDINGS", ("perhaps", "2"), "write true or false"),
+        ("S3__BUCKETS", ("[1, 2]",), "an entry of the list is no text"),
+    ],
+)
+def test_a_wrong_value_is_answered_once_with_what_is_taken(
+    name: str, texts: tuple[str, ...], said: str, variables: Set
+) -> None:
+    for text in texts:
+        variables(**{name: text})
+        assert refusal() == f"wrong settings: CODE_WORKER_{name}: {said}"
+
+
+def test_a_value_where_a_table_belongs_and_names_of_variables_in_a_file_are_told(toml: Callable[[str], Path]) -> None:
+    path = toml("worker = 3\n")
+    assert refusal() == f"wrong settings: worker ({path}, line 1): is a table: [worker] and its settings below it"
+    toml('CODE_WORKER_HEAD = "x"\ncode_worker_xyz = 1\n[worker]\nCODE_WORKER_WORKER__LEASE_S = 7\n')
+    said = refusal()
+    assert f'CODE_WORKER_HEAD ({path}, line 1) is no setting; in a file it is called "head"' in said
+    assert f"code_worker_xyz ({path}, line 2) is no setting; names of variables are for the environment" in said
+    assert "LEASE_S" in said
+    assert 'in a file it is called "worker.lease_s"' in said
 
 
 @pytest.mark.parametrize("text", [",", "a,,b", " , ", ",a"])
@@ -171,6 +207,7 @@ def test_a_section_may_be_one_json_object_that_single_settings_add_to(variables:
     [
         *(("SIGNING_KEY", "SIGNING_KEYS"), ("BROKR_URL", "BROKER_URL"), ("S3_BUCKETS", "S3__BUCKETS")),
         *(("S3__BUCKET", "S3__BUCKETS"), ("WORKER__CONCURENCY", "WORKER__CONCURRENCY"), ("HEAD__K", "HEAD")),
+        *(("WROKER__CONCURRENCY", "WORKER__CONCURRENCY"), ("WROKER", "WORKER")),
         *(("RETENTION__JOB_DAYS", "RETENTION__JOBS_DAYS"), ("DATADIR", "DATA_DIR"), ("Config", None)),
     ],
 )
@@ -263,6 +300,8 @@ def test_a_file_with_a_byte_order_mark_is_read(toml: Callable[[bytes], Path]) ->
         *(("PORT", "tcp://10.0.0.1:80"), ("SERVICE_HOST", "10.0.0.1"), ("SERVICE_PORT", "80")),
         *(("SERVICE_PORT_HTTP", "80"), ("PORT_80_TCP", "tcp://10.0.0.1:80"), ("PORT_80_TCP_PROTO", "tcp")),
         *(("PORT_80_TCP_ADDR", "10.0.0.1"), ("REDIS_SERVICE_HOST", "10.0.0.2"), ("REDIS_PORT", "tcp://10.0.0.2:1")),
+        *(("PORT", "udp://[fd00::1]:53"), ("SERVICE_HOST", "fd00::1"), ("NAME", "/web/code-worker")),
+        *(("ENV_PATH", "/usr/bin:/bin"), ("PORT_8080_TCP_ADDR", "172.17.0.5"), ("PORT_8080_TCP_PORT", "8080")),
         *(("BROKER_PORT_6379_TCP_PORT", "6379"), ("OWNER", "node-1"), ("SUPERVISOR_PID", "12"), ("FAILPOINT", "a.b")),
     ],
 )
@@ -272,7 +311,18 @@ def test_what_kubernetes_and_supervisors_set_is_no_setting(name: str, text: str,
     assert not is_setting_variable(f"{PREFIX}{name}", text)
 
 
-@pytest.mark.parametrize(("name", "text"), [("PORT", "80"), ("BROKER_PORT", "6379"), ("SERVICE_PORT", "http")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("PORT", "80"), ("BROKER_PORT", "6379"), ("SERVICE_PORT", "http"), ("SERVICE_HOST", "my host")),
+        *(
+            ("PORT", "redis://10.0.0.1/0"),
+            ("PORT_80_TCP_ADDR", "s3cret"),
+            ("PORT_80_TCP_PROTO", "yes"),
+            ("NAME", "x"),
+        ),
+    ],
+)
 def test_what_only_looks_like_a_service_of_kubernetes_is_refused(name: str, text: str, variables: Set) -> None:
     variables(**{name: text})
     assert f"CODE_WORKER_{name} is no setting" in refusal()

@@ -73,3 +73,12 @@ def test_a_user_without_rights_on_the_data_directory_gets_a_line(command: str, t
     (line,) = ended.stderr.splitlines()
     assert str(closed) in line
     assert "set CODE_WORKER_DATA_DIR" in line
+
+
+def test_a_data_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    named = f"CODE_WORKER_DATA_DIR names {tmp_path}/file"
+    with pytest.raises(ConfigurationError, match=f"^{named}, which is a file: name a directory$"):
+        _ = Settings(data_dir=tmp_path / "file").data_path
+    with pytest.raises(ConfigurationError, match=f"^{named}/a/b, and {tmp_path}/file is a file: name a directory$"):
+        _ = Settings(data_dir=tmp_path / "file" / "a" / "b").data_path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import IO, Any
 
@@ -32,7 +32,7 @@ _SHOWN = 20
 @click.option(
     "--from",
     "listed",
-    type=click.File("r", encoding="utf-8", errors="surrogateescape"),
+    type=click.File("rb"),
     metavar="FILE|-",
     help='A list: URIs or objects such as {"uri": "s3://b/a.jpg", "tenant": "acme"}, one per line or in an array; '
     "or names that each end in a NUL. Lines that begin with # are passed over.",
@@ -52,7 +52,7 @@ def enqueue(
     *,
     uris: Sequence[str],
     prefix: str | None,
-    listed: IO[str] | None,
+    listed: IO[bytes] | None,
     wait: bool,
     timeout: float | None,
     as_json: bool,
@@ -64,8 +64,8 @@ def enqueue(
     to read them there. A line of a list that cannot be accepted is
     named on stderr and does not stop the others.
 
-    Exit status: 0 all accepted (with --wait: and judged); 1 a line was refused, an image rejected, or the time is
-    up; 2 wrong use or configuration.
+    Exit status: 0 all accepted (with --wait: and judged); 1 a line was refused, an image rejected, the time is up, or
+    the output is full or was closed, and what was accepted is named on stderr; 2 wrong use or configuration.
     """
     if sum((bool(uris), prefix is not None, listed is not None)) != 1:
         raise click.UsageError("name URIs, or --prefix, or --from: exactly one of them")
@@ -77,10 +77,25 @@ def enqueue(
     left_out = LeftOut()
     given = {name: value for name, value in common.items() if value is not None}
     lines = _with_head_checked(settings, _lines(settings, uris, prefix, listed, left_out), given)
-    accepted, refused = _enqueue(settings, lines, given, keep=wait, as_json=as_json)
-    say_left_out(left_out)
-    judged = print_verdicts(settings, accepted, timeout, as_json=as_json) if wait else True
+    accepted: list[Accepted] = []
+    with _told_when_output_fails(accepted):
+        refused = _enqueue(settings, lines, given, accepted, keep=wait, as_json=as_json)
+        say_left_out(left_out)
+        judged = print_verdicts(settings, accepted, timeout, as_json=as_json) if wait else True
     raise SystemExit(1 if refused or left_out.unreadable or not judged else 0)
+
+
+@contextmanager
+def _told_when_output_fails(accepted: Sequence[Accepted]) -> Iterator[None]:
+    """Says on stderr which jobs are in the ledger where nobody read it on stdout."""
+    try:
+        yield
+    except OSError:
+        for one in accepted[:_SHOWN]:
+            say(f"accepted all the same: {one.job_id}  {one.uri}", err=True)
+        if len(accepted) > _SHOWN:
+            say("and more: code-worker jobs list", err=True)
+        raise
 
 
 def _with_head_checked(settings: Settings, lines: Iterator[Line], common: Mapping[str, Any]) -> Iterator[Line]:
@@ -110,7 +125,7 @@ def _check_head(settings: Settings, head: str) -> None:
 
 
 def _lines(
-    settings: Settings, uris: Sequence[str], prefix: str | None, listed: IO[str] | None, left_out: LeftOut
+    settings: Settings, uris: Sequence[str], prefix: str | None, listed: IO[bytes] | None, left_out: LeftOut
 ) -> Iterator[Line]:
     if prefix is not None:
         return prefix_lines(settings, prefix)
@@ -118,12 +133,17 @@ def _lines(
 
 
 def _enqueue(
-    settings: Settings, lines: Iterator[Line], common: dict[str, Any], *, keep: bool, as_json: bool
-) -> tuple[list[Accepted], int]:
-    """Accepts all lines; returns what was accepted (unless kept, only the first) and how many lines were refused."""
+    settings: Settings,
+    lines: Iterator[Line],
+    common: dict[str, Any],
+    kept: list[Accepted],
+    *,
+    keep: bool,
+    as_json: bool,
+) -> int:
+    """Accepts lines; adds to `kept` what was accepted, unless `keep` the first alone; returns how many were not."""
     from code_worker.client import Client  # noqa: PLC0415 - SQLAlchemy and Celery, not for --help
 
-    kept: list[Accepted] = []
     count = refused = 0
     bar = progress("enqueueing jobs", counted=True, beside_rows=as_json)
     with closing(Client(settings)) as client, bar as advance:
@@ -143,4 +163,4 @@ def _enqueue(
             say(f"{one.job_id}  {one.uri}")
         lines_refused = f", {plural(refused, 'line')} refused" if refused else ""
         say(f"{plural(count, 'job')} accepted{lines_refused}", err=True)
-    return kept, refused
+    return refused

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ _UTF16 = ("\udcff\udcfe", "\udcfe\udcff")
 # end in NUL may hold any character, so that nothing later in the file tells the one from the other.
 _BINARY = ("\udcff\udcd8\udcff", "\udc89PNG", "GIF87a", "GIF89a", "II*\0", "MM\0*", "PK\x03\x04", "\x1f\udc8b")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_LINE_BREAK = re.compile("\r\n|\r|\n")
 _ARRAY = re.compile(r'\s*\[\s*["{\]]')
 _NO_AUTHORITY = re.compile(r"(?P<scheme>file|s3|https?):(?P<slash>/?)(?!/)")
 
@@ -116,16 +118,27 @@ def prefix_lines(settings: Settings, prefix: str) -> Iterator[Line]:
         sources.close()
 
 
-def listed_lines(stream: IO[str]) -> Iterator[Line]:
+def listed_lines(source: IO[bytes]) -> Iterator[Line]:
     """The entries of a list: URIs or JSON objects, one per line, in any mixture; or a JSON array of them.
 
     Empty lines and those that begin with # are passed over. Where a NUL ends each entry (`find -print0`), they are
     names as they stand.
 
     Args:
-        stream: UTF-8, other bytes as surrogates.
+        source: in UTF-8, but for names of files, which may hold any bytes.
     """
+    # Read as it is: a name that ends in NUL may hold any line break.
+    stream = TextIOWrapper(source, encoding="utf-8", errors="surrogateescape", newline="")
+    try:
+        yield from _listed(stream)
+    finally:
+        stream.detach()  # else it would close what it did not open
+
+
+def _listed(stream: TextIOWrapper) -> Iterator[Line]:
     first = stream.read(_BLOCK).removeprefix(_BOM)
+    if first.endswith("\r"):
+        first += stream.read(1)
     if first.startswith(_BINARY):
         yield Line("the list", problem="it is an image or an archive, and no list: name it without --from")
     elif first.startswith(_UTF16):
@@ -147,7 +160,7 @@ def _array(text: str) -> Iterator[Line]:
         if _ARRAY.match(text):
             yield Line("the list", problem=f"not JSON: {error}")
         else:
-            yield from _lines(text.split("\n"))
+            yield from _lines(_LINE_BREAK.split(text))
     else:
         yield from (_parse(f"entry {number}", entry) for number, entry in enumerate(entries, 1))
 
@@ -159,15 +172,15 @@ def _lines(lines: Iterable[str]) -> Iterator[Line]:
             yield _parse(f"line {number}", text)
 
 
-def _joined(first: str, stream: IO[str]) -> Iterator[str]:
+def _joined(first: str, stream: TextIOWrapper) -> Iterator[str]:
     """Lines, of which the first block may end within one."""
-    *whole, last = first.split("\n")
+    *whole, last = _LINE_BREAK.split(first)
     yield from whole
     yield last + stream.readline()
     yield from stream
 
 
-def _until_nul(first: str, stream: IO[str]) -> Iterator[str]:
+def _until_nul(first: str, stream: TextIOWrapper) -> Iterator[str]:
     rest = first
     while True:
         *whole, rest = rest.split("\0")

@@ -19,7 +19,7 @@ from code_worker.terminal import printable
 
 __all__ = ["cli", "main"]
 
-_OUTPUT_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_OUTPUT_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE})
 _COMMANDS = {
     "audit": ("code_worker.cli.audit:audit", "Show who changed what, and check that record."),
     "beat": ("code_worker.cli.worker:beat", "Run the scheduler (one per deployment, supervised)."),
@@ -99,8 +99,8 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Tell real images from generated ones, at scale.
 
-    Exit status: 0 done; 1 some images were rejected or a check failed; 2 wrong use or configuration, or a release
-    that cannot be loaded here.
+    Exit status: 0 done; 1 some images were rejected, a check failed, or the output is full or was closed; 2 wrong use
+    or configuration, or a release that cannot be loaded here.
     """
 
 
@@ -108,7 +108,10 @@ def main() -> None:
     """Runs the command line; our own errors end as one line on stderr, never as a traceback."""
     try:
         with noted_interrupts():
-            cli(prog_name="code-worker")
+            try:
+                cli(prog_name="code-worker")
+            finally:
+                sys.stdout.flush()  # what a command left in it fails here, and not when Python ends
     except PermissionError as error:
         place = error.filename or "a file"
         click.echo(printable(f"code-worker: this user may not use {place}: {error.strerror}"), err=True)
@@ -117,7 +120,8 @@ def main() -> None:
         # Of a file it names the file; where the output goes to is full or gone, and a traceback would go there, too.
         if error.filename is not None or error.errno not in _OUTPUT_FAILS:
             raise
-        click.echo(f"code-worker: cannot write the output: {error.strerror}", err=True)
+        if error.errno != errno.EPIPE:  # who closed it has seen enough
+            click.echo(f"code-worker: cannot write the output: {error.strerror}", err=True)
         # Python writes what is left of it once more at its end, and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,6 +16,7 @@ from redis import Redis
 from code_worker.settings import Settings
 from code_worker.store import jobs, releases, verdicts, workers
 from code_worker.store.engine import Store
+from code_worker.terminal import printable
 from code_worker.types import Label, Outcome, RejectReason, Verdict
 from code_worker.worker.waits import why_waiting
 from tests.cli.conftest import Cli, Ran
@@ -212,13 +214,28 @@ def uris(ran: Ran) -> list[str]:
         (b'# mine\n\n s3://b/0.png \n\ts3://b/1.png\n"s3://b/2.png"\n', [f"s3://b/{n}.png" for n in range(3)]),
         (b"/a/0 \n.png\0/a/# 1.png\0", ["/a/0 \n.png", "/a/# 1.png"]),
         (b"/a/0.png\0/a/1.png", ["/a/0.png", "/a/1.png"]),
+        (b"/a/\r.png\0/a/\r\n.png\0/a/\x1b[2J\t \0", ["/a/\r.png", "/a/\r\n.png", "/a/\x1b[2J\t "]),
+        (b"/a/caf\xe9\r.png\0/a/\xc3\xa9.png\0", ["file:///a/caf%E9%0D.png", "/a/é.png"]),
         (b"s3://b/0.png\rs3://b/1.png", ["s3://b/0.png", "s3://b/1.png"]),
         (b"[2024] a.png\ns3://b/1.png\n", [str(Path("[2024] a.png").absolute()), "s3://b/1.png"]),
         (b"file:/x/a.png\nfile:///x/b.png\n", ["file:///x/a.png", "file:///x/b.png"]),
         (b"/x/caf\xe9.png\ns3://b/1.png\n", ["file:///x/caf%E9.png", "s3://b/1.png"]),
         (b"\0" * 3 + b"/a/" + b"n" * 70_000 + b"\0", []),
     ],
-    ids=["bom", "array", "comments", "nul", "nul between", "cr", "bracket", "file", "bytes", "long"],
+    ids=[
+        "bom",
+        "array",
+        "comments",
+        "nul",
+        "nul between",
+        "breaks in names",
+        "bytes in names",
+        "cr",
+        "bracket",
+        "file",
+        "bytes",
+        "long",
+    ],
 )
 def test_lists_are_read_as_tools_write_them(
     producer: Cli, tmp_path: Path, content: bytes, expected: list[str]
@@ -233,6 +250,7 @@ def test_lists_are_read_as_tools_write_them(
         (b'[{"uri": "s3://b/0.png"},\n {"uri": ', "the list: not JSON: "),
         (b'["s3://b/0.png", 7, {"uri": ""}]', "entry 2: a job is a URI or an object of its fields"),
         (b's3://b/0.png\n""\n', "line 2: an empty address names no image"),
+        (b"#" + b"x" * 65_534 + b'\r\n""\r\n', "line 2: an empty address names no image"),
         (b"s3:/b/0.png\n", "line 1: s3:/b/0.png is no address: write s3://…, or ./s3:/b/0.png for a file"),
         (b"file:a.png\n", "line 1: file:a.png is no address: write file://…"),
         (b"~nobody-here/a.png\n", "line 1: ~nobody-here/a.png: "),
@@ -255,6 +273,22 @@ def test_an_argument_that_names_no_image_is_refused(producer: Cli, argument: str
     ran = producer("enqueue", argument)
     assert (ran.status, ran.stdout) == (1, "")
     assert "0 jobs accepted, 1 line refused" in ran.stderr
+
+
+def test_a_name_that_is_not_utf_8_is_enqueued_as_its_uri(producer: Cli, tmp_path: Path) -> None:
+    tree = Path(os.fsdecode(os.fsencode(tmp_path) + b"/tr\xe9e"))
+    tree.mkdir()
+    (tree / os.fsdecode(b"\xff\n.png")).write_bytes(b"\x89PNG\r\n\x1a\n")
+    uri = f"file://{tmp_path}/tr%E9e/%FF%0A.png"
+    for words in ((str(tree),), (os.fsdecode(os.fsencode(tree) + b"/\xff\n.png"),), ("--prefix", str(tree))):
+        ran = producer("enqueue", *words, "--json", env={"CODE_WORKER_FILES__ROOTS": str(tmp_path)})
+        assert (ran.status, uris(ran)) == (0, [uri]), ran
+    for address in ("s3://b/\udce9.png", "file:///\udce9.png"):
+        ran = producer("enqueue", address)
+        assert (ran.status, ran.stderr) == (
+            1,
+            f"{printable(address)}: the address is not UTF-8\n0 jobs accepted, 1 line refused\n",
+        )
 
 
 def test_of_a_directory_the_images_are_enqueued_that_a_scan_finds(
