@@ -142,6 +142,21 @@ def test_a_release_without_its_manifest_does_not_exist(kept: Kept, release: Path
         kept.store.fetch(id_)
 
 
+@pytest.mark.parametrize("left", [None, b"", b"cut short"])
+def test_a_release_that_lacks_a_file_is_none_though_a_copy_of_it_is_cached(
+    kept: Kept, release: Path, left: bytes | None
+) -> None:
+    id_ = Path(kept.store.put(release)).name
+    kept.store.fetch(id_)
+    assert kept.store.exists(id_)
+    kept.damage(f"{id_}/encoder/model.safetensors", left)
+    assert not kept.store.exists(id_)
+    kept.store.put(release)
+    assert kept.store.exists(id_)
+    kept.damage(f"{id_}/{MANIFEST_NAME}", b"{}")
+    assert not kept.store.exists(id_)
+
+
 def test_an_unknown_release_is_named(kept: Kept) -> None:
     with pytest.raises(ArtifactError, match="r-0123456789ab is not in"):
         kept.store.fetch("r-0123456789ab")

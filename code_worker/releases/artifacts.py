@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -73,7 +73,11 @@ class ArtifactStore(Protocol):
         """
 
     def exists(self, release: str) -> bool:
-        """Whether a complete release of this id is kept here."""
+        """Whether a release of this id is kept here with every file at its size; no cached copy counts.
+
+        Raises:
+            ArtifactError: it cannot be looked for.
+        """
 
     def list(self) -> list[str]:
         """Ids of the complete releases, sorted."""
@@ -153,7 +157,13 @@ class LocalArtifacts:
 
     def exists(self, release: str) -> bool:
         """See `ArtifactStore.exists`."""
-        return (self.root / _checked_id(release) / MANIFEST_NAME).is_file()
+        directory = self.root / _checked_id(release)
+
+        def size_of(name: str) -> int | None:
+            path = directory / name
+            return path.stat().st_size if path.is_file() else None
+
+        return _is_complete(self.manifest(release), size_of)
 
     def list(self) -> list[str]:
         """See `ArtifactStore.list`."""
@@ -265,9 +275,17 @@ class S3Artifacts:
 
     def exists(self, release: str) -> bool:
         """See `ArtifactStore.exists`."""
-        _checked_id(release)
+        content = self.manifest(release)
         with _translated(f"cannot read {self.address}"):
-            return self._manifest_bytes(release) is not None
+            return _is_complete(content, lambda name: self._size(release, name))
+
+    def _size(self, release: str, name: str) -> int | None:
+        try:
+            return int(self._client.head_object(Bucket=self._bucket, Key=self._key(release, name))["ContentLength"])
+        except self._client.exceptions.ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                return None
+            raise
 
     def list(self) -> list[str]:
         """See `ArtifactStore.list`."""
@@ -303,6 +321,16 @@ def _translated(doing: str) -> Iterator[None]:
         raise ArtifactStorageError(f"{doing}: {error}") from error
     except storage_errors() as error:
         raise ArtifactStorageError(f"{doing}: {error}") from error
+
+
+def _is_complete(manifest: bytes | None, size_of: Callable[[str], int | None]) -> bool:
+    if manifest is None:
+        return False
+    try:
+        files = parse_manifest(manifest, MANIFEST_NAME).files
+    except ArtifactError:
+        return False
+    return all(size_of(name) == entry.size for name, entry in files.items())
 
 
 def _is_whole(directory: Path, release: str) -> bool:

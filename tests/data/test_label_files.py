@@ -315,3 +315,22 @@ def test_whatever_is_in_a_file_it_gives_rows_or_one_reason(content: str | bytes,
             return
     assert all(row.problem or row.label for row in found)
     assert all(row.place.startswith(("line ", "task ", "entry ")) for row in found)
+
+
+@given(
+    st.lists(
+        st.text(
+            st.sampled_from("ab \t\r\n\",;'=-\u00a0\ufeffé") | st.characters(exclude_categories=["Cs"]), max_size=12
+        ),
+        min_size=3,
+        max_size=3,
+    )
+)
+@settings(deadline=None)
+def test_whatever_is_exported_is_read_back_as_it_was(cells: list[str]) -> None:
+    key, by, note = cells
+    kept = [f"s3://b/{key}", *(cell if cell.strip() else "" for cell in (by, note))]
+    written = csv_line(["uri", "by", "note", "label"]) + csv_line([*map(without_formulas, kept), "real"])
+    with tempfile.TemporaryDirectory() as directory:
+        (found,) = rows(Path(directory) / "labels.csv", written)
+    assert (found.problem, found.uri, found.by or "", found.note or "") == ("", *kept)

@@ -46,7 +46,9 @@ def release(settings: Settings) -> Iterator[Check]:
     artifacts = open_artifacts(settings)
     if not isinstance(artifacts, LocalArtifacts):
         there = artifacts.exists(champion)
-        text = f"champion {champion} is {'kept' if there else 'missing'} in {settings.resolved_artifacts}"
+        text = (
+            f"champion {champion} is {'kept' if there else 'missing, or not whole,'} in {settings.resolved_artifacts}"
+        )
         yield Check("release", Status.OK if there else Status.FAIL, text, "code-worker releases import, once more")
         yield from _without_plugin(settings, champion)
         return
