@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from typing import IO, Any
@@ -78,7 +78,7 @@ def enqueue(
     given = {name: value for name, value in common.items() if value is not None}
     lines = _with_head_checked(settings, _lines(settings, uris, prefix, listed, left_out), given)
     accepted: list[Accepted] = []
-    with _told_when_output_fails(accepted):
+    with _told_when_output_fails(accepted), closing(lines):
         refused = _enqueue(settings, lines, given, accepted, keep=wait, as_json=as_json)
         say_left_out(left_out)
         judged = print_verdicts(settings, accepted, timeout, as_json=as_json) if wait else True
@@ -98,7 +98,7 @@ def _told_when_output_fails(accepted: Sequence[Accepted]) -> Iterator[None]:
         raise
 
 
-def _with_head_checked(settings: Settings, lines: Iterator[Line], common: Mapping[str, Any]) -> Iterator[Line]:
+def _with_head_checked(settings: Settings, lines: Generator[Line], common: Mapping[str, Any]) -> Generator[Line]:
     """The lines; before the first that would be a new job by `--head`, for all of them, whether there is that head.
 
     A line with a key may name a job that is there already, by a head that has gone since.
@@ -107,11 +107,13 @@ def _with_head_checked(settings: Settings, lines: Iterator[Line], common: Mappin
         UnknownHeadError: the champion has no such head.
     """
     checked = "head" not in common or "key" in common
-    for line in lines:
-        if not checked and not line.problem and not {"head", "key"} & line.item.keys():
-            _check_head(settings, common["head"])
-            checked = True
-        yield line
+    # What it reads from is closed when this fails, and not when the traceback is forgotten.
+    with closing(lines):
+        for line in lines:
+            if not checked and not line.problem and not {"head", "key"} & line.item.keys():
+                _check_head(settings, common["head"])
+                checked = True
+            yield line
 
 
 def _check_head(settings: Settings, head: str) -> None:
@@ -126,7 +128,7 @@ def _check_head(settings: Settings, head: str) -> None:
 
 def _lines(
     settings: Settings, uris: Sequence[str], prefix: str | None, listed: IO[bytes] | None, left_out: LeftOut
-) -> Iterator[Line]:
+) -> Generator[Line]:
     if prefix is not None:
         return prefix_lines(settings, prefix)
     return listed_lines(listed) if listed else named_lines(settings, uris, left_out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -67,7 +67,7 @@ class Done:
     refused: list[tuple[str, str]] = field(default_factory=list)
 
 
-def named_lines(settings: Settings, uris: Iterable[str], left_out: LeftOut) -> Iterator[Line]:
+def named_lines(settings: Settings, uris: Iterable[str], left_out: LeftOut) -> Generator[Line]:
     """The arguments of a command line; of a directory every image in it, as `scan` finds them.
 
     Args:
@@ -100,7 +100,7 @@ def _line(place: str, uri: str) -> Line:
         return Line(place, problem=str(error))
 
 
-def prefix_lines(settings: Settings, prefix: str) -> Iterator[Line]:
+def prefix_lines(settings: Settings, prefix: str) -> Generator[Line]:
     """Every object under a prefix, every file under a directory.
 
     Raises:
@@ -118,7 +118,7 @@ def prefix_lines(settings: Settings, prefix: str) -> Iterator[Line]:
         sources.close()
 
 
-def listed_lines(source: IO[bytes]) -> Iterator[Line]:
+def listed_lines(source: IO[bytes]) -> Generator[Line]:
     """The entries of a list: URIs or JSON objects, one per line, in any mixture; or a JSON array of them.
 
     Empty lines and those that begin with # are passed over. Where a NUL ends each entry (`find -print0`), they are
