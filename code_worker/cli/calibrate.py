@@ -102,7 +102,7 @@ def _calibrate_one(asked: _Asked) -> None:
     if not asked.dry_run:
         require(settings.roles, who(), Role.OPERATOR, "set thresholds")
     if not (asked.dry_run or has_database(settings)):
-        raise ConfigurationError(f"{no_database(settings)}; --dry-run needs none")
+        raise ConfigurationError(f"{no_database(settings)}; or try --dry-run, which needs none")
     with open_ledger(settings) if has_database(settings) else nullcontext() as store:
         calibration = _calibrated(asked, settings, store)
         row = None if asked.dry_run or store is None else _put(asked, settings, store, calibration)
@@ -214,7 +214,8 @@ def _say(asked: _Asked, made: Calibration, row: PolicyRow | None) -> None:
     ]
     evidence = made.evidence
     say(
-        f"head {made.head} of {evidence['release']} on {evidence['real']} real and {evidence['fake']} fake images of "
+        f"head {made.head} of {evidence['release']} on {evidence['real']} real and "
+        f"{plural(evidence['fake'], 'fake image')} of "
         f"{asked.source}; shares in percent, with 95 % intervals"
     )
     print_table(rows, tuple(rows[0]), empty="")
