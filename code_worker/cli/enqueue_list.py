@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from code_worker.cli.scan_inputs import Inputs
+from code_worker.cli.scan_inputs import Inputs, local_name
 from code_worker.errors import (
     ConfigurationError,
     ImageRejectedError,
@@ -79,7 +79,8 @@ def named_lines(settings: Settings, uris: Iterable[str], left_out: LeftOut) -> G
         ConfigurationError: a directory that cannot be listed.
     """
     for uri in uris:
-        if uri and "://" not in uri and os.path.isdir(uri):  # noqa: PTH112 - Path.is_dir raises for too long a name
+        local = local_name(uri)
+        if local and os.path.isdir(local):  # noqa: PTH112 - Path.is_dir raises for too long a name
             yield from _in_directory(settings, uri, left_out)
         else:
             yield _line(uri or '""', uri)

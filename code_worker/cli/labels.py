@@ -118,7 +118,8 @@ def import_(
         click.echo(to_json(counts))
     else:
         new, refused = plural(counts["new"], "new label"), plural(counts["refused"], "row")
-        click.echo(f"{new}, {counts['known']:,} said before, {refused} refused")
+        skipped = f"; skipped: {counts['skipped']:,} without annotation" if counts["skipped"] else ""
+        click.echo(f"{new}, {counts['known']:,} said before, {refused} refused{skipped}")
     raise SystemExit(1 if counts["refused"] else 0)
 
 
@@ -128,13 +129,14 @@ def _sha256(file: Path) -> str:
 
 
 def _reported(done: Iterator[Imported]) -> dict[str, int]:
-    counts = {"new": 0, "known": 0, "refused": 0}
+    counts = {"new": 0, "known": 0, "refused": 0, "skipped": 0}
     with progress("importing labels", counted=True) as advance:
         for some in done:
             for place, reason in some.refused:
                 say(f"{place}: {reason}", err=True)
             counts["new"] += some.new
-            counts["known"] += some.rows - some.new - len(some.refused)
+            counts["known"] += some.rows - some.new - len(some.refused) - some.unsaid
+            counts["skipped"] += some.unsaid
             counts["refused"] += len(some.refused)
             advance(some.rows)
     return counts

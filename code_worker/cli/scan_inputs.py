@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from code_worker.cli.output import plural, say
 from code_worker.errors import ConfigurationError, ImageRejectedError, TransientError
-from code_worker.images.files import storable
+from code_worker.images.files import local_path, storable
 from code_worker.images.listing import LeftOut, images_under
 
 if TYPE_CHECKING:
     from code_worker.images.source import Sources
     from code_worker.settings import Settings
 
-__all__ = ["Inputs", "say_left_out"]
+__all__ = ["Inputs", "local_name", "say_left_out"]
 
 
 class Inputs:
@@ -30,7 +30,7 @@ class Inputs:
 
     def allow(self, settings: Settings) -> Settings:
         """The settings, with what is named here allowed to be read: who runs a scan may read it anyway."""
-        roots = {_root(path) for path in self._paths if not _is_uri(path)}
+        roots = {_root(local) for path in self._paths if (local := local_name(path)) is not None}
         files = settings.files.model_copy(update={"roots": (*settings.files.roots, *sorted(roots))})
         return settings.model_copy(update={"files": files})
 
@@ -64,7 +64,18 @@ def _is_uri(path: str) -> bool:
 def _is_collection(path: str) -> bool:
     if path.startswith("s3://"):
         return path.endswith("/") or "/" not in path.removeprefix("s3://")
-    return not _is_uri(path) and Path(path).is_dir()
+    local = local_name(path)
+    return local is not None and Path(local).is_dir()
+
+
+def local_name(path: str) -> str | None:
+    """What a path or a `file:` URI is called on this machine; None for what is elsewhere."""
+    if not path.startswith("file:/"):
+        return None if _is_uri(path) else path
+    try:
+        return local_path(path)
+    except ImageRejectedError:
+        return None
 
 
 def _root(path: str) -> Path:

@@ -153,7 +153,9 @@ def local_path(uri: str) -> str:
             path = slash + rest
         if host not in {"", "localhost"}:
             raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, "a file: URI must name this host")
-        path = os.fsdecode(unquote_to_bytes(path))
+        if not _is_encodable(path):
+            raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, "this names no file")
+        path = os.fsdecode(unquote_to_bytes(os.fsencode(path)))
         if not path.startswith("/"):
             raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, "a file: URI must hold an absolute path")
     if not path or "\0" in path or not _is_encodable(path):

@@ -304,6 +304,7 @@ def test_of_a_directory_the_images_are_enqueued_that_a_scan_finds(
     assert ran.status == 0, ran.stderr
     assert uris(ran) == [str(tree / name) for name in ("a.JPG", "below/b.png", "no-suffix")]
     assert "notes.txt" in ran.stderr
+    assert uris(producer("enqueue", f"{tree.as_uri()}/", "--json")) == [f"file://{uri}" for uri in uris(ran)]
     env = {"CODE_WORKER_FILES__ROOTS": str(tree)}
     whole = producer("enqueue", "--prefix", "tree/below", "--json", env=env)
     assert uris(whole) == [str(tree / "below" / "b.png")], "a relative prefix is made absolute"

@@ -100,7 +100,7 @@ def test_import_keeps_good_rows_names_bad_ones_and_changes_nothing_the_second_ti
         ("carol", "fake", "sdxl"),
     }
     again = labelling(*command, "--json")
-    assert again.records == [{"new": 0, "known": 3, "refused": 3}]
+    assert again.records == [{"new": 0, "known": 3, "refused": 3, "skipped": 0}]
     assert place.statements() == before
 
 
@@ -113,6 +113,22 @@ def test_an_import_without_bad_rows_ends_well(labelling: Cli, place: Place) -> N
     ran = labelling("labels", "import", str(file))
     assert (ran.status, ran.stdout, ran.stderr) == (0, "1 new label, 0 said before, 0 rows refused\n", "")
     assert place.statements()[0].by == "label-studio:3"
+
+
+def test_tasks_without_an_annotation_are_counted(labelling: Cli, place: Place) -> None:
+    path, file = place.image("a.png"), place.photos / "labels.json"
+    given = {"id": 2, "result": [{"type": "choices", "value": {"choices": ["Fake"]}}], "completed_by": 3}
+    tasks = [
+        {"id": number, "data": {"image": path}, **more}
+        for number, more in enumerate([{"annotations": [given]}, {"annotations": []}, {}])
+    ]
+    tasks.append({"id": 9, "data": {"image": path}, "annotations": [{**given, "was_cancelled": True}]})
+    file.write_text(json.dumps(tasks), encoding="utf-8")
+    ran = labelling("labels", "import", str(file))
+    assert (ran.status, ran.stdout.strip().split("; ")[1]) == (0, "skipped: 3 without annotation")
+    assert labelling("labels", "import", str(file), "--json").records == [
+        {"new": 0, "known": 1, "refused": 0, "skipped": 3}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -251,4 +267,4 @@ def test_formulas_are_exported_as_text_and_read_back_as_they_were(
     exported = tmp_path / "statements.csv"
     assert labelling("labels", "export", "--statements", "--csv", "--output", str(exported)).status == 0
     ran = labelling("labels", "import", str(exported), "--json")
-    assert (ran.status, ran.records) == (0, [{"new": 0, "known": 1, "refused": 0}])
+    assert (ran.status, ran.records) == (0, [{"new": 0, "known": 1, "refused": 0, "skipped": 0}])

@@ -52,6 +52,22 @@ def scan(bare_cli: Cli, shallow_release: Path) -> Cli:
     return bare_cli
 
 
+def test_a_file_uri_is_scanned_as_the_path_is(scan: Cli, pictures: Path, tmp_path: Path) -> None:
+    (odd := tmp_path / "a b%").symlink_to(pictures)
+    words = ("--release", scan.env["TOY"], "--json")
+    judged = [(record["label"], record["score"]) for record in scan("scan", str(pictures), *words).records]
+    for address in (f"{pictures.as_uri()}/", pictures.as_uri(), f"file://localhost{pictures}", f"{odd.as_uri()}/"):
+        ran = scan("scan", address, *words)
+        assert [(record["label"], record["score"]) for record in ran.records] == judged, ran.stderr
+        assert "notes.txt" in ran.stderr
+    (one,) = scan("scan", (pictures / "0.png").as_uri(), *words).records
+    assert (one["label"], one["score"]) == judged[0]
+    named_badly = scan("scan", "file:///caf\udce9.png", *words)
+    assert (named_badly.status, "Traceback" in named_badly.stderr) == (1, False)
+    elsewhere = scan("scan", "file://elsewhere/x/", *words)
+    assert "must name this host" in elsewhere.stdout + elsewhere.stderr
+
+
 def test_a_directory_is_judged_in_order_without_any_database(scan: Cli, pictures: Path, tmp_path: Path) -> None:
     ran = scan("scan", str(pictures), "--release", scan.env["TOY"], "--json")
     assert ran.status == 1

@@ -97,6 +97,7 @@ def test_label_studio_gives_one_row_for_each_annotator(file: Path) -> None:
             by="label-studio:5",
             at=datetime(2026, 2, 1, 12, tzinfo=UTC),
         ),
+        Row("task 12", unsaid=True),
     ]
 
 

@@ -32,11 +32,19 @@ _FATAL: Final = (StorageError, SourceCredentialsError)
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What became of some rows: how many, how many said something new, and the places of bad ones with the reason."""
+    """What became of some rows.
+
+    Attributes:
+        rows: how many.
+        new: how many said something new.
+        refused: places of bad ones, with the reason.
+        unsaid: how many name an image of which nobody has said anything.
+    """
 
     rows: int
     new: int
     refused: list[tuple[str, str]]
+    unsaid: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,8 @@ def import_rows(
     labeller.allow_import(actor)
     record = partial(_record, labeller, actor=actor, file=LabelFile(name, sha256))
     with ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
-        for group in chunks(rows, _ROWS_PER_TRANSACTION):
+        for some in chunks(rows, _ROWS_PER_TRANSACTION):
+            group = [row for row in some if not row.unsaid]
             outcomes = [_draft(row, name, by, collection) for row in group]
             drafts = {one.key: one for one in outcomes if isinstance(one, _Draft)}
             for key in labeller.imported(list(drafts)):
@@ -101,7 +110,8 @@ def import_rows(
             }
             if fatal := next((fault for fault in faults.values() if isinstance(fault, _FATAL)), None):
                 raise fatal
-            yield Imported(len(group), recorded.added, list(_refused(group, outcomes, faults)))
+            refused = list(_refused(group, outcomes, faults))
+            yield Imported(len(some), recorded.added, refused, len(some) - len(group))
 
 
 _Finds = Mapping[tuple[str, str | None], Found | CodeWorkerError]

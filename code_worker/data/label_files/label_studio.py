@@ -29,7 +29,9 @@ _SERVED: Final = re.compile(r"/data/(.*)")
 
 
 def label_studio_rows(file: BinaryIO, words: Words, base: str) -> Iterator[Row]:
-    """Rows of an export, read whole; predictions, cancelled annotations and tasks without one are passed over.
+    """Rows of an export, read whole; predictions and cancelled annotations are passed over.
+
+    A task without any other is a row in which nothing is said.
 
     Raises:
         DatasetError: the file is not JSON, or no list of tasks.
@@ -59,10 +61,13 @@ def _task_rows(number: int, task: Any, words: Words, base: str) -> Iterator[Row]
     if not isinstance(annotations, list):
         yield Row(place, problem="its annotations are no list")
         return
-    for annotation in annotations:
+    said = [one for one in annotations if not (isinstance(one, dict) and one.get("was_cancelled"))]
+    if not said:
+        yield Row(place, unsaid=True)
+    for annotation in said:
         if not isinstance(annotation, dict):
             yield Row(place, problem="an annotation is no object")
-        elif not annotation.get("was_cancelled"):
+        else:
             yield _row(f"{place}, annotation {annotation.get('id', '?')}", task["data"], annotation, words, base)
 
 

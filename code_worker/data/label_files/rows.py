@@ -48,6 +48,7 @@ class Row:
         generator, collection, group, by, note: as the row says; None where it says nothing.
         at: when it was said, if the row says so.
         problem: why it cannot be used; then nothing else holds.
+        unsaid: nobody has said anything of this image; then nothing else holds.
     """
 
     place: str
@@ -61,6 +62,7 @@ class Row:
     note: str | None = None
     at: datetime | None = None
     problem: str = ""
+    unsaid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
