@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from code_worker.cli.output import console, print_table
+from code_worker.cli.output import console, plural, print_table
 
 if TYPE_CHECKING:
     from code_worker.demo.learning import Lesson
@@ -74,8 +74,8 @@ def _print_lesson(lesson: Lesson) -> None:
     held_out = run.report.get("snapshot", {}).get("holdout", {})
     print_title(
         "Second act",
-        f"a retrain on {lesson.taught} labelled images, of which {held_out.get('real', 0)} real and "
-        f"{held_out.get('fake', 0)} generated ones were only measured on: {seconds:.0f} s",
+        f"a retrain on {plural(lesson.taught, 'labelled image')}, of which {held_out.get('real', 0)} real and "
+        f"{held_out.get('fake', 0)} generated were only measured on: {seconds:.0f} s",
     )
     click.echo(f"The gate: {run.state}")
     for reason in run.reasons:

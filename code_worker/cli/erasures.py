@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import ID, SHA256, json_option, limit_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_facts, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_facts, print_json_lines, print_table, say, to_json
 from code_worker.errors import StoreError
 
 if TYPE_CHECKING:
@@ -138,4 +138,4 @@ def _last_look(receipt: Receipt) -> str | None:
     if look.get("scope_unknown"):
         return "an older version began this and did not keep its scope: erase the same again"
     left = sum(count for name, count in look.items() if name != "late")
-    return f"{left} rows and copies left{late}"
+    return f"{plural(left, 'row or copy', 'rows and copies')} left{late}"

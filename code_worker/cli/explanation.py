@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from code_worker.cli.output import moment, to_json
+from code_worker.cli.output import moment, plural, to_json
 from code_worker.types import RejectReason
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _content(verdict: Verdict) -> str | None:
     if (facts := verdict.facts) is None:
         return None
     size = f"{facts.width}×{facts.height} {facts.mode}" if facts.width else None
-    parts = (facts.format, size, f"{facts.size_bytes:,} bytes", f"sha256 {facts.sha256}")
+    parts = (facts.format, size, plural(facts.size_bytes, "byte"), f"sha256 {facts.sha256}")
     return ", ".join(part for part in parts if part)
 
 

@@ -92,7 +92,7 @@ def _say(release: str, tally: RescoreTally, *, dry_run: bool) -> None:
     verb = "would be" if dry_run else "was" if tally.rescored == 1 else "were"
     say(
         f"{plural(tally.examined, 'verdict')} looked at, {tally.rescored} {verb} given again by {release}; "
-        f"{tally.unchanged} say so already"
+        f"{plural(tally.unchanged, 'says', 'say')} so already"
     )
     if tally.rescored:
         say(f"scores moved by {facts['mean_shift']:+.4f} on average", "")

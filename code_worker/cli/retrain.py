@@ -149,7 +149,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
     left = {why: sum(by.values()) for why, by in counts["left_out"].items()}
     left_out = (
         f"{counts['undecided']} undecided by the rule, {counts['unkept']} without a kept copy, "
-        f"{left.get('split', 0)} near images of different parts, {left.get('share', 0)} over a labeller's share"
+        f"{plural(left.get('split', 0), 'near image')} of different parts, "
+        f"{left.get('share', 0)} over a labeller's share"
     )
     training = plan.training
     steps = (

@@ -12,7 +12,7 @@ import click
 from code_worker.cli.arguments import SHARE
 from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.measuring import list_skipped, open_measured
-from code_worker.cli.output import to_json
+from code_worker.cli.output import plural, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.validate_report import prepare_directory, print_report, write_reports
 from code_worker.errors import CodeWorkerError, DatasetError
@@ -153,7 +153,9 @@ def _fair(
         found = store.run(lambda session: learned_by(session, releases), write=False)
     fair = tuple(example for example in examples if example.sha256 not in found.images)
     if examples and not fair:
-        raise DatasetError(f"{asked.source}: {' or '.join(releases)} learned from all {len(examples)} images of it")
+        raise DatasetError(
+            f"{asked.source}: {' or '.join(releases)} learned from all of it: {plural(len(examples), 'image')}"
+        )
     learned = {"left_out": len(examples) - len(fair), "unknown": list(found.unknown)}
     return fair[: asked.limit], learned
 

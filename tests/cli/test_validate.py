@@ -269,7 +269,7 @@ def test_of_your_own_images_those_that_a_release_learned_from_do_not_count(
     _move(sqlite_store, [one.sha256 for one in taken.holdout], "train")
     ran = sqlite_cli("validate", "holdout:", *ask, "--release", str(run.candidate))
     assert ran.status == 1
-    assert f"{run.candidate} learned from all 2 images of it" in ran.stderr
+    assert f"{run.candidate} learned from all of it: 2 images" in ran.stderr
 
 
 def _move(store: Store, hashes: list[str], split: str) -> None:
