@@ -34,9 +34,9 @@ _OTHERS: Final = frozenset(
 
 _SERVICE_LINK: Final = re.compile(
     r"CODE_WORKER(?:_[A-Z0-9_]+)?_(?:"
-    r"SERVICE_HOST=[0-9A-Fa-f.:]+|SERVICE_PORT(?:_[A-Z0-9_]+)?=\d+"
-    r"|PORT(?:_\d+_(?:TCP|UDP|SCTP))?=(?:tcp|udp|sctp)://[0-9A-Fa-f.:\[\]]+:\d+"
-    r"|PORT_\d+_(?:TCP|UDP|SCTP)_(?:PROTO=(?:tcp|udp|sctp)|PORT=\d+|ADDR=[0-9A-Fa-f.:]+)"
+    r"SERVICE_HOST=[0-9A-Fa-f.:]+(?:%\S+)?|SERVICE_PORT(?:_[A-Z0-9_]+)?=\d+"
+    r"|PORT(?:_\d+_(?:TCP|UDP|SCTP))?(?:_START|_END)?=(?:tcp|udp|sctp)://[0-9A-Fa-f.:\[\]]+:\d+"
+    r"|PORT_\d+_(?:TCP|UDP|SCTP)_(?:PROTO=(?:tcp|udp|sctp)|PORT(?:_START|_END)?=\d+|ADDR=[0-9A-Fa-f.:]+(?:%\S+)?)"
     r"|NAME=/[^/\s]+/[^/\s]+|ENV_[A-Za-z0-9_]+=.*)",
     re.DOTALL,
 )

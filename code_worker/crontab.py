@@ -8,7 +8,6 @@ from typing import Final
 __all__ = ["cron_line"]
 
 _DAYS_OF_WEEK: Final = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-_LONG: Final = ("sunday", "monday", "tuesday", "wednesday", "thursday", "friday", "saturday")
 _FIELDS: Final = (
     ("minute", 0, 59),
     ("hour", 0, 23),
@@ -61,7 +60,7 @@ def _read(field: str, name: str, least: int, most: int) -> set[int]:
 def _number(text: str, name: str, least: int, most: int) -> int:
     if text.isdigit():
         value = int(text)
-    elif most == len(_DAYS_OF_WEEK) - 1 and text in (*_DAYS_OF_WEEK, *_LONG):
+    elif most == len(_DAYS_OF_WEEK) - 1 and text[:3] in _DAYS_OF_WEEK:  # as Celery: `tues`, `thursday`
         value = _DAYS_OF_WEEK.index(text[:3])
     else:
         raise ValueError(f"{name}: {text!r}")

@@ -11,7 +11,7 @@ CodeWorkerError
 │   ├── UnsafeArtifactError     a pickle that asked for something it may not have
 │   ├── IntegrityError          bytes that differ from the manifest's sha256
 │   ├── SignatureError          a release that no holder of a key of ours signed
-│   └── ArtifactStorageError    the storage of releases is full, closed or away; no release's fault (exit status 1)
+│   └── ArtifactStorageError    the storage of releases or the hub is full, closed or away (exit status 1)
 ├── DatasetError                labelled images, a shard or a tree that cannot be used as they are
 │   └── StorageError            the dataset storage is full, closed or away; no image's fault
 ├── TrainingError               a run that failed, with the reason that is recorded
@@ -121,7 +121,7 @@ class SignatureError(ArtifactError):
 
 
 class ArtifactStorageError(ArtifactError):
-    """The storage of releases cannot be written or read; the same call may work later."""
+    """The storage of releases, or the hub, cannot be written or read; the same call may work later."""
 
 
 class DatasetError(CodeWorkerError):

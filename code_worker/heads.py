@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
@@ -203,7 +204,8 @@ def tolerance_of(head: Head | type[Head]) -> float:
         ValueError: it is no number from 0 to `MAX_TOLERANCE`.
     """
     declared: object = head.tolerance
-    if not (isinstance(declared, float | int) and 0 <= declared <= MAX_TOLERANCE):
+    # Real: numpy's scalars are, and its float32 is no float.
+    if not (isinstance(declared, Real) and 0 <= float(declared) <= MAX_TOLERANCE):
         raise ValueError(f"declares a tolerance of {declared!r}; it must be from 0 to {MAX_TOLERANCE:g}")
     return float(declared)
 

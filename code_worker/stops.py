@@ -35,6 +35,8 @@ def _handlers() -> Iterator[CodeType]:
     """What runs when a signal comes: functions, methods, or objects that can be called."""
     for number in signal.valid_signals():
         handler: object = signal.getsignal(number)
+        if isinstance(handler, signal.Handlers):  # what the system does; its class is called for every enum
+            continue
         while isinstance(handler, partial):
             handler = handler.func
         called = getattr(type(handler), "__call__", None)  # noqa: B004 - for its code

@@ -157,6 +157,13 @@ def test_a_release_that_lacks_a_file_is_none_though_a_copy_of_it_is_cached(
     assert not kept.store.exists(id_)
 
 
+def test_a_release_that_lacks_a_file_is_not_taken_for_a_storage_that_is_away(kept: Kept, release: Path) -> None:
+    id_ = Path(kept.store.put(release)).name
+    kept.damage(f"{id_}/encoder/model.safetensors", None)
+    with pytest.raises(IntegrityError, match=r"encoder/model\.safetensors"):
+        kept.store.fetch(id_)
+
+
 def test_an_unknown_release_is_named(kept: Kept) -> None:
     with pytest.raises(ArtifactError, match="r-0123456789ab is not in"):
         kept.store.fetch("r-0123456789ab")

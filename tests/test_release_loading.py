@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -315,6 +316,11 @@ def test_a_head_that_declares_more_tolerance_than_rounding_needs_is_refused(tmp_
     release, changed = with_changed_code(tmp_path, tolerance=declared)
     with pytest.raises(ArtifactError, match=f"head 'mean' declares a tolerance of {declared!r}; .* from 0 to 0.0001"):
         load_release(release, changed)
+
+
+def test_a_tolerance_may_be_one_of_numpys_numbers(tmp_path: Path) -> None:
+    release, changed = with_changed_code(tmp_path, tolerance=cast("float", np.float32(2e-5)))
+    assert "mean" in load_release(release, changed).heads
 
 
 def test_a_head_that_is_kept_is_compared_with_what_it_was_when_it_was_fitted(

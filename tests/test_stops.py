@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -80,6 +81,19 @@ def test_an_end_that_is_ours_or_celerys_passes(module: str) -> None:
     exec("def end(*_): raise SystemExit(0)", names)
     with pytest.raises(SystemExit):
         raise_if_stop(raised(names["end"]))
+
+
+class Mode(Enum):
+    FAST = "fast"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        sys.exit(f"no such mode: {value}")
+
+
+def test_a_plugin_that_exits_below_a_look_up_of_an_enum_has_failed() -> None:
+    """What the system does with a signal is an enum of Python's: its class's code is no handler."""
+    raise_if_stop(raised(lambda: Mode("slow")))
 
 
 def test_a_plugins_file_is_not_ours_though_it_is_named_after_us() -> None:

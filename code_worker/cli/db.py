@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,6 +13,7 @@ import click
 
 from code_worker.cli.ledger import has_database, missing_database, quiet_settings
 from code_worker.cli.output import plural, print_json_lines, say
+from code_worker.cli.progress import progress
 
 if TYPE_CHECKING:
     from code_worker.store.copies import Undone
@@ -134,26 +135,36 @@ def restore(file: Path, *, force: bool, as_json: bool) -> None:
     settings = quiet_settings()
     url = settings.resolved_database_url
     aside = aside_of(url, datetime.now(UTC))
-    lost = bring_back(url, file, aside, silence_s=None if force else silence_s(settings))
+    bring_back(url, file, aside, silence_s=None if force else silence_s(settings))
     kept = aside if aside.exists() else None
     if as_json:
+        lost = list(_undone(kept, file))
         record = {"restored": str(file), "before": kept and str(kept), "undone": [asdict(one) for one in lost]}
         print_json_lines([record])
         return
     say(f"restored {file}")
     if kept:
         say(f"what was there before is in {kept} (delete it later: it keeps what is erased from now on)")
-    _say_undone(lost)
-    again = "erase again as above, " if lost else ""
+    count = 0
+    for count, one in enumerate(_undone(kept, file), 1):
+        _say_undone(one, first=count == 1)
+    again = f"erase again as above ({plural(count, 'erasure')}), " if count else ""
     say(f"next: code-worker db upgrade, {again}then start the workers")
 
 
-def _say_undone(lost: Sequence[Undone]) -> None:
-    if not lost:
-        return
-    many = plural(len(lost), "erasure is", "erasures are")
-    say(f"{many} undone, asked for since the copy was made:")
-    for one in lost:
-        say(f"  {one.id}  {one.scope}, {one.at}, by {one.by}{f': {one.why}' if one.why else ''}")
-        for command in one.again or ("nothing that it erased is in the copy",):
-            say(f"    {command}")
+def _undone(before: Path | None, copy: Path) -> Iterator[Undone]:
+    """Looked for once the copy is back: with many jobs and erasures it takes minutes."""
+    from code_worker.store.copies import undone  # noqa: PLC0415 - SQLAlchemy, as above
+
+    with progress("looking for erasures that are undone", counted=True) as advance:
+        for one in undone(before, copy) if before else ():
+            yield one
+            advance(1)
+
+
+def _say_undone(one: Undone, *, first: bool) -> None:
+    if first:
+        say("undone are these erasures, asked for since the copy was made:")
+    say(f"  {one.id}  {one.scope}, {one.at}, by {one.by}{f': {one.why}' if one.why else ''}")
+    for command in one.again or ("nothing that it erased is in the copy",):
+        say(f"    {command}")

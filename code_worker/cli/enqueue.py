@@ -94,7 +94,7 @@ def _told_when_output_fails(accepted: Sequence[Accepted]) -> Iterator[None]:
         for one in accepted[:_SHOWN]:
             say(f"accepted all the same: {one.job_id}  {one.uri}", err=True)
         if len(accepted) > _SHOWN:
-            say("and more: code-worker jobs list", err=True)
+            say(f"and {len(accepted) - _SHOWN:,} more: code-worker jobs list", err=True)
         raise
 
 
@@ -143,7 +143,10 @@ def _enqueue(
     keep: bool,
     as_json: bool,
 ) -> int:
-    """Accepts lines; adds to `kept` what was accepted, unless `keep` the first alone; returns how many were not."""
+    """Accepts lines, and returns how many were not.
+
+    Adds to `kept` what was accepted: all if `keep`, else the first, or in JSON those that are not written yet.
+    """
     from code_worker.client import Client  # noqa: PLC0415 - SQLAlchemy and Celery, not for --help
 
     count = refused = 0
@@ -155,11 +158,14 @@ def _enqueue(
             refused += len(done.refused)
             count += len(done.accepted)
             advance(len(done.refused) + len(done.accepted))
-            kept += done.accepted if keep else islice(done.accepted, max(0, _SHOWN + 1 - len(kept)))
             if as_json and not keep:
+                kept[:] = done.accepted
                 click.echo(
                     "".join(f"{to_json({'job': one.job_id, 'uri': one.uri})}\n" for one in done.accepted), nl=False
                 )
+                kept.clear()
+            else:
+                kept += done.accepted if keep else islice(done.accepted, max(0, _SHOWN + 1 - len(kept)))
     if not as_json and not keep:
         for one in kept if count <= _SHOWN else ():
             say(f"{one.job_id}  {one.uri}")

@@ -111,7 +111,8 @@ def main() -> None:
             try:
                 cli(prog_name="code-worker")
             finally:
-                sys.stdout.flush()  # what a command left in it fails here, and not when Python ends
+                if sys.stdout is not None:  # Python has none where it is closed from the start (`>&-`)
+                    sys.stdout.flush()  # what a command left in it fails here, and not when Python ends
     except PermissionError as error:
         place = error.filename or "a file"
         click.echo(printable(f"code-worker: this user may not use {place}: {error.strerror}"), err=True)

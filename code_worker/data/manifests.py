@@ -69,9 +69,14 @@ def _json_rows(file: BinaryIO, path: Path, skipped: list[Skipped]) -> Iterator[t
             skipped.append(Skipped(where, f"not JSON: {error}"))
             continue
         if isinstance(row, dict):
-            yield where, row
+            yield where, {name: _without_ends(value) if name in _WAYS else value for name, value in row.items()}
         else:
             skipped.append(Skipped(where, line.problem or "not a JSON object"))
+
+
+def _without_ends(value: Any) -> Any:
+    """An address as a program wrote it that took it from a line; blanks at its end may be a key's own."""
+    return value.lstrip().rstrip("\r\n") if isinstance(value, str) else value
 
 
 def _csv_rows(file: BinaryIO, path: Path, skipped: list[Skipped]) -> Iterator[tuple[str, Mapping[str, Any]]]:

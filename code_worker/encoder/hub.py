@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from code_worker.errors import ArtifactError, ConfigurationError
+from code_worker.errors import ArtifactError, ArtifactStorageError, ConfigurationError
 from code_worker.telemetry import silent_import
 
 with silent_import():
@@ -17,6 +17,7 @@ HUB_PREFIX = "hf:"
 _NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _WANTED = ["config.json", "preprocessor_config.json", "model.safetensors", "sklearn/*"]
 _SHARDS = ["model.safetensors.index.json", "model-*-of-*.safetensors"]
+_PASSING = frozenset({408, 429})
 # The hub's client changed its HTTP library more than once; this is the base class of whichever it uses.
 _HTTP_ERROR: type[Exception] = getattr(errors, "HTTPError", OSError)
 
@@ -28,7 +29,8 @@ def download(source: str) -> Path:
 
     Raises:
         ConfigurationError: a malformed name, or a repository or revision that does not exist or is not open to us.
-        ArtifactError: the hub cannot be reached and the cache does not hold the files.
+        ArtifactStorageError: the hub cannot be reached now, and the cache does not hold the files.
+        ArtifactError: it refuses them.
     """
     match = _NAME.fullmatch(source)
     if match is None:
@@ -59,7 +61,8 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
     except errors.HFValidationError as error:
         raise ConfigurationError(f"{name!r} is not a hub name: {error}") from error
     except (_HTTP_ERROR, OSError) as error:
-        raise ArtifactError(
+        refused = _status(error) in range(400, 500) and _status(error) not in _PASSING
+        raise (ArtifactError if refused else ArtifactStorageError)(
             f"cannot download {name} from {constants.ENDPOINT}: {_why(error)}. {_by_hand(repo)}"
         ) from error
 
@@ -67,13 +70,21 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
 def _why(error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and the hub's cache does not hold it"
-    # The client wraps what went wrong in "not found in the cache either".
-    reason = error.__cause__ or error
-    status = getattr(getattr(reason, "response", None), "status_code", None)
-    if status is not None:
+    if (status := _status(error)) is not None:
         return f"the server answered {status}"
+    reason = _reason(error)
     first = str(reason).partition("\n")[0].rstrip(". ")
     return f"{type(reason).__name__}: {first}" if first else type(reason).__name__
+
+
+def _reason(error: Exception) -> BaseException:
+    # The client wraps what went wrong in "not found in the cache either".
+    return error.__cause__ or error
+
+
+def _status(error: Exception) -> int | None:
+    status = getattr(getattr(_reason(error), "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _by_hand(repo: str) -> str:

@@ -239,12 +239,18 @@ class S3Artifacts:
             (copy / MANIFEST_NAME).write_bytes(content)
             for name in sorted(manifest.files):
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                self._client.download_file(
-                    self._bucket, self._key(release, name), str(copy / name), Callback=on_bytes
-                )
+                self._download_file(release, name, copy / name, on_bytes)
             _, sha256 = verify_files(copy)
             _expect_id(release, sha256, f"{self.address}/{release}")
             replace_by(target, copy)
+
+    def _download_file(self, release: str, name: str, target: Path, on_bytes: OnBytes | None) -> None:
+        try:
+            self._client.download_file(self._bucket, self._key(release, name), str(target), Callback=on_bytes)
+        except self._client.exceptions.ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                raise IntegrityError(f"release {release} in {self.address} lacks {name}") from error
+            raise
 
     def _manifest_bytes(self, release: str) -> bytes | None:
         return self._bytes(release, MANIFEST_NAME, MAX_MANIFEST_BYTES + 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from code_worker.errors import ArtifactError, ConfigurationError
+from code_worker.errors import ArtifactError, ArtifactStorageError, ConfigurationError
 from code_worker.logs import get_logger
 from code_worker.plugins import HEAD_NAME
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
@@ -114,7 +114,7 @@ def _copy_release(source: Path, directory: Path, options: ImportOptions, keys: S
         shutil.copytree(source, directory, dirs_exist_ok=True)
         manifest, signature = (directory / MANIFEST_NAME).read_bytes(), signature_in(directory)
     except OSError as error:
-        raise ArtifactError(f"cannot copy {source}: {error}") from error
+        raise ArtifactStorageError(f"cannot copy {source}: {error}") from error
     check(manifest, signature, keys, str(source))
     return sha256
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from code_worker.disk import flush
 from code_worker.errors import ConfigurationError, StoreError, StoreUnavailableError
-from code_worker.store.copies import Undone, file_of, heard_of, read_only, undone
+from code_worker.store.copies import file_of, heard_of, read_only
 from code_worker.store.migrate import SHARED_TABLE, VERSION_TABLE
 
 __all__ = ["backup", "restore"]
@@ -54,7 +54,7 @@ def backup(url: str, target: Path) -> int:
     return target.stat().st_size
 
 
-def restore(url: str, source: Path, aside: Path, *, silence_s: float | None = None) -> list[Undone]:
+def restore(url: str, source: Path, aside: Path, *, silence_s: float | None = None) -> None:
     """Makes the database what it was when the copy was taken, in one transaction; the present one is copied aside.
 
     Processes that have it open see the older state from then on; still, stop them: what they hold is of another time.
@@ -65,9 +65,6 @@ def restore(url: str, source: Path, aside: Path, *, silence_s: float | None = No
         aside: where the present database is copied to.
         silence_s: a part counts as stopped when nothing was heard of it for so long; None: do not ask.
 
-    Returns:
-        Erasures that were asked for since, and of which the copy brings back what they erased.
-
     Raises:
         ConfigurationError: the database is none of SQLite's, or the file is no regular one, or the database itself.
         StoreError: the file is no whole database of ours, or parts are running; nothing was changed.
@@ -75,16 +72,13 @@ def restore(url: str, source: Path, aside: Path, *, silence_s: float | None = No
     """
     target = _file_of(url, "pg_restore")
     _refuse_source(source, target)
-    since: list[Undone] = []
     with _translated(f"{source} cannot be restored"):
         _check(source)
         if target.is_file() and target.stat().st_size:
             if silence_s is not None:
                 _refuse_running(target, silence_s)
-            since = undone(target, source)
             backup(url, aside)
         _copy(source, target, keep_log=True)
-    return since
 
 
 def _refuse_running(target: Path, silence_s: float) -> None:

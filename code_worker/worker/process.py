@@ -74,6 +74,8 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None, nam
     app = create_app(settings)
     host, concurrency = host_of(app), concurrency or settings.worker.concurrency
     host.judge_on(concurrency)
+    # In this thread, where SIGTERM breaks into it: a database that hangs is not waited for at the end as well.
+    host.store()
     host.start_reporting(names)
     try:
         # The model is loaded before the first message is taken; nothing forks afterwards, so CUDA is safe.

@@ -121,9 +121,9 @@ def _check_pool(worker: Any) -> None:
 
 
 def _check_visibility(app: Any, settings: Settings) -> None:
-    """Of Redis always; of another broker, such as SQS, where it is set."""
-    options = app.conf.broker_transport_options or {}
-    if driver_of(app) == "redis" or "visibility_timeout" in options:
+    """Of Redis always; of another broker, such as SQS, where it is set; AMQP has none and ignores it."""
+    options, driver = app.conf.broker_transport_options or {}, driver_of(app)
+    if driver == "redis" or ("visibility_timeout" in options and driver != "amqp"):
         theirs = options.get("visibility_timeout", _KOMBUS_OWN_S)
         own = theirs == settings.broker.visibility_timeout_s
         check_visibility(float(theirs), settings, setting=OWN_VISIBILITY if own else _THEIR_VISIBILITY)

@@ -99,6 +99,7 @@ class Reporter:
         self._role = role
         self._owner = owner
         self._more = more
+        self._heard = False
 
     def say(self) -> None:
         """One sign of life."""
@@ -106,9 +107,12 @@ class Reporter:
 
         said = {**facts(self._settings, self._role), **self._more()}
         self._store().run(lambda session: workers.beat(session, self._owner, version=__version__, info=said))
+        self._heard = True
 
     def end(self) -> None:
-        """The process ends in order."""
+        """The process ends in order; nothing is to be taken back where nothing was said."""
+        if not self._heard:
+            return
         from code_worker.store import workers  # noqa: PLC0415 - as above
 
         self._store().run(lambda session: workers.gone(session, self._owner))

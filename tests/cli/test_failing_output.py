@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,4 +62,33 @@ def test_who_enqueues_hears_on_stderr_what_was_accepted(
     told = {tuple(line.split()[-2:]) for line in said.splitlines() if "accepted all the same: " in line}
     assert told <= {(job.id, job.uri) for job in found}
     assert len(told) == min(len(found), 20)
-    assert ("and more: code-worker jobs list" in said) is (len(found) > 20)
+    assert (f"and {len(found) - 20} more: code-worker jobs list" in said) is (len(found) > 20)
+
+
+def test_of_many_jobs_those_are_told_that_nobody_read(sqlite_store: Store, tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("".join(f"s3://b/{number}.jpg\n" for number in range(3000)))
+    env = {**os.environ, "CODE_WORKER_DATA_DIR": str(tmp_path), "CODE_WORKER_DATABASE_URL": sqlite_store.url}
+    words = ["enqueue", "--json", "--from", str(tmp_path / "list")]
+    program = [forking_python(), "-c", "from code_worker.cli.main import main; main()", *words]
+    with subprocess.Popen(program, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        # One transaction of them; the next is more than a pipe holds.
+        read = {json.loads(process.stdout.readline())["job"] for _ in range(1024)}
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait() == 1
+    told = {line.split()[-2] for line in said.splitlines() if "accepted all the same: " in line}
+    assert len(told) == 20
+    assert told.isdisjoint(read)
+
+
+@pytest.mark.parametrize(("words", "status"), [("--version", 0), ("jobs counts", 0), ("schedule lisst", 2)])
+def test_a_standard_output_that_was_closed_from_the_start_fails_nothing(
+    sqlite_store: Store, tmp_path: Path, words: str, status: int
+) -> None:
+    env = {**os.environ, "CODE_WORKER_DATA_DIR": str(tmp_path), "CODE_WORKER_DATABASE_URL": sqlite_store.url}
+    program = [sys.executable, "-c", "from code_worker.cli.main import main; main()", *words.split()]
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *program]
+    done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False)

@@ -107,7 +107,7 @@ def test_a_line_that_is_no_cron_line_is_a_wrong_setting(
         load_settings()
 
 
-number = st.integers(0, 61).map(str) | st.sampled_from(["sun", "Mon", "saturday", "7", "funday", "jan"])
+number = st.integers(0, 61).map(str) | st.sampled_from(["sun", "Mon", "saturday", "thurs", "7", "funday", "jan"])
 numbers = st.builds("{}-{}".format, number, number) | number | st.just("*")
 part = st.builds("{}/{}".format, numbers, st.integers(0, 40)) | numbers | numbers
 field = st.lists(part, min_size=1, max_size=3).map(",".join)
@@ -127,7 +127,7 @@ def test_settings_accept_no_line_that_the_scheduler_refuses_or_that_never_comes(
     "line",
     [
         *("* * * * *", "  0  3 * * sun ", "*/15 0-6/2 1,15 * mon-fri", "0 0 29 2 *", "5 22-2 * * Fri-mon"),
-        "0 0 31 1,2 saturday,sun",
+        *("0 0 31 1,2 saturday,sun", "0 3 * * tues,thur-Satur"),
     ],
 )
 def test_lines_that_the_scheduler_takes_are_taken(line: str) -> None:
