@@ -46,9 +46,14 @@ class _KnowsOurs:
         # Celery would bind one that is listed by its name alone to the default exchange, with what else goes there.
         if queue.name in ALL_QUEUES and not queue.exchange.name and queue.routing_key in (None, "", queue.name):
             queue.exchange, queue.routing_key = Exchange(queue.name, type="direct"), queue.name
-        if getattr(self, "create_missing_queue_type", None) == "quorum" and queue.name in ALL_QUEUES:
-            queue.queue_arguments = {"x-queue-type": "quorum", **(queue.queue_arguments or {})}
-        return super()._add(queue)  # type: ignore[misc]  # as above
+        return super()._add(_typed(self, queue) if queue.name in ALL_QUEUES else queue)  # type: ignore[misc]  # as above
+
+
+def _typed(queues: Any, queue: Queue) -> Queue:
+    """A queue of the type that the app creates those with that are not listed."""
+    if getattr(queues, "create_missing_queue_type", None) == "quorum":
+        queue.queue_arguments = {"x-queue-type": "quorum", **(queue.queue_arguments or {})}
+    return queue
 
 
 def add_queues(app: Celery) -> None:
@@ -62,7 +67,7 @@ def add_queues(app: Celery) -> None:
             amqp.queues._consume_from = dict(amqp.queues)  # noqa: SLF001 - see above
         for name in ALL_QUEUES:
             if name not in amqp.queues:
-                amqp.queues.add(bound_queue(name))
+                amqp.queues.add(_typed(amqp.queues, bound_queue(name)))
 
 
 def _assign(app: Celery, name: str, value: object) -> None:

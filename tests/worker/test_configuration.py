@@ -237,8 +237,10 @@ def test_what_is_asked_for_is_not_taken_from(listed: list[Queue] | None) -> None
 def test_queues_that_somebody_asked_for_before_we_came_can_be_named() -> None:
     app = Celery("theirs", broker=URL, set_as_current=False)
     app.conf.task_create_missing_queues = False
+    app.conf.task_create_missing_queue_type = "quorum"
     assert list(app.amqp.queues) == ["celery"]
     install(app)
+    assert app.amqp.queues["code_worker.live"].queue_arguments == {"x-queue-type": "quorum"}
     app.amqp.queues.select(["code_worker.train"])
     assert list(app.amqp.queues.consume_from) == ["code_worker.train"]
 

@@ -30,6 +30,12 @@ from tests.worker.harness import Deployment, WorkerProcess, environment_in, jpeg
 
 OURS = ",".join([*QUEUES, SWEEP_QUEUE])
 TIME_LIMIT_S = 1
+THEIR_TASKS = ("theirs.kick", "theirs.add", "theirs.feed", "theirs.last")
+EVENTS = {
+    ("task-sent", "theirs.add"),
+    ("task-sent", "theirs.feed"),
+    *((f"task-{kind}", task) for task in THEIR_TASKS for kind in ("received", "started", "succeeded")),
+}
 LAYOUTS = {
     # Pool, and when we are installed.
     "plain": ("prefork", "first"),
@@ -146,22 +152,26 @@ class Host:
 
     @contextmanager
     def watching(self, seen: Seen) -> Iterator[None]:
-        """Collects the events of their tasks until the last of them has ended."""
-        listening, names = threading.Event(), {}
+        """Collects the events of their tasks until all have come that Celery sends of them."""
+        listening = threading.Event()
+        names: dict[str, str] = {}
+        heard: set[tuple[str, str]] = set()
 
         def hear(event: dict[str, Any]) -> None:
             listening.set()
             if event["type"].startswith("task-"):
-                name = names.setdefault(event["uuid"], event.get("name", "?"))
-                if name.startswith("theirs.") and name != "theirs.tick":
-                    seen.events.add((event["type"], name))
+                # Only some say the name, and those of the pool may come before those of the consumer.
+                heard.add((event["type"], event["uuid"]))
+                names.update({event["uuid"]: event["name"]} if event.get("name") else {})
+                named = {(kind, names.get(task, "")) for kind, task in heard}
+                seen.events = {(kind, name) for kind, name in named if name in THEIR_TASKS}
 
         def capture() -> None:
             with self.app.connection_for_read() as connection:
                 receiver = self.app.events.Receiver(connection, handlers={"*": hear})
                 # The workers are asked to say that they live, by which it is known that this listens.
                 for _ in receiver.itercapture(timeout=LIMIT_S, wakeup=True):
-                    if ("task-succeeded", "theirs.last") in seen.events:
+                    if seen.events >= EVENTS:
                         return
 
         thread = threading.Thread(target=capture, daemon=True)
@@ -169,7 +179,7 @@ class Host:
         assert listening.wait(LIMIT_S)
         yield
         thread.join(LIMIT_S)
-        assert not thread.is_alive()
+        assert not thread.is_alive(), EVENTS - seen.events
 
     def lines(self) -> Counter[str]:
         """What the workers took so far."""
@@ -214,7 +224,6 @@ def test_their_app_works_as_without_us_and_ours_does_too(
     expected, _ = alone.observed(str(image))
     seen, job = host.observed(str(image))
     assert seen == expected
-    assert ("task-succeeded", "theirs.add") in seen.events
     client = deployment.client()
     verdict = wait_until(lambda: client.verdict(job or ""), LIMIT_S, f"our verdict: {host.log('ours')[-3000:]}")
     assert verdict.outcome is Outcome.JUDGED
