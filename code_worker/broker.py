@@ -125,7 +125,7 @@ def transport_options(settings: Settings) -> dict[str, Any]:
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
         "health_check_interval": 5,
-        "global_keyprefix": settings.broker.key_prefix,
+        "global_keyprefix": settings.broker.key_prefix or "",
         "queue_order_strategy": "code_worker.worker.transport:QueuesInOrder",
     }
 
@@ -167,7 +167,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             "interval_step": 0.4,
             "interval_max": 1,
         },
-        "redbeat_key_prefix": f"{settings.broker.key_prefix}redbeat:",
+        "redbeat_key_prefix": f"{settings.broker.key_prefix or ''}redbeat:",
         "redbeat_lock_timeout": 50,
         "beat_max_loop_interval": 5,
         "beat_schedule_filename": str(settings.data_path / "run" / "beat-schedule"),

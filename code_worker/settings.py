@@ -64,7 +64,11 @@ _BELOW: ContextVar[Mapping[str, object]] = ContextVar("_BELOW", default={})  # n
 class BrokerSettings(Section):
     """How the broker is used."""
 
-    key_prefix: str = Field("cw:", description="Prefix of every key in Redis, for ACLs and shared servers.")
+    key_prefix: str | None = Field(
+        "cw:",
+        description="Prefix of every key in Redis, for ACLs and shared servers; `null`: none, as in an app of yours "
+        "that sets no `global_keyprefix`.",
+    )
     visibility_timeout_s: int = Field(
         600,
         ge=30,
@@ -311,9 +315,11 @@ class Settings(BaseSettings):
 
     @property
     def database_file(self) -> Path | None:
-        """The file of the SQLite database in use; None for another kind."""
-        url = self.resolved_database_url
-        return Path(url.partition(":///")[2]).expanduser().absolute() if url.startswith("sqlite") else None
+        """The file of the SQLite database in use; None for another kind, and for a URL that names no file."""
+        scheme, _, name = self.resolved_database_url.partition(":///")
+        if not scheme.startswith("sqlite") or name in {"", ":memory:"} or "?" in name:
+            return None
+        return expanded(Path(name), "CODE_WORKER_DATABASE_URL")
 
     @property
     def resolved_artifacts(self) -> str:
@@ -349,7 +355,8 @@ class Settings(BaseSettings):
             raise ConfigurationError(forbidden(address)) from None
         except OSError:
             raise ConfigurationError(
-                f"no broker: set CODE_WORKER_BROKER_URL, or start `code-worker up` for {self.data_path}"
+                "no broker: set CODE_WORKER_BROKER_URL (in your own Celery app, to its broker_url), "
+                f"or start `code-worker up` for {self.data_path}"
             ) from None
 
 

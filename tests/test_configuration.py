@@ -303,11 +303,7 @@ def test_a_file_with_a_byte_order_mark_is_read(toml: Callable[[bytes], Path]) ->
         *(("PORT", "udp://[fd00::1]:53"), ("SERVICE_HOST", "fd00::1"), ("NAME", "/web/code-worker")),
         *(("ENV_PATH", "/usr/bin:/bin"), ("PORT_8080_TCP_ADDR", "172.17.0.5"), ("PORT_8080_TCP_PORT", "8080")),
         *(("BROKER_PORT_6379_TCP_PORT", "6379"), ("OWNER", "node-1"), ("SUPERVISOR_PID", "12"), ("FAILPOINT", "a.b")),
-        *(
-            ("PORT_80_TCP_START", "tcp://10.0.0.1:80"),
-            ("PORT_80_TCP_PORT_END", "82"),
-            ("SERVICE_HOST", "fe80::1%eth0"),
-        ),
+        *(("PORT_80_TCP_START", "tcp://[::1]:80"), ("PORT_80_TCP_PORT_END", "82"), ("SERVICE_HOST", "fe80::1%eth0")),
     ],
 )
 def test_what_kubernetes_and_supervisors_set_is_no_setting(name: str, text: str, variables: Set) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -230,6 +231,22 @@ def test_a_producer_with_another_key_prefix_is_told(
     (elsewhere,) = found("queues", broker={"key_prefix": "other:"})
     assert elsewhere.status is Status.FAIL
     assert "CODE_WORKER_BROKER__KEY_PREFIX" in elsewhere.hint
+
+
+def test_jobs_whose_messages_no_broker_took_are_told(make: Make, sqlite_store: Store) -> None:
+    with closing(Client(make(broker_url="redis://127.0.0.1:1/0"))) as client:
+        client.enqueue("s3://b/k")
+        client.enqueue("s3://b/l")
+    assert [check.status for check in found("queues")] == [Status.OK], "the sweeper is given its time"
+    ago = "update jobs set due_at = datetime('now', '-37 seconds') || '.000000'"
+    with sqlite_store.engine.begin() as connection:
+        connection.exec_driver_sql(ago)
+    (check,) = found("queues")
+    assert check.status is Status.WARN
+    assert re.match(r"2 jobs accepted of which no message could be published, the first for \d\d s", check.message)
+    with sqlite_store.engine.begin() as connection:
+        connection.exec_driver_sql("update jobs set due_at = datetime('now', '+60 seconds') || '.000000'")
+    assert [check.status for check in found("queues")] == [Status.OK], "they wait for another attempt"
 
 
 def test_messages_that_no_worker_saw_are_told_wherever_doctor_runs(

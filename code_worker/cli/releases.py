@@ -58,7 +58,7 @@ def _warn_of_stale(settings: Settings, champion: str) -> None:
     with open_ledger(settings) as store:
         stale = store.run(lambda session: policies.stale(session, champion), write=False)
     if stale:
-        what = f"{len(stale)} policies were" if len(stale) > 1 else f"the policy of {stale[0].scope} was"
+        what = plural(len(stale), f"policy ({stale[0].scope}) was", "policies were")
         click.echo(f"{what} calibrated on another release: `code-worker calibrate --after-promote`", err=True)
 
 

@@ -144,6 +144,19 @@ def waiting(session: Session) -> dict[str, tuple[int, float]]:
     return {queue: (number, max(0.0, (now - first).total_seconds())) for queue, number, first, now in rows}
 
 
+def unpublished(session: Session) -> tuple[int, float]:
+    """How many jobs are due for a message and have none, and for how many seconds the first of them has been.
+
+    The sweeper publishes them at its next pass; those that wait for another attempt are due later.
+    """
+    number, first, now = session.execute(
+        select(func.count(), func.min(_JOBS.c.due_at), func.max(db_now())).where(
+            _JOBS.c.due_at <= db_now(), unindexed(_JOBS.c.state) == "accepted", _JOBS.c.published_at.is_(None)
+        )
+    ).one()
+    return number, 0.0 if first is None else max(0.0, (now - first).total_seconds())
+
+
 def oldest_unfinished_s(session: Session) -> float | None:
     """Age of the job that waits longest for a verdict; what an alarm should watch. None when there is none.
 

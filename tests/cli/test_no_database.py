@@ -107,6 +107,12 @@ def test_what_needs_a_database_says_that_there_is_none_and_makes_none(
     assert str(tmp_path / ("typo" if by == "url" else "data")) in (ran.stdout + ran.stderr).replace("\n", ""), ran
 
 
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:////tmp/a.db?mode=ro"])
+def test_a_url_that_names_no_plain_file_is_refused_as_such(run: Cli, url: str) -> None:
+    ran = run("jobs", "list", env={"CODE_WORKER_DATABASE_URL": url})
+    assert (ran.status, "SQLite must be a plain file" in ran.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("line", NEED_NONE)
 def test_what_needs_no_database_makes_none(run: Cli, tmp_path: Path, line: str) -> None:
     before = sorted(tmp_path.rglob("*"))

@@ -103,7 +103,7 @@ class FaultDeployment(Deployment):
         found += ledger_violations(self.ledger, self.accepted)
         broker_url = self.broker_url or self.settings.resolved_broker_url
         if not self.workers_killed:
-            found += broker_violations(broker_url, self.settings.broker.key_prefix)
+            found += broker_violations(broker_url, self.settings.broker.key_prefix or "")
         found += idle_violations(self.ledger)
         found += log_violations(self.log(), self.tolerated)
         return found

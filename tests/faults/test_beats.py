@@ -25,7 +25,7 @@ def deployment(tmp_path: Path, redis_server: RedisServer) -> Iterator[LearningDe
     made = LearningDeployment(tmp_path, redis_server.url, build_champion(tmp_path / "champion"))
     made.environment |= {
         "CODE_WORKER_SCHEDULE__REFIT": "* * * * *",
-        "CODE_WORKER_BROKER__KEY_PREFIX": "",
+        "CODE_WORKER_BROKER__KEY_PREFIX": "null",
         "THEIRS_DIRECTORY": str(tmp_path),
     }
     yield made

@@ -116,7 +116,7 @@ def test_no_signal_loses_a_job(
 def test_a_remapped_sigterm_with_the_solo_pool_is_refused(
     deploy: Deploy, sqlite_url: str, redis_server: RedisServer, seen: Seen, tmp_path: Path
 ) -> None:
-    deployment = deploy(sqlite_url, CODE_WORKER_BROKER__KEY_PREFIX="", THEIRS_DIRECTORY=str(tmp_path))
+    deployment = deploy(sqlite_url, CODE_WORKER_BROKER__KEY_PREFIX="null", THEIRS_DIRECTORY=str(tmp_path))
     command = [
         sys.executable,
         "-m",

@@ -70,7 +70,7 @@ def test_a_worker_judges_by_whatever_url_its_redis_has(
         f"sqlite:///{tmp_path / 'db.sqlite'}",
         THEIRS_DIRECTORY=str(tmp_path),
         THEIRS_BROKER=url,
-        CODE_WORKER_BROKER__KEY_PREFIX="",
+        CODE_WORKER_BROKER__KEY_PREFIX="null",
     )
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(1))
     command = [

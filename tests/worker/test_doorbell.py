@@ -19,7 +19,7 @@ from kombu.transport import memory
 from code_worker.doorbell import Doorbell, bound_queue
 from code_worker.errors import BrokerUnavailableError
 from code_worker.queues import LIVE, MODERATE, NORMAL, RETRAIN, TRAIN_QUEUE
-from code_worker.settings import BrokerSettings, Settings
+from code_worker.settings import BrokerSettings, Settings, load_settings
 from code_worker.worker.app import create_app, install
 from code_worker.worker.bystander import Bystander
 from tests.servers import RedisServer
@@ -161,6 +161,19 @@ def test_a_worker_that_takes_none_of_our_queues_says_once_that_jobs_wait(
     assert "-Q code_worker.live,code_worker.normal" in line
     redis_server.kill()
     Bystander(app).look()
+    app.close()
+
+
+def test_a_producer_elsewhere_reaches_an_app_without_a_key_prefix(
+    redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODE_WORKER_BROKER__KEY_PREFIX", "null")
+    settings = load_settings(data_dir=tmp_path, broker_url=redis_server.url)
+    bell = Doorbell.for_producer(settings)
+    bell.ring(NORMAL, ["a"])
+    app = install(Celery("theirs", broker=redis_server.url, set_as_current=False))
+    assert Doorbell(app).depth(NORMAL) == 1
+    bell.close()
     app.close()
 
 

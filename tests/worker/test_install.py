@@ -50,7 +50,7 @@ def test_their_worker_runs_their_tasks_and_ours(
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     deployment = deploy(
-        f"sqlite:///{tmp_path / 'db.sqlite'}", THEIRS_DIRECTORY=str(theirs), CODE_WORKER_BROKER__KEY_PREFIX=""
+        f"sqlite:///{tmp_path / 'db.sqlite'}", THEIRS_DIRECTORY=str(theirs), CODE_WORKER_BROKER__KEY_PREFIX="null"
     )
     (tmp_path / "files" / "a.jpg").write_bytes(jpeg(1))
     (tmp_path / "files" / "cut.jpg").write_bytes(jpeg(2)[:-900])

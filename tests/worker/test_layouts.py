@@ -61,7 +61,7 @@ def deployment(
     url = f"sqlite:///{directory / 'db.sqlite'}"
     environment = environment_in(directory, url, broker.url) | {
         "CODE_WORKER_ENGINE": "torch",
-        "CODE_WORKER_BROKER__KEY_PREFIX": "",
+        "CODE_WORKER_BROKER__KEY_PREFIX": "null",
     }
     made = Deployment(environment, directory / "workers.log")
     with closing(open_store(url)) as store:

@@ -98,7 +98,7 @@ def test_a_batch_that_hangs_in_a_worker_of_somebodys_app_ends_the_process(
     deployment = deploy(
         f"sqlite:///{tmp_path / 'db.sqlite'}",
         THEIRS_DIRECTORY=str(tmp_path),
-        CODE_WORKER_BROKER__KEY_PREFIX="",
+        CODE_WORKER_BROKER__KEY_PREFIX="null",
         CODE_WORKER_PLUGINS_DIR=str(plugins),
         CODE_WORKER_WORKER__BATCH_TIMEOUT_S="5",
     )

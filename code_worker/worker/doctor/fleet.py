@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["needed_heads", "queues", "workers"]
 
 _UNTAKEN_S: Final = 30.0
+_UNPUBLISHED_S: Final = 15.0
 _NOTED_S: Final = 180.0
 """Three of a bystander's looks."""
 _LATELY: Final = timedelta(minutes=10)
@@ -97,23 +98,41 @@ def _differs(settings: Settings, part: WorkerInfo) -> Iterator[Check]:
         text = (
             f"{part.role} {_named(part)}, running since {since}, has other settings than here: {', '.join(sections)}"
         )
-        hint = "restart it, so that it reads them, or set the same here: all parts should share them"
+        hint = (
+            "restart it, so that it reads them, or set the same here (what stands in app.conf.code_worker, too): "
+            "all parts should share them"
+        )
         yield Check("workers", Status.WARN, text, hint)
 
 
 def queues(settings: Settings) -> Iterator[Check]:
     """Somebody takes from each queue in which jobs wait, and producers publish where workers take from."""
 
-    def read(session: Session) -> tuple[list[WorkerInfo], dict[str, tuple[int, float]]]:
-        return fleet.alive(session, within_s=silence_s(settings), role=None), joblist.waiting(session)
+    def read(session: Session) -> tuple[list[WorkerInfo], dict[str, tuple[int, float]], tuple[int, float]]:
+        alive = fleet.alive(session, within_s=silence_s(settings), role=None)
+        return alive, joblist.waiting(session), joblist.unpublished(session)
 
     with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:
-        alive, waiting = store.run(read, write=False)
-    found = [*_untaken(settings, alive, waiting), *_elsewhere(settings, alive), *_unheard(alive)]
+        alive, waiting, unpublished = store.run(read, write=False)
+    found = [
+        *_unpublished(*unpublished),
+        *_untaken(settings, alive, waiting),
+        *_elsewhere(settings, alive),
+        *_unheard(alive),
+    ]
     yield from found
     if not found:
         number = sum(count for count, _ in waiting.values())
         yield Check("queues", Status.OK, f"{number} published and not taken yet" if number else "none waits")
+
+
+def _unpublished(number: int, first_s: float) -> Iterator[Check]:
+    """The sweeper publishes within seconds what a producer could not."""
+    if number and first_s > _UNPUBLISHED_S:
+        jobs = f"{number} job{'s' if number > 1 else ''}"
+        text = f"{jobs} accepted of which no message could be published, the first for {first_s:.0f} s"
+        hint = "code-worker doctor broker; when it answers, the sweeper of any running worker publishes them"
+        yield Check("queues", Status.WARN, text, hint)
 
 
 def _untaken(
@@ -165,7 +184,10 @@ def _elsewhere(settings: Settings, alive: Sequence[WorkerInfo]) -> Iterator[Chec
     if others:
         status = Status.WARN if here in theirs else Status.FAIL
         text = f"{', '.join(others)} takes from another broker or key prefix than these settings publish to"
-        hint = "give producers and workers the same CODE_WORKER_BROKER_URL and CODE_WORKER_BROKER__KEY_PREFIX"
+        hint = (
+            "give producers and workers the same CODE_WORKER_BROKER_URL and CODE_WORKER_BROKER__KEY_PREFIX "
+            "(`null` where your own app sets no global_keyprefix)"
+        )
         yield Check("queues", status, text, f"{hint}; until then only the sweeper tells workers of jobs")
 
 
