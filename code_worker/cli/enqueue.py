@@ -12,7 +12,16 @@ from typing import IO, Any
 import click
 
 from code_worker.cli.arguments import JSON_OBJECT, json_option
-from code_worker.cli.enqueue_list import Accepted, Line, accept_lines, listed_lines, named_lines, prefix_lines
+from code_worker.cli.enqueue_list import (
+    Accepted,
+    Done,
+    Line,
+    accept_lines,
+    listed_lines,
+    named_lines,
+    prefix_lines,
+    unread_schemes,
+)
 from code_worker.cli.ledger import has_database, no_database, open_ledger, quiet_settings
 from code_worker.cli.output import plural, say, shown_json, to_json
 from code_worker.cli.progress import progress
@@ -184,12 +193,12 @@ def _enqueue(
     from code_worker.client import Client  # noqa: PLC0415 - SQLAlchemy and Celery, not for --help
 
     count = refused = 0
+    told: set[str] = set()
     kept = tally.kept
     bar = progress("enqueueing jobs", counted=True, beside_rows=as_json)
     with closing(Client(settings)) as client, bar as advance:
         for done in accept_lines(client, lines, common):
-            for line, problem in done.refused:
-                say(redact(f"{line}: {problem}"), err=True)
+            _say_problems(done, told)
             refused += len(done.refused)
             count += len(done.accepted)
             tally.untold += len(done.accepted)
@@ -209,3 +218,12 @@ def _enqueue(
         lines_refused = f", {plural(refused, 'line')} refused" if refused else ""
         say(f"{plural(count, 'job')} accepted{lines_refused}", err=True)
     return refused
+
+
+def _say_problems(done: Done, told: set[str]) -> None:
+    """Names what was refused, and schemes that no source reads, except those that were `told` before."""
+    for line, problem in done.refused:
+        say(redact(f"{line}: {problem}"), err=True)
+    for scheme in sorted(unread_schemes(done.accepted) - told):
+        say(f"{scheme}:// is not read: workers reject such images; write s3://… or file://…", err=True)
+        told.add(scheme)
