@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Final
 
-__all__ = ["printable", "printable_lines"]
+__all__ = ["printable", "printable_json", "printable_lines"]
 
 # Control characters of both blocks (an ESC, a line break, the one-byte CSI), separators of lines and paragraphs, what
 # turns the direction of writing (UAX #9, and "Trojan Source", CVE-2021-42574), marks that show nothing, and halves of
@@ -20,9 +21,14 @@ _SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\x1b": "\\e"}
 def printable(text: str) -> str:
     r"""The text on one line, with escapes such as `\e` and `\u202e` for what a terminal would act on or not show.
 
-    Meant for eyes: a backslash stays one, so the text cannot be read back. JSON and CSV hold the text itself.
+    Meant for eyes: a backslash stays one, so the text cannot be read back. Files and pipes get the text itself.
     """
     return _UNSAFE.sub(_escape, text)
+
+
+def printable_json(text: str) -> str:
+    """One or several lines of JSON, with JSON's own escapes for the same characters: it means what it meant."""
+    return _UNSAFE.sub(_escape_json, text)
 
 
 def printable_lines(text: str) -> str:
@@ -39,3 +45,8 @@ def _escape(match: re.Match[str]) -> str:
         # PEP 383: the byte that it stands for.
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _escape_json(match: re.Match[str]) -> str:
+    # Its own whitespace stands outside of strings, where it ends a line.
+    return match[0] if match[0] in "\n\t\r" else json.dumps(match[0])[1:-1]

@@ -13,7 +13,7 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, json_option, limit_option
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import plural, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_json, print_json_lines, print_table, say
 
 if TYPE_CHECKING:
     from code_worker.store.audit import Entry, Verified
@@ -97,7 +97,7 @@ def verify(*, head: tuple[int, str] | None, as_json: bool) -> None:
     with open_ledger() as store:
         found = table.verify(store, head=head)
     if as_json:
-        click.echo(to_json({**asdict(found), "whole": not found.flaws}))
+        print_json({**asdict(found), "whole": not found.flaws})
     else:
         _say(found)
     sys.exit(1 if found.flaws else 0)

@@ -14,7 +14,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import quiet_settings
-from code_worker.cli.output import print_facts, to_json
+from code_worker.cli.output import print_facts, print_json
 from code_worker.cli.progress import progress
 from code_worker.cli.scan_inputs import Inputs
 from code_worker.cli.scan_runtime import start
@@ -78,7 +78,7 @@ def bench(
     judged = {"release": judged_by, "images": len(files), "source": directory or f"made, {size} JPEG"}
     facts = {**judged, **_facts(found, settings, per_day)}
     if as_json:
-        click.echo(to_json(facts))
+        print_json(facts)
     else:
         print_facts(_for_people(facts))
 

@@ -12,7 +12,7 @@ import click
 from code_worker.cli.arguments import SHARE_BETWEEN
 from code_worker.cli.ledger import has_database, no_database, open_ledger, quiet_settings
 from code_worker.cli.measuring import list_skipped, open_measured
-from code_worker.cli.output import plural, print_table, say, to_json
+from code_worker.cli.output import plural, print_json, print_table, say
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.errors import ConfigurationError
@@ -109,7 +109,7 @@ def _calibrate_one(asked: _Asked) -> None:
         if row is not None and store is not None:
             _warn_of_another_champion(store, calibration.evidence["release"])
     if asked.as_json:
-        click.echo(to_json(_record(asked, calibration, row)))
+        print_json(_record(asked, calibration, row))
     else:
         _say(asked, calibration, row)
 

@@ -13,7 +13,7 @@ import click
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import quiet_settings
 from code_worker.cli.measuring import list_skipped
-from code_worker.cli.output import plural, print_table, to_json
+from code_worker.cli.output import plural, print_json, print_table
 from code_worker.cli.progress import progress
 from code_worker.data.examples import losses, passed_over
 from code_worker.errors import (
@@ -102,7 +102,7 @@ def _say_counts(
     ]
     if as_json:
         left_out = {"skipped": losses(skipped), "passed_over": passed_over(skipped)}
-        click.echo(to_json({"source": source, "images": counts.total(), "kinds": rows, **left_out}))
+        print_json({"source": source, "images": counts.total(), "kinds": rows, **left_out})
         return
     print_table(rows, (*_KINDS, "images"), empty="")
     by_label = {label: sum(row["images"] for row in rows if row["label"] == label) for label in ("real", "fake")}
@@ -122,7 +122,7 @@ def pin(source: str, *, as_json: bool) -> None:
     with progress(f"hashing {source}"):
         golden = read_golden(source, quiet_settings())
     if as_json:
-        click.echo(to_json({"source": source, "images": len(golden.examples), "sha256": golden.digest}))
+        print_json({"source": source, "images": len(golden.examples), "sha256": golden.digest})
     else:
         click.echo(golden.digest)
 
@@ -156,7 +156,7 @@ def pack(source: str, *, limit: int | None, real_urls: int, out: Path, shard_mb:
     if as_json:
         left_out = {"skipped": losses(skipped), "passed_over": passed_over(skipped)}
         facts = {"images": packed.images, "records": packed.records, "size_bytes": packed.size_bytes}
-        click.echo(to_json({"out": out, **facts, "shards": list(map(str, packed.shards)), **left_out}))
+        print_json({"out": out, **facts, "shards": list(map(str, packed.shards)), **left_out})
         return
     click.echo(
         f"packed {plural(packed.images, 'image')} in {plural(packed.records, 'record')} into "

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import IO, Any
 
 import click
 
 from code_worker.cli.arguments import JSON_OBJECT, json_option
-from code_worker.cli.enqueue_list import Accepted, Line, accept_lines, listed_lines, named_lines, prefix_lines
+from code_worker.cli.enqueue_list import (
+    Accepted,
+    Done,
+    Line,
+    accept_lines,
+    listed_lines,
+    named_lines,
+    prefix_lines,
+    unread_schemes,
+)
 from code_worker.cli.ledger import has_database, no_database, open_ledger, quiet_settings
-from code_worker.cli.output import plural, say, to_json
+from code_worker.cli.output import plural, say, shown_json, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.scan_inputs import say_left_out
 from code_worker.cli.waiting import print_verdicts
-from code_worker.errors import ConfigurationError, UnknownHeadError
+from code_worker.errors import CodeWorkerError, ConfigurationError, UnknownHeadError
 from code_worker.images.listing import LeftOut
 from code_worker.logs import redact
 from code_worker.settings import Settings
@@ -65,7 +76,8 @@ def enqueue(
     named on stderr and does not stop the others.
 
     Exit status: 0 all accepted (with --wait: and judged); 1 a line was refused, an image rejected, the time is up, or
-    the output is full or was closed, and what was accepted is named on stderr; 2 wrong use or configuration.
+    it was interrupted or its output is full or was closed, and what was accepted is named on stderr; 2 wrong use or
+    configuration.
     """
     if sum((bool(uris), prefix is not None, listed is not None)) != 1:
         raise click.UsageError("name URIs, or --prefix, or --from: exactly one of them")
@@ -77,25 +89,59 @@ def enqueue(
     left_out = LeftOut()
     given = {name: value for name, value in common.items() if value is not None}
     lines = _with_head_checked(settings, _lines(settings, uris, prefix, listed, left_out), given)
-    accepted: list[Accepted] = []
-    with _told_when_output_fails(accepted), closing(lines):
-        refused = _enqueue(settings, lines, given, accepted, keep=wait, as_json=as_json)
+    tally = _Tally()
+    with _told_when_it_breaks_off(tally), closing(lines):
+        refused = _enqueue(settings, lines, given, tally, keep=wait, as_json=as_json)
         say_left_out(left_out)
-        judged = print_verdicts(settings, accepted, timeout, as_json=as_json) if wait else True
+        judged = not wait or print_verdicts(settings, tally.kept, timeout, as_json=as_json, on_verdict=tally.decide)
     raise SystemExit(1 if refused or left_out.unreadable or not judged else 0)
 
 
+@dataclass(slots=True)
+class _Tally:
+    """Jobs that are in the ledger, and of which nothing was written yet.
+
+    Attributes:
+        kept: all with `--wait`, else the first, or in JSON those that are not written.
+        untold: how many there are.
+        decided: how many of those kept have a verdict that was written; they come first.
+        accepting: whether a transaction of others may be under way.
+    """
+
+    kept: list[Accepted] = field(default_factory=list)
+    untold: int = 0
+    decided: int = 0
+    accepting: bool = True
+
+    def decide(self) -> None:
+        """A verdict was written."""
+        self.decided += 1
+        self.untold -= 1
+
+
 @contextmanager
-def _told_when_output_fails(accepted: Sequence[Accepted]) -> Iterator[None]:
-    """Says on stderr which jobs are in the ledger where nobody read it on stdout."""
+def _told_when_it_breaks_off(tally: _Tally) -> Iterator[None]:
+    """Says on stderr which jobs are in the ledger where nobody read it on stdout, or somebody stopped waiting."""
     try:
         yield
-    except OSError:
-        for one in accepted[:_SHOWN]:
-            say(f"accepted all the same: {one.job_id}  {one.uri}", err=True)
-        if len(accepted) > _SHOWN:
-            say(f"and {len(accepted) - _SHOWN:,} more: code-worker jobs list", err=True)
+    except (KeyboardInterrupt, CodeWorkerError):
+        if tally.untold:
+            say(f"{plural(tally.untold, 'job was', 'jobs were')} accepted and will still be judged:", err=True)
+            _name(tally)
+        if tally.accepting and tally.untold:
+            say("what was being accepted just then may be in the ledger too: code-worker jobs list", err=True)
         raise
+    except OSError:
+        _name(tally)
+        raise
+
+
+def _name(tally: _Tally) -> None:
+    shown = tally.kept[tally.decided : tally.decided + _SHOWN]
+    for one in shown:
+        say(f"accepted all the same: {one.job_id}  {one.uri}", err=True)
+    if tally.untold > len(shown):
+        say(f"and {tally.untold - len(shown):,} more: code-worker jobs list", err=True)
 
 
 def _with_head_checked(settings: Settings, lines: Generator[Line], common: Mapping[str, Any]) -> Generator[Line]:
@@ -138,37 +184,46 @@ def _enqueue(
     settings: Settings,
     lines: Iterator[Line],
     common: dict[str, Any],
-    kept: list[Accepted],
+    tally: _Tally,
     *,
     keep: bool,
     as_json: bool,
 ) -> int:
-    """Accepts lines, and returns how many were not.
-
-    Adds to `kept` what was accepted: all if `keep`, else the first, or in JSON those that are not written yet.
-    """
+    """Accepts lines, and returns how many were not; `keep` all that were accepted."""
     from code_worker.client import Client  # noqa: PLC0415 - SQLAlchemy and Celery, not for --help
 
     count = refused = 0
+    told: set[str] = set()
+    kept = tally.kept
     bar = progress("enqueueing jobs", counted=True, beside_rows=as_json)
     with closing(Client(settings)) as client, bar as advance:
         for done in accept_lines(client, lines, common):
-            for line, problem in done.refused:
-                say(redact(f"{line}: {problem}"), err=True)
+            _say_problems(done, told)
             refused += len(done.refused)
             count += len(done.accepted)
+            tally.untold += len(done.accepted)
             advance(len(done.refused) + len(done.accepted))
             if as_json and not keep:
                 kept[:] = done.accepted
-                click.echo(
-                    "".join(f"{to_json({'job': one.job_id, 'uri': one.uri})}\n" for one in done.accepted), nl=False
-                )
+                rows = ({"job": one.job_id, "uri": one.uri} for one in done.accepted)
+                click.echo("".join(f"{shown_json(to_json(row), sys.stdout)}\n" for row in rows), nl=False)
                 kept.clear()
+                tally.untold = 0
             else:
                 kept += done.accepted if keep else islice(done.accepted, max(0, _SHOWN + 1 - len(kept)))
+    tally.accepting = False
     if not as_json and not keep:
         for one in kept if count <= _SHOWN else ():
             say(f"{one.job_id}  {one.uri}")
         lines_refused = f", {plural(refused, 'line')} refused" if refused else ""
         say(f"{plural(count, 'job')} accepted{lines_refused}", err=True)
     return refused
+
+
+def _say_problems(done: Done, told: set[str]) -> None:
+    """Names what was refused, and schemes that no source reads, except those that were `told` before."""
+    for line, problem in done.refused:
+        say(redact(f"{line}: {problem}"), err=True)
+    for scheme in sorted(unread_schemes(done.accepted) - told):
+        say(f"{scheme}:// is not read: workers reject such images; write s3://… or file://…", err=True)
+        told.add(scheme)

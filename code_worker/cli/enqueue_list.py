@@ -20,14 +20,24 @@ from code_worker.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from code_worker.queues import chunks
+from code_worker.images.source import source_name
+from code_worker.queues import JobItem, chunks
 
 if TYPE_CHECKING:
     from code_worker.client import Client
     from code_worker.images.listing import LeftOut
     from code_worker.settings import Settings
 
-__all__ = ["Accepted", "Done", "Line", "accept_lines", "listed_lines", "named_lines", "prefix_lines"]
+__all__ = [
+    "Accepted",
+    "Done",
+    "Line",
+    "accept_lines",
+    "listed_lines",
+    "named_lines",
+    "prefix_lines",
+    "unread_schemes",
+]
 
 _LINES_PER_TRANSACTION = 1024
 _BLOCK = 1 << 16
@@ -39,6 +49,8 @@ _BINARY = ("\udcff\udcd8\udcff", "\udc89PNG", "GIF87a", "GIF89a", "II*\0", "MM\0
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LINE_BREAK = re.compile("\r\n|\r|\n")
 _ARRAY = re.compile(r'\s*\[\s*["{\]]')
+_ADDRESSES = frozenset({"uri", "url", "path", "image", "file", "filename"})
+_COLUMNS = _ADDRESSES | JobItem.model_fields.keys()
 _NO_AUTHORITY = re.compile(r"(?P<scheme>file|s3|https?):(?P<slash>/?)(?!/)")
 
 
@@ -123,15 +135,20 @@ def listed_lines(source: IO[bytes]) -> Generator[Line]:
     """The entries of a list: URIs or JSON objects, one per line, in any mixture; or a JSON array of them.
 
     Empty lines and those that begin with # are passed over. Where a NUL ends each entry (`find -print0`), they are
-    names as they stand.
+    names as they stand. A list without any entry is a line with that problem.
 
     Args:
         source: in UTF-8, but for names of files, which may hold any bytes.
     """
     # Read as it is: a name that ends in NUL may hold any line break.
     stream = TextIOWrapper(source, encoding="utf-8", errors="surrogateescape", newline="")
+    empty = True
     try:
-        yield from _listed(stream)
+        for line in _listed(stream):
+            empty = False
+            yield line
+        if empty:
+            yield Line("the list", problem="it names no image")
     finally:
         stream.detach()  # else it would close what it did not open
 
@@ -146,7 +163,7 @@ def _listed(stream: TextIOWrapper) -> Iterator[Line]:
         yield Line("the list", problem="it is UTF-16: save it as UTF-8")
     elif "\0" in first:
         names = enumerate(_until_nul(first, stream), 1)
-        yield from (_line(f"entry {number}", name) for number, name in names)
+        yield from (_listed_line(f"entry {number}", name) for number, name in names)
     elif first.lstrip().startswith("["):
         yield from _array(first + stream.read())
     else:
@@ -167,10 +184,22 @@ def _array(text: str) -> Iterator[Line]:
 
 
 def _lines(lines: Iterable[str]) -> Iterator[Line]:
+    first = True
     for number, line in enumerate(lines, 1):
         text = line.strip().removeprefix(_BOM)
-        if text and not text.startswith("#"):
-            yield _parse(f"line {number}", text)
+        if not text or text.startswith("#"):
+            continue
+        if first and _is_csv_header(text):
+            yield Line(f"line {number}", problem="this looks like a CSV: write one URI per line, or JSON lines")
+            return  # its rows would be taken for names
+        first = False
+        yield _parse(f"line {number}", text)
+
+
+def _is_csv_header(text: str) -> bool:
+    """Whether a line holds names of fields, and one of them that of an address."""
+    names = {name.strip().strip('"').lower() for name in re.split("[,;\t]", text)}
+    return names <= _COLUMNS and bool(names & _ADDRESSES) and not os.path.exists(text)  # noqa: PTH110 - as below
 
 
 def _joined(first: str, stream: TextIOWrapper) -> Iterator[str]:
@@ -200,14 +229,29 @@ def _parse(place: str, entry: Any) -> Line:
         except (ValueError, RecursionError) as error:
             return Line(place, problem=f"not JSON: {error}")
     if isinstance(entry, str):
-        return _line(place, entry)
+        return _listed_line(place, entry)
     if not isinstance(entry, dict):
         return Line(place, problem="a job is a URI or an object of its fields")
     uri = entry.get("uri")
     if not isinstance(uri, str) or not uri:
         return Line(place, entry)
-    made = _line(place, uri)
+    made = _listed_line(place, uri)
     return made if made.problem else Line(place, {**entry, **made.item})
+
+
+def _listed_line(place: str, uri: str) -> Line:
+    """An entry of a list, which names images one by one."""
+    made = _line(place, uri)
+    local = None if made.problem else local_name(made.item["uri"])
+    if local and os.path.isdir(local):  # noqa: PTH112 - as above
+        return Line(place, problem="a directory: name it as an argument, or list its files")
+    return made
+
+
+def unread_schemes(accepted: Iterable[Accepted]) -> set[str]:
+    """Schemes of addresses that no source reads, so that workers reject their images."""
+    names = (source_name(one.uri) for one in accepted)
+    return {name for name in names if name != "file" and not name.startswith("s3://")}
 
 
 def _absolute(uri: str) -> str:

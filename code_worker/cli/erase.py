@@ -12,7 +12,7 @@ import click
 from code_worker.cli.arguments import AGO_OR_DATE, ID, SHA256, json_option
 from code_worker.cli.erasures import say_receipt
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import plural, print_facts, say, to_json
+from code_worker.cli.output import plural, print_facts, print_json, say
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 
@@ -99,7 +99,7 @@ def _erase(
 
 def _say_preview(preview: Preview, *, as_json: bool) -> None:
     if as_json:
-        click.echo(to_json(asdict(preview)))
+        print_json(asdict(preview))
         return
     facts: dict[str, Any] = {
         "jobs": preview.jobs,

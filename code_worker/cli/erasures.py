@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import ID, SHA256, json_option, limit_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import plural, print_facts, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_facts, print_json, print_json_lines, print_table, say
 from code_worker.errors import StoreError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def say_receipt(settings: Settings, receipt: Receipt, *, as_json: bool) -> None:
     from code_worker.store import copies  # noqa: PLC0415 - as above
 
     if as_json:
-        click.echo(to_json(_record(receipt)))
+        print_json(_record(receipt))
     else:
         _say_facts(receipt)
     for copy in copies.may_hold(settings.resolved_database_url, receipt.id):

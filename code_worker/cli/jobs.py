@@ -12,7 +12,7 @@ import click
 
 from code_worker.cli.arguments import ID, json_option, limit_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import plural, print_facts, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_facts, print_json, print_json_lines, print_table, say, to_json
 from code_worker.cli.progress import progress
 from code_worker.cli.records import job_record, judgement, verdict_record
 from code_worker.errors import StoreError
@@ -79,7 +79,7 @@ def show(id_: str, *, as_json: bool) -> None:
     if job is None:
         raise StoreError(f"no job has the id {id_}")
     if as_json:
-        click.echo(to_json({**job_record(job), "verdict": verdict and verdict_record(verdict)}))
+        print_json({**job_record(job), "verdict": verdict and verdict_record(verdict)})
         return
     facts = {name.replace("_", " "): value for name, value in job_record(job).items() if value not in ({}, "")}
     print_facts({**facts, "metadata": to_json(job.metadata) if job.metadata else None})
@@ -203,7 +203,7 @@ def counts(*, as_json: bool) -> None:
         )
     record = {str(state): number for state, number in found.items()}
     if as_json:
-        click.echo(to_json({**record, "oldest_unfinished_s": oldest_s}))
+        print_json({**record, "oldest_unfinished_s": oldest_s})
     else:
         age = None if oldest_s is None else f"{oldest_s:.0f} s ago"
         print_facts({**record, "oldest unfinished": age})

@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import say, to_json
+from code_worker.cli.output import print_json, say
 from code_worker.cli.who import who
 
 __all__ = ["label"]
@@ -63,6 +63,6 @@ def label(
         except ValueError as error:
             raise click.UsageError(str(error)) from None
     if as_json:
-        click.echo(to_json({**asdict(done), "label": label_}))
+        print_json({**asdict(done), "label": label_})
     else:
         say(f"{'labelled' if done.new else 'said before:'} {label_}: {done.uri} ({done.sha256})")

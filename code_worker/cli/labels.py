@@ -14,9 +14,9 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, ID, json_option, limit_option, raw_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import plural, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_json, print_json_lines, print_table, say
 from code_worker.cli.progress import progress
-from code_worker.cli.records import write_csv
+from code_worker.cli.records import write_csv, write_json_lines
 from code_worker.cli.who import who
 from code_worker.cli.whole_file import whole_file
 
@@ -115,7 +115,7 @@ def import_(
         )
         counts = _reported(done)
     if as_json:
-        click.echo(to_json(counts))
+        print_json(counts)
     else:
         new, refused = plural(counts["new"], "new label"), plural(counts["refused"], "row")
         skipped = f"; skipped: {counts['skipped']:,} without annotation" if counts["skipped"] else ""
@@ -197,7 +197,7 @@ def export(*, statements: bool, form: str, raw: bool, output: Path | None, since
         if form == "csv":
             write_csv(records(), _STATEMENT if statements else _RESOLVED, file, raw=raw)
         else:
-            file.writelines(f"{to_json(record)}\n" for record in records())
+            write_json_lines(records(), file)
     say(f"{plural(written, 'label')} written{f' to {output}' if output else ''}", err=True)
 
 

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import IO, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from code_worker.terminal import printable
+from code_worker.terminal import printable, printable_json
 
-__all__ = ["console", "moment", "plural", "print_facts", "print_json_lines", "print_table", "say", "to_json"]
+__all__ = [
+    "console",
+    "moment",
+    "plural",
+    "print_facts",
+    "print_json",
+    "print_json_lines",
+    "print_table",
+    "say",
+    "shown_json",
+    "to_json",
+]
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _WHOLE = frozenset({"id", "job", "created_at", "at"})
@@ -54,10 +66,20 @@ def moment(value: datetime | None) -> str | None:
     return None if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 
 
+def print_json(value: Any) -> None:
+    """One line of JSON on stdout; a terminal gets the same JSON with escapes for what it would act on."""
+    click.echo(shown_json(to_json(value), sys.stdout))
+
+
+def shown_json(text: str, stream: IO[str]) -> str:
+    r"""JSON as it is for files and pipes, and with escapes such as `\u202e` for a terminal, to be read back alike."""
+    return printable_json(text) if stream.isatty() else text
+
+
 def print_json_lines(rows: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object per line on stdout."""
     for row in rows:
-        click.echo(to_json(row))
+        print_json(row)
 
 
 def print_table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:

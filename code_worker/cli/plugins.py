@@ -13,7 +13,7 @@ import click
 
 from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import moment, plural, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import moment, plural, print_json, print_json_lines, print_table, say
 from code_worker.errors import ConfigurationError, NoReleaseError, UnknownHeadError
 from code_worker.settings import load_settings
 
@@ -102,7 +102,7 @@ def select_head(*, heads: str, as_json: bool, **job: Any) -> None:
     if chosen is not None and chosen not in names:
         raise UnknownHeadError(chosen, names)
     if as_json:
-        click.echo(to_json({"chosen": chosen, "heads": list(names)}))
+        print_json({"chosen": chosen, "heads": list(names)})
     else:
         click.echo(chosen or "no plugin has an opinion: the policy, CODE_WORKER_HEAD or the release decides")
 

@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import print_json_lines, print_table, say, to_json
+from code_worker.cli.output import print_json, print_json_lines, print_table, say
 from code_worker.cli.who import who
 from code_worker.errors import UnknownHeadError
 
@@ -126,7 +126,7 @@ def set_(
             note=note,
         )
     if as_json:
-        click.echo(to_json(asdict(made)))
+        print_json(asdict(made))
         return
     say(f"version {made.version} for {made.scope}: real below {low:g}, fake from {high:g}; workers take it over")
 

@@ -6,14 +6,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Any
 
-from code_worker.cli.output import to_json
+from code_worker.cli.output import shown_json, to_json
 from code_worker.data.label_files.tables import csv_line, without_formulas
+from code_worker.terminal import printable
 
 if TYPE_CHECKING:
     from code_worker.store.jobs import JobInfo
     from code_worker.types import Verdict
 
-__all__ = ["SCAN_FIELDS", "VERDICT_FIELDS", "csv_record", "job_record", "judgement", "verdict_record", "write_csv"]
+__all__ = [
+    "SCAN_FIELDS",
+    "VERDICT_FIELDS",
+    "job_record",
+    "judgement",
+    "verdict_record",
+    "write_csv",
+    "write_csv_row",
+    "write_json_lines",
+]
 
 SCAN_FIELDS = (
     *("uri", "sha256", "outcome", "label", "score", "reason", "head", "release"),
@@ -48,16 +58,25 @@ def judgement(verdict: Verdict) -> str:
 def write_csv(
     rows: Iterable[Mapping[str, Any]], fields: Iterable[str], stream: IO[str], *, raw: bool = False
 ) -> None:
-    """A header and one line per row; what is no plain value is written as JSON, formulas as text unless `raw`."""
+    """A header and one line per row; what is no plain value is written as JSON, formulas as text unless `raw`.
+
+    A terminal gets escapes for what it would act on; files and pipes get every value as it is.
+    """
     names = tuple(fields)
     stream.write(csv_line(names))
     for row in rows:
-        stream.write(csv_record(row, names, raw=raw))
+        write_csv_row(row, names, stream, raw=raw)
 
 
-def csv_record(row: Mapping[str, Any], fields: Iterable[str], *, raw: bool = False) -> str:
-    """One line of CSV; text that a spreadsheet would run as a formula stays text, unless it is to be `raw`."""
-    return csv_line(_cell(row[name], raw=raw) for name in fields)
+def write_csv_row(row: Mapping[str, Any], fields: Iterable[str], stream: IO[str], *, raw: bool = False) -> None:
+    """One line of CSV, as `write_csv` writes it."""
+    line = csv_line(_cell(row[name], raw=raw) for name in fields)
+    stream.write(f"{printable(line[:-1])}\n" if stream.isatty() else line)
+
+
+def write_json_lines(rows: Iterable[Mapping[str, Any]], stream: IO[str]) -> None:
+    """One JSON object per line, into a file, a pipe or, with escapes, a terminal."""
+    stream.writelines(f"{shown_json(to_json(row), stream)}\n" for row in rows)
 
 
 def _cell(value: object, *, raw: bool) -> object:

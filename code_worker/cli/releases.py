@@ -12,7 +12,7 @@ import click
 
 from code_worker.cli.arguments import json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import plural, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_json, print_json_lines, print_table, say
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.errors import ConfigurationError, IntegrityError, NoReleaseError
@@ -124,7 +124,7 @@ def _names(named: tuple[str, ...]) -> dict[str, str]:
 
 def _say_imported(release: Registered, *, new: bool, promoted: bool, as_json: bool) -> None:
     if as_json:
-        click.echo(to_json(release.summary()))
+        print_json(release.summary())
         return
     name = release.info.id
     heads = ", ".join(release.heads) or "none"
@@ -159,7 +159,7 @@ def show(release: str) -> None:
     """Print where a release stands, and its manifest, as JSON."""
     with _registry(quiet_settings()) as registry:
         found = registry.show(release)
-    click.echo(to_json({**found.summary(), "manifest": found.info.manifest}))
+    print_json({**found.summary(), "manifest": found.info.manifest})
 
 
 @releases.command()
@@ -293,7 +293,7 @@ def verify(
             on_images=advance,
         )
     if as_json:
-        click.echo(to_json(report.to_dict()))
+        print_json(report.to_dict())
     else:
         _say_report(report)
     sys.exit(0 if report.passed else 1)

@@ -11,7 +11,7 @@ import click
 from code_worker.cli.arguments import AGO_OR_DATE, json_option
 from code_worker.cli.explanation import RETRY_HELPS
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import plural, print_table, say, to_json
+from code_worker.cli.output import plural, print_json, print_table, say
 from code_worker.cli.progress import progress
 from code_worker.cli.who import who
 from code_worker.types import Label, RejectReason
@@ -81,7 +81,7 @@ def rescore(
             progress=advance,
         )
     if as_json:
-        click.echo(to_json({"release": used, "dry_run": dry_run, **tally.to_dict()}))
+        print_json({"release": used, "dry_run": dry_run, **tally.to_dict()})
     else:
         _say(used, tally, dry_run=dry_run)
     sys.exit(1 if set(tally.left) - {_MOVED_ON} else 0)

@@ -10,7 +10,7 @@ import click
 
 from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import plural, print_facts, print_table, to_json
+from code_worker.cli.output import plural, print_facts, print_json, print_table
 from code_worker.cli.run_progress import run_progress
 from code_worker.cli.runs import run_record, say_run
 from code_worker.cli.who import who
@@ -119,7 +119,7 @@ def _run_here(kind: str, settings: Settings, asked: dict[str, Any], *, as_json: 
     if run is None:
         return 0
     if as_json:
-        click.echo(to_json(run_record(run)))
+        print_json(run_record(run))
     else:
         say_run(run)
     return 0 if run.state in {"promoted", "skipped"} else 1
@@ -131,7 +131,7 @@ def _print_plan(kind: str, settings: Settings, asked: dict[str, Any], *, as_json
     with open_ledger(settings) as store:
         plan = Learner(settings, store).plan(kind, **asked)
     if as_json:
-        click.echo(to_json(plan.to_dict()))
+        print_json(plan.to_dict())
         return
     counts = plan.snapshot
     rows = [_split_row(name, counts[name]) for name in SPLITS]

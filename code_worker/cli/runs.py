@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import ID, json_option, limit_option
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import plural, print_facts, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_facts, print_json, print_json_lines, print_table, say
 from code_worker.errors import StoreError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def show(run: str, *, as_json: bool) -> None:
     if found is None:
         raise StoreError(f"no run {run}: see `code-worker runs list`")
     if as_json:
-        click.echo(to_json({**run_record(found), "metrics": [asdict(point) for point in points]}))
+        print_json({**run_record(found), "metrics": [asdict(point) for point in points]})
         return
     say_run(found)
     _print_facts(found)

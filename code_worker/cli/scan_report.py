@@ -10,11 +10,10 @@ from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import click
 from rich.text import Text
 
-from code_worker.cli.output import console, plural, to_json
-from code_worker.cli.records import SCAN_FIELDS, csv_record, judgement, verdict_record
+from code_worker.cli.output import console, plural, print_json
+from code_worker.cli.records import SCAN_FIELDS, judgement, verdict_record, write_csv_row
 from code_worker.data.label_files.tables import csv_line
 from code_worker.terminal import printable
 from code_worker.types import Label, Outcome
@@ -71,7 +70,7 @@ class Tally:
 def printer(form: Form, *, raw: bool = False) -> Callable[[Verdict], None]:
     """What prints one verdict; a header, where there is one, is printed now."""
     if form is Form.JSON:
-        return lambda verdict: click.echo(to_json(_record(verdict)))
+        return lambda verdict: print_json(_record(verdict))
     if form is Form.CSV:
         sys.stdout.write(csv_line(SCAN_FIELDS))
         return partial(_write_row, raw=raw)
@@ -86,7 +85,7 @@ def _record(verdict: Verdict) -> dict[str, Any]:
 
 
 def _write_row(verdict: Verdict, *, raw: bool) -> None:
-    sys.stdout.write(csv_record(_record(verdict), SCAN_FIELDS, raw=raw))
+    write_csv_row(_record(verdict), SCAN_FIELDS, sys.stdout, raw=raw)
 
 
 def _print_row(out: Console, verdict: Verdict) -> None:

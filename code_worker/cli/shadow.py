@@ -9,7 +9,7 @@ import click
 
 from code_worker.cli.arguments import AGO_OR_DATE, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
-from code_worker.cli.output import plural, print_table, say, to_json
+from code_worker.cli.output import plural, print_json, print_table, say
 from code_worker.types import Label
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def report(
         found = store.run(read, write=False)
     if as_json:
         if found is not None:
-            click.echo(to_json(found.to_dict()))
+            print_json(found.to_dict())
     elif found is None:
         say(_NEVER)
     else:

@@ -12,7 +12,7 @@ import click
 from code_worker.cli.arguments import SHARE
 from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.measuring import list_skipped, open_measured
-from code_worker.cli.output import plural, to_json
+from code_worker.cli.output import plural, print_json
 from code_worker.cli.progress import progress
 from code_worker.cli.validate_report import prepare_directory, print_report, write_reports
 from code_worker.errors import CodeWorkerError, DatasetError
@@ -297,7 +297,7 @@ def _publish(
     asked: _Asked, settings: Settings, evaluation: Evaluation, compared: Sequence[Compared], missed: Sequence[str]
 ) -> None:
     if asked.as_json:
-        click.echo(to_json(evaluation.report))
+        print_json(evaluation.report)
     else:
         print_report(evaluation.report, compared)
     if asked.out is not None:

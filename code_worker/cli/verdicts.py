@@ -11,9 +11,9 @@ import click
 from code_worker.cli.arguments import AGO_OR_DATE, ID, SHA256, SHARE, json_option, limit_option, raw_option
 from code_worker.cli.explanation import explain
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import plural, print_facts, print_json_lines, print_table, say, to_json
+from code_worker.cli.output import plural, print_facts, print_json, print_json_lines, print_table, say
 from code_worker.cli.progress import progress
-from code_worker.cli.records import VERDICT_FIELDS, judgement, verdict_record, write_csv
+from code_worker.cli.records import VERDICT_FIELDS, judgement, verdict_record, write_csv, write_json_lines
 from code_worker.cli.timings import COLUMNS, stage_timings
 from code_worker.cli.whole_file import whole_file
 from code_worker.errors import StoreError
@@ -129,7 +129,7 @@ def show(id_: str, *, as_json: bool) -> None:
             f"job {id_} has no verdict yet; it is {job.state}" if job else f"no job and no verdict has the id {id_}"
         )
     if as_json:
-        click.echo(to_json(verdict_record(verdict)))
+        print_json(verdict_record(verdict))
     else:
         sentence, facts = explain(verdict)
         say(sentence, "")
@@ -178,5 +178,5 @@ def export(*, form: str, raw: bool, output: Path | None, **filters: Any) -> None
         if form == "csv":
             write_csv(records(), VERDICT_FIELDS, file, raw=raw)
         else:
-            file.writelines(f"{to_json(record)}\n" for record in records())
+            write_json_lines(records(), file)
     say(f"{plural(written, 'verdict')} written{f' to {output}' if output else ''}", err=True)

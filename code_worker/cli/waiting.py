@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import click
-
 from code_worker.cli.interrupts import check_interrupt
 from code_worker.cli.ledger import open_ledger
-from code_worker.cli.output import plural, say, to_json
+from code_worker.cli.output import plural, print_json, say
 from code_worker.cli.progress import progress
 from code_worker.cli.records import judgement, verdict_record
 from code_worker.types import Outcome
@@ -76,9 +74,17 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def print_verdicts(
-    settings: Settings, accepted: Sequence[Accepted], timeout_s: float | None, *, as_json: bool
+    settings: Settings,
+    accepted: Sequence[Accepted],
+    timeout_s: float | None,
+    *,
+    as_json: bool,
+    on_verdict: Callable[[], object],
 ) -> bool:
-    """Returns once every job has a verdict or the time is up; True when all were judged."""
+    """Returns once every job has a verdict or the time is up; True when all were judged.
+
+    `on_verdict` is called for each verdict that was written.
+    """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     all_judged = True
     bar = progress("waiting for verdicts", len(accepted), beside_rows=True)
@@ -93,9 +99,10 @@ def print_verdicts(
                 return False
             advance(1)
             if as_json:
-                click.echo(to_json(verdict_record(verdict)))
+                print_json(verdict_record(verdict))
             else:
                 say(_line(verdict))
+            on_verdict()
             all_judged &= verdict.outcome is Outcome.JUDGED
     return all_judged
 

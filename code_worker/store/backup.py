@@ -22,6 +22,10 @@ _PATIENCE_S: Final = 60.0
 _LOCKED: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 
+class _NotOursError(StoreError):
+    """A file that is no database, or somebody else's."""
+
+
 def backup(url: str, target: Path) -> int:
     """Writes a copy of the database of one moment, whole or not at all, and returns its size in bytes.
 
@@ -66,14 +70,18 @@ def restore(url: str, source: Path, aside: Path, *, silence_s: float | None = No
         silence_s: a part counts as stopped when nothing was heard of it for so long; None: do not ask.
 
     Raises:
-        ConfigurationError: the database is none of SQLite's, or the file is no regular one, or the database itself.
-        StoreError: the file is no whole database of ours, or parts are running; nothing was changed.
+        ConfigurationError: the database is none of SQLite's, or the file is no regular one, the database itself, or
+            no database of ours.
+        StoreError: the file is damaged, or parts are running; nothing was changed.
         StoreUnavailableError: something writes to the database all the time, or the disk is full.
     """
     target = _file_of(url, "pg_restore")
     _refuse_source(source, target)
     with _translated(f"{source} cannot be restored"):
-        _check(source)
+        try:
+            _check(source)
+        except _NotOursError as error:
+            raise ConfigurationError(f"{error}: name a copy that `code-worker db backup` wrote") from error
         if target.is_file() and target.stat().st_size:
             if silence_s is not None:
                 _refuse_running(target, silence_s)
@@ -133,9 +141,14 @@ def _check(path: Path) -> None:
             found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             revision = _revision(connection)
         except sqlite3.DatabaseError as error:
-            raise StoreError(f"{path} is no database of code_worker: {error}") from error
-    if found != "ok" or revision is None:
+            # SQLITE_ERROR: another database, without our tables. What is damaged has codes of its own.
+            if error.sqlite_errorcode in {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}:
+                raise _NotOursError(f"{path} is no database of code_worker: {error}") from error
+            raise StoreError(f"{path} cannot be read as a whole: {error}") from error
+    if found != "ok":
         raise StoreError(f"{path} does not hold together: {found}")
+    if revision is None:
+        raise _NotOursError(f"{path} is no database of code_worker: it has no revision")
 
 
 def _revision(connection: sqlite3.Connection) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -81,17 +82,22 @@ def main() -> int:
     except CodeWorkerError as error:
         log.error("beat_failed", error=redact(str(error)))  # noqa: TRY400 - as above
         return 1
-    _start_reporting(settings)
+    stop_reporting = _start_reporting(settings)
     try:
         app.Beat(loglevel=settings.log_level.upper(), quiet=True, redirect_stdouts=False).run()
     except Exception as error:  # noqa: BLE001 - the outermost frame; Celery has logged it with its traceback
         log.critical("beat_died", error=redact(f"{type(error).__name__}: {error}"))
         return 1
+    finally:
+        stop_reporting()
     return 0
 
 
-def _start_reporting(settings: Settings) -> None:
-    """Says in the ledger by which settings this beat runs, where it reaches one: for its own work it needs none."""
+def _start_reporting(settings: Settings) -> Callable[[], None]:
+    """Says in the ledger by which settings this beat runs, where it reaches one: for its own work it needs none.
+
+    Returns what says that it ends: until a part that said nothing is heard of no more, `db restore` is refused.
+    """
     from code_worker.store import health, migrate  # noqa: PLC0415 - SQLAlchemy
 
     @cache
@@ -108,7 +114,18 @@ def _start_reporting(settings: Settings) -> None:
         except CodeWorkerError as error:
             log.debug("not_reported", error=str(error))
 
-    Repeater("report", reporter.interval_s, say).start()
+    repeater = Repeater("report", reporter.interval_s, say)
+
+    def stop() -> None:
+        repeater.stop()
+        try:
+            reporter.end()
+        except CodeWorkerError as error:
+            # It is silent from now on, and that says the same a minute later.
+            log.warning("end_not_reported", error=str(error))
+
+    repeater.start()
+    return stop
 
 
 def _keep_logging(**_: object) -> None:

@@ -258,6 +258,9 @@ def test_lists_are_read_as_tools_write_them(
         ("s3://b/0.png\n".encode("utf-16"), "the list: it is UTF-16: save it as UTF-8"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF\0a\0b\0", "the list: it is an image or an archive, and no list"),
         (b"\x89PNG\r\n\x1a\n\0a\0", "the list: it is an image or an archive, and no list"),
+        *((empty, "the list: it names no image") for empty in (b"", b"[]", b"# nothing\n\n", b"\xef\xbb\xbf")),
+        *((b"/\n", "line 1: a directory: name it"), (b"/tmp\0/\0", "entry 2: a directory: name it")),
+        *((b"s3://b/0.png\nfile:///\n", "line 2: a directory"), (b'{"uri": "/"}\n', "line 1: a directory")),
     ],
 )
 def test_what_names_no_image_is_named_in_one_line(producer: Cli, tmp_path: Path, content: bytes, named: str) -> None:
@@ -266,6 +269,25 @@ def test_what_names_no_image_is_named_in_one_line(producer: Cli, tmp_path: Path,
     assert ran.status == 1
     assert named in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "header", [b"uri,tenant", b"# mine\n\nuri", b'"path";"content_type"', b"\xef\xbb\xbfURI\tkey"]
+)
+def test_a_csv_is_refused_before_its_rows_are_taken_for_names(producer: Cli, tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "list").write_bytes(header + b"\ns3://b/a.jpg,acme\n")
+    ran = producer("enqueue", "--from", str(tmp_path / "list"))
+    assert ran.status == 1
+    assert "this looks like a CSV: write one URI per line, or JSON lines\n0 jobs accepted" in ran.stderr
+
+
+def test_addresses_that_no_source_reads_are_remarked_on_once_by_scheme(producer: Cli) -> None:
+    lines = [f"{scheme}://h/{number}.jpg" for number in range(3) for scheme in ("http", "gs", "s3", "file")]
+    ran = producer("enqueue", "--from", "-", stdin="\n".join(lines))
+    assert ran.status == 0
+    assert [line for line in ran.stderr.splitlines() if "is not read" in line] == [
+        f"{scheme}:// is not read: workers reject such images; write s3://… or file://…" for scheme in ("gs", "http")
+    ]
 
 
 @pytest.mark.parametrize("argument", ["", " ", "s3:/b/a.png", "x" * 5000])

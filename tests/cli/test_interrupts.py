@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from code_worker.cli.interrupts import check_interrupt, noted_interrupts
+from code_worker.store import jobs
 from code_worker.store.engine import Store
 from tests.fork_server import forking_python
 from tests.patience import LIMIT_S
 
-Start = Callable[[str], subprocess.Popen[str]]
+Start = Callable[..., subprocess.Popen[str]]
 # Garbage is collected at any moment; what is raised meanwhile is printed and dropped.
 LOST = """
 import gc, signal, time
@@ -44,8 +45,8 @@ def waiting(sqlite_store: Store, tmp_path: Path) -> Iterator[Start]:
     env = {**os.environ, "CODE_WORKER_DATA_DIR": str(tmp_path), "CODE_WORKER_DATABASE_URL": sqlite_store.url}
     with ExitStack() as started:
 
-        def start(code: str) -> subprocess.Popen[str]:
-            words = [forking_python(), "-c", code, "enqueue", "s3://b/a.jpg", "--wait"]
+        def start(code: str, *named: str) -> subprocess.Popen[str]:
+            words = [forking_python(), "-c", code, "enqueue", *(named or ["s3://b/a.jpg"]), "--wait"]
             pipe = subprocess.PIPE
             process = started.enter_context(subprocess.Popen(words, env=env, stdout=pipe, stderr=pipe, text=True))
             started.callback(process.kill)
@@ -73,6 +74,25 @@ def test_an_interrupt_ends_the_wait_at_any_moment(waiting: Start) -> None:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=LIMIT_S)
         assert process.returncode in {1, -signal.SIGINT, 128 + signal.SIGINT, 130}, said
+
+
+def test_who_stops_waiting_hears_what_will_still_be_judged(
+    sqlite_store: Store, waiting: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "list").write_text("".join(f"s3://b/{number}.jpg\n" for number in range(30)))
+    process = waiting(PLAIN, "--from", str(tmp_path / "list"))
+    assert process.stderr is not None
+    # Why they wait is said once all are accepted.
+    assert any("jobs wait: " in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=LIMIT_S)
+    found = sqlite_store.run(lambda session: jobs.list_jobs(session, limit=100), write=False)
+    told = {tuple(line.split()[-2:]) for line in said.splitlines() if "accepted all the same: " in line}
+    assert told == {(job.id, job.uri) for job in found if int(Path(job.uri).stem) < 20}
+    assert "30 jobs were accepted and will still be judged:\n" in said
+    assert "and 10 more: code-worker jobs list\n" in said
+    assert "just then" not in said
+    assert process.returncode == 1
 
 
 def test_a_noted_interrupt_is_raised_until_the_block_ends() -> None:

@@ -101,9 +101,18 @@ def test_a_database_that_is_gone_comes_back(sqlite_store: Store, tmp_path: Path)
 def test_what_is_no_copy_is_refused_and_changes_nothing(sqlite_store: Store, tmp_path: Path, content: bytes) -> None:
     accept(sqlite_store, "s3://b/0")
     (tmp_path / "bad.db").write_bytes(content)
-    with pytest.raises(StoreError, match=r"bad\.db"):
+    with pytest.raises(ConfigurationError, match=r"bad\.db is no database of code_worker: .*: name a copy"):
         restore(sqlite_store.url, tmp_path / "bad.db", tmp_path / "aside.db")
     assert numbers(sqlite_store.url) == {0}
+
+
+def test_a_database_of_somebody_else_is_no_copy(sqlite_store: Store, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.execute("CREATE TABLE songs (title)")
+        other.commit()
+    with pytest.raises(ConfigurationError, match=r"other\.db is no database of code_worker: .*: name a copy"):
+        restore(sqlite_store.url, tmp_path / "other.db", tmp_path / "aside.db")
+    assert not (tmp_path / "aside.db").exists()
 
 
 def test_a_copy_that_was_damaged_is_refused(sqlite_store: Store, tmp_path: Path) -> None:

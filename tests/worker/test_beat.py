@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,14 @@ import redis
 from redbeat.schedulers import ensure_conf
 
 from code_worker.queues import RETRAIN
-from code_worker.settings import Settings
+from code_worker.settings import Settings, load_settings
+from code_worker.store import workers
+from code_worker.store.engine import open_store
 from code_worker.worker.app import create_app
 from code_worker.worker.beat import KeptScheduler
 from tests.patience import LIMIT_S
 from tests.servers import RedisServer, free_port
-from tests.worker.harness import WorkerProcess
+from tests.worker.harness import WorkerProcess, wait_until
 
 # The last is redbeat's own.
 ENTRIES = {"code_worker.sweep", RETRAIN, "celery.backend_cleanup"}
@@ -94,3 +99,25 @@ def test_a_beat_that_dies_for_want_of_its_broker_says_so_in_the_form_of_its_log(
     (died,) = [event for event in map(json.loads, lines) if event["event"] == "beat_died"]
     assert "ConnectionError" in died["error"]
     assert "s3cret" not in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_beat_that_ends_in_order_is_heard_of_no_more(
+    redis_server: RedisServer, migrated_sqlite: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    shutil.copy(migrated_sqlite, tmp_path / "code_worker.db")
+    given = {"CODE_WORKER_DATA_DIR": str(tmp_path), "CODE_WORKER_BROKER_URL": redis_server.url}
+    beat = WorkerProcess([sys.executable, "-m", "code_worker.worker.beat"], {**os.environ, **given}, tmp_path / "log")
+    with closing(open_store(load_settings(data_dir=tmp_path).resolved_database_url)) as store:
+
+        def heard_of() -> list[str]:
+            alive = store.run(lambda session: workers.alive(session, within_s=3600.0, role=None), write=False)
+            return [part.role for part in alive]
+
+        try:
+            wait_until(lambda: heard_of() == ["beat"], LIMIT_S, "the beat's first word")
+            beat.process.send_signal(number)
+            assert beat.process.wait(LIMIT_S) == 0, (tmp_path / "log").read_text()
+        finally:
+            beat.kill()
+        assert heard_of() == []

@@ -39,9 +39,18 @@ PARTS: Final = ("python", *_PROBES)
 """What can be looked at, in this order."""
 
 
-def examine(parts: Collection[str] = PARTS, **overrides: Any) -> Iterator[Check]:
-    """Yields findings about the parts as they come; each part has a limit, see `check.bounded`."""
+def examine(
+    parts: Collection[str] = PARTS, *, on_part: Callable[[str], object] = lambda _: None, **overrides: Any
+) -> Iterator[Check]:
+    """Yields findings about the parts as they come; each part has a limit, see `check.bounded`.
+
+    Args:
+        parts: what to look at; the order is that of `PARTS`.
+        on_part: called with the name of a part before it is looked at.
+        overrides: settings that count before those that are written.
+    """
     if "python" in parts:
+        on_part("python")
         yield from bounded("python", machine.python)
     try:
         settings = load_settings(**overrides)
@@ -53,6 +62,7 @@ def examine(parts: Collection[str] = PARTS, **overrides: Any) -> Iterator[Check]
         if name in _OF_LEDGER and not reachable:
             yield Check(name, Status.WARN, "not looked at: it takes the database")
             continue
+        on_part(name)
         found = _look(name, settings)
         yield from found
         if name == _DATABASE:
