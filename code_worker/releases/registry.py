@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError
+from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, UnknownHeadError
 from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
@@ -160,6 +160,8 @@ class Registry:
             ConfigurationError, NoReleaseError, ArtifactError, PluginError: see `without_head` and `load`.
         """
         require(self._roles, by, Role.OPERATOR, "leave a head out of a release")
+        if head not in (known := self.show(release).heads):
+            raise UnknownHeadError(head, known)
         loaded = self.load(release, leave_out=head)
         kept, facts = without_head(loaded, self.directory(release), head, default_head)
         note = partial(kept_heads.note, run_id=self._store.new_id(), base=release, by=by)

@@ -88,14 +88,14 @@ def plan_heads(
     plans |= {name: HeadPlan(entry.plugin_head, entry.options) for name, entry in own.items()}
     if wrong := unknown_head_settings(configured or {}, plans):
         raise ConfigurationError("; ".join(wrong))
-    for given in (configured or {}, only or {}):
-        for name, options in given.items():
-            if (known := head_spelt(name, plans)) is None:
+    # Only variables have no `-`: elsewhere a head is written as it is called.
+    for given in ({head_spelt(name, plans) or name: options for name, options in (configured or {}).items()}, only):
+        for name, options in (given or {}).items():
+            if name not in plans:
                 raise UnknownHeadError(name, tuple(sorted(plans)))
             if options:
-                plans[known] = _with_options(known, plans[known], options, plugins)
-    wanted = plans.keys() if only is None else {head_spelt(name, plans) for name in only}
-    return {name: plan for name, plan in sorted(plans.items()) if name in wanted}
+                plans[name] = _with_options(name, plans[name], options, plugins)
+    return {name: plan for name, plan in sorted(plans.items()) if only is None or name in only}
 
 
 def _with_options(name: str, plan: HeadPlan, options: Mapping[str, Any], plugins: Plugins) -> HeadPlan:

@@ -118,6 +118,9 @@ def test_a_head_is_dropped_into_a_release_of_its_own(run: Run, bare_cli: Cli, tw
         first: (["knn", "linear", "svm"], ["champion"]),
         made: (["knn", "linear"], []),
     }
+    assert (
+        "unknown head 'sv_m'; known: knn, linear, svm; did you mean 'svm'?" in run("drop-head", first, "sv_m").stderr
+    )
     refused = run("drop-head", first, "linear")
     assert refused.status == 2
     assert "name another with --default-head" in refused.stderr
