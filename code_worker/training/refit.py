@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from code_worker.data.examples import REAL
 from code_worker.data.holdout import refuse_holdout
 from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
-from code_worker.heads import fit_head, head_spelt, unknown_head_settings
+from code_worker.heads import fit_head, head_spelt, options_problem, unknown_head_settings
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source, verify_files
 from code_worker.stops import raise_if_stop
@@ -108,7 +108,7 @@ def _with_options(name: str, plan: HeadPlan, options: Mapping[str, Any], plugins
         try:
             return replace(plan, options=head_class({**plan.options, **tried}).options.model_dump(mode="json"))
         except ValidationError as error:
-            problem = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            problem = options_problem(error)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
             raise_if_stop(error)
             problem = f"{type(error).__name__}: {error}"

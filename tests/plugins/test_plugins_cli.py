@@ -215,7 +215,7 @@ def test_a_line_is_printed_as_each_check_ends(tmp_path: Path) -> None:
     )
     with running:
         assert running.stdout is not None
-        assert running.stdout.readline().split() == ["waiting", "fit", "passed"]
+        assert running.stdout.readline().split() == ["waiting", "creation", "passed"]
         seen.touch()
         rest = running.stdout.read()
     assert running.returncode == 0, rest
