@@ -39,6 +39,8 @@ Anything else is a bug and propagates.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from code_worker.types import RejectReason
 
 __all__ = [
@@ -93,7 +95,14 @@ class UnknownHeadError(ConfigurationError):
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
         self.name = name
         self.known = known
-        super().__init__(f"unknown head {name!r}; known: {', '.join(known) or 'none'}")
+        super().__init__(f"unknown head {name!r}; known: {', '.join(known) or 'none'}{self.hint}")
+
+    @property
+    def hint(self) -> str:
+        """Asks whether the nearest of the known names was meant; empty when none is near. `-` and `_` differ."""
+        spelt = {one.replace("_", "-"): one for one in self.known}
+        near = get_close_matches(self.name.lower().replace("_", "-"), spelt, 1)
+        return f"; did you mean {spelt[near[0]]!r}?" if near else ""
 
 
 class PluginError(ConfigurationError):

@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from code_worker.errors import PluginError
 from code_worker.stops import raise_if_stop
@@ -32,6 +32,7 @@ __all__ = [
     "compute_device",
     "fit_head",
     "head_spelt",
+    "options_problem",
     "tolerance_of",
     "unknown_head_settings",
     "use_compute_device",
@@ -177,6 +178,11 @@ class HeadSpec:
                 f"head {self.name!r}: {self.target!r} is abstract: it lacks {', '.join(sorted(missing))}"
             )
         return found
+
+
+def options_problem(error: ValidationError) -> str:
+    """What a head's options refuse, in one line: `n_neighbors: Input should be greater than 0`."""
+    return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'options'}: {one['msg']}" for one in error.errors())
 
 
 def head_spelt(name: str, known: Collection[str]) -> str | None:

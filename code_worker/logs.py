@@ -6,16 +6,17 @@ import logging
 import re
 import sys
 import threading
+import time
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Callable, Hashable, MutableMapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
 from code_worker.terminal import printable, printable_lines
 
-__all__ = ["configure_logging", "get_logger", "log_uncaught", "redact"]
+__all__ = ["Repeats", "configure_logging", "get_logger", "log_uncaught", "redact"]
 
 _OF_LINES = frozenset({"exception", "stack"})
 _SECRETS = (
@@ -156,3 +157,28 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
         cache_logger_on_first_use=True,
     )
     return wrapped
+
+
+class Repeats:
+    """Tells what was said lately, so that a fault of every job is not a line of every job. Safe between threads."""
+
+    _KINDS: Final = 256
+
+    def __init__(self, every_s: float = 60.0, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_s = every_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._said: dict[Hashable, tuple[float, int]] = {}
+
+    def due(self, kind: Hashable) -> int | None:
+        """How often this kind came since it was last said, if it is to be said now; else None."""
+        with self._lock:
+            now = self._clock()
+            at, passed_over = self._said.pop(kind, (None, 0))
+            if at is not None and now - at < self._every_s:
+                self._said[kind] = (at, passed_over + 1)
+                return None
+            if len(self._said) >= self._KINDS:
+                del self._said[next(iter(self._said))]
+            self._said[kind] = (now, 0)
+            return passed_over

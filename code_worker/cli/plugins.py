@@ -205,5 +205,6 @@ def _heads_of(loaded: Plugins, name: str) -> tuple[str, ...]:
     for plugin in loaded.installed():
         if plugin.name == name:
             return plugin.heads
-    known = sorted({*loaded.heads(), *(plugin.name for plugin in loaded.installed())})
-    raise ConfigurationError(f"no head and no plugin is called {name!r}; known: {', '.join(known)}")
+    known = tuple(sorted({*loaded.heads(), *(plugin.name for plugin in loaded.installed())}))
+    hint = UnknownHeadError(name, known).hint
+    raise ConfigurationError(f"no head and no plugin is called {name!r}; known: {', '.join(known)}{hint}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,8 +13,9 @@ from code_worker.errors import (
     SourceCredentialsError,
     SourcePausedError,
     TransientError,
+    UnknownHeadError,
 )
-from code_worker.logs import get_logger
+from code_worker.logs import Repeats, get_logger
 from code_worker.moderation.collect import Collector, Item, Witness
 from code_worker.moderation.faults import JobFault
 from code_worker.moderation.policy import Policy, PolicyBook
@@ -27,7 +29,16 @@ if TYPE_CHECKING:
     from code_worker.moderation.runtime import Runtime
     from code_worker.settings import LimitSettings
 
-__all__ = ["Fetcher", "JobFault", "Judge", "Judged", "KnownEmbeddings", "SelectHead", "wanted_head"]
+__all__ = [
+    "Fetcher",
+    "JobFault",
+    "Judge",
+    "Judged",
+    "KnownEmbeddings",
+    "SelectHead",
+    "selection_fault",
+    "wanted_head",
+]
 
 log = get_logger(__name__)
 
@@ -61,6 +72,15 @@ def wanted_head(job: Job, policy: Policy, runtime: Runtime, select_head: SelectH
     return job.head or select_head(job, tuple(sorted(runtime.heads))) or policy.head or runtime.default_head
 
 
+def selection_fault(error: BaseException) -> Hashable:
+    """What makes two faults of a plugin's choice one of a kind: type and line of what it raised, not its text."""
+    raised = error.__cause__ if isinstance(error, PluginError) else error
+    if raised is None:
+        return str(error)
+    where = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(raised.__traceback__)]
+    return type(raised).__qualname__, *where[-1:]
+
+
 class Judge:
     """Judges batches; safe to call from several threads, which then share the pool and the encoder."""
 
@@ -75,6 +95,7 @@ class Judge:
     ) -> None:
         self._collector = Collector(sources, pool, limits, known)
         self._select_head = select_head
+        self._repeats = Repeats()
 
     def judge(
         self,
@@ -108,15 +129,19 @@ class Judge:
         try:
             chosen = wanted_head(item.job, policy, runtime, self._select_head)
         except Exception as error:
-            log.exception("select_head_failed", job=item.job.id, error=str(error))
+            if (passed_over := self._repeats.due(selection_fault(error))) is not None:
+                log.exception("select_head_failed", job=item.job.id, error=str(error), passed_over=passed_over)
             said = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
             detail = f"no head could be chosen: {said}"
             result.faults.append(JobFault(item.job, RejectReason.MODEL_UNAVAILABLE, detail))
             return None
         if chosen in runtime.heads:
             return chosen
-        names = ", ".join(sorted(runtime.heads)) or "none"
-        detail = f"unknown head {chosen!r}; release {runtime.release} has {names}"
+        names = tuple(sorted(runtime.heads))
+        hint = UnknownHeadError(chosen, names).hint
+        detail = f"unknown head {chosen!r}; release {runtime.release} has {', '.join(names) or 'none'}{hint}"
+        if (passed_over := self._repeats.due((chosen, runtime.release))) is not None:
+            log.warning("head_unknown", job=item.job.id, error=detail, passed_over=passed_over)
         result.verdicts.append(rejected_verdict(item, RejectReason.MODEL_UNAVAILABLE, detail, runtime))
         return None
 

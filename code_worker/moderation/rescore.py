@@ -12,9 +12,9 @@ import numpy as np
 
 from code_worker.errors import ArtifactError, ImageRejectedError, SourceCredentialsError, TransientError
 from code_worker.images.source import Fetched
-from code_worker.logs import get_logger
+from code_worker.logs import Repeats, get_logger
 from code_worker.moderation.collect import STORED, Collector, Item
-from code_worker.moderation.judge import wanted_head
+from code_worker.moderation.judge import selection_fault, wanted_head
 from code_worker.moderation.scoring import score_items
 from code_worker.moderation.verdicts import judged_by, judged_verdict
 from code_worker.types import EMBEDDING_DIM, Job, Label, RejectReason, Verdict
@@ -122,7 +122,7 @@ class Rescorer:
         self._copies = copies
         self._select_head = select_head
         self._head = head
-        self._select_said = False
+        self._repeats = Repeats()
         self._originals = _Unchanged(sources)
         self._from_source = Collector(self._originals, pool, limits, None)
         self._from_copies = Collector(_CopySource(copies), pool, limits, None)
@@ -156,10 +156,9 @@ class Rescorer:
         policy = self._policies.find(job.tenant, job.content_type, self._runtime.default_policy)
         try:
             head = self._head or wanted_head(job, policy, self._runtime, self._select_head)
-        except Exception:
-            if not self._select_said:  # it may fail on a million jobs alike
-                log.exception("select_head_failed", job=job.id)
-                self._select_said = True
+        except Exception as error:
+            if (passed_over := self._repeats.due(selection_fault(error))) is not None:
+                log.exception("select_head_failed", job=job.id, passed_over=passed_over)
             result.left[SELECT_FAILED] += 1
             return None
         if head not in self._runtime.heads:

@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from code_worker.plugins import Plugins
     from code_worker.releases.hashing import OnBytes
 
-__all__ = ["IfChanged", "LoadedRelease", "head_directory", "load_head", "load_release"]
+__all__ = [
+    "IfChanged",
+    "LoadedHeads",
+    "LoadedRelease",
+    "head_directory",
+    "load_head",
+    "load_heads",
+    "load_release",
+]
 
 log = get_logger(__name__)
 IfChanged = Literal["refuse", "warn"]
@@ -63,6 +71,21 @@ class LoadedRelease:
     head_sha256: Mapping[str, str]
     head_plugins: Mapping[str, str]
     encoder_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedHeads:
+    """The heads of a release, of which each scores its probes as it did, or is used although it does not.
+
+    Attributes:
+        heads: fitted heads by name.
+        plugins: distribution and version of what loaded each here.
+        warnings: a sentence for each that scores otherwise.
+    """
+
+    heads: Mapping[str, Head]
+    plugins: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
 
 
 def head_directory(directory: Path, name: str) -> Path:
@@ -111,25 +134,44 @@ def load_release(
         _refuse_swapped(directory, hashlib.sha256(content).hexdigest(), sha256)
         check(content, signature_in(directory) if signature is None else signature, keys, str(directory))
     weights = read_weights(directory)
-    entries = {name: entry for name, entry in manifest.heads.items() if name != leave_out}
-    heads = {name: load_head(directory, name, entry, plugins) for name, entry in entries.items()}
-    probes = read_probes(directory) if PROBES_NAME in manifest.files else None
+    loaded = load_heads(directory, manifest, release_id(sha256), plugins, if_changed=if_changed, leave_out=leave_out)
     if keys:
         _refuse_swapped(directory, verify_files(directory)[1], sha256)
-    head_plugins = {name: plugins.provider(entry.plugin_head).release for name, entry in entries.items()}
-    for changed in _changed_heads(release_id(sha256), heads, probes, manifest.thresholds):
-        head = changed.head
-        _refuse_or_warn(changed, release_id(sha256), manifest.heads[head], head_plugins[head], if_changed)
     return LoadedRelease(
         id=release_id(sha256),
         manifest_sha256=sha256,
         manifest=manifest,
         weights=weights,
-        heads=heads,
+        heads=loaded.heads,
         head_sha256={name: entry.sha256 for name, entry in manifest.heads.items()},
-        head_plugins=head_plugins,
+        head_plugins=loaded.plugins,
         encoder_sha256=manifest.encoder.sha256,
     )
+
+
+def load_heads(
+    directory: Path,
+    manifest: Manifest,
+    release: str,
+    plugins: Plugins,
+    *,
+    if_changed: IfChanged = "refuse",
+    leave_out: str | None = None,
+) -> LoadedHeads:
+    """The heads of a release directory whose files were verified, compared with their past; no encoder is needed.
+
+    Raises:
+        ArtifactError, PluginError: see `load_release`.
+    """
+    entries = {name: entry for name, entry in manifest.heads.items() if name != leave_out}
+    heads = {name: load_head(directory, name, entry, plugins) for name, entry in entries.items()}
+    probes = read_probes(directory) if PROBES_NAME in manifest.files else None
+    loaded_by = {name: plugins.provider(entry.plugin_head).release for name, entry in entries.items()}
+    warnings = [
+        _refuse_or_warn(changed, release, entries[changed.head], loaded_by[changed.head], if_changed)
+        for changed in _changed_heads(release, heads, probes, manifest.thresholds)
+    ]
+    return LoadedHeads(heads, loaded_by, tuple(warnings))
 
 
 def _changed_heads(
@@ -148,8 +190,14 @@ def _changed_heads(
             yield changed
 
 
-def _refuse_or_warn(changed: Changed, release: str, entry: HeadEntry, loaded_by: str, if_changed: IfChanged) -> None:
+def _refuse_or_warn(changed: Changed, release: str, entry: HeadEntry, loaded_by: str, if_changed: IfChanged) -> str:
+    """What is wrong with a head that is used all the same."""
     made_by = f"{entry.distribution} {entry.distribution_version}".strip()
+    problem = (
+        f"head {changed.head!r} of {release} does not score as it did when the release was made: by up to "
+        f"{changed.difference:.3g} on the release's probes, {changed.allowed:g} is allowed (made by {made_by}, "
+        f"loaded by {loaded_by})"
+    )
     rounding = made_by == loaded_by and changed.is_rounding
     if rounding or if_changed == "warn":
         hint = "as another processor rounds: let the head sum in float64, or declare a tolerance" if rounding else ""
@@ -164,12 +212,8 @@ def _refuse_or_warn(changed: Changed, release: str, entry: HeadEntry, loaded_by:
             loaded_by=loaded_by,
             **({"hint": hint} if hint else {}),
         )
-        return
-    raise ArtifactError(
-        f"head {changed.head!r} of {release} does not score as it did when the release was made: by up to "
-        f"{changed.difference:.3g} on the release's probes, {changed.allowed:g} is allowed (made by {made_by}, "
-        f"loaded by {loaded_by}). Install the code that made it, or set CODE_WORKER_CHANGED_HEADS=warn and refit"
-    )
+        return f"{problem}{f'; {hint}' if hint else ''}"
+    raise ArtifactError(f"{problem}. Install the code that made it, or set CODE_WORKER_CHANGED_HEADS=warn and refit")
 
 
 def _refuse_swapped(directory: Path, found: str, expected: str) -> None:
@@ -194,7 +238,7 @@ def load_head(directory: Path, name: str, entry: HeadEntry, plugins: Plugins) ->
             f"head {name!r} needs the plugin head {entry.plugin_head!r} ({entry.target}) of "
             f"{entry.distribution} {entry.distribution_version}, which is not installed. Install it again; "
             f"or leave the head out (`code-worker releases drop-head RELEASE {name}`) and promote what that makes, "
-            "or go back to the champion before (`code-worker releases rollback`)"
+            "or promote a release that has no such head (`code-worker releases list`)"
         ) from None
     try:
         return head_class.load(head_directory(directory, name), entry.options)

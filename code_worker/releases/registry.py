@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, StoreError
+from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, UnknownHeadError
 from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
@@ -17,6 +17,7 @@ from code_worker.releases.builder import build_from_parts, without_head
 from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import IfChanged, LoadedRelease, load_release
 from code_worker.releases.manifest import MANIFEST_NAME, essence, read_manifest, release_id, verify_files
+from code_worker.releases.refusals import explained
 from code_worker.releases.signing import check, sign
 from code_worker.roles import Role, current_user, require
 from code_worker.settings import RoleSettings
@@ -159,6 +160,8 @@ class Registry:
             ConfigurationError, NoReleaseError, ArtifactError, PluginError: see `without_head` and `load`.
         """
         require(self._roles, by, Role.OPERATOR, "leave a head out of a release")
+        if head not in (known := self.show(release).heads):
+            raise UnknownHeadError(head, known)
         loaded = self.load(release, leave_out=head)
         kept, facts = without_head(loaded, self.directory(release), head, default_head)
         note = partial(kept_heads.note, run_id=self._store.new_id(), base=release, by=by)
@@ -251,7 +254,7 @@ class Registry:
 
     def directory(self, release: str) -> Path:
         """Where the verified files of a registered release are, to be read alone; raises as `load` does."""
-        return self._fetch(release)[0]
+        return self._verified(release)[0]
 
     def _verified(self, release: str) -> tuple[Path, bytes, bytes | None]:
         """Files, manifest and signature, which is by one of the keys where there are some; raises as `load` does."""
@@ -282,7 +285,8 @@ class Registry:
             StoreError: it was retired meanwhile.
         """
         require(self._roles, by, Role.OPERATOR, "promote a release")
-        self.load_to_judge(release)
+        with explained(release, self, self._plugins):
+            self.load_to_judge(release)
         failpoint("before_promotion")
 
         tries: list[str | None] = []
@@ -305,8 +309,9 @@ class Registry:
             ArtifactError, PluginError: it cannot be loaded any more; the champion stays.
         """
         require(self._roles, by, Role.OPERATOR, "roll back")
-        move, wanted = self._last_promotion()
-        self.load_to_judge(wanted)
+        move, wanted = self._store.run(lambda session: releases.last_move(session, CHAMPION), write=False)
+        with explained(wanted, self, self._plugins, rolls_back=True):
+            self.load_to_judge(wanted)
         self._store.run(lambda session: releases.rollback(session, CHAMPION, by=by, reason=reason, move=move))
         log.info("champion_rolled_back", release=wanted, by=by)
         return wanted
@@ -349,14 +354,10 @@ class Registry:
             raise ArtifactError(f"{release} must not be promoted: {status}")
         return self._load_with_heads(release)
 
-    def _last_promotion(self) -> tuple[int, str]:
-        """Number of the last move of the champion that stands, and the release before it."""
+    def past_champions(self) -> Sequence[str]:
+        """Ids of releases that judged once, the last one first."""
         history = self._store.run(lambda session: releases.moves(session, CHAMPION), write=False)
-        undone = {move.undoes for move in history}
-        standing = [move for move in history if move.undoes is None and move.id not in undone]
-        if not standing or standing[0].previous_id is None:
-            raise StoreError("no champion before this one: nothing to roll back to")
-        return standing[0].id, standing[0].previous_id
+        return tuple(dict.fromkeys(move.release_id for move in history))
 
     def _load_with_heads(self, release: str) -> LoadedRelease:
         loaded = self.load(release)

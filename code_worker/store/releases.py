@@ -277,6 +277,19 @@ def rollback(session: Session, name: str, *, by: str, reason: str, move: int | N
         if (done := session.scalar(select(_MOVES.c.release_id).where(*own))) is not None:
             return str(done)
     now = session.scalar(select(_ALIASES.c.release_id).where(_ALIASES.c.name == name).with_for_update())
+    last, before = last_move(session, name)
+    if move not in {None, last}:
+        raise StoreError(f"the {name} was moved by somebody else just now: look at it and try again")
+    _move(session, name, before, previous_id=now, undoes=last, by=by, reason=reason)
+    return before
+
+
+def last_move(session: Session, name: str) -> tuple[int, str]:
+    """Number of the last move of an alias that still stands, and the release that it pointed to before.
+
+    Raises:
+        StoreError: it pointed nowhere before.
+    """
     undone = select(_MOVES.c.undoes).where(_MOVES.c.alias == name, _MOVES.c.undoes.is_not(None))
     last = session.execute(
         select(_MOVES.c.id, _MOVES.c.previous_id)
@@ -284,12 +297,9 @@ def rollback(session: Session, name: str, *, by: str, reason: str, move: int | N
         .order_by(_MOVES.c.id.desc())
         .limit(1)
     ).one_or_none()
-    if now is None or last is None or last.previous_id is None:
-        raise StoreError(f"{name} pointed nowhere before: nothing to roll back to")
-    if move not in {None, last.id}:
-        raise StoreError(f"the {name} was moved by somebody else just now: look at it and try again")
-    _move(session, name, last.previous_id, previous_id=now, undoes=last.id, by=by, reason=reason)
-    return str(last.previous_id)
+    if last is None or last.previous_id is None:
+        raise StoreError(f"no {name} before this one: nothing to roll back to")
+    return last.id, last.previous_id
 
 
 def moves(session: Session, name: str, *, limit: int | None = None) -> list[AliasMove]:

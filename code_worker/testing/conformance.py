@@ -22,12 +22,14 @@ from typing import Any, Final
 from code_worker.heads import Head, HeadSpec
 from code_worker.stops import raise_if_stop
 from code_worker.testing.files import FILE_CHECKS
+from code_worker.testing.options import OPTION_CHECKS, check_creation
 from code_worker.testing.scoring import BASIC_CHECKS, SCORE_CHECKS, check_fit, check_other_processor
-from code_worker.testing.subject import NotConformingError, Subject, sample_embeddings
+from code_worker.testing.subject import NotConformingError, Subject, raised, sample_embeddings
 
 __all__ = ["CheckResult", "assert_head_conforms", "check_head", "each_check", "sample_embeddings"]
 
-_CHECKS: Final = (*SCORE_CHECKS, *FILE_CHECKS)
+_CHECKS: Final = (check_fit, *SCORE_CHECKS, *FILE_CHECKS, *OPTION_CHECKS)
+_COPY: Final = "work on a copy: `x = x - mean`, not `x -= mean`, and for torch `torch.from_numpy(x.copy())`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,11 @@ def each_check(head: HeadSpec | type[Head], options: Mapping[str, Any] | None = 
     head_class = head.head_class() if isinstance(head, HeadSpec) else head
     with tempfile.TemporaryDirectory(prefix="code_worker_check_") as directory:
         subject = Subject(head_class, options or {}, Path(directory))
-        checks, whole = (check_fit, *_CHECKS), True
+        checks, whole = (check_creation, *_CHECKS), True
         for number, check in enumerate(checks, 1):
             result = _run(check, subject)
             whole = whole and result.passed
-            if not result.passed and check in BASIC_CHECKS:
+            if not result.passed and check in {check_creation, *BASIC_CHECKS}:
                 yield replace(result, left_out=1 + len(checks) - number)
                 return
             yield result
@@ -109,11 +111,14 @@ def _run(check: Callable[[Subject], str | None], subject: Subject) -> CheckResul
         return CheckResult(name, passed=False, expected=found.expected, seen=found.seen, fix=found.fix)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
         raise_if_stop(error)
-        return CheckResult(
-            name,
-            passed=False,
-            expected="no exception",
-            seen=f"{type(error).__name__}: {error}",
-            fix=(check.__doc__ or "").strip(),
-        )
+        return _failed_by(error, name, subject, rule=(check.__doc__ or "").strip())
     return CheckResult(name, passed=True, warning=warning or "")
+
+
+def _failed_by(error: BaseException, name: str, subject: Subject, *, rule: str) -> CheckResult:
+    seen = raised(error, subject.head_class)
+    if isinstance(error, ValueError) and "read-only" in str(error):
+        expected, fix = "embeddings and labels that are left as they were: other heads use the same arrays", _COPY
+    else:
+        expected, fix = "no exception", f"mend what raises it; the rule: {rule}"
+    return CheckResult(name, passed=False, expected=expected, seen=seen, fix=fix)

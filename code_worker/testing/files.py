@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import IO, Final
 
 from code_worker.errors import ArtifactError
+from code_worker.heads import Head
 from code_worker.testing.subject import NotConformingError, Subject, largest_difference
 
-__all__ = ["FILE_CHECKS"]
+__all__ = ["FILE_CHECKS", "load_again"]
 
 _PICKLE_SUFFIXES: Final = frozenset({".pkl", ".pickle", ".joblib", ".sav", ".pt", ".pth"})
 _PICKLE_STARTS: Final = tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))
@@ -21,7 +24,7 @@ def check_save_and_load(subject: Subject) -> None:
     directory = subject.saved("reload")
     if not any(path.is_file() for path in directory.rglob("*")):
         raise NotConformingError("save writes files", "an empty directory", "write the fitted state in save")
-    loaded = subject.head_class.load(directory, subject.head.options.model_dump(mode="json"))
+    loaded = load_again(subject, directory, subject.head)
     before, after = subject.head.score(subject.embeddings), loaded.score(subject.embeddings)
     if before.tobytes() != after.tobytes():
         raise NotConformingError(
@@ -29,6 +32,18 @@ def check_save_and_load(subject: Subject) -> None:
             f"a difference of {largest_difference(before, after):.2g}",
             "save every array in the dtype that score computes with; do not round",
         )
+
+
+def load_again(subject: Subject, directory: Path, head: Head) -> Head:
+    """What the class loads from a directory that `head` was saved into, with its options."""
+    if isinstance(inspect.getattr_static(subject.head_class, "load"), FunctionType):
+        raise NotConformingError(
+            "load is a classmethod", "a method of a head that there is not yet", "write @classmethod above load"
+        )
+    loaded: object = subject.head_class.load(directory, head.options.model_dump(mode="json"))
+    if not isinstance(loaded, subject.head_class):
+        raise NotConformingError("load returns a head", type(loaded).__name__, "end load with `return head`")
+    return loaded
 
 
 def check_missing_files(subject: Subject) -> None:

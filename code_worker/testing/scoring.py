@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from threadpoolctl import threadpool_limits
 
-from code_worker.heads import MAX_TOLERANCE, Head, tolerance_of
+from code_worker.heads import MAX_TOLERANCE, Head, options_problem, tolerance_of
 from code_worker.testing.other_processor import NotTriedError, scores_elsewhere
 from code_worker.testing.subject import NotConformingError, Subject, largest_difference, sample_embeddings
 from code_worker.types import EMBEDDING_DIM, SCORE_ROUNDING
@@ -46,8 +46,16 @@ def check_options(subject: Subject) -> None:
             "it was taken without a word",
             "derive Options from Head.Options and do not loosen its model_config; let __init__ call Head.__init__",
         )
-    written = json.loads(json.dumps(subject.head.options.model_dump(mode="json")))
-    if subject.head_class(written).options != subject.head.options:
+    written = json.loads(json.dumps(subject.head.options.model_dump(mode="json", warnings=False)))
+    try:
+        taken = subject.head_class(written).options
+    except ValidationError as error:
+        raise NotConformingError(
+            "options that are taken back as they were written",
+            options_problem(error),
+            "give each field a default of its own type",
+        ) from None
+    if taken != subject.head.options:
         raise NotConformingError(
             "options are the same after a trip through JSON", str(written), "use fields that JSON can hold"
         )
@@ -76,7 +84,13 @@ def check_range(subject: Subject) -> None:
     ]
     for head, embeddings, what in (*tried, (hard, subject.queries, "classes that overlap")):
         scores = head.score(embeddings)
-        if not (np.isfinite(scores).all() and (scores >= 0).all() and (scores <= 1).all()):
+        if wrong := np.count_nonzero(~np.isfinite(scores)):
+            raise NotConformingError(
+                "every score in [0, 1]",
+                f"{wrong} of {len(scores)} scores are NaN or infinite for {what}",
+                "look for a division by zero, a logarithm of 0 or an overflow in fit and score",
+            )
+        if not ((scores >= 0).all() and (scores <= 1).all()):
             raise NotConformingError(
                 "every score in [0, 1]",
                 f"{np.min(scores)} to {np.max(scores)} for {what}",
@@ -263,16 +277,16 @@ def check_other_processor(subject: Subject) -> str:
     return f"{seen}: a release made here is loaded there with a warning (head_changed); {fix}"
 
 
-BASIC_CHECKS: Final = (check_fit, check_shape_and_dtype, check_range)
+BASIC_CHECKS: Final = (check_fit, check_tolerance, check_shape_and_dtype, check_range)
 """What all others rest on."""
 SCORE_CHECKS: Final = (
+    check_tolerance,
     check_shape_and_dtype,
     check_range,
     check_options,
     check_direction,
     check_border,
     check_determinism,
-    check_tolerance,
     check_batch_invariance,
     check_nan_refusal,
     check_width_refusal,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
-from code_worker.heads import MAX_TOLERANCE, Head, fit_head
+from code_worker.heads import MAX_TOLERANCE, Head, fit_head, options_problem
 from code_worker.types import EMBEDDING_DIM
 
 __all__ = [
@@ -18,6 +21,7 @@ __all__ = [
     "hard_embeddings",
     "hard_queries",
     "largest_difference",
+    "raised",
     "sample_embeddings",
 ]
 
@@ -76,6 +80,19 @@ class NotConformingError(Exception):
     def __init__(self, expected: str, seen: str, fix: str) -> None:
         super().__init__(seen)
         self.expected, self.seen, self.fix = expected, seen, fix
+
+
+def raised(error: BaseException, head_class: type[Head]) -> str:
+    """What a head raised and where in its code, in one line: `KeyError: 'k' (texture.py:12 in fit)`."""
+    said = options_problem(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    classes = [one for one in head_class.__mro__ if one not in Head.__mro__]
+    files = {getattr(sys.modules.get(one.__module__), "__file__", None) for one in classes}
+    kit = str(Path(__file__).parent)
+    own = [at for at in frames if at[0].co_filename in files]
+    places = own or [at for at in frames if not at[0].co_filename.startswith(kit)]
+    where = "".join(f" ({Path(code.co_filename).name}:{line} in {code.co_name})" for code, line in places[-1:])
+    return f"{type(error).__name__}: {said}{where}"
 
 
 class Subject:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from code_worker.data.examples import REAL
 from code_worker.data.holdout import refuse_holdout
 from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
-from code_worker.heads import fit_head, head_spelt, unknown_head_settings
+from code_worker.heads import fit_head, head_spelt, options_problem, unknown_head_settings
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source, verify_files
 from code_worker.stops import raise_if_stop
@@ -88,14 +88,14 @@ def plan_heads(
     plans |= {name: HeadPlan(entry.plugin_head, entry.options) for name, entry in own.items()}
     if wrong := unknown_head_settings(configured or {}, plans):
         raise ConfigurationError("; ".join(wrong))
-    for given in (configured or {}, only or {}):
-        for name, options in given.items():
-            if (known := head_spelt(name, plans)) is None:
+    # Only variables have no `-`: elsewhere a head is written as it is called.
+    for given in ({head_spelt(name, plans) or name: options for name, options in (configured or {}).items()}, only):
+        for name, options in (given or {}).items():
+            if name not in plans:
                 raise UnknownHeadError(name, tuple(sorted(plans)))
             if options:
-                plans[known] = _with_options(known, plans[known], options, plugins)
-    wanted = plans.keys() if only is None else {head_spelt(name, plans) for name in only}
-    return {name: plan for name, plan in sorted(plans.items()) if name in wanted}
+                plans[name] = _with_options(name, plans[name], options, plugins)
+    return {name: plan for name, plan in sorted(plans.items()) if only is None or name in only}
 
 
 def _with_options(name: str, plan: HeadPlan, options: Mapping[str, Any], plugins: Plugins) -> HeadPlan:
@@ -108,7 +108,7 @@ def _with_options(name: str, plan: HeadPlan, options: Mapping[str, Any], plugins
         try:
             return replace(plan, options=head_class({**plan.options, **tried}).options.model_dump(mode="json"))
         except ValidationError as error:
-            problem = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            problem = options_problem(error)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
             raise_if_stop(error)
             problem = f"{type(error).__name__}: {error}"

@@ -74,7 +74,10 @@ def test_a_head_that_the_champion_lacks_ends_the_command_before_anything_is_acce
     listed.write_text('{"uri": "s3://b/a.jpg", "head": "knn"}\n{"uri": "s3://b/b.jpg", "head": "kn"}\n')
     ran = producer("enqueue", "--from", str(listed))
     assert ran.status == 1
-    assert "line 2: unknown head 'kn'; known: knn, linear\n1 job accepted, 1 line refused" in ran.stderr
+    assert (
+        "line 2: unknown head 'kn'; known: knn, linear; did you mean 'knn'?\n1 job accepted, 1 line refused"
+        in ran.stderr
+    )
 
 
 def test_a_job_with_a_key_is_found_again_though_its_head_is_gone(

@@ -118,6 +118,9 @@ def test_a_head_is_dropped_into_a_release_of_its_own(run: Run, bare_cli: Cli, tw
         first: (["knn", "linear", "svm"], ["champion"]),
         made: (["knn", "linear"], []),
     }
+    assert (
+        "unknown head 'sv_m'; known: knn, linear, svm; did you mean 'svm'?" in run("drop-head", first, "sv_m").stderr
+    )
     refused = run("drop-head", first, "linear")
     assert refused.status == 2
     assert "name another with --default-head" in refused.stderr
@@ -147,11 +150,31 @@ def test_a_head_whose_plugin_is_gone_is_dropped_or_rolled_back(
     assert refused.status == 2
     assert "Install it again" in refused.stderr
     assert "releases drop-head RELEASE gone" in refused.stderr
-    assert "releases rollback" in refused.stderr
+    first = id_of(two[0])
+    assert f"{both} stays the champion; ready, with their plugins here: {first} (" in refused.stderr
     assert "is the champion" in run("rollback").stdout
     dropped = run("drop-head", both, "gone")
     assert dropped.status == 0, dropped.stderr
     assert "is the champion" in run("promote", dropped.stdout.split()[0]).stdout
+
+
+def test_a_rollback_to_what_cannot_be_loaded_names_it_and_what_can_be_promoted(
+    run: Run, bare_cli: Cli, two: list[Path], tmp_path: Path
+) -> None:
+    plugin = tmp_path / "plugins" / "fickle.py"
+    plugin.parent.mkdir()
+    plugin.write_text(FICKLE)
+    bare_cli.env["CODE_WORKER_PLUGINS_DIR"] = str(plugin.parent)
+    first, fickle, second = id_of(two[0]), id_of(build_fickle(tmp_path / "fickle", plugin.parent)), id_of(two[1])
+    for directory in (two[0], tmp_path / "fickle", two[1]):
+        run("import", directory, "--promote")
+    plugin.unlink()
+    refused = run("rollback")
+    assert refused.status == 2
+    assert f"{fickle}, to which this would roll back, cannot be loaded here: head 'fickle' needs" in refused.stderr
+    assert f"{second} stays the champion; ready, with their plugins here: {first} (" in refused.stderr
+    assert "releases rollback" not in refused.stderr
+    assert "is the champion" in run("promote", first).stdout
 
 
 def test_promote_and_rollback_say_what_was_before(run: Run, two: list[Path]) -> None:

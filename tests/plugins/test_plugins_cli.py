@@ -215,7 +215,7 @@ def test_a_line_is_printed_as_each_check_ends(tmp_path: Path) -> None:
     )
     with running:
         assert running.stdout is not None
-        assert running.stdout.readline().split() == ["waiting", "fit", "passed"]
+        assert running.stdout.readline().split() == ["waiting", "creation", "passed"]
         seen.touch()
         rest = running.stdout.read()
     assert running.returncode == 0, rest
@@ -261,7 +261,8 @@ def test_a_sample_job_shows_which_head_the_plugins_choose(tmp_path: Path) -> Non
     (tmp_path / "chooser.py").write_text(
         "from code_worker import hookimpl\n"
         "@hookimpl\ndef code_worker_select_head(job, heads):\n"
-        "    return {'acme': 'knn', 'broken': 'gone'}.get(job.tenant) or job.metadata.get('head')\n"
+        "    names = {'acme': 'knn', 'broken': 'gone', 'spelt': 'soft_knn'}\n"
+        "    return names.get(job.tenant) or job.metadata.get('head')\n"
     )
     environment = {"CODE_WORKER_PLUGINS_DIR": str(tmp_path), "CODE_WORKER_DATA_DIR": str(tmp_path / "data")}
 
@@ -273,6 +274,7 @@ def test_a_sample_job_shows_which_head_the_plugins_choose(tmp_path: Path) -> Non
     assert ask("--heads", "linear,knn").stdout.startswith("no plugin has an opinion")
     unknown = ask("--heads", "linear,knn", "--tenant", "broken")
     assert (unknown.returncode, "unknown head 'gone'; known: linear, knn" in unknown.stderr) == (2, True)
+    assert "did you mean 'soft-knn'?" in ask("--heads", "soft-knn", "--tenant", "spelt").stderr
     none = ask("--tenant", "acme")
     assert none.returncode == 2
     assert "no database in" in none.stderr

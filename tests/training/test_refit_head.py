@@ -241,6 +241,8 @@ def test_a_name_in_a_variable_stands_for_a_head_with_a_dash(tmp_path: Path) -> N
     )
     plugins = load_plugins(Settings(plugins_dir=tmp_path))
     assert plan_heads(plugins, None, {"far_off": {"n_neighbors": 4}})["far-off"].options["n_neighbors"] == 4
+    with pytest.raises(UnknownHeadError, match=r"unknown head 'far_off'; known: .*; did you mean 'far-off'"):
+        plan_heads(plugins, None, only={"far_off": {}})
 
 
 def test_settings_of_a_head_that_nobody_offers_are_refused_with_the_nearest_name() -> None:

@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from code_worker.errors import ArtifactError, CodeWorkerError, PluginError
 from code_worker.releases.artifacts import LocalArtifacts, open_artifacts
+from code_worker.releases.loading import load_heads
 from code_worker.releases.manifest import read_manifest
-from code_worker.releases.registry import CHAMPION
+from code_worker.releases.registry import CHAMPION, open_registry
 from code_worker.settings import Settings
 from code_worker.store import joblist, releases
 from code_worker.store import policies as thresholds
 from code_worker.store import workers as fleet
 from code_worker.store.engine import open_store
 from code_worker.worker.doctor.check import Check, Status
-from code_worker.worker.doctor.fleet import needed_heads
 
 if TYPE_CHECKING:
+    from code_worker.releases.loading import LoadedHeads
+    from code_worker.releases.manifest import Manifest
     from code_worker.store.engine import Session
 
 __all__ = ["jobs", "pauses", "policies", "release"]
@@ -25,6 +28,7 @@ __all__ = ["jobs", "pauses", "policies", "release"]
 T = TypeVar("T")
 _OLD_S: Final = 600.0
 _LETTERS: Final = 100
+_PLUGINS_HINT: Final = "code-worker plugins list here, and plugins seen for what workers have"
 
 
 def _ask(settings: Settings, work: Callable[[Session], T]) -> T:
@@ -33,7 +37,7 @@ def _ask(settings: Settings, work: Callable[[Session], T]) -> T:
 
 
 def release(settings: Settings) -> Iterator[Check]:
-    """A champion is set, kept whole, and has the default head."""
+    """A champion is set, kept whole, loads here, its heads score as they did, and it has the default head."""
     champion = _ask(settings, lambda session: releases.alias(session, CHAMPION))
     if champion is None:
         yield Check(
@@ -44,18 +48,22 @@ def release(settings: Settings) -> Iterator[Check]:
         )
         return
     artifacts = open_artifacts(settings)
-    if not isinstance(artifacts, LocalArtifacts):
-        there = artifacts.exists(champion)
-        text = (
-            f"champion {champion} is {'kept' if there else 'missing, or not whole,'} in {settings.resolved_artifacts}"
-        )
-        yield Check("release", Status.OK if there else Status.FAIL, text, "code-worker releases import, once more")
-        yield from _without_plugin(settings, champion)
+    # A cached copy would load, and the next worker could not.
+    if not isinstance(artifacts, LocalArtifacts) and not artifacts.exists(champion):
+        text = f"champion {champion} is missing, or not whole, in {settings.resolved_artifacts}"
+        yield Check("release", Status.FAIL, text, "code-worker releases import, once more")
         return
-    manifest, _ = read_manifest(artifacts.fetch(champion))
-    heads = ", ".join(sorted(manifest.heads))
-    yield Check("release", Status.OK, f"champion {champion} is whole: {len(manifest.files)} files; heads: {heads}")
-    yield from _without_plugin(settings, champion)
+    manifest, loaded = _heads(settings, champion)
+    if isinstance(loaded, CodeWorkerError):
+        yield Check("release", Status.FAIL, f"champion {champion} cannot judge here: {loaded}", _PLUGINS_HINT)
+        return
+    for warning in loaded.warnings:
+        yield Check("release", Status.WARN, f"champion {champion}: {warning}", _PLUGINS_HINT)
+    if not loaded.warnings:
+        text = (
+            f"champion {champion} is whole: {len(manifest.files)} files; heads: {', '.join(sorted(manifest.heads))}"
+        )
+        yield Check("release", Status.OK, text)
     if settings.head is not None and settings.head not in manifest.heads:
         yield Check(
             "release",
@@ -65,19 +73,22 @@ def release(settings: Settings) -> Iterator[Check]:
         )
 
 
-def _without_plugin(settings: Settings, champion: str) -> Iterator[Check]:
-    """A worker loads all heads of a release or none of it."""
+def _heads(settings: Settings, champion: str) -> tuple[Manifest, LoadedHeads | CodeWorkerError]:
+    """Manifest of the champion, and its heads as a worker here would have them, or why it would refuse them.
+
+    Raises:
+        CodeWorkerError: its files are not those that were registered, or a plugin is broken.
+    """
     from code_worker.plugins import load_plugins  # noqa: PLC0415 - imports strangers' code
 
-    registered = _ask(settings, lambda session: releases.get(session, champion))
-    needed = {} if registered is None else needed_heads(registered.manifest)
-    for name in sorted(set(needed).difference(load_plugins(settings).heads())):
-        yield Check(
-            "release",
-            Status.FAIL,
-            f"champion {champion} has a head {name!r}, and no plugin here offers it: a worker here cannot judge",
-            f"install {needed[name]} on every worker; see CODE_WORKER_PLUGINS_DIR and CODE_WORKER_PLUGINS_ALLOWED",
-        )
+    plugins = load_plugins(settings)
+    with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:
+        directory = open_registry(settings, store=store, plugins=plugins).directory(champion)
+    manifest, _ = read_manifest(directory)
+    try:
+        return manifest, load_heads(directory, manifest, champion, plugins, if_changed=settings.changed_heads)
+    except (ArtifactError, PluginError) as error:
+        return manifest, error
 
 
 def policies(settings: Settings) -> Iterator[Check]:
