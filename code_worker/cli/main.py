@@ -104,15 +104,22 @@ def cli() -> None:
     """
 
 
+def _open_what_is_closed() -> None:
+    """Python has no stream where a shell closed it (`>&-`); what is written there is to be lost, and fail nothing."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115 - for the process's life
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - as above
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - as above
+
+
 def main() -> None:
     """Runs the command line; our own errors end as one line on stderr, never as a traceback."""
+    _open_what_is_closed()
     try:
         with noted_interrupts():
             try:
                 cli(prog_name="code-worker")
             finally:
-                if sys.stdout is not None:  # Python has none where it is closed from the start (`>&-`)
-                    sys.stdout.flush()  # what a command left in it fails here, and not when Python ends
+                sys.stdout.flush()  # what a command left in it fails here, and not when Python ends
     except PermissionError as error:
         place = error.filename or "a file"
         click.echo(printable(f"code-worker: this user may not use {place}: {error.strerror}"), err=True)

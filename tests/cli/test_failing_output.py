@@ -83,7 +83,16 @@ def test_of_many_jobs_those_are_told_that_nobody_read(sqlite_store: Store, tmp_p
     assert told.isdisjoint(read)
 
 
-@pytest.mark.parametrize(("words", "status"), [("--version", 0), ("jobs counts", 0), ("schedule lisst", 2)])
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("--version", 0),
+        ("jobs counts", 0),
+        ("jobs counts --json", 0),
+        ("verdicts export --csv", 0),
+        ("schedule lisst", 2),
+    ],
+)
 def test_a_standard_output_that_was_closed_from_the_start_fails_nothing(
     sqlite_store: Store, tmp_path: Path, words: str, status: int
 ) -> None:
