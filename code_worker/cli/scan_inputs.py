@@ -52,7 +52,7 @@ class Inputs:
             if self._every_file:
                 yield from sources.list(place)
             else:
-                yield from images_under(sources, place, self.left_out)
+                yield from images_under(sources, place, self.left_out, unjudged=True)
         except (ImageRejectedError, TransientError) as error:
             raise ConfigurationError(f"cannot list {path}: {error}") from error
 

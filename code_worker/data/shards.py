@@ -19,7 +19,7 @@ from code_worker.data.names import generator_slug, label_of, numbered_generator
 from code_worker.data.reading import check_hash
 from code_worker.data.tars import Member, list_members
 from code_worker.errors import DatasetError
-from code_worker.images.listing import NO_IMAGE, has_image_suffix, is_hidden, looks_like_image
+from code_worker.images.listing import has_image_suffix, is_hidden, looks_like_image, why_no_image
 from code_worker.terminal import printable
 
 __all__ = ["SHARD_SUFFIXES", "Record", "expand", "read_records", "shard_examples"]
@@ -146,7 +146,9 @@ def _refusal(name: str, first: Callable[[], bytes]) -> str | None:
     if any(map(is_hidden, PurePosixPath(name).parts)):
         return "hidden"
     is_text = _IMAGE.fullmatch(name) is None and _TEXT.fullmatch(name) is not None
-    return None if is_text or has_image_suffix(name) or looks_like_image(first()) else NO_IMAGE
+    if is_text or has_image_suffix(name) or looks_like_image(prefix := first()):
+        return None
+    return why_no_image(prefix)
 
 
 def _parse(name: str) -> tuple[str, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
@@ -20,12 +22,15 @@ __all__ = [
     "OTHER_KIND",
     "PREFIX_BYTES",
     "SIGNATURES",
+    "UNJUDGED",
     "LeftOut",
     "has_image_suffix",
     "images_under",
     "is_hidden",
     "looks_like_image",
     "signature_of",
+    "unjudged_format",
+    "why_no_image",
 ]
 
 IMAGE_SUFFIXES: Final = frozenset(
@@ -41,11 +46,32 @@ SIGNATURES: Final[Mapping[str, Callable[[bytes], bool]]] = {
     "webp": lambda prefix: prefix[:4] == b"RIFF" and prefix[8:15] == b"WEBPVP8",
 }
 """By format that is judged, what its files begin with."""
+_BRANDS: Final = {
+    **dict.fromkeys((b"avif", b"avis"), "avif"),
+    **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "heif"),
+    b"crx ": "cr3",
+}
+_PNM: Final = re.compile(rb"P[1-6]\s+(?:#|[0-9]+\s+[0-9]+\s)|P7\nWIDTH [0-9]")
+_ICO_PLANES: Final[frozenset[bytes]] = frozenset(
+    bytes((0, planes, 0, bits)) for planes in (0, 1) for bits in (0, 1, 4, 8, 16, 24, 32)
+)
+_UNJUDGED: Final[Mapping[str, Callable[[bytes], bool]]] = {
+    "jpeg 2000": lambda prefix: prefix.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51\0")),
+    "jpeg xl": lambda prefix: prefix.startswith(b"\0\0\0\x0cJXL \r\n\x87\n"),
+    "ico": lambda prefix: prefix[:4] == b"\0\0\1\0" and prefix[4:6] != bytes(2) and prefix[9:13] in _ICO_PLANES,
+    "pnm": lambda prefix: _PNM.match(prefix) is not None,
+    "psd": lambda prefix: prefix.startswith((b"8BPS\0\1", b"8BPS\0\2")),
+    "exr": lambda prefix: prefix.startswith(b"v/1\1\2"),
+    "dds": lambda prefix: prefix.startswith(b"DDS \x7c\0\0\0"),
+    "qoi": lambda prefix: prefix.startswith(b"qoif") and prefix[12:13] in {b"\3", b"\4"},
+    "hdr": lambda prefix: prefix.startswith(b"#?RADIANCE"),
+}
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 """What a file begins with that a clone without Git LFS has in place of a large one."""
 PREFIX_BYTES: Final = 17
 """One more than the longest signature: a bare signature is no header, nothing that follows could contradict it."""
 NO_IMAGE: Final = "neither the name nor the content is that of an image"
+UNJUDGED: Final = "an image of a format that is not judged: {}"
 OTHER_KIND: Final = "the name is that of another kind of file, and to look into it would take a request"
 _OTHER_SUFFIXES: Final = frozenset(
     {
@@ -98,6 +124,18 @@ def signature_of(prefix: bytes) -> str | None:
     return next((kind for kind, begins in SIGNATURES.items() if begins(prefix)), None)
 
 
+def unjudged_format(prefix: bytes) -> str | None:
+    """Format of an image that is known but not judged, by the first `PREFIX_BYTES` bytes of its file."""
+    if prefix[4:8] == b"ftyp":
+        return _BRANDS.get(prefix[8:12])
+    return next((kind for kind, begins in _UNJUDGED.items() if begins(prefix)), None)
+
+
+def why_no_image(prefix: bytes) -> str:
+    """Why a file is passed over that does not look like an image that is judged."""
+    return NO_IMAGE if (kind := unjudged_format(prefix)) is None else UNJUDGED.format(kind)
+
+
 def looks_like_image(prefix: bytes) -> bool:
     """Whether a file whose name says nothing is an image, by its first `PREFIX_BYTES` bytes."""
     kind = signature_of(prefix)
@@ -115,7 +153,7 @@ def is_hidden(part: str) -> bool:
     return part.startswith((".", "__MACOSX")) and part not in {".", ".."}
 
 
-def images_under(sources: Sources, place: str, left_out: LeftOut) -> Iterator[str]:
+def images_under(sources: Sources, place: str, left_out: LeftOut, *, unjudged: bool = False) -> Iterator[str]:
     """Images under a directory or `s3://bucket/prefix/`, in the order of their names, listed as they are asked for.
 
     An image is what has the suffix of one, whatever it holds, and what begins as one, whatever it is called; but an
@@ -126,25 +164,27 @@ def images_under(sources: Sources, place: str, left_out: LeftOut) -> Iterator[st
         sources: what lists and reads.
         place: a directory or prefix that it may read.
         left_out: takes everything else.
+        unjudged: also images of formats that are not judged, to be rejected as such.
 
     Raises:
         ImageRejectedError, TransientError, SourceCredentialsError: as `Sources.list`.
     """
+    look = partial(_why_not, sources, unjudged=unjudged)
     if not place.startswith("s3://"):
         listed = sources.list(place, left_out)
-        yield from _told(((uri, _look(sources, uri)) for uri in listed), left_out)
+        yield from _told(((uri, look(uri)) for uri in listed), left_out)
         return
     possible = _possible(sources.sizes(place), place, left_out)
     with ThreadPoolExecutor(_LOOKS_AT_ONCE, thread_name_prefix="look") as pool:
-        yield from _told(_looked_ahead(sources, possible, pool), left_out)
+        yield from _told(_looked_ahead(look, possible, pool), left_out)
 
 
-def _told(looked: Iterable[tuple[str, bool]], left_out: LeftOut) -> Iterator[str]:
-    for uri, is_image in looked:
-        if is_image:
+def _told(looked: Iterable[tuple[str, str | None]], left_out: LeftOut) -> Iterator[str]:
+    for uri, reason in looked:
+        if reason is None:
             yield uri
         else:
-            left_out.pass_over(uri, NO_IMAGE)
+            left_out.pass_over(uri, reason)
 
 
 def _possible(listed: Iterable[tuple[str, int | None]], place: str, left_out: LeftOut) -> Iterator[str]:
@@ -167,24 +207,30 @@ def _key(uri: str) -> str:
     return uri.removesuffix("?versionId=")
 
 
-def _looked_ahead(sources: Sources, uris: Iterable[str], pool: ThreadPoolExecutor) -> Iterator[tuple[str, bool]]:
+def _looked_ahead(
+    look: Callable[[str], str | None], uris: Iterable[str], pool: ThreadPoolExecutor
+) -> Iterator[tuple[str, str | None]]:
     """In the order of the list, though many objects are looked into at the same time."""
-    pending: deque[tuple[str, Future[bool]]] = deque()
+    pending: deque[tuple[str, Future[str | None]]] = deque()
     for uri in uris:
-        pending.append((uri, pool.submit(_look, sources, uri)))
+        pending.append((uri, pool.submit(look, uri)))
         if len(pending) > _LOOKS_AT_ONCE:
-            first, look = pending.popleft()
-            yield first, look.result()
+            first, found = pending.popleft()
+            yield first, found.result()
     while pending:
-        first, look = pending.popleft()
-        yield first, look.result()
+        first, found = pending.popleft()
+        yield first, found.result()
 
 
-def _look(sources: Sources, uri: str) -> bool:
+def _why_not(sources: Sources, uri: str, *, unjudged: bool) -> str | None:
+    """Why a file is no image; None for one that is."""
     if has_image_suffix(_key(uri)):
-        return True
+        return None
     try:
-        return looks_like_image(sources.peek(uri, PREFIX_BYTES))
+        prefix = sources.peek(uri, PREFIX_BYTES)
     except (ImageRejectedError, TransientError):
         # Reading it says what is wrong; leaving it out would hide that.
-        return True
+        return None
+    if looks_like_image(prefix) or (unjudged and unjudged_format(prefix) is not None):
+        return None
+    return why_no_image(prefix)

@@ -8,7 +8,7 @@ import zlib
 from typing import TYPE_CHECKING, Final
 
 from code_worker.errors import ImageRejectedError
-from code_worker.images.listing import LFS_POINTER, PREFIX_BYTES, signature_of
+from code_worker.images.listing import LFS_POINTER, PREFIX_BYTES, UNJUDGED, signature_of, unjudged_format
 from code_worker.images.pillow import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -239,6 +239,8 @@ def kind_of(data: bytes) -> str:
         raise ImageRejectedError(
             RejectReason.UNSUPPORTED_FORMAT, "a Git LFS pointer: `git lfs pull` fetches the file"
         )
+    if (other := unjudged_format(data[:PREFIX_BYTES])) is not None:
+        raise ImageRejectedError(RejectReason.UNSUPPORTED_FORMAT, UNJUDGED.format(other))
     raise ImageRejectedError(RejectReason.UNSUPPORTED_FORMAT, f"none of {', '.join(FORMATS)}")
 
 

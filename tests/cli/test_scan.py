@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from code_worker.encoder.weights import random_weights
-from code_worker.images.listing import NO_IMAGE
+from code_worker.images.listing import NO_IMAGE, UNJUDGED
 from code_worker.plugins import load_plugins
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
@@ -104,6 +104,35 @@ def test_a_scan_and_a_data_set_take_the_same_files_for_images(scan: Cli, picture
     assert "2 other files passed over (--all-files judges them): hidden: " in judged.stderr
     assert f"{tree}/linked: a link to a directory, which is not followed" in judged.stderr
     assert [one["key"] for one in counted["skipped"]] == [str(tree / "linked")]
+
+
+def test_an_image_of_a_format_that_is_not_judged_is_rejected_and_a_data_set_says_so(
+    scan: Cli, tmp_path: Path
+) -> None:
+    tree = tmp_path / "real"
+    tree.mkdir()
+    image = Image.fromarray(toy_crops(1, seed=7)[0][0])
+    image.save(tree / "0.png")
+    for form, name in (("JPEG2000", "1.jp2"), ("ICO", "2.ico"), ("PPM", "3.ppm"), ("QOI", "4.img"), ("DDS", "5.jpg")):
+        image.save(tree / name, form)
+    # As libavif and a telephone write them; Pillow need not be built with either.
+    (tree / "6.avif").write_bytes(b"\0\0\0 ftypavif\0\0\0\0avifmif1")
+    (tree / "7.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (tree / "P6.txt").write_text("P6 is no header, nor is P1 2nd.")
+    judged = scan("scan", str(tree), "--release", scan.env["TOY"], "--json")
+    said = {Path(one["uri"]).name: (one["reason"], one["detail"]) for one in judged.records if one["reason"]}
+    names = {"1.jp2": "jpeg 2000", "2.ico": "ico", "3.ppm": "pnm", "4.img": "qoi", "5.jpg": "dds", "6.avif": "avif"}
+    names["7.heic"] = "heif"
+    reason = "unsupported_format"
+    assert said == {
+        name: (reason, f"an image of a format that is not judged: {kind}") for name, kind in names.items()
+    }
+    assert judged.status == 1
+    assert f"1 other file passed over (--all-files judges them): {NO_IMAGE}: {tree}/P6.txt" in judged.stderr
+    (counted,) = scan("data", "show", str(tree), "--json").records
+    left_out = {one["reason"]: one["some"] for one in counted["passed_over"]}
+    assert left_out.pop(NO_IMAGE) == ["P6.txt"]
+    assert left_out == {UNJUDGED.format(kind): [name] for name, kind in names.items() if name != "5.jpg"}
 
 
 def test_every_form_of_output_says_the_same(scan: Cli, pictures: Path) -> None:
