@@ -165,6 +165,8 @@ class HeadSpec:
             found: object = self.target
         else:
             module, _, attribute = self.target.partition(":")
+            if not (module and attribute):
+                raise PluginError(f"head {self.name!r}: {self.target!r} names no class: `module:Class` is expected")
             try:
                 found = getattr(importlib.import_module(module), attribute)
             except (Exception, SystemExit) as error:  # a plugin is somebody else's code and may raise anything at all

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, TypeVar
 
 import pluggy
@@ -192,7 +193,7 @@ class Plugins:
 
     def _add_head(self, origin: InstalledPlugin, spec: object) -> None:
         if not isinstance(spec, HeadSpec):
-            raise PluginError(f"plugin {origin} offers a {type(spec).__name__} where a HeadSpec is expected")
+            raise PluginError(f"plugin {origin} offers {_named(spec)} where a HeadSpec is expected")
         if HEAD_NAME.fullmatch(spec.name) is None:
             raise PluginError(
                 f"plugin {origin} offers a head called {spec.name!r}: names are 1 to 64 lower case letters, digits, "
@@ -247,18 +248,20 @@ class Plugins:
         except (Exception, SystemExit) as error:  # a plugin is somebody else's code and may raise anything at all
             raise_if_stop(error)
             raise PluginError(
-                f"code_worker_select_head of {self._culprit(error)} failed: {type(error).__name__}: {error}"
+                f"code_worker_select_head of {self.chooser_in(traceback.walk_tb(error.__traceback__))} failed: "
+                f"{type(error).__name__}: {error}"
             ) from error
         if chosen is not None and not isinstance(chosen, str):
-            raise PluginError(f"code_worker_select_head answered {type(chosen).__name__}, not the name of a head")
+            raise PluginError(f"code_worker_select_head answered {_named(chosen)}, not the name of a head")
         return chosen
 
-    def _culprit(self, error: BaseException) -> str:
-        """The plugin whose code was running, by the traceback."""
-        running = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    def chooser_in(self, stack: Iterable[tuple[FrameType, int]]) -> str:
+        """The plugin whose choice of a head runs in a stack or traceback, with its line there."""
+        lines = {frame.f_code: line for frame, line in stack}
         for implementation in self._manager.hook.code_worker_select_head.get_hookimpls():
-            if getattr(implementation.function, "__code__", None) in running:
-                return f"plugin {self._installed[implementation.plugin_name]}"
+            code = getattr(implementation.function, "__code__", None)
+            if code in lines:
+                return f"plugin {self._installed[implementation.plugin_name]} (line {lines[code]})"
         return "a plugin"
 
     def installed(self) -> list[InstalledPlugin]:
@@ -276,8 +279,13 @@ def _class_of(origin: InstalledPlugin, spec: HeadSpec) -> type[Head]:
 def _call_all(offer: Callable[..., Any]) -> list[HeadSpec]:
     offered: object = offer()
     if not isinstance(offered, Iterable):
-        raise TypeError(f"code_worker_register_heads must return a list of HeadSpec, not {type(offered).__name__}")
+        raise TypeError(f"code_worker_register_heads must return a list of HeadSpec, not {_named(offered)}")
     return list(offered)
+
+
+def _named(found: object) -> str:
+    """What somebody's code gave where something else is expected; a class by its name."""
+    return f"the class {found.__qualname__}" if isinstance(found, type) else f"a value of type {type(found).__name__}"
 
 
 def _installed_candidates(names: Sequence[str] | None) -> Iterator[_Candidate]:
@@ -381,3 +389,9 @@ def _check_names(origin: InstalledPlugin, plugin: object) -> None:
             raise PluginError(f"plugin {origin} implements {name}, which is no hook; {hint}")
         if not hasattr(member, f"{hookspecs.PROJECT}_impl"):
             raise PluginError(f"plugin {origin} defines {name} without @hookimpl: it would never be called")
+        given = list(inspect.signature(getattr(hookspecs, name)).parameters)
+        asked = inspect.signature(getattr(plugin, name)).parameters.values()
+        needed = {one.name for one in asked if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+        if wrong := sorted(needed.difference(given)):
+            may = f"it may take {' and '.join(given)}" if given else "it takes none"
+            raise PluginError(f"plugin {origin}: {name} has no argument {', '.join(wrong)}; {may}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
+import traceback
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,12 +17,13 @@ import click
 from code_worker.cli.arguments import JSON_OBJECT, json_option
 from code_worker.cli.ledger import open_ledger, quiet_settings
 from code_worker.cli.output import moment, plural, print_json, print_json_lines, print_table, say
-from code_worker.errors import ConfigurationError, NoReleaseError, UnknownHeadError
+from code_worker.errors import ConfigurationError, NoReleaseError, PluginError, UnknownHeadError
 from code_worker.settings import load_settings
 
 if TYPE_CHECKING:
     from code_worker.plugins import Plugins
     from code_worker.testing.conformance import CheckResult
+    from code_worker.types import Job
 
 __all__ = ["plugins"]
 
@@ -89,22 +93,55 @@ def seen(*, as_json: bool) -> None:
 @click.option("--content-type", help="Of the job.")
 @click.option("--priority", type=click.IntRange(0, 9), default=4, show_default=True, help="Of the job.")
 @click.option("--metadata", type=JSON_OBJECT, default="{}", help="Of the job, as a JSON object.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds after which the plugins must have answered.",
+)
 @json_option
-def select_head(*, heads: str, as_json: bool, **job: Any) -> None:
+def select_head(*, heads: str, timeout_s: float, as_json: bool, **job: Any) -> None:
     """Ask the plugins which head they would choose for a job like this; nothing is enqueued or written.
 
-    Exit status: 0; 2 when a plugin fails, or names a head that the release lacks.
+    Exit status: 0; 2 when a plugin fails, does not answer in time, or names a head that the release lacks.
     """
     from code_worker.types import Job  # noqa: PLC0415 - not for --help
 
     names = tuple(filter(None, heads.split(","))) or _champions_heads()
-    chosen = _load().select_head(Job(id="sample", **job), names)
+    chosen = _chosen(_load(), Job(id="sample", **job), names, timeout_s)
     if chosen is not None and chosen not in names:
         raise UnknownHeadError(chosen, names)
     if as_json:
         print_json({"chosen": chosen, "heads": list(names)})
     else:
         click.echo(chosen or "no plugin has an opinion: the policy, CODE_WORKER_HEAD or the release decides")
+
+
+def _chosen(loaded: Plugins, job: Job, names: tuple[str, ...], timeout_s: float) -> str | None:
+    """What the plugins choose, on a thread that is left behind when it does not answer."""
+    answer: Future[str | None] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(loaded.select_head(job, names))
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            answer.set_exception(error)
+
+    thread = threading.Thread(target=ask, name="select-head", daemon=True)
+    thread.start()
+    try:
+        return answer.result(timeout_s)
+    except TimeoutError:
+        if answer.done():
+            raise
+        stack = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - the only way to see where a thread is
+        who = loaded.chooser_in(traceback.walk_stack(stack)) if stack else "a plugin"
+        raise PluginError(
+            f"code_worker_select_head of {who} has not answered in {timeout_s:g} s: in a worker it would hold up "
+            "its batch until the watchdog ends the process; give what it waits for a time limit of its own"
+        ) from None
 
 
 def _champions_heads() -> tuple[str, ...]:

@@ -185,7 +185,14 @@ def test_a_broken_file_is_named_with_the_cause(source: str, cause: str, tmp_path
         ),
         (OFFER.replace("code_worker_register_heads", "register"), "unknown hook 'register'"),
         (OFFER.replace("@hookimpl", ""), "code_worker_register_heads without @hookimpl"),
-        (OFFER.replace("heads()", "heads(settings)"), "'settings'"),
+        (
+            OFFER.replace("heads()", "heads(settings, more=1)"),
+            "broken.py: code_worker_register_heads has no argument settings; it takes none",
+        ),
+        (
+            "from code_worker import hookimpl\n@hookimpl\ndef code_worker_select_head(jobs, heads): ...\n",
+            "broken.py: code_worker_select_head has no argument jobs; it may take job and heads",
+        ),
     ],
 )
 def test_a_hook_that_would_never_be_called_is_refused(source: str, said: str, tmp_path: Path) -> None:
@@ -199,7 +206,7 @@ def test_a_head_needs_a_name_that_is_safe_everywhere(name: str, tmp_path: Path) 
 
 def test_an_offer_that_is_no_head_spec_is_refused(tmp_path: Path) -> None:
     source = OFFER.replace('HeadSpec(\'x\', "somewhere:SomeHead", "a test")', "'mine'")
-    assert "offers a str where a HeadSpec is expected" in refusal(tmp_path, source)
+    assert "offers a value of type str where a HeadSpec is expected" in refusal(tmp_path, source)
 
 
 @pytest.mark.parametrize("answer", ["None", "HeadSpec('a', object, 'a')"])
@@ -236,7 +243,11 @@ def test_the_head_is_chosen_by_the_first_plugin_with_an_opinion() -> None:
 def test_an_answer_that_is_no_name_is_refused() -> None:
     plugins = Plugins()
     plugins.add(InstalledPlugin("p", "1", "p"), Chooser(7))
-    with pytest.raises(PluginError, match="answered int"):
+    plugins.add(InstalledPlugin("q", "1", "q"), Chooser(Plugins))
+    with pytest.raises(PluginError, match="answered the class Plugins, not the name of a head"):
+        plugins.select_head(Job("1", "a", tenant="acme"), ["knn"])
+    plugins.add(InstalledPlugin("r", "1", "r"), Chooser(7))
+    with pytest.raises(PluginError, match="answered a value of type int, not the name of a head"):
         plugins.select_head(Job("1", "a", tenant="acme"), ["knn"])
 
 
@@ -262,13 +273,13 @@ def test_the_offer_of_heads_cannot_be_wrapped(tmp_path: Path) -> None:
 def test_a_choice_that_fails_names_the_plugin(tmp_path: Path) -> None:
     source = f"{PLUGIN}@hookimpl\ndef code_worker_select_head(job):\n    return {{}}[job.tenant]\n"
     plugins = from_files(tmp_path, a=source, b=source.replace("{}", "{'acme': None}"))
-    with pytest.raises(PluginError, match=r"code_worker_select_head of plugin .*a\.py failed: KeyError: 'acme'"):
+    with pytest.raises(PluginError, match=r"of plugin .*a\.py \(line \d+\) failed: KeyError: 'acme'"):
         plugins.select_head(Job("1", "a", tenant="acme"), ["knn"])
 
 
 def test_a_choice_that_calls_exit_names_the_plugin(tmp_path: Path) -> None:
     source = f"{PLUGIN}import sys\n@hookimpl\ndef code_worker_select_head(job):\n    sys.exit('no licence')\n"
-    with pytest.raises(PluginError, match=r"of plugin .*a\.py failed: SystemExit: no licence"):
+    with pytest.raises(PluginError, match=r"of plugin .*a\.py \(line \d+\) failed: SystemExit: no licence"):
         from_files(tmp_path, a=source).select_head(Job("1", "a"), ["knn"])
 
 
@@ -292,7 +303,14 @@ def test_what_is_no_whole_head_is_refused_at_load_with_its_plugin(target: str, s
     assert re.search(rf"broken\.py: {said}", refusal(tmp_path, half + OFFER.replace('"somewhere:SomeHead"', target)))
 
 
-@pytest.mark.parametrize(("target", "said"), [("pathlib:Path", "not a subclass"), ("code_worker:Head", "abstract")])
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("pathlib:Path", "not a subclass"),
+        ("code_worker:Head", "abstract"),
+        ("pathlib.Path", "`module:Class` is expected"),
+    ],
+)
 def test_a_target_that_is_no_whole_head_is_refused_where_it_is_used(target: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(PluginError, match=said):
         HeadSpec("x", target).head_class()

@@ -275,6 +275,13 @@ def test_a_sample_job_shows_which_head_the_plugins_choose(tmp_path: Path) -> Non
     unknown = ask("--heads", "linear,knn", "--tenant", "broken")
     assert (unknown.returncode, "unknown head 'gone'; known: linear, knn" in unknown.stderr) == (2, True)
     assert "did you mean 'soft-knn'?" in ask("--heads", "soft-knn", "--tenant", "spelt").stderr
+    (tmp_path / "chooser.py").write_text(
+        "import threading\nfrom code_worker import hookimpl\n"
+        "@hookimpl\ndef code_worker_select_head(job, heads):\n    threading.Event().wait()\n"
+    )
+    hanging = ask("--heads", "knn", "--timeout", "0.5")
+    assert hanging.returncode == 2
+    assert f"plugin {tmp_path / 'chooser.py'} (line 5) has not answered in 0.5 s" in hanging.stderr
     none = ask("--tenant", "acme")
     assert none.returncode == 2
     assert "no database in" in none.stderr

@@ -227,7 +227,7 @@ def test_a_plugin_that_calls_exit_costs_its_own_jobs_alone(deploy: Callable[...,
         *(Outcome.JUDGED, Outcome.REJECTED, Outcome.JUDGED, Outcome.JUDGED)
     ]
     assert verdicts[1].reason is RejectReason.MODEL_UNAVAILABLE
-    assert f"plugin {plugins / 'quitting.py'} failed: SystemExit: no licence" in verdicts[1].detail
+    assert f"plugin {plugins / 'quitting.py'} (line 6) failed: SystemExit: no licence" in verdicts[1].detail
     assert len(deployment.events("worker_starting")) == 1
 
 
