@@ -45,3 +45,21 @@ def test_a_boolean_is_no_number(
     assert said.startswith(f"wrong settings: {'.'.join(names)} ({tmp_path}/settings.toml, line 1): write a ")
     with pytest.raises(ConfigurationError, match="write a "):
         load_settings(below={names[0]: {names[1]: written == "true"}})
+
+
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ('s3.buckets = ["s3://uploads"]', "write the name of the bucket without s3://"),
+        ('s3.anonymous = ["s3://uploads/a"]', "write the name of the bucket without s3://"),
+        ('s3.endpoint_url = "localhost:9000"', "an endpoint is http://host:port or https://host"),
+        ('schedule.retrain = "0 3 * * sun mon"', "several days are one field: `sun,mon`"),
+        ('schedule.refit = "@daily"', "forms with @ are not read: write `0 0 * * *`"),
+    ],
+)
+def test_a_value_that_looks_right_is_answered_with_the_right_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, hint: str
+) -> None:
+    said = from_file(tmp_path, monkeypatch, f"{written}\n")
+    assert hint in said
+    assert f"{tmp_path}/settings.toml, line 1" in said
