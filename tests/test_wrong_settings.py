@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from code_worker.configuration import is_section
 from code_worker.errors import ConfigurationError
 from code_worker.settings import Settings, load_settings
+from code_worker.worker.doctor import Status, examine
 
 
 def numbers(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -63,3 +64,9 @@ def test_a_value_that_looks_right_is_answered_with_the_right_one(
     said = from_file(tmp_path, monkeypatch, f"{written}\n")
     assert hint in said
     assert f"{tmp_path}/settings.toml, line 1" in said
+
+
+def test_doctor_names_the_head_that_was_meant(tmp_path: Path) -> None:
+    (found,) = examine(["plugins"], data_dir=tmp_path, head="kn")
+    assert found.status is Status.FAIL
+    assert found.hint.startswith("did you mean knn? If not, install its plugin")
