@@ -73,6 +73,8 @@ def endpoint_address(url: str) -> str:
     Raises:
         ValueError: it has something else, or lacks scheme or host.
     """
+    if "://" not in url:
+        raise ValueError("an endpoint is http://host:port or https://host: it begins with neither")
     parts = _split(url)
     if parts.user_info is not None or parts.query:
         raise ValueError("an endpoint has no user, password or parameters: keys have settings of their own")

@@ -126,6 +126,10 @@ class _Reader:
             value = self._text(field, value, names)
         if is_section(field.annotation) and isinstance(value, Mapping):
             return self.table(field.annotation, value, names)
+        if isinstance(value, bool) and _is_number(field):
+            # Pydantic would take it for 0 or 1.
+            self.problems.append(f"{self.place(names)}: {expected(self.model, names, 'bool')}")
+            return _UNSET
         if isinstance(value, list | tuple) and any(isinstance(entry, str) and not entry.strip() for entry in value):
             self.problems.append(f"{self.place(names)}: an entry of the list is empty")
             return _UNSET
@@ -301,6 +305,11 @@ def _field(model: type[BaseModel], names: _Names) -> FieldInfo | None:
             return None
         model = below.annotation
     return model.model_fields.get(last)
+
+
+def _is_number(field: FieldInfo) -> bool:
+    types = _types(field.annotation)
+    return bool({int, float} & types) and bool not in types
 
 
 def _bounds(field: FieldInfo) -> str:

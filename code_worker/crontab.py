@@ -8,6 +8,15 @@ from typing import Final
 __all__ = ["cron_line"]
 
 _DAYS_OF_WEEK: Final = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_SHORTHANDS: Final = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
 _FIELDS: Final = (
     ("minute", 0, 59),
     ("hour", 0, 23),
@@ -28,6 +37,10 @@ def cron_line(text: str) -> str:
     """
     fields = text.split()
     try:
+        if text.strip().lower() in _SHORTHANDS:
+            raise ValueError(f"forms with @ are not read: write `{_SHORTHANDS[text.strip().lower()]}`")
+        if len(fields) > len(_FIELDS) and all(field[:3].lower() in _DAYS_OF_WEEK for field in fields[4:]):
+            raise ValueError(f"several days are one field: `{','.join(fields[4:])}`")
         if len(fields) != len(_FIELDS):
             raise ValueError(f"{len(fields)} {'field' if len(fields) == 1 else 'fields'}")
         sets = [_read(field, *kind) for field, kind in zip(fields, _FIELDS, strict=True)]

@@ -45,6 +45,14 @@ class S3Settings(Section):
         (), description="Buckets whose owner has whoever reads pay, which every request to them then agrees to."
     )
 
+    @field_validator("buckets", "anonymous", "requester_pays")
+    @classmethod
+    def _read_buckets(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if "://" in name:
+                raise ValueError("write the name of the bucket without s3://")
+        return names
+
     @field_validator("endpoint_url")
     @classmethod
     def _read_endpoint(cls, url: str | None) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import platform
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
@@ -119,12 +120,17 @@ def plugins(settings: Settings) -> Iterator[Check]:
             "plugins",
             Status.FAIL,
             f"the default head {settings.head!r} is not among {', '.join(heads) or 'none'}",
-            f"install its plugin, or set {PREFIX}HEAD",
+            f"{_meant(settings.head, heads)}install its plugin, or set {PREFIX}HEAD",
         )
     for wrong in unknown_head_settings(settings.heads, heads):
         yield Check(
             "plugins", Status.WARN, wrong, "a refit refuses them, unless the champion has a head of that name"
         )
+
+
+def _meant(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {near[0]}? If not, " if near else ""
 
 
 def decoding(_settings: Settings) -> Iterator[Check]:

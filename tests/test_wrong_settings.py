@@ -1,0 +1,72 @@
+"""Values that look right and are wrong are each told in one line, with what to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from code_worker.configuration import is_section
+from code_worker.errors import ConfigurationError
+from code_worker.settings import Settings, load_settings
+from code_worker.worker.doctor import Status, examine
+
+
+def numbers(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every setting that is a number."""
+    for name, field in model.model_fields.items():
+        if is_section(field.annotation):
+            yield from numbers(field.annotation, (*above, name))
+        elif field.annotation in {int, float, int | None, float | None}:
+            yield (*above, name)
+
+
+def from_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
+    """What is said of a file of settings."""
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    monkeypatch.setenv("CODE_WORKER_CONFIG", str(path))
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings()
+    return str(refused.value)
+
+
+def test_there_are_numbers_to_try() -> None:
+    assert {("worker", "concurrency"), ("worker", "linger_ms"), ("retention", "jobs_days")} <= set(numbers(Settings))
+
+
+@pytest.mark.parametrize("names", list(numbers(Settings)), ids=".".join)
+@pytest.mark.parametrize("written", ["true", "false"])
+def test_a_boolean_is_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], written: str
+) -> None:
+    said = from_file(tmp_path, monkeypatch, f"{'.'.join(names)} = {written}\n")
+    assert said.startswith(f"wrong settings: {'.'.join(names)} ({tmp_path}/settings.toml, line 1): write a ")
+    with pytest.raises(ConfigurationError, match="write a "):
+        load_settings(below={names[0]: {names[1]: written == "true"}})
+
+
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ('s3.buckets = ["s3://uploads"]', "write the name of the bucket without s3://"),
+        ('s3.anonymous = ["s3://uploads/a"]', "write the name of the bucket without s3://"),
+        ('s3.endpoint_url = "localhost:9000"', "an endpoint is http://host:port or https://host"),
+        ('schedule.retrain = "0 3 * * sun mon"', "several days are one field: `sun,mon`"),
+        ('schedule.refit = "@daily"', "forms with @ are not read: write `0 0 * * *`"),
+    ],
+)
+def test_a_value_that_looks_right_is_answered_with_the_right_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, hint: str
+) -> None:
+    said = from_file(tmp_path, monkeypatch, f"{written}\n")
+    assert hint in said
+    assert f"{tmp_path}/settings.toml, line 1" in said
+
+
+def test_doctor_names_the_head_that_was_meant(tmp_path: Path) -> None:
+    (found,) = examine(["plugins"], data_dir=tmp_path, head="kn")
+    assert found.status is Status.FAIL
+    assert found.hint.startswith("did you mean knn? If not, install its plugin")
