@@ -108,7 +108,7 @@ def without_head(
         thresholds=manifest.thresholds,
         evaluation=manifest.evaluation,
         toy=manifest.toy,
-        notes=f"{manifest.notes}\nwithout head {head}".strip(),
+        notes=f"{loaded.id} without head {head} (drop-head)\n{manifest.notes}".strip(),
     )
 
 

@@ -190,11 +190,12 @@ def build_candidate(
             "thresholds": champion.thresholds,
             "toy": champion.toy,
         }
+    of = f" of {', '.join(sorted(heads))}" if kept is not None and kept.entries else ""
     facts = ReleaseFacts(
         source=Source(uri=str(origin)),
         plugin_heads={name: plan.plugin_head for name, plan in plans.items()},
         evaluation=evaluation,
-        notes=f"{origin.kind} by run {origin.run}",
+        notes=f"{origin.kind}{of} by run {origin.run}",
         **inherited,
     )
     build_from_parts(partial, weights, heads, plugins, facts, kept=kept)

@@ -58,6 +58,7 @@ def test_a_new_head_is_fitted_beside_the_others_and_challenges(
     registry = registry_of(settings, sqlite_store)
     assert (registry.champion(), registry.challenger()) == (champion, ended.candidate)
     assert ended.reasons == ["it became the challenger, as was asked for: no gate compared it"]
+    assert registry.show(ended.candidate or "").summary()["notes"] == f"refit of knn by run {ended.id}"
     assert "gate" not in ended.report
     before, after = registry.load(champion), registry.load(str(ended.candidate))
     assert set(after.heads) == {"linear", "knn"}
@@ -152,6 +153,7 @@ def test_a_head_that_is_dropped_leaves_the_others_as_they_are(
     made = registry.drop_head(whole, "knn", by="alice")
     before, after = registry.load(whole), registry.load(made)
     assert set(after.heads) == {"linear", "svm"}
+    assert after.manifest.notes == f"{whole} without head knn (drop-head)\n{before.manifest.notes}"
     assert after.manifest.heads == {name: before.manifest.heads[name] for name in after.heads}
     assert after.encoder_sha256 == before.encoder_sha256
     assert after.manifest.default_head == "linear"
