@@ -197,7 +197,7 @@ def test_csv_names_each_bad_row_and_reads_the_others(file: Path) -> None:
         ("line 4", "it names no image: one of uri, image, path, sha256 is needed"),
         ("line 5", "it has no label"),
         ("line 6", "'yesterday' is no time such as 2026-01-31T12:00:00Z"),
-        ("line 7", "it is not UTF-8 (byte 1)"),
+        ("line 7", "it is not UTF-8 (byte 1): save the file as UTF-8"),
         ("line 8", "it is longer than 1048576 bytes"),
         ("line 9", "label '0': say what it means with --map 0=real or --map 0=fake"),
     ]
@@ -223,6 +223,13 @@ def test_csv_names_each_bad_row_and_reads_the_others(file: Path) -> None:
 def test_a_file_that_is_bad_as_a_whole_says_why(file: Path, content: str | bytes, why: str) -> None:
     with pytest.raises(DatasetError, match=f"{file}: .*{why}"):
         rows(file, content)
+
+
+def test_a_row_names_one_image(file: Path) -> None:
+    content = b"uri,path,label\ns3://b/a,/x/b,fake\ns3://b/c,,real\n,/x/d,real\ns3://b/e,s3://b/e,real\n"
+    found = rows(file, content)
+    assert problems(found) == [("line 2", "uri and path name different images: leave one of them empty")]
+    assert [row.uri for row in found[1:]] == ["s3://b/c", "/x/d", "s3://b/e"]
 
 
 def test_a_file_that_cannot_be_opened_is_wrong_use(tmp_path: Path) -> None:

@@ -102,4 +102,4 @@ def _decoded(number: int, data: bytes, end: str, errors: str) -> Line:
         text = data.decode(errors=errors)
         return Line(number, text.strip("\r\n"), written=text + end)
     except UnicodeDecodeError as error:
-        return Line(number, problem=f"it is not UTF-8 (byte {error.start + 1})")
+        return Line(number, problem=f"it is not UTF-8 (byte {error.start + 1}): save the file as UTF-8")

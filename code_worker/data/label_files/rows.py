@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 TARGETS: Final = ("uri", "image", "path", "sha256")
-"""Names of the field that says which image is meant; the first that is there counts, `sha256` may stand beside it."""
+"""Names of the field that says which image is meant; `sha256` may stand beside another."""
 NAMES: Final = TARGETS[:-1]
 """Those of them that hold an address or path, of which every character counts."""
 FIELDS: Final = (*TARGETS, "label", "generator", "collection", "group", "by", "at", "note")
@@ -152,7 +152,10 @@ def row_of(place: str, fields: Mapping[str, Any], words: Words, base: str) -> Ro
     """
     try:
         meaning = words.meaning(fields.get("label"))
-        uri = next((target for name in NAMES if (target := text_of(fields, name))), None)
+        targets = {name: target for name in NAMES if (target := text_of(fields, name))}
+        if len(set(targets.values())) > 1:
+            raise RowError(f"{' and '.join(targets)} name different images: leave one of them empty")
+        uri = next(iter(targets.values()), None)
         sha256 = text_of(fields, "sha256")
         if uri is None and sha256 is None:
             raise RowError(f"it names no image: one of {', '.join(TARGETS)} is needed")
