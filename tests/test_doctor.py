@@ -273,6 +273,13 @@ def test_workers_that_judge_with_something_else_are_named(find: Find, store: Sto
     assert "first:1" in well.message
     assert behind.status is Status.WARN
     assert "second:2 has release r-old" in behind.message
+    said = {"refused": (champion, "head 'mine' does not score as it did")}
+    store.run(
+        lambda session: workers.beat(session, "b", version="0", release="r-old", info=said, host="second", pid=2)
+    )
+    _, behind = find("workers")
+    assert behind.status is Status.FAIL
+    assert f"second:2 cannot use champion {champion} and judges with r-old: head 'mine' does not" in behind.message
 
 
 def test_waiting_jobs_unreadable_messages_and_pauses_are_told(find: Find, store: Store, settings: Settings) -> None:

@@ -167,7 +167,9 @@ class Node:
         """Says that this process lives, and renews the leases of what it works on."""
         held = self.in_flight.jobs()
         lease_s = self.settings.worker.lease_s
-        said = {**facts(self.settings, workers.JUDGES), "heads": sorted(self._plugins.heads()), **self._more()}
+        refused = {} if self.runtimes.refused is None else {"refused": self.runtimes.refused}
+        heads = sorted(self._plugins.heads())
+        said = {**facts(self.settings, workers.JUDGES), "heads": heads, **refused, **self._more()}
 
         def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session, known to store/ alone
             workers.beat(session, self.owner, version=__version__, release=self.runtimes.release, info=said)

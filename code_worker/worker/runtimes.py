@@ -55,6 +55,7 @@ class Runtimes:
         self._lock = threading.Lock()
         self._current: _Held | None = None
         self._failed: tuple[str, float] | None = None
+        self._refused: tuple[str, str] | None = None
         self._waiting_said = False
 
     @contextmanager
@@ -78,6 +79,14 @@ class Runtimes:
     def release(self) -> str | None:
         """Id of the release in use."""
         return self._current.runtime.release if self._current else None
+
+    @property
+    def refused(self) -> tuple[str, str] | None:
+        """Id of the release that did not load when it was wanted last, and why; None once one is in use.
+
+        Texts of our own errors name releases, heads and plugins, and no image; of others it is the type alone.
+        """
+        return self._refused
 
     @property
     def failure(self) -> BaseException | None:
@@ -126,6 +135,7 @@ class Runtimes:
             runtime = self._load(wanted)
         except Exception as error:  # noqa: BLE001 - whatever a device or a plugin raises: the release in use goes on, loading rests
             self._failed = (wanted, time.monotonic())
+            self._refused = (wanted, str(error) if isinstance(error, CodeWorkerError) else type(error).__name__)
             details = {} if isinstance(error, CodeWorkerError) else {"exc_info": error}
             log.error(  # noqa: TRY400 - our own errors say it all, others come with their traceback
                 "release_load_failed",
@@ -137,6 +147,7 @@ class Runtimes:
             )
             return
         self._swap(runtime)
+        self._refused = None
         log.info("release_in_use", alias=self._alias, release=wanted, seconds=round(time.monotonic() - began, 2))
 
     def _recently_failed(self, release: str) -> bool:

@@ -74,6 +74,8 @@ def _why(job: JobInfo, seen: _Seen) -> Iterator[str]:
         yield "no worker was heard of lately (code-worker worker, or code-worker up)"
     if (queues := seen.queues) is not None and job.queue not in queues:
         yield f"no worker takes from the queue {job.queue} (code-worker doctor queues)"
+    if (refusal := _refusal(job, seen)) is not None:
+        yield f"no worker of its queue can use the release {seen.champion}: {refusal}"
     if (pause := seen.pauses.get(source_name(job.uri))) is not None:
         yield f"its source {pause.source} is paused: {pause.detail or 'it refuses whatever is asked'}"
     if job.not_before is not None and job.not_before > seen.now:
@@ -82,3 +84,12 @@ def _why(job: JobInfo, seen: _Seen) -> Iterator[str]:
         after = f", after {job.last_fault}" if job.last_fault else ""
         yield f"workers were not told of it yet{after}; is the broker away? (code-worker doctor broker)"
     yield f"a worker has not come to it yet; it is in the queue {job.queue}"
+
+
+def _refusal(job: JobInfo, seen: _Seen) -> str | None:
+    """Why workers do not load the champion, where all that take from the job's queue have none."""
+    takers = [part for part in seen.alive if job.queue in part.info.get("queues", ())]
+    refused = [part.info.get("refused", ("", "")) for part in takers if part.release is None]
+    if not takers or len(refused) < len(takers) or any(release != seen.champion for release, _ in refused):
+        return None
+    return str(refused[0][1])

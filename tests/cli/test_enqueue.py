@@ -362,6 +362,12 @@ def test_who_waits_hears_why(producer: Cli, sqlite_store: Store) -> None:
     beats.keywords["info"] = {"queues": ["code_worker.normal"]}
     sqlite_store.run(beats)
     assert waits(producer).startswith("a worker has not come to it yet")
+    queues = ["code_worker.normal"]
+    beats.keywords["info"] |= {"refused": ("r", "head 'mine' does not score as it did")}
+    sqlite_store.run(beats)
+    assert waits(producer).startswith("no worker of its queue can use the release r: head 'mine' does not score")
+    sqlite_store.run(partial(workers.beat, owner="w-2", version="1", release="old", info={"queues": queues}))
+    assert waits(producer).startswith("a worker has not come to it yet"), "another judges with the release before"
     sqlite_store.run(partial(workers.pause_source, source="s3://b", seconds=60, detail="HTTP 503"))
     assert waits(producer).startswith("its source s3://b is paused: HTTP 503")
 

@@ -121,6 +121,7 @@ def test_a_release_that_does_not_load_leaves_the_old_one(monkeypatch: pytest.Mon
     alias.release = "r-2"
     held.follow()
     assert held.release == "r-1"
+    assert held.refused == ("r-2", "r-2: encoder/model.safetensors differs from the manifest")
     assert not alias.loaded["r-1"].closed
     alias.broken.clear()
     held.follow()
@@ -128,3 +129,4 @@ def test_a_release_that_does_not_load_leaves_the_old_one(monkeypatch: pytest.Mon
     monkeypatch.setattr(runtimes, "_RETRY_S", -1.0)
     held.follow()
     assert held.release == "r-2"
+    assert held.refused is None

@@ -77,7 +77,15 @@ def _follows(part: WorkerInfo, champion: str | None, heads: Mapping[str, str]) -
             f"{_named(part)} has no plugin for the head {name!r} of champion {champion}",
             f"install {heads[name]} there, and restart it",
         )
-    if champion is not None and part.release != champion and not missing:
+    refused, why = part.info.get("refused", ("", ""))
+    if champion is not None and refused == champion and not missing:
+        yield Check(
+            "workers",
+            Status.FAIL,
+            f"{_named(part)} cannot use champion {champion} and judges with {part.release or 'none'}: {why}",
+            "mend what it says there; it is tried again every half minute",
+        )
+    elif champion is not None and part.release != champion and not missing:
         yield Check(
             "workers",
             Status.WARN,
