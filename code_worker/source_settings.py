@@ -48,10 +48,10 @@ class S3Settings(Section):
     @field_validator("buckets", "anonymous", "requester_pays")
     @classmethod
     def _read_buckets(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if "://" in name:
-                raise ValueError("write the name of the bucket without s3://")
-        return names
+        found = tuple(name.removeprefix("s3://") for name in names)
+        if any("://" in name for name in found):
+            raise ValueError("write the name of the bucket and no address, such as uploads or s3://uploads")
+        return found
 
     @field_validator("endpoint_url")
     @classmethod

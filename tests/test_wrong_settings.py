@@ -51,8 +51,7 @@ def test_a_boolean_is_no_number(
 @pytest.mark.parametrize(
     ("written", "hint"),
     [
-        ('s3.buckets = ["s3://uploads"]', "write the name of the bucket without s3://"),
-        ('s3.anonymous = ["s3://uploads/a"]', "write the name of the bucket without s3://"),
+        ('s3.buckets = ["https://uploads.s3.example.com"]', "write the name of the bucket and no address"),
         ('s3.endpoint_url = "localhost:9000"', "an endpoint is http://host:port or https://host"),
         ('schedule.retrain = "0 3 * * sun mon"', "several days are one field: `sun,mon`"),
         ('schedule.refit = "@daily"', "forms with @ are not read: write `0 0 * * *`"),
@@ -70,3 +69,11 @@ def test_doctor_names_the_head_that_was_meant(tmp_path: Path) -> None:
     (found,) = examine(["plugins"], data_dir=tmp_path, head="kn")
     assert found.status is Status.FAIL
     assert found.hint.startswith("did you mean knn? If not, install its plugin")
+
+
+def test_a_bucket_may_be_written_as_the_address_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODE_WORKER_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("CODE_WORKER_S3__BUCKETS", "s3://uploads,archive/2024")
+    monkeypatch.setenv("CODE_WORKER_S3__ANONYMOUS", "s3://uploads")
+    s3 = load_settings().s3
+    assert (s3.buckets, s3.anonymous) == (("uploads", "archive/2024"), ("uploads",))

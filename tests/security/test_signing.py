@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from code_worker.cli.scan_runtime import load as load_to_scan
 from code_worker.errors import ConfigurationError, IntegrityError, NotAllowedError, SignatureError
 from code_worker.heads import Head
-from code_worker.plugins import Plugins
+from code_worker.plugins import InstalledPlugin, Plugins
 from code_worker.releases.artifacts import ArtifactStore, LocalArtifacts, S3Artifacts
 from code_worker.releases.importer import ImportOptions, build_release
 from code_worker.releases.loading import load_release
@@ -261,6 +261,9 @@ def test_files_that_are_swapped_while_they_are_read_are_not_used(
         def head_class(self, name: str) -> type[Head]:
             (signed / MANIFEST_NAME).write_bytes((signed / MANIFEST_NAME).read_bytes() + b"\n")
             return plugins.head_class(name)
+
+        def provider(self, name: str) -> InstalledPlugin:
+            return plugins.provider(name)
 
     load_release(signed, plugins, keys=[OURS])
     with pytest.raises(IntegrityError, match="the manifest is not the expected one"):
