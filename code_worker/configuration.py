@@ -46,6 +46,14 @@ and port; Docker also the link's name and a copy of the other container's enviro
 _TABLE_LINE: Final = re.compile(r"\s*\[\[?([^\[\]]+)\]")
 _KEY_LINE: Final = re.compile(r"\s*([\w\-.\"' ]+?)\s*=")
 _UNSET: Final = object()
+_QUOTED: Final = "write text, in quotes"
+_TEXT_WANTED: Final = {"path_type": _QUOTED, "string_type": _QUOTED}
+_LIST_WANTED: Final = {
+    "path_type": "an entry of the list is no text",
+    "string_type": "an entry of the list is no text",
+    "tuple_type": 'write a list, such as ["a", "b"]',
+}
+"""By pydantic's name of the error, what a setting takes that is text or a list of texts."""
 
 _Names = tuple[str, ...]
 
@@ -290,11 +298,13 @@ def expected(model: type[BaseModel], names: _Names, kind: str) -> str | None:
     if is_section(field.annotation):
         return f"is a table: [{'.'.join(names)}] and its settings below it" if "type" in kind else None
     if tuple in types:
-        return "an entry of the list is no text" if kind == "string_type" else None
+        return _LIST_WANTED.get(kind)
     if bool in types:
         return "write true or false"
     number = "a whole number" if int in types else "a number" if float in types else None
-    return number and f"write {number}{_bounds(field)}{', or null' if NoneType in types else ''}"
+    if number is None:
+        return _TEXT_WANTED.get(kind)
+    return f"write {number}{_bounds(field)}{', or null' if NoneType in types else ''}"
 
 
 def _field(model: type[BaseModel], names: _Names) -> FieldInfo | None:

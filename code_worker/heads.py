@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from code_worker.errors import PluginError
+from code_worker.errors import ConfigurationError, PluginError
 from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "fit_head",
     "head_spelt",
     "options_problem",
+    "read_options",
     "tolerance_of",
     "unknown_head_settings",
     "use_compute_device",
@@ -185,6 +187,43 @@ class HeadSpec:
 def options_problem(error: ValidationError) -> str:
     """What a head's options refuse, in one line: `n_neighbors: Input should be greater than 0`."""
     return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'options'}: {one['msg']}" for one in error.errors())
+
+
+def read_options(
+    name: str, head_class: type[Head], written: Mapping[str, Any], below: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """All options of a head as plain values, from what a setting or a command gives of them.
+
+    Args:
+        name: of the head, for errors.
+        head_class: makes the head of its options.
+        written: names of options, in any case, and values, or their text: variables have no other.
+        below: options that hold where `written` has none.
+
+    Raises:
+        ConfigurationError: the head refuses them.
+    """
+    # Names of variables have no case, and their values are text, of which JSON is the longer form.
+    fields = {field.lower(): field for field in getattr(head_class.Options, "model_fields", ())}
+    given = {fields.get(key.lower(), key): value for key, value in written.items()}
+    problem = ""
+    for tried in (given, {key: _from_json(value) for key, value in given.items()}):
+        try:
+            return head_class({**(below or {}), **tried}).options.model_dump(mode="json")
+        except ValidationError as error:
+            problem = options_problem(error)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
+            raise_if_stop(error)
+            problem = f"{type(error).__name__}: {error}"
+    has = ", ".join(sorted(fields.values())) or "none"
+    raise ConfigurationError(f"options of head {name!r}: {problem}; it has {has}")
+
+
+def _from_json(value: object) -> object:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def head_spelt(name: str, known: Collection[str]) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Final
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -11,6 +13,8 @@ from code_worker.machine import decode_memory
 from code_worker.training_settings import DAY_S, Section
 
 __all__ = ["FileSettings", "LimitSettings", "S3Settings"]
+
+_BUCKET: Final = re.compile(r"[A-Za-z0-9._\-]{1,255}")
 
 
 class S3Settings(Section):
@@ -51,6 +55,9 @@ class S3Settings(Section):
         found = tuple(name.removeprefix("s3://") for name in names)
         if any("://" in name for name in found):
             raise ValueError("write the name of the bucket and no address, such as uploads or s3://uploads")
+        # What botocore sends at all; AWS wants less, but older buckets and other servers have more.
+        if not all(_BUCKET.fullmatch(name.partition("/")[0]) for name in found):
+            raise ValueError("a bucket's name has only letters, digits and . - _, such as uploads")
         return found
 
     @field_validator("endpoint_url")

@@ -159,7 +159,7 @@ def test_an_empty_entry_between_commas_is_refused(text: str, variables: Set) -> 
         ("uploads", ("uploads",)),
         ("uploads,archive/2024", ("uploads", "archive/2024")),
         (" uploads , archive ,", ("uploads", "archive")),
-        ('["uploads", "a,b"]', ("uploads", "a,b")),
+        ('["uploads", "uploads/a,b"]', ("uploads", "uploads/a,b")),
         (" [ ] ", ()),
         ("[]", ()),
     ],

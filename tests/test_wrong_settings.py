@@ -53,6 +53,14 @@ def test_a_boolean_is_no_number(
     [
         ('s3.buckets = ["https://uploads.s3.example.com"]', "write the name of the bucket and no address"),
         ('s3.endpoint_url = "localhost:9000"', "an endpoint is http://host:port or https://host"),
+        ('s3.buckets = ["up loads/2024"]', "a bucket's name has only letters, digits and . - _"),
+        ('s3.buckets = ["/2024"]', "a bucket's name has only letters, digits and . - _"),
+        ("s3.buckets = 3", 'write a list, such as ["a", "b"]'),
+        ("s3.buckets = [3]", "an entry of the list is no text"),
+        ("files.roots = [3]", "an entry of the list is no text"),
+        ("device = 3", "write text, in quotes"),
+        ("data_dir = 3", "write text, in quotes"),
+        ("database_url = 3", "write text, in quotes"),
         ('schedule.retrain = "0 3 * * sun mon"', "several days are one field: `sun,mon`"),
         ('schedule.refit = "@daily"', "forms with @ are not read: write `0 0 * * *`"),
     ],
@@ -69,6 +77,20 @@ def test_doctor_names_the_head_that_was_meant(tmp_path: Path) -> None:
     (found,) = examine(["plugins"], data_dir=tmp_path, head="kn")
     assert found.status is Status.FAIL
     assert found.hint.startswith("did you mean knn? If not, install its plugin")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"neighbors": 3}, "options of head 'knn': neighbors: Extra inputs are not permitted; it has "),
+        ({"n_neighbors": 0}, "options of head 'knn': n_neighbors: Input should be greater than"),
+    ],
+)
+def test_doctor_names_options_that_a_head_refuses(tmp_path: Path, options: dict[str, int], said: str) -> None:
+    _, found = examine(["plugins"], data_dir=tmp_path, heads={"knn": options})
+    assert found.status is Status.FAIL
+    assert said in found.message
+    assert found.hint == "every refit fails: mend [heads.knn]"
 
 
 def test_a_bucket_may_be_written_as_the_address_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

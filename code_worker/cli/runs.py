@@ -75,8 +75,15 @@ def run_record(run: Run) -> dict[str, Any]:
 def say_run(run: Run) -> None:
     """How a run stands, in a few lines."""
     say(f"{run.kind} {run.id}: {_standing(run)}")
+    if heads := run.report.get("heads"):
+        say(f"  heads fitted: {', '.join(_head(name, options) for name, options in heads.items())}")
     for reason in run.reasons:
         say(f"  {reason}")
+
+
+def _head(name: str, options: dict[str, Any]) -> str:
+    given = ", ".join(f"{option} {value}" for option, value in options.items())
+    return f"{name} ({given})" if given else name
 
 
 def _standing(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -161,6 +162,8 @@ def _form_of_files(source: str, path: Path) -> _Form:
         return _Form(partial(_read_manifest, path))
     found = expand(source)
     if not any(one.exists() for one in found):
+        if near := difflib.get_close_matches(source, ("labels:", "holdout:"), 1):
+            raise DatasetError(f"{source}: there is no such file or directory; did you mean {near[0]}?")
         raise DatasetError(f"{source}: there is no such file or directory. A data set is one of: {_FORMS}")
     if all(_is_shard(one) for one in found):
         return _Form(partial(_read_shards, found, ()), neighbours=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from code_worker.data.examples import REAL
 from code_worker.data.holdout import refuse_holdout
 from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
-from code_worker.heads import fit_head, head_spelt, options_problem, unknown_head_settings
+from code_worker.heads import fit_head, head_spelt, read_options, unknown_head_settings
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source, verify_files
 from code_worker.stops import raise_if_stop
@@ -94,33 +92,10 @@ def plan_heads(
             if name not in plans:
                 raise UnknownHeadError(name, tuple(sorted(plans)))
             if options:
-                plans[name] = _with_options(name, plans[name], options, plugins)
+                plan = plans[name]
+                head_class = plugins.head_class(plan.plugin_head)
+                plans[name] = replace(plan, options=read_options(name, head_class, options, plan.options))
     return {name: plan for name, plan in sorted(plans.items()) if only is None or name in only}
-
-
-def _with_options(name: str, plan: HeadPlan, options: Mapping[str, Any], plugins: Plugins) -> HeadPlan:
-    head_class = plugins.head_class(plan.plugin_head)
-    # Names of variables have no case, and their values are text, of which JSON is the longer form.
-    fields = {field.lower(): field for field in getattr(head_class.Options, "model_fields", ())}
-    given = {fields.get(key.lower(), key): value for key, value in options.items()}
-    problem = ""
-    for tried in (given, {key: _from_json(value) for key, value in given.items()}):
-        try:
-            return replace(plan, options=head_class({**plan.options, **tried}).options.model_dump(mode="json"))
-        except ValidationError as error:
-            problem = options_problem(error)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
-            raise_if_stop(error)
-            problem = f"{type(error).__name__}: {error}"
-    has = ", ".join(sorted(fields.values())) or "none"
-    raise ConfigurationError(f"options of head {name!r}: {problem}; it has {has}")
-
-
-def _from_json(value: object) -> object:
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def fit_heads(

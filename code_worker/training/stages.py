@@ -193,8 +193,8 @@ class Stages:
         train = [member for member in taken.training_share if member.sha256 in views.clean]
         if {member.label for member in train} != {0, 1}:
             raise DatasetError("of the labelled images that can be read, not both classes are left to learn from")
-        manifest = None if base is None else base.manifest
         plans, some = self._plans(base), self.attempt.run.config.get("heads") is not None
+        self.report["heads"] = {name: dict(plan.options) for name, plan in plans.items()}
         heads = fit_heads(plans, self.attempt.parts.plugins, train, matrix(train, views.clean))
         self.attempt.held.check()
         files = self.attempt.parts.registry.directory
@@ -204,7 +204,7 @@ class Stages:
             heads,
             plans=plans,
             plugins=self.attempt.parts.plugins,
-            champion=manifest,
+            champion=None if base is None else base.manifest,
             origin=Origin(self.attempt.run.kind, self.attempt.run.id, self.attempt.run.base_release, taken.id),
             evaluation=self._evaluation(heads, views, taken, base),
             kept=KeptHeads.of(base, files(base.id), heads) if some and base is not None else None,

@@ -109,6 +109,7 @@ def test_the_labelled_store_is_packed_from_its_kept_copies(cli: Cli, store: Stor
     ("arguments", "status", "said"),
     [
         (("show", "missing"), 1, "there is no such file or directory"),
+        (("show", "labels::"), 1, "did you mean labels:?"),
         (("show", "labels:"), 1, "there is no database in"),
         (("show", "hf:one"), 2, "write hf:owner/name"),
         (("show", "."), 1, "holds no usable image"),

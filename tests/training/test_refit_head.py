@@ -60,6 +60,7 @@ def test_a_new_head_is_fitted_beside_the_others_and_challenges(
     assert ended.reasons == ["it became the challenger, as was asked for: no gate compared it"]
     assert registry.show(ended.candidate or "").summary()["notes"] == f"refit of knn by run {ended.id}"
     assert "gate" not in ended.report
+    assert (list(ended.report["heads"]), ended.report["heads"]["knn"]["n_neighbors"]) == (["knn"], 3)
     before, after = registry.load(champion), registry.load(str(ended.candidate))
     assert set(after.heads) == {"linear", "knn"}
     assert after.manifest.heads["linear"] == before.manifest.heads["linear"]

@@ -11,14 +11,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from code_worker._version import __version__
 from code_worker.configuration import PREFIX, config_file, is_setting_variable
 from code_worker.disk import expanded
-from code_worker.heads import unknown_head_settings
+from code_worker.errors import ConfigurationError, PluginError
+from code_worker.heads import head_spelt, read_options, unknown_head_settings
 from code_worker.settings import Settings
 from code_worker.worker.doctor.check import Check, Status
+
+if TYPE_CHECKING:
+    from code_worker.plugins import Plugins
 
 __all__ = ["data_directory", "decoding", "device", "environment", "image_directories", "plugins", "python"]
 
@@ -122,10 +126,24 @@ def plugins(settings: Settings) -> Iterator[Check]:
             f"the default head {settings.head!r} is not among {', '.join(heads) or 'none'}",
             f"{_meant(settings.head, heads)}install its plugin, or set {PREFIX}HEAD",
         )
+    yield from _head_settings(settings, loaded)
+
+
+def _head_settings(settings: Settings, loaded: Plugins) -> Iterator[Check]:
+    """What is wrong with `CODE_WORKER_HEADS`."""
+    heads = sorted(loaded.heads())
     for wrong in unknown_head_settings(settings.heads, heads):
         yield Check(
             "plugins", Status.WARN, wrong, "a refit refuses them, unless the champion has a head of that name"
         )
+    for written, options in settings.heads.items():
+        if name := head_spelt(written, heads):
+            try:
+                read_options(name, loaded.head_class(name), options)
+            except ConfigurationError as error:
+                yield Check("plugins", Status.FAIL, str(error), f"every refit fails: mend [heads.{written}]")
+            except PluginError as error:
+                yield Check("plugins", Status.WARN, f"options of head {name!r} were not looked at: {error}")
 
 
 def _meant(name: str, names: Sequence[str]) -> str:
