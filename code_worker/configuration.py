@@ -292,11 +292,12 @@ def expected(model: type[BaseModel], names: _Names, kind: str) -> str | None:
         names: sections and name of the setting.
         kind: pydantic's name of the error.
     """
-    if (field := _field(model, names)) is None:
+    field = _field(model, names)
+    if kind == "dict_type" or (field is not None and is_section(field.annotation)):
+        return f"is a table: [{'.'.join(names)}] and its settings below it" if "type" in kind else None
+    if field is None:
         return None
     types = _types(field.annotation)
-    if is_section(field.annotation):
-        return f"is a table: [{'.'.join(names)}] and its settings below it" if "type" in kind else None
     if tuple in types:
         return _LIST_WANTED.get(kind)
     if bool in types:

@@ -197,8 +197,8 @@ def read_options(
     Args:
         name: of the head, for errors.
         head_class: makes the head of its options.
-        written: names of options, in any case, and values, or their text: variables have no other.
-        below: options that hold where `written` has none.
+        written: values by option; the case of names does not count, and text may be JSON, as in variables.
+        below: options that apply where `written` does not set them.
 
     Raises:
         ConfigurationError: the head refuses them.

@@ -14,7 +14,8 @@ from code_worker.training_settings import DAY_S, Section
 
 __all__ = ["FileSettings", "LimitSettings", "S3Settings"]
 
-_BUCKET: Final = re.compile(r"[A-Za-z0-9._\-]{1,255}")
+_BUCKET: Final = re.compile(r"[A-Za-z0-9._\-]{1,255}|arn:[^/]+")
+"""What botocore accepts: AWS allows fewer names, older buckets and other servers more; ARNs are of access points."""
 
 
 class S3Settings(Section):
@@ -55,7 +56,6 @@ class S3Settings(Section):
         found = tuple(name.removeprefix("s3://") for name in names)
         if any("://" in name for name in found):
             raise ValueError("write the name of the bucket and no address, such as uploads or s3://uploads")
-        # What botocore sends at all; AWS wants less, but older buckets and other servers have more.
         if not all(_BUCKET.fullmatch(name.partition("/")[0]) for name in found):
             raise ValueError("a bucket's name has only letters, digits and . - _, such as uploads")
         return found

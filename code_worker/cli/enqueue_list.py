@@ -243,7 +243,7 @@ def _listed_line(place: str, uri: str) -> Line:
     """An entry of a list, which names images one by one."""
     made = _line(place, uri)
     local = None if made.problem else local_name(made.item["uri"])
-    if local and os.path.isdir(local):  # noqa: PTH112 - as above
+    if local and os.path.isdir(local):  # noqa: PTH112 - names may hold any bytes
         return Line(place, problem="a directory: name it as an argument, or list its files")
     return made
 

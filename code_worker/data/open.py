@@ -162,9 +162,9 @@ def _form_of_files(source: str, path: Path) -> _Form:
         return _Form(partial(_read_manifest, path))
     found = expand(source)
     if not any(one.exists() for one in found):
-        if near := difflib.get_close_matches(source, ("labels:", "holdout:"), 1):
-            raise DatasetError(f"{source}: there is no such file or directory; did you mean {near[0]}?")
-        raise DatasetError(f"{source}: there is no such file or directory. A data set is one of: {_FORMS}")
+        near = difflib.get_close_matches(source, ("labels:", "holdout:"), 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise DatasetError(f"{source}: there is no such file or directory{hint} A data set is one of: {_FORMS}")
     if all(_is_shard(one) for one in found):
         return _Form(partial(_read_shards, found, ()), neighbours=True)
     if all(map(_is_parquet, found)):

@@ -194,8 +194,8 @@ class Stages:
         if {member.label for member in train} != {0, 1}:
             raise DatasetError("of the labelled images that can be read, not both classes are left to learn from")
         plans, some = self._plans(base), self.attempt.run.config.get("heads") is not None
-        self.report["heads"] = {name: dict(plan.options) for name, plan in plans.items()}
         heads = fit_heads(plans, self.attempt.parts.plugins, train, matrix(train, views.clean))
+        self.report["heads"] = {name: head.options.model_dump(mode="json") for name, head in heads.items()}
         self.attempt.held.check()
         files = self.attempt.parts.registry.directory
         build_candidate(

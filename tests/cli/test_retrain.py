@@ -82,6 +82,7 @@ def test_a_refit_runs_here_and_says_what_became_of_it(
     assert done.status == 0, done.stderr
     assert "promoted r-" in done.stdout
     assert "better on all images, clean" in done.stdout
+    assert "  heads fitted: knn (n_neighbors 1, weights uniform, metric cosine), linear (C 0.316, " in done.stdout
     again = sqlite_cli("refit", "--json")
     assert (again.status, again.records[0]["state"]) == (0, "skipped")
     assert "nothing was labelled since run" in sqlite_cli("refit", "--dry-run").stdout

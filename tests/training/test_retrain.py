@@ -333,7 +333,7 @@ def test_a_retrain_trains_the_encoder_and_is_judged_like_any_other(
 
 def test_a_training_that_fails_says_why(settings: Settings, sqlite_store: Store, champion: str) -> None:
     label_world(settings, sqlite_store)
-    # Each step multiplies weights by 1 - 1000 · 1000: after seven no float32 holds them, whatever the processor.
+    # Each step multiplies weights by 1 - 1000 · 1000: after seven no float32 holds them, on every processor.
     past_all_bounds = {"learning_rate": 1000.0, "weight_decay": 1000.0, "steps_per_epoch": 20}
     hopeless = settings.model_copy(update={"training": settings.training.model_copy(update=past_all_bounds)})
     ended = learner(hopeless, sqlite_store).learn("retrain", by="alice")
