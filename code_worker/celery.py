@@ -19,7 +19,7 @@ __all__ = ["app"]
 def __getattr__(name: str) -> Celery:
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from code_worker.worker.app import create_app  # noqa: PLC0415 - Celery, and the settings of this process
+    from code_worker.worker.app import create_app
 
     try:
         globals()[name] = made = create_app()

@@ -241,14 +241,14 @@ class Client:
 
     def _doorbell(self) -> Doorbell:
         if self._bell is None:
-            from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only those who enqueue pay for it
+            from code_worker.doorbell import Doorbell
 
             self._bell = Doorbell.for_producer(self._settings)
         return self._bell
 
     def _labeller(self) -> Labeller:
         if self._labelling is None:
-            from code_worker.data.labelling import Labeller  # noqa: PLC0415 - numpy and Pillow: only for who labels
+            from code_worker.data.labelling import Labeller
 
             self._labelling = Labeller(self._settings, self._store)
         return self._labelling

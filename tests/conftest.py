@@ -232,7 +232,7 @@ def redis_server() -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="session")
 def parity_set(tmp_path_factory: pytest.TempPathFactory) -> ParitySet:
-    from tests.parity import build_parity_set, read_parity_set  # noqa: PLC0415 - imports torch and scikit-learn
+    from tests.parity import build_parity_set, read_parity_set
 
     return read_parity_set(built_once(tmp_path_factory, "parity", build_parity_set))
 
@@ -240,7 +240,7 @@ def parity_set(tmp_path_factory: pytest.TempPathFactory) -> ParitySet:
 @pytest.fixture(scope="session")
 def toy_release_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release to import, not to change: an untrained encoder; linear, knn and svm tell two noises apart."""
-    from tests.toy_release import write_toy_release  # noqa: PLC0415 - imports torch
+    from tests.toy_release import write_toy_release
 
     return built_once(tmp_path_factory, "toy", lambda root: write_toy_release(root / "release")) / "release"
 

@@ -111,8 +111,8 @@ def random_vit(seed: int, **changes: object) -> ViTModel:
     # Four seconds of processor time, for which no process waits that makes no such model.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a foreign package warns of while it is imported is not ours to mend
-        from transformers import ViTConfig, ViTModel  # noqa: PLC0415 - heavy
-        from transformers.utils.logging import disable_progress_bar  # noqa: PLC0415 - heavy
+        from transformers import ViTConfig, ViTModel
+        from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     sizes = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "layer_norm_eps": 1e-12}
     model = ViTModel(ViTConfig(**{**sizes, **changes})).eval()

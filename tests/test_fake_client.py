@@ -59,7 +59,7 @@ def test_a_function_that_was_imported_before_or_within_is_the_real_one_afterward
         monkeypatch.setattr(real, "_default", lambda: one)
         before = real.enqueue
         with fake_client() as client:
-            from code_worker import enqueue as within  # noqa: PLC0415 - as a module does that a test imports first
+            from code_worker import enqueue as within  # as a module does that a test imports first
 
             ids = [before("s3://b/1"), within("s3://b/2")]
             assert list(client.jobs) == ids

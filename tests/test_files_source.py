@@ -230,7 +230,7 @@ def test_a_file_whose_size_is_not_told_is_still_capped() -> None:
 
 
 def test_a_full_descriptor_table_is_not_the_images_fault(sources: Sources, root: Path) -> None:
-    import resource  # noqa: PLC0415 - POSIX only
+    import resource  # POSIX only
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(0)

@@ -277,7 +277,7 @@ def test_a_release_whose_files_are_no_model_is_not_promoted(registry: Registry, 
 
 
 def test_a_release_without_heads_is_not_promoted(registry: Registry, plugins: Plugins, tmp_path: Path) -> None:
-    from code_worker.encoder.weights import random_weights  # noqa: PLC0415 - torch
+    from code_worker.encoder.weights import random_weights
 
     facts = ReleaseFacts(source=Source(uri="test"))
     build_from_parts(tmp_path / "bare", random_weights(0, depth=1), {}, plugins, facts)

@@ -60,7 +60,7 @@ def list_(
     as_json: bool,
 ) -> None:
     """List entries, newest first."""
-    from code_worker.store import audit as table  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.store import audit as table
 
     wanted = table.AuditFilter(actor, action, subject, since, until)
     with open_ledger() as store:
@@ -92,7 +92,7 @@ def verify(*, head: tuple[int, str] | None, as_json: bool) -> None:
     Prints the last entry as SEQ:HASH. Keep it where nobody who can write to the database can: only beside it does a
     cut at the end, or a chain computed anew, show.
     """
-    from code_worker.store import audit as table  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.store import audit as table
 
     with open_ledger() as store:
         found = table.verify(store, head=head)

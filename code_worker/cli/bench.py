@@ -57,7 +57,7 @@ def bench(
 
     Exit status: 0 measured; 2 wrong use or configuration.
     """
-    from code_worker.moderation.capacity import ROUNDS, Bench  # noqa: PLC0415 - numpy and torch, not for --help
+    from code_worker.moderation.capacity import ROUNDS, Bench
 
     sides = _sides(size)
     with tempfile.TemporaryDirectory(prefix="code-worker-bench-") as scratch:
@@ -92,10 +92,10 @@ def _sides(size: str) -> tuple[int, int]:
 
 def _make_images(directory: Path, size: tuple[int, int]) -> Path:
     """Pieces of the photographs that scikit-learn ships, enlarged, no two alike."""
-    import numpy as np  # noqa: PLC0415 - not for --help
-    from PIL import Image  # noqa: PLC0415 - as above
+    import numpy as np
+    from PIL import Image
 
-    from code_worker.demo.photographs import Photographs  # noqa: PLC0415 - as above
+    from code_worker.demo.photographs import Photographs
 
     directory.mkdir()
     photographs, rng = Photographs(), np.random.default_rng(0)
@@ -120,10 +120,10 @@ def _started(settings: Settings, release: str | None, scratch: Path) -> Iterator
 
 def _untrained(directory: Path) -> Path:
     """Speed does not depend on what an encoder learned."""
-    import numpy as np  # noqa: PLC0415 - not for --help
+    import numpy as np
 
-    from code_worker.plugins import load_plugins  # noqa: PLC0415 - as above
-    from code_worker.releases.toy import build_toy_release  # noqa: PLC0415 - as above
+    from code_worker.plugins import load_plugins
+    from code_worker.releases.toy import build_toy_release
 
     crops = np.random.default_rng(0).integers(0, 256, (16, 224, 224, 3), np.uint8)
     plugins = load_plugins(quiet_settings())
@@ -132,7 +132,7 @@ def _untrained(directory: Path) -> Path:
 
 
 def _readable(ready: Ready, settings: Settings, images: Path) -> Sequence[tuple[str, bytes]]:
-    from code_worker.images.decode import inspect  # noqa: PLC0415 - Pillow, not for --help
+    from code_worker.images.decode import inspect
 
     files = []
     for uri in islice(Inputs([str(images)], every_file=False).uris(ready.sources), _MOST):
@@ -148,8 +148,8 @@ def _readable(ready: Ready, settings: Settings, images: Path) -> Sequence[tuple[
 
 
 def _facts(found: Capacity, settings: Settings, per_day: int | None) -> dict[str, Any]:
-    from code_worker.images.region import region_decoder  # noqa: PLC0415 - Pillow, not for --help
-    from code_worker.moderation.capacity import workers_for  # noqa: PLC0415 - numpy and torch, not for --help
+    from code_worker.images.region import region_decoder
+    from code_worker.moderation.capacity import workers_for
 
     facts: dict[str, Any] = {
         "device": settings.device,

@@ -87,7 +87,7 @@ def calibrate(**words: Any) -> None:
 
 
 def _after_promote(words: dict[str, Any]) -> None:
-    from code_worker.cli.recalibration import draw_anew  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.cli.recalibration import draw_anew
 
     dry_run, as_json = words.pop("dry_run"), words.pop("as_json")
     if given := sorted(name for name, value in words.items() if value):
@@ -115,8 +115,8 @@ def _calibrate_one(asked: _Asked) -> None:
 
 
 def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calibration:
-    from code_worker.data.open import open_examples  # noqa: PLC0415 - the forms, not for --help
-    from code_worker.training.calibrate import Goal, calibrate, learnable  # noqa: PLC0415 - numpy, not for --help
+    from code_worker.data.open import open_examples
+    from code_worker.training.calibrate import Goal, calibrate, learnable
 
     skipped: list[Skipped] = []
     goal = Goal(max_fpr=asked.max_fpr, max_fnr=asked.max_fnr or _MAX_FNR, strict_fnr=asked.max_fnr is not None)
@@ -148,14 +148,14 @@ def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calib
 
 def _low_is_of_another(store: Store, policy: str, release: str) -> bool:
     """Whether a policy's lower border was drawn by another release's scores."""
-    from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store import policies
 
     stale = store.run(lambda session: policies.stale(session, release), write=False)
     return any(row.id == policy and not (row.evidence or {}).get("low_kept") for row in stale)
 
 
 def _put(asked: _Asked, settings: Settings, store: Store, made: Calibration) -> PolicyRow:
-    from code_worker.worker.policies import put_policy  # noqa: PLC0415 - as above
+    from code_worker.worker.policies import put_policy
 
     return put_policy(
         settings,
@@ -174,7 +174,7 @@ def _put(asked: _Asked, settings: Settings, store: Store, made: Calibration) -> 
 
 
 def _warn_of_another_champion(store: Store, release: str) -> None:
-    from code_worker.store import releases  # noqa: PLC0415 - as above
+    from code_worker.store import releases
 
     champion = store.run(lambda session: releases.alias(session, "champion"), write=False)
     if champion != release:

@@ -117,7 +117,7 @@ def pin(source: str, *, as_json: bool) -> None:
 
     It is of the bytes and labels of all images, wherever they lie; a set of which an image cannot be read has none.
     """
-    from code_worker.training.golden_set import read_golden  # noqa: PLC0415 - the forms, not for --help
+    from code_worker.training.golden_set import read_golden
 
     with progress(f"hashing {source}"):
         golden = read_golden(source, quiet_settings())
@@ -138,9 +138,9 @@ def pack(source: str, *, limit: int | None, real_urls: int, out: Path, shard_mb:
     A real image and its generated siblings become one record. A JSON member says what each image is and its hash.
     The same data set gives the same bytes.
     """
-    from code_worker.data.open import siblings_are_neighbours  # noqa: PLC0415 - the forms, not for --help
-    from code_worker.data.pack import bring_together  # noqa: PLC0415 - as above
-    from code_worker.data.pack import pack as write  # noqa: PLC0415 - as above
+    from code_worker.data.open import siblings_are_neighbours
+    from code_worker.data.pack import bring_together
+    from code_worker.data.pack import pack as write
 
     settings = quiet_settings()
     with _skipped_listed(as_json=as_json) as skipped, progress(f"packing {source}", counted=True) as advance:
@@ -167,15 +167,15 @@ def pack(source: str, *, limit: int | None, real_urls: int, out: Path, shard_mb:
 def _open(
     source: str, settings: Settings, skipped: list[Skipped], *, limit: int | None, real_urls: int
 ) -> Iterator[Example]:
-    from code_worker.data.open import open_examples  # noqa: PLC0415 - the forms, not for --help
+    from code_worker.data.open import open_examples
 
     return open_examples(source, settings=settings, skipped=skipped, limit=limit, real_urls=real_urls)
 
 
 def _checked(examples: Iterable[Example], settings: Settings, skipped: list[Skipped]) -> Iterator[Example]:
     """Only those whose pixels can be read."""
-    from code_worker.data.examples import Skipped  # noqa: PLC0415 - see _open
-    from code_worker.images.decode import decode_crop  # noqa: PLC0415 - Pillow and numpy: not for --help
+    from code_worker.data.examples import Skipped
+    from code_worker.images.decode import decode_crop
 
     for example in examples:
         try:

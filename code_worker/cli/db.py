@@ -29,7 +29,7 @@ def db() -> None:
 
 @contextmanager
 def _store() -> Iterator[Store]:
-    from code_worker.store.engine import open_store  # noqa: PLC0415 - SQLAlchemy, only once a command runs
+    from code_worker.store.engine import open_store
 
     with closing(open_store(quiet_settings().resolved_database_url, threads=1)) as store:
         yield store
@@ -37,7 +37,7 @@ def _store() -> Iterator[Store]:
 
 def _revision() -> tuple[str | None, str]:
     """The database's revision, None while there is none, and its kind; what is not there stays so."""
-    from code_worker.store import health, migrate  # noqa: PLC0415 - as above
+    from code_worker.store import health, migrate
 
     # Opening SQLite's would make an empty one, and every other command would speak of its tables from then on.
     if health.is_missing(quiet_settings().resolved_database_url):
@@ -52,7 +52,7 @@ def _revision() -> tuple[str | None, str]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def upgrade(*, sql: bool, beside: bool, as_json: bool) -> None:
     """Bring the database to the revision that this version needs; does nothing when it is there, or newer."""
-    from code_worker.store import migrate  # noqa: PLC0415 - Alembic, as above
+    from code_worker.store import migrate
 
     if sql:
         click.echo(migrate.script(quiet_settings().resolved_database_url), nl=False)
@@ -76,7 +76,7 @@ def upgrade(*, sql: bool, beside: bool, as_json: bool) -> None:
 @click.pass_context
 def current(context: click.Context, *, as_json: bool) -> None:
     """Show the database's revision; exit status 1 when it is older than the one that this version needs."""
-    from code_worker.store import migrate  # noqa: PLC0415 - Alembic, as above
+    from code_worker.store import migrate
 
     settings, (have, kind), need = quiet_settings(), _revision(), migrate.head()
     newer = migrate.is_newer(have)
@@ -106,7 +106,7 @@ def backup(file: Path, *, as_json: bool) -> None:
 
     For PostgreSQL use pg_dump. Kept copies of labelled images and releases are files of their own: copy them too.
     """
-    from code_worker.store.backup import backup as copy  # noqa: PLC0415 - SQLAlchemy, as above
+    from code_worker.store.backup import backup as copy
 
     size = copy(quiet_settings().resolved_database_url, file)
     if as_json:
@@ -128,9 +128,9 @@ def restore(file: Path, *, force: bool, as_json: bool) -> None:
 
     Exit status: 0 restored; 1 parts are running, or the copy is not whole; 2 FILE is no copy.
     """
-    from code_worker.store.backup import restore as bring_back  # noqa: PLC0415 - SQLAlchemy, as above
-    from code_worker.store.copies import aside_of  # noqa: PLC0415 - as above
-    from code_worker.worker.report import silence_s  # noqa: PLC0415 - as above
+    from code_worker.store.backup import restore as bring_back
+    from code_worker.store.copies import aside_of
+    from code_worker.worker.report import silence_s
 
     settings = quiet_settings()
     url = settings.resolved_database_url
@@ -154,7 +154,7 @@ def restore(file: Path, *, force: bool, as_json: bool) -> None:
 
 def _undone(before: Path | None, copy: Path) -> Iterator[Undone]:
     """Looked for once the copy is back: with many jobs and erasures it takes minutes."""
-    from code_worker.store.copies import undone  # noqa: PLC0415 - SQLAlchemy, as above
+    from code_worker.store.copies import undone
 
     with progress("looking for erasures that are undone", counted=True) as advance:
         for one in undone(before, copy) if before else ():

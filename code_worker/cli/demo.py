@@ -58,8 +58,8 @@ def demo(*, images: int, directory: Path, learning: bool) -> None:
     """
     configure_logging("warning")
     signal.signal(signal.SIGTERM, _stop)
-    from code_worker.demo.place import own_place  # noqa: PLC0415 - what follows imports torch
-    from code_worker.demo.run import run_demo  # noqa: PLC0415 - as above
+    from code_worker.demo.place import own_place  # what follows imports torch
+    from code_worker.demo.run import run_demo
 
     console().print(Panel(_WARNING, title="code-worker demo", width=min(100, console().width)))
     began = time.perf_counter()

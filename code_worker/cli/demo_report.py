@@ -22,8 +22,8 @@ _CHANGES = ("made by", "images", "right before", "right after", "points")
 
 def print_report(result: Result) -> bool:
     """Prints everything; whether every check holds."""
-    from code_worker.demo.before_after import lesson_checks  # noqa: PLC0415 - numpy and more, not for --help
-    from code_worker.demo.findings import checks  # noqa: PLC0415 - as above
+    from code_worker.demo.before_after import lesson_checks
+    from code_worker.demo.findings import checks
 
     _print_verdicts(result)
     found = list(checks(result))
@@ -40,7 +40,7 @@ def print_title(title: str, note: str) -> None:
 
 
 def _print_verdicts(result: Result) -> None:
-    from code_worker.demo.findings import by_reason, by_source, images_per_s  # noqa: PLC0415 - as above
+    from code_worker.demo.findings import by_reason, by_source, images_per_s
 
     rows = [
         {
@@ -67,7 +67,7 @@ def _print_verdicts(result: Result) -> None:
 
 
 def _print_lesson(lesson: Lesson) -> None:
-    from code_worker.demo.before_after import by_group  # noqa: PLC0415 - as above
+    from code_worker.demo.before_after import by_group
 
     run = lesson.run
     seconds = (run.finished_at - run.created_at).total_seconds() if run.finished_at else 0.0

@@ -164,7 +164,7 @@ def _with_head_checked(settings: Settings, lines: Generator[Line], common: Mappi
 
 def _check_head(settings: Settings, head: str) -> None:
     """Raises UnknownHeadError when the champion has no such head; without a champion any name is taken."""
-    from code_worker.store import releases  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store import releases
 
     with open_ledger(settings) as store:
         known = store.run(releases.champions_heads, write=False)
@@ -190,7 +190,7 @@ def _enqueue(
     as_json: bool,
 ) -> int:
     """Accepts lines, and returns how many were not; `keep` all that were accepted."""
-    from code_worker.client import Client  # noqa: PLC0415 - SQLAlchemy and Celery, not for --help
+    from code_worker.client import Client
 
     count = refused = 0
     told: set[str] = set()

@@ -99,7 +99,7 @@ def named_lines(settings: Settings, uris: Iterable[str], left_out: LeftOut) -> G
 
 
 def _in_directory(settings: Settings, directory: str, left_out: LeftOut) -> Iterator[Line]:
-    from code_worker.images.source import Sources  # noqa: PLC0415 - as below
+    from code_worker.images.source import Sources
 
     inputs = Inputs((directory,), every_file=False, left_out=left_out)
     with closing(Sources(inputs.allow(settings))) as sources:
@@ -119,7 +119,7 @@ def prefix_lines(settings: Settings, prefix: str) -> Generator[Line]:
     Raises:
         ConfigurationError: the prefix may not be listed, or does not exist.
     """
-    from code_worker.images.source import Sources  # noqa: PLC0415 - boto3, only for who lists
+    from code_worker.images.source import Sources
 
     sources = Sources(settings)
     try:

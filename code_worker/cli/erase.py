@@ -60,7 +60,7 @@ def erase(
     anything erased of it (while a job is being judged, an unknown --sha256 may be of its image, and is not refused);
     2 when there is no terminal to ask at and no `--yes`.
     """
-    from code_worker.data.erasure import Eraser, Scope  # noqa: PLC0415 - SQLAlchemy and storage: not for --help
+    from code_worker.data.erasure import Eraser, Scope
 
     if tenant == "":
         raise click.UsageError("an empty name stands for no tenant: say whose images are to go")

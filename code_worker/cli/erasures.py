@@ -30,7 +30,7 @@ def erasures() -> None:
 @json_option
 def list_(*, after: str | None, limit: int, as_json: bool) -> None:
     """List receipts, newest first."""
-    from code_worker.store import erasures as table  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.store import erasures as table
 
     with open_ledger() as store:
         found = store.run(lambda session: table.list_receipts(session, after=after, limit=limit), write=False)
@@ -48,7 +48,7 @@ def list_(*, after: str | None, limit: int, as_json: bool) -> None:
 @json_option
 def show(erasure: str, *, as_json: bool) -> None:
     """Show one receipt: what was erased, and which releases had learned from it."""
-    from code_worker.store import erasures as table  # noqa: PLC0415 - as above
+    from code_worker.store import erasures as table
 
     settings = quiet_settings()
     with open_ledger(settings) as store:
@@ -68,7 +68,7 @@ def check(*, job: str | None, sha256: str | None, tenant: str | None, as_json: b
 
     Receipts hold salted digests, so only who knows what to ask for can ask.
     """
-    from code_worker.store import erasures as table  # noqa: PLC0415 - as above
+    from code_worker.store import erasures as table
 
     asked = {table.JOB: job, table.IMAGE: sha256, table.TENANT: tenant}
     named = [(kind, value) for kind, value in asked.items() if value is not None]
@@ -93,7 +93,7 @@ def _record(receipt: Receipt) -> dict[str, Any]:
 
 def say_receipt(settings: Settings, receipt: Receipt, *, as_json: bool) -> None:
     """A receipt in a few lines, or as one JSON object; copies that may still hold what was erased on stderr."""
-    from code_worker.store import copies  # noqa: PLC0415 - as above
+    from code_worker.store import copies
 
     if as_json:
         print_json(_record(receipt))

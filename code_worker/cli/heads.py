@@ -20,7 +20,7 @@ def heads() -> None:
 @json_option
 def list_(*, as_json: bool) -> None:
     """List every head with the plugin that offers it."""
-    from code_worker.plugins import load_plugins  # noqa: PLC0415 - imports strangers' code
+    from code_worker.plugins import load_plugins  # imports strangers' code
 
     plugins = load_plugins(load_settings())
     rows = [

@@ -47,7 +47,7 @@ def list_(
     *, state: str | None, tenant: str | None, queue: str | None, limit: int, after: str | None, as_json: bool
 ) -> None:
     """List jobs, newest first, one page at a time."""
-    from code_worker.store.jobs import JobFilter, list_jobs  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.jobs import JobFilter, list_jobs
 
     wanted = JobFilter(JobState(state) if state else None, tenant, queue and f"code_worker.{queue}")
     with open_ledger() as store:
@@ -71,8 +71,8 @@ def _row(job: JobInfo) -> dict[str, Any]:
 @json_option
 def show(id_: str, *, as_json: bool) -> None:
     """Show everything the ledger knows of a job, its verdict included."""
-    from code_worker.store.jobs import get  # noqa: PLC0415 - SQLAlchemy, not for --help
-    from code_worker.store.verdicts import live  # noqa: PLC0415 - as above
+    from code_worker.store.jobs import get
+    from code_worker.store.verdicts import live
 
     with open_ledger() as store:
         job, verdict = store.run(lambda session: (get(session, id_), live(session, id_)), write=False)
@@ -144,7 +144,7 @@ def _ask(count: int) -> None:
 
 def _left_alone(store: Store, ids: Sequence[str]) -> list[str]:
     """Which of the jobs cannot be retried, and why."""
-    from code_worker.store.jobs import get  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.jobs import get
 
     found = store.run(lambda session: {id_: get(session, id_) for id_ in ids}, write=False)
     return [
@@ -156,7 +156,7 @@ def _left_alone(store: Store, ids: Sequence[str]) -> list[str]:
 
 def _found(store: Store, reason: str | None, limit: int) -> Iterator[str]:
     """Ids of jobs rejected for the reason, or of quarantined ones; all are read before one is retried."""
-    from code_worker.store.verdicts import VerdictFilter, stream  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.verdicts import VerdictFilter, stream
 
     if reason is None:
         return islice(_quarantined(store), limit)
@@ -165,7 +165,7 @@ def _found(store: Store, reason: str | None, limit: int) -> Iterator[str]:
 
 
 def _quarantined(store: Store) -> Iterator[str]:
-    from code_worker.store.jobs import JobFilter, list_jobs  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.jobs import JobFilter, list_jobs
 
     def page_after(last: str | None) -> list[JobInfo]:
         wanted = JobFilter(JobState.QUARANTINED)
@@ -178,7 +178,7 @@ def _quarantined(store: Store) -> Iterator[str]:
 
 
 def _retry(store: Store, wanted: Sequence[str]) -> int:
-    from code_worker.store.jobs import retry as accept_again  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.jobs import retry as accept_again
 
     again = 0
     with progress("retrying jobs", len(wanted)) as advance:
@@ -195,7 +195,7 @@ def _retry(store: Store, wanted: Sequence[str]) -> int:
 @json_option
 def counts(*, as_json: bool) -> None:
     """Count jobs by state."""
-    from code_worker.store import jobs as ledger  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store import jobs as ledger
 
     with open_ledger() as store:
         found, oldest_s = store.run(
@@ -215,7 +215,7 @@ def counts(*, as_json: bool) -> None:
 @json_option
 def dead_letters(*, limit: int, after: str | None, as_json: bool) -> None:
     """List broker messages that nobody could read, newest first."""
-    from code_worker.store.workers import list_dead_letters  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.workers import list_dead_letters
 
     with open_ledger() as store:
         found = store.run(lambda session: list_dead_letters(session, after=after, limit=limit + 1), write=False)

@@ -44,7 +44,7 @@ def label(
     """
     if not target.strip():
         raise click.UsageError("an empty address names no image: is a variable of a script unset?")
-    from code_worker.data.labelling import Labeller  # noqa: PLC0415 - numpy and Pillow, not for --help
+    from code_worker.data.labelling import Labeller
 
     settings = quiet_settings()
     with open_ledger(settings) as store, closing(Labeller(settings, store)) as labeller:

@@ -95,10 +95,10 @@ def import_(
 
     Exit status: 0 all rows taken over; 1 some were bad, or the file as a whole; 2 wrong use or configuration.
     """
-    from code_worker.data.label_files.forms import read_rows  # noqa: PLC0415 - not for --help
-    from code_worker.data.label_files.importing import import_rows  # noqa: PLC0415 - numpy and Pillow, as above
-    from code_worker.data.label_files.rows import Words  # noqa: PLC0415 - as above
-    from code_worker.data.labelling import Labeller  # noqa: PLC0415 - as above
+    from code_worker.data.label_files.forms import read_rows
+    from code_worker.data.label_files.importing import import_rows
+    from code_worker.data.label_files.rows import Words
+    from code_worker.data.labelling import Labeller
 
     settings = quiet_settings()
     rows = read_rows(file, Words(mapping), form=form, base=base)
@@ -150,7 +150,7 @@ def _reported(done: Iterator[Imported]) -> dict[str, int]:
 @json_option
 def list_(*, limit: int, after: str | None, oldest_first: bool, as_json: bool, **filters: Any) -> None:
     """List what was said of images, newest first, one page at a time."""
-    from code_worker.store.labels import LabelFilter, list_labels  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.labels import LabelFilter, list_labels
 
     with open_ledger() as store:
         found = store.run(
@@ -202,16 +202,16 @@ def export(*, statements: bool, form: str, raw: bool, output: Path | None, since
 
 
 def _statements(store: Store, since: datetime | None) -> Iterator[dict[str, Any]]:
-    from code_worker.store.labels import LabelFilter, stream  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.labels import LabelFilter, stream
 
     for statement in stream(store, LabelFilter(since=since)):
         yield {name: getattr(statement, name) for name in _STATEMENT}
 
 
 def _resolved(store: Store, rules: LabelSettings, since: datetime | None) -> Iterator[dict[str, Any]]:
-    from code_worker.queues import chunks  # noqa: PLC0415 - with the next
-    from code_worker.store.kept_images import kept  # noqa: PLC0415 - SQLAlchemy, not for --help
-    from code_worker.store.labels import resolve  # noqa: PLC0415 - as above
+    from code_worker.queues import chunks
+    from code_worker.store.kept_images import kept
+    from code_worker.store.labels import resolve
 
     found = store.run(
         lambda session: resolve(session, rule=rules.rule, trusted=rules.trusted, ignored=rules.ignored, since=since),
@@ -233,7 +233,7 @@ def conflicts(*, after: str | None, limit: int, as_json: bool) -> None:
 
     What is said by those whom CODE_WORKER_LABELS__IGNORED names is no part of it.
     """
-    from code_worker.store.labels import conflicts as disputed  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.labels import conflicts as disputed
 
     settings = quiet_settings()
     with open_ledger(settings) as store:
@@ -261,8 +261,8 @@ def settle(target: str, label: str, generator: str | None, note: str) -> None:
 
     Nobody's statement is removed, and a later review settles it anew. Exit status: as `code-worker label`.
     """
-    from code_worker.data.labelling import Labeller  # noqa: PLC0415 - numpy and Pillow, not for --help
-    from code_worker.store.labels import REVIEW  # noqa: PLC0415 - SQLAlchemy, likewise
+    from code_worker.data.labelling import Labeller
+    from code_worker.store.labels import REVIEW
 
     settings = quiet_settings()
     with open_ledger(settings) as store, closing(Labeller(settings, store)) as labeller:

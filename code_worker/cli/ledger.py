@@ -60,7 +60,7 @@ def open_ledger(settings: Settings | None = None) -> Iterator[Store]:
         ConfigurationError: there is none yet.
         StoreError: it is of another version.
     """
-    from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy, only for commands that read the database
+    from code_worker.store import migrate
 
     settings = settings or quiet_settings()
     if not has_database(settings):

@@ -51,8 +51,8 @@ def open_measured(settings: Settings, release: str | None) -> Iterator[Measured]
         NoReleaseError: none is installed; the text says how to get one.
         ArtifactError: the release must not be used.
     """
-    from code_worker.moderation.load import start_runtime  # noqa: PLC0415 - numpy and torch, not for --help
-    from code_worker.plugins import load_plugins  # noqa: PLC0415 - as above
+    from code_worker.moderation.load import start_runtime
+    from code_worker.plugins import load_plugins
 
     loaded, policies = load(settings, release, load_plugins(settings))
     if loaded.manifest.toy:
@@ -66,7 +66,7 @@ def open_measured(settings: Settings, release: str | None) -> Iterator[Measured]
 
 
 def _cache(store: Store, encoder_sha256: str, settings: Settings) -> tuple[Known, Keep | None]:
-    from code_worker.store import embeddings, personal  # noqa: PLC0415 - SQLAlchemy, only where there is a database
+    from code_worker.store import embeddings, personal
 
     since = store.run(personal.moment, write=False)
     known: Known = lambda hashes: store.run(  # noqa: E731 - a pair of one-liners that share what is above

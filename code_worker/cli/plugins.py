@@ -46,7 +46,7 @@ def list_(*, as_json: bool) -> None:
 
     What is not in use is listed with the reason. Exit status: 0; 2 when one is refused, which stops every program.
     """
-    from code_worker.plugins import find_plugins  # noqa: PLC0415 - imports strangers' code
+    from code_worker.plugins import find_plugins  # imports strangers' code
 
     rows = [{**asdict(one.plugin), "state": one.state, "why": one.why} for one in find_plugins(quiet_settings())]
     if as_json:
@@ -66,7 +66,7 @@ def seen(*, as_json: bool) -> None:
 
     The version of a single file is the beginning of its sha256. What is installed here: `code-worker plugins list`.
     """
-    from code_worker.store import workers  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store import workers
 
     with open_ledger() as store:
         rows = [asdict(one) for one in store.run(workers.plugins_seen, write=False)]
@@ -107,7 +107,7 @@ def select_head(*, heads: str, timeout_s: float, as_json: bool, **job: Any) -> N
 
     Exit status: 0; 2 when a plugin fails, does not answer in time, or names a head that the release lacks.
     """
-    from code_worker.types import Job  # noqa: PLC0415 - not for --help
+    from code_worker.types import Job
 
     names = tuple(filter(None, heads.split(","))) or _champions_heads()
     chosen = _chosen(_load(), Job(id="sample", **job), names, timeout_s)
@@ -145,7 +145,7 @@ def _chosen(loaded: Plugins, job: Job, names: tuple[str, ...], timeout_s: float)
 
 
 def _champions_heads() -> tuple[str, ...]:
-    from code_worker.store import releases  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store import releases
 
     with open_ledger() as store:
         found = store.run(releases.champions_heads, write=False)
@@ -155,7 +155,7 @@ def _champions_heads() -> tuple[str, ...]:
 
 
 def _load() -> Plugins:
-    from code_worker.plugins import load_plugins  # noqa: PLC0415 - imports strangers' code
+    from code_worker.plugins import load_plugins  # imports strangers' code
 
     return load_plugins(load_settings())
 
@@ -171,8 +171,8 @@ def _load() -> Plugins:
 )
 def new(name: str, parent: Path) -> None:
     """Write a plugin to start from, with a head called NAME and a test that passes."""
-    from code_worker.cli.scaffold import write_plugin  # noqa: PLC0415 - only this command needs it
-    from code_worker.plugins import HEAD_NAME  # noqa: PLC0415 - not for --help
+    from code_worker.cli.scaffold import write_plugin  # only this command needs it
+    from code_worker.plugins import HEAD_NAME
 
     if _NEW_NAME.fullmatch(name) is None or HEAD_NAME.fullmatch(name) is None:
         raise ConfigurationError(
@@ -199,7 +199,7 @@ def check(*, name: str, options: dict[str, Any], as_json: bool) -> None:
 
     Exit status: 0 all checks passed; 1 some failed; 2 no such head, plugin or option, or it cannot be loaded.
     """
-    from code_worker.testing.conformance import each_check  # noqa: PLC0415 - numpy, and the head itself
+    from code_worker.testing.conformance import each_check
 
     loaded, passed = _load(), True
     heads = _heads_of(loaded, name)
@@ -228,7 +228,7 @@ def _say_result(head: str, result: CheckResult) -> None:
 
 def _options_of(loaded: Plugins, heads: tuple[str, ...], options: dict[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Options of these heads, as a fit would have them: those given here before those of the settings."""
-    from code_worker.training.refit import plan_heads  # noqa: PLC0415 - numpy, not for --help
+    from code_worker.training.refit import plan_heads
 
     named = {head.replace("-", "_") for head in heads}
     ours = {name: chosen for name, chosen in load_settings().heads.items() if name.replace("-", "_") in named}

@@ -38,8 +38,8 @@ def list_(*, history: bool, tenant: str | None, content_type: str | None, as_jso
 
     A policy is stale when it was calibrated on another release than the champion: its thresholds mean other scores.
     """
-    from code_worker.store import policies as table  # noqa: PLC0415 - SQLAlchemy: not for --help
-    from code_worker.store import releases  # noqa: PLC0415 - as above
+    from code_worker.store import policies as table
+    from code_worker.store import releases
 
     if (tenant or content_type) and not history:
         raise click.UsageError("--tenant and --content-type choose a scope for --history")
@@ -104,7 +104,7 @@ def set_(
     as_json: bool,
 ) -> None:
     """Put thresholds in force; verdicts from now on carry them, those written before keep theirs."""
-    from code_worker.worker.policies import put_policy  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.worker.policies import put_policy
 
     if not low <= high:  # also false for NaN
         raise click.UsageError(f"--low {low:g} is not below or at --high {high:g}")
@@ -132,7 +132,7 @@ def set_(
 
 
 def _check_head(store: Store, head: str) -> None:
-    from code_worker.store import releases as table  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.store import releases as table
 
     def champions_heads(session: Session) -> tuple[str, ...] | None:
         name = table.alias(session, "champion")

@@ -25,9 +25,9 @@ def draw_anew(*, dry_run: bool, as_json: bool) -> None:
         NotAllowedError: whoever runs this is no operator.
         NoReleaseError: there is no champion.
     """
-    from code_worker.plugins import load_plugins  # noqa: PLC0415 - plugins, SQLAlchemy and numpy: not for --help
-    from code_worker.releases.registry import open_registry  # noqa: PLC0415 - as above
-    from code_worker.training.recalibrate import recalibrate  # noqa: PLC0415 - as above
+    from code_worker.plugins import load_plugins
+    from code_worker.releases.registry import open_registry
+    from code_worker.training.recalibrate import recalibrate
 
     settings = quiet_settings()
     if not dry_run:

@@ -31,8 +31,8 @@ _NO_RELEASE = "no release yet: code-worker releases import hf:aimagelab/CoDE --p
 
 @contextmanager
 def _registry(settings: Settings, *, create: bool = False) -> Iterator[Registry]:
-    from code_worker.plugins import load_plugins  # noqa: PLC0415 - plugins, SQLAlchemy and numpy: not for --help
-    from code_worker.releases.registry import open_registry  # noqa: PLC0415 - as above
+    from code_worker.plugins import load_plugins
+    from code_worker.releases.registry import open_registry
 
     plugins = load_plugins(settings)
     with _create_ledger(settings) if create else open_ledger(settings) as store:
@@ -42,8 +42,8 @@ def _registry(settings: Settings, *, create: bool = False) -> Iterator[Registry]
 @contextmanager
 def _create_ledger(settings: Settings) -> Iterator[Store]:
     """The first thing a new user does may be an import: the data directory's own database is made on the way."""
-    from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy, not for --help
-    from code_worker.store.engine import open_store  # noqa: PLC0415 - as above
+    from code_worker.store import migrate
+    from code_worker.store.engine import open_store
 
     if settings.database_url is None:
         with closing(open_store(settings.resolved_database_url)) as store:
@@ -53,7 +53,7 @@ def _create_ledger(settings: Settings) -> Iterator[Store]:
 
 
 def _warn_of_stale(settings: Settings, champion: str) -> None:
-    from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store import policies
 
     with open_ledger(settings) as store:
         stale = store.run(lambda session: policies.stale(session, champion), write=False)
@@ -96,7 +96,7 @@ def import_(
     SOURCE is a directory in the published form, hf:owner/name[@revision] (the published weights are
     hf:aimagelab/CoDE), a timm training checkpoint, or a release directory. Nothing of it is unpickled.
     """
-    from code_worker.releases.importer import ImportOptions  # noqa: PLC0415 - plugins and numpy: not for --help
+    from code_worker.releases.importer import ImportOptions
 
     options = ImportOptions(
         heads_dir=heads_dir,
@@ -186,7 +186,7 @@ def drop_head(release: str, head: str, default_head: str | None) -> None:
 
     Nothing judges with it until it is promoted; RELEASE stays.
     """
-    from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store import policies
 
     settings = quiet_settings()
     with _registry(settings) as registry, progress(f"leaving {head} out of {release}"):
@@ -270,7 +270,7 @@ def verify(
     The encoder runs over seeded crops here and in float32 on the CPU; exit status 1 when a file differs from the
     manifest, or when labels flip, of 10,000 crops and more when over 1 in 10,000 does.
     """
-    from code_worker.releases.verify import verify as compare  # noqa: PLC0415 - plugins and numpy: not for --help
+    from code_worker.releases.verify import verify as compare
 
     settings = quiet_settings()
     with _registry(settings) as registry:

@@ -63,8 +63,8 @@ def rescore(
     ended: what this release, head and policy said already is left as it is. Rejected images are not looked at: see
     `jobs retry`. Exit status 1: some verdicts were left, because their images could not be judged again.
     """
-    from code_worker.store.rescoring import RescoreFilter  # noqa: PLC0415 - SQLAlchemy, not for --help
-    from code_worker.worker.rescore import rescore as judge_again  # noqa: PLC0415 - plugins and numpy, likewise
+    from code_worker.store.rescoring import RescoreFilter
+    from code_worker.worker.rescore import rescore as judge_again
 
     settings = quiet_settings()
     wanted = RescoreFilter(since, until, tenant, Label(label) if label else None)

@@ -91,8 +91,8 @@ def _learn(kind: str, *, dry_run: bool, enqueue: bool, as_json: bool, **asked: A
 
 
 def _enqueue(kind: str, settings: Settings, asked: dict[str, Any]) -> None:
-    from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only for who rings
-    from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE  # noqa: PLC0415 - as above
+    from code_worker.doorbell import Doorbell
+    from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
 
     require(settings.roles, who(), Role.OPERATOR, f"start a {kind}")
     bell = Doorbell.for_producer(settings)
@@ -107,7 +107,7 @@ def _enqueue(kind: str, settings: Settings, asked: dict[str, Any]) -> None:
 
 
 def _run_here(kind: str, settings: Settings, asked: dict[str, Any], *, as_json: bool) -> int:
-    from code_worker.training.retrain import Learner  # noqa: PLC0415 - numpy and plugins: not for --help
+    from code_worker.training.retrain import Learner
 
     # As Ctrl-C does: the run is left in order, and its training process ends with a checkpoint.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -126,7 +126,7 @@ def _run_here(kind: str, settings: Settings, asked: dict[str, Any], *, as_json: 
 
 
 def _print_plan(kind: str, settings: Settings, asked: dict[str, Any], *, as_json: bool) -> None:
-    from code_worker.training.retrain import Learner  # noqa: PLC0415 - as above
+    from code_worker.training.retrain import Learner
 
     with open_ledger(settings) as store:
         plan = Learner(settings, store).plan(kind, **asked)

@@ -34,7 +34,7 @@ def runs() -> None:
 @json_option
 def list_(*, kind: str | None, state: str | None, after: str | None, limit: int, as_json: bool) -> None:
     """List runs, newest first."""
-    from code_worker.store import runs as table  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.store import runs as table
 
     with open_ledger() as store:
         found = store.run(
@@ -52,7 +52,7 @@ def list_(*, kind: str | None, state: str | None, after: str | None, limit: int,
 @json_option
 def show(run: str, *, as_json: bool) -> None:
     """Show one run: its snapshot, the gate's comparison, and its curves (--json: all of it)."""
-    from code_worker.store import runs as table  # noqa: PLC0415 - SQLAlchemy: not for --help
+    from code_worker.store import runs as table
 
     with open_ledger() as store:
         found, points = store.run(lambda session: (table.get(session, run), table.metrics(session, run)), write=False)

@@ -59,7 +59,7 @@ def scan(
     """
     if as_json and as_csv:
         raise click.UsageError("--json or --csv, not both")
-    from code_worker.moderation.scan import ScanOptions  # noqa: PLC0415 - numpy, not for --help
+    from code_worker.moderation.scan import ScanOptions
 
     inputs = Inputs(paths, every_file=all_files)
     settings = inputs.allow(quiet_settings())
@@ -81,7 +81,7 @@ def scan(
 def _verdicts(
     settings: Settings, inputs: Inputs, release: str | None, options: ScanOptions, on_ready: Callable[[], None]
 ) -> Iterator[Verdict]:
-    from code_worker.moderation.scan import scan as judge_all  # noqa: PLC0415 - numpy and torch, not for --help
+    from code_worker.moderation.scan import scan as judge_all
 
     with start(settings, release) as ready:
         on_ready()

@@ -41,11 +41,11 @@ def start(settings: Settings, release: str | None) -> Iterator[Ready]:
         NoReleaseError: none is installed; the text says how to get one.
         ArtifactError: the release must not be used.
     """
-    from code_worker.images.source import Sources  # noqa: PLC0415 - numpy and torch, not for --help
-    from code_worker.moderation.judge import Judge  # noqa: PLC0415 - as above
-    from code_worker.moderation.load import start_runtime  # noqa: PLC0415 - as above
-    from code_worker.moderation.pool import PriorityPool  # noqa: PLC0415 - as above
-    from code_worker.plugins import load_plugins  # noqa: PLC0415 - as above
+    from code_worker.images.source import Sources
+    from code_worker.moderation.judge import Judge
+    from code_worker.moderation.load import start_runtime
+    from code_worker.moderation.pool import PriorityPool
+    from code_worker.plugins import load_plugins
 
     plugins = load_plugins(settings)
     loaded, policies = load(settings, release, plugins)
@@ -63,16 +63,16 @@ def load(settings: Settings, release: str | None, plugins: Plugins) -> tuple[Loa
         NoReleaseError: see `start`.
         ArtifactError: see `start`.
     """
-    from code_worker.moderation.policy import Policy, PolicyBook  # noqa: PLC0415 - numpy and torch, not for --help
-    from code_worker.releases.loading import load_release  # noqa: PLC0415 - as above
-    from code_worker.releases.registry import open_registry  # noqa: PLC0415 - as above
+    from code_worker.moderation.policy import Policy, PolicyBook
+    from code_worker.releases.loading import load_release
+    from code_worker.releases.registry import open_registry
 
     if release is not None and Path(release).is_dir():
         loaded = load_release(Path(release), plugins, keys=settings.signing_keys, if_changed=settings.changed_heads)
         return loaded, PolicyBook()
     if not has_database(settings):
         raise _no_release(release, f" ({missing_database(settings)})")
-    from code_worker.store import policies  # noqa: PLC0415 - SQLAlchemy, only where there is a database
+    from code_worker.store import policies
 
     with open_ledger(settings) as store:
         registry = open_registry(settings, store=store, plugins=plugins)

@@ -35,7 +35,7 @@ def schedule() -> None:
 @json_option
 def list_(*, as_json: bool) -> None:
     """List the schedules: cron line, next times in UTC, the last time and what came of it."""
-    from code_worker.worker.schedule import CALIBRATE, TASKS, schedules  # noqa: PLC0415 - Celery: not for --help
+    from code_worker.worker.schedule import CALIBRATE, TASKS, schedules
 
     settings, kinds = quiet_settings(), (*TASKS, CALIBRATE)
     crons, now, last = schedules(settings), datetime.now(UTC), _last(settings, kinds)
@@ -73,8 +73,8 @@ def _learning_parts(settings: Settings) -> list[WorkerInfo] | None:
     """Trainers and beats that were heard of lately; None where there is no database yet."""
     if not has_database(settings):
         return None
-    from code_worker.store import workers  # noqa: PLC0415 - SQLAlchemy: not for --help
-    from code_worker.worker.report import silence_s  # noqa: PLC0415 - as above
+    from code_worker.store import workers
+    from code_worker.worker.report import silence_s
 
     with open_ledger(settings) as store:
         alive = store.run(
@@ -95,7 +95,7 @@ def _named(part: WorkerInfo) -> str:
 def _row(
     settings: Settings, kind: str, cron: Any, now: datetime, last: tuple[Slot | None, Run | None]
 ) -> dict[str, Any]:
-    from code_worker.worker.schedule import times_from, times_until  # noqa: PLC0415 - Celery: not for --help
+    from code_worker.worker.schedule import times_from, times_until
 
     slot, run = last
     missed = None if cron is None or slot is None else next(times_until(cron, now), None)
@@ -118,8 +118,8 @@ def _when(setting: str | bool | None) -> str | None:
 def _last(settings: Settings, kinds: Sequence[str]) -> dict[str, tuple[Slot | None, Run | None]]:
     if not has_database(settings):
         return {}
-    from code_worker.store import runs  # noqa: PLC0415 - SQLAlchemy: not for --help
-    from code_worker.store import schedule as table  # noqa: PLC0415 - as above
+    from code_worker.store import runs
+    from code_worker.store import schedule as table
 
     def read(session: Session) -> dict[str, tuple[Slot | None, Run | None]]:
         slots = {kind: table.last(session, kind) for kind in kinds}

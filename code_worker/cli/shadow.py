@@ -49,8 +49,8 @@ def report(
     as_json: bool,
 ) -> None:
     """Say how often champion and challenger agree, where they differ most, and who was right where people know."""
-    from code_worker.store import releases  # noqa: PLC0415 - SQLAlchemy, not for --help
-    from code_worker.store import shadow as table  # noqa: PLC0415 - as above
+    from code_worker.store import releases
+    from code_worker.store import shadow as table
 
     settings = quiet_settings()
     with open_ledger(settings) as store:
@@ -73,9 +73,9 @@ def report(
 
 
 def _report(session: Session, wanted: ShadowFilter, rule: LabelSettings, limit: int) -> ShadowReport:
-    from code_worker.moderation.disagreement import summarise, who_was_right  # noqa: PLC0415 - as above
-    from code_worker.store import labels  # noqa: PLC0415 - as above
-    from code_worker.store import shadow as table  # noqa: PLC0415 - as above
+    from code_worker.moderation.disagreement import summarise, who_was_right
+    from code_worker.store import labels
+    from code_worker.store import shadow as table
 
     said = table.labelled(session, wanted)
     known = labels.resolve(session, rule=rule.rule, trusted=rule.trusted, ignored=rule.ignored) if said else []

@@ -116,7 +116,7 @@ def validate(**words: Any) -> None:
 
 
 def _read(asked: _Asked, settings: Settings, skipped: list[Skipped]) -> tuple[Example, ...]:
-    from code_worker.data.open import open_examples  # noqa: PLC0415 - the forms, not for --help
+    from code_worker.data.open import open_examples
 
     found = []
     with progress(f"reading {asked.source}", counted=True) as advance:
@@ -143,7 +143,7 @@ def _fair(
     """
     if not asked.is_own:
         return examples, None
-    from code_worker.training.snapshot import learned_by  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.training.snapshot import learned_by
 
     with open_ledger(settings) as store:
         wanted = [_release_id(store, asked.release)]
@@ -161,9 +161,9 @@ def _fair(
 
 
 def _release_id(store: Store, release: str | None) -> str | None:
-    from code_worker.releases.hashing import hash_file  # noqa: PLC0415 - pydantic's models, not for --help
-    from code_worker.releases.manifest import MANIFEST_NAME, release_id  # noqa: PLC0415 - as above
-    from code_worker.store.releases import CHAMPION, alias  # noqa: PLC0415 - SQLAlchemy, likewise
+    from code_worker.releases.hashing import hash_file
+    from code_worker.releases.manifest import MANIFEST_NAME, release_id
+    from code_worker.store.releases import CHAMPION, alias
 
     if release is None:
         return store.run(lambda session: alias(session, CHAMPION), write=False)
@@ -194,7 +194,7 @@ def _compared(
     """The release beside `--against`, which must have a head in common with it."""
     if asked.against is None:
         return []
-    from code_worker.training.evaluation.compare import compare  # noqa: PLC0415 - numpy, not for --help
+    from code_worker.training.evaluation.compare import compare
 
     with open_measured(settings, asked.against) as measured:
         shared = tuple(head for head in evaluation.report["release"]["heads"] if head in measured.runtime.heads)
@@ -208,7 +208,7 @@ def _compared(
 
 
 def _plan(asked: _Asked, measured: Measured, heads: tuple[str, ...], *, resamples: int | None = None) -> Plan:
-    from code_worker.training.evaluation.evaluate import Plan  # noqa: PLC0415 - numpy, not for --help
+    from code_worker.training.evaluation.evaluate import Plan
 
     return Plan(
         heads=heads,
@@ -228,8 +228,8 @@ def _evaluate(
     *,
     skipped: Sequence[Skipped] = (),
 ) -> Evaluation:
-    from code_worker.training.evaluation.evaluate import evaluate  # noqa: PLC0415 - numpy, not for --help
-    from code_worker.training.robustness import conditions  # noqa: PLC0415 - as above
+    from code_worker.training.evaluation.evaluate import evaluate
+    from code_worker.training.robustness import conditions
 
     variants = {one.variant for one in examples if one.variant is not None}
     passes = len({one.transform for one in conditions(plan.presets, variants)})
@@ -256,8 +256,8 @@ def _thresholds(evaluation: Evaluation) -> tuple[float, float]:
 def _missed(
     asked: _Asked, report: dict[str, Any], compared: Sequence[Compared], judging: tuple[str, ...]
 ) -> list[str]:
-    from code_worker.training.evaluation.bounds import Bounds, missed  # noqa: PLC0415 - numpy, not for --help
-    from code_worker.training.evaluation.compare import regressions  # noqa: PLC0415 - as above
+    from code_worker.training.evaluation.bounds import Bounds, missed
+    from code_worker.training.evaluation.compare import regressions
 
     bounds = Bounds(min_balanced_accuracy=asked.min_balanced_accuracy, max_fpr=asked.max_fpr)
     lines = missed(report, bounds, judging)
@@ -301,7 +301,7 @@ def _publish(
     else:
         print_report(evaluation.report, compared)
     if asked.out is not None:
-        from code_worker.training.evaluation.page import render_page  # noqa: PLC0415 - matplotlib, for pages alone
+        from code_worker.training.evaluation.page import render_page  # matplotlib, for pages alone
 
         with progress("drawing the page"):
             page = render_page(

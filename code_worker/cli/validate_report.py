@@ -101,7 +101,7 @@ def print_report(report: Mapping[str, Any], compared: Sequence[Compared] = ()) -
 
 def say_learned(data: Mapping[str, Any]) -> None:
     """Says which images were left out, on stdout, and what nobody recorded, in red on stderr."""
-    from code_worker.training.evaluation.describe import learned_lines  # noqa: PLC0415 - numpy, not for --help
+    from code_worker.training.evaluation.describe import learned_lines
 
     said, warned = learned_lines(data)
     for line in said:
@@ -112,7 +112,7 @@ def say_learned(data: Mapping[str, Any]) -> None:
 
 def published_lines(report: Mapping[str, Any], head: str) -> list[str]:
     """`key: real  fake  all`, a line for each condition and generator, rounded as the published script rounds."""
-    from code_worker.training.evaluation.evaluate import published_table  # noqa: PLC0415 - numpy, not for --help
+    from code_worker.training.evaluation.evaluate import published_table
 
     return [
         f"{key}: {'  '.join('-' if share is None else str(round(share, 2)) for share in shares)}"

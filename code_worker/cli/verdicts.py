@@ -51,7 +51,7 @@ def _filters(command: F) -> F:
 
 
 def _wanted(filters: dict[str, Any]) -> VerdictFilter:
-    from code_worker.store.verdicts import VerdictFilter  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.verdicts import VerdictFilter
 
     values = {**filters, "live_only": not filters["superseded"]}
     del values["superseded"]
@@ -76,7 +76,7 @@ def list_(*, limit: int, after: str | None, oldest_first: bool, as_json: bool, *
 
     A page stays what it was while new verdicts arrive: the next one begins after the last id of this one.
     """
-    from code_worker.store.verdicts import list_verdicts  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.verdicts import list_verdicts
 
     wanted = _wanted(filters)
     with open_ledger() as store:
@@ -117,8 +117,8 @@ def show(id_: str, *, as_json: bool) -> None:
 
     Given a job's id, its live verdict. Exit status 1: there is none (yet).
     """
-    from code_worker.store import jobs  # noqa: PLC0415 - SQLAlchemy, not for --help
-    from code_worker.store.verdicts import get, live  # noqa: PLC0415 - as above
+    from code_worker.store import jobs
+    from code_worker.store.verdicts import get, live
 
     with open_ledger() as store:
         verdict, job = store.run(
@@ -142,7 +142,7 @@ def show(id_: str, *, as_json: bool) -> None:
 @json_option
 def timings(*, limit: int, as_json: bool, **filters: Any) -> None:
     """Say how long each stage took: median, 95th and 99th percentile over the newest verdicts that match."""
-    from code_worker.store.verdicts import list_verdicts  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.verdicts import list_verdicts
 
     wanted = _wanted(filters)
     with open_ledger() as store:
@@ -161,7 +161,7 @@ def timings(*, limit: int, as_json: bool, **filters: Any) -> None:
 @_filters
 def export(*, form: str, raw: bool, output: Path | None, **filters: Any) -> None:
     """Write every verdict that matches, oldest first, however many there are."""
-    from code_worker.store.verdicts import stream  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.verdicts import stream
 
     wanted = _wanted(filters)
     bar = progress("exporting verdicts", counted=True, beside_rows=output is None)

@@ -54,7 +54,7 @@ class _Reasons:
         self._said = frozenset(lines)
 
     def _lines(self, waiting: Sequence[Accepted]) -> dict[str, str]:
-        from code_worker.worker.waits import why_waiting  # noqa: PLC0415 - SQLAlchemy, not for --help
+        from code_worker.worker.waits import why_waiting
 
         asked = waiting[:_ASKED]
         reasons = why_waiting(self._settings, self._store, [one.job_id for one in asked])
@@ -109,7 +109,7 @@ def print_verdicts(
 
 def _await(store: Store, job_id: str, deadline: float | None, meanwhile: Callable[[], object]) -> Verdict | None:
     """The job's verdict; None once the time is up."""
-    from code_worker.store.verdicts import live  # noqa: PLC0415 - SQLAlchemy, not for --help
+    from code_worker.store.verdicts import live
 
     while (verdict := store.run(lambda session: live(session, job_id), write=False)) is None:
         if deadline is not None and time.monotonic() > deadline:

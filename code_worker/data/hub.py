@@ -109,10 +109,10 @@ def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
 def _rows(what: str, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     try:
         with silent_import():
-            import datasets  # noqa: PLC0415 - an extra, and seconds to import
+            import datasets  # an extra, and seconds to import
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{what} is read with datasets: pip install 'code-worker[data]'") from error
-    from huggingface_hub import errors  # noqa: PLC0415 - comes with datasets
+    from huggingface_hub import errors  # comes with datasets
 
     # If the process had imported it before, it would tell a counter on the internet of each file, those here as well.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False

@@ -41,8 +41,8 @@ def labelled_examples(
         skipped: Takes images whose labels the rule leaves undecided.
         holdout: Only those of the hold-out.
     """
-    from code_worker.store import image_groups  # noqa: PLC0415 - SQLAlchemy: not for who reads files only
-    from code_worker.store import labels as table  # noqa: PLC0415 - as above
+    from code_worker.store import image_groups
+    from code_worker.store import labels as table
 
     def read(session: Session) -> tuple[list[ResolvedLabel], list[Conflict], Mapping[str, Place]]:
         decided = table.resolve(session, rule=rule.rule, trusted=rule.trusted, ignored=rule.ignored)
@@ -90,8 +90,8 @@ def group_old_images(
         StorageError: the storage cannot be read.
         TransientError: no memory is left to decode an image in.
     """
-    from code_worker.images.phash import perceptual_hash  # noqa: PLC0415 - numpy and Pillow, for runs alone
-    from code_worker.store import image_groups, kept_images  # noqa: PLC0415 - SQLAlchemy, likewise
+    from code_worker.images.phash import perceptual_hash
+    from code_worker.store import image_groups, kept_images
 
     def hashed(sha256: str) -> str | None:
         try:

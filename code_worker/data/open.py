@@ -212,14 +212,14 @@ def _read_bucket(prefix: str, asked: _Asked) -> Iterator[Example]:
 
 
 def _read_manifest(path: Path, asked: _Asked) -> Iterator[Example]:
-    from code_worker.data.kept import open_kept  # noqa: PLC0415 - numpy and boto3, only where hashes may be named
+    from code_worker.data.kept import open_kept
 
     with closing(Sources(allow(asked.settings, path.resolve().parent))) as sources:
         yield from manifest_examples(path, sources, open_kept(asked.settings), skipped=asked.skipped)
 
 
 def _read_labels(source: str, asked: _Asked) -> Iterator[Example]:
-    from code_worker.data.kept import open_kept  # noqa: PLC0415 - as above
+    from code_worker.data.kept import open_kept
 
     kept = open_kept(asked.settings)
     with _ledger(asked) as store:
@@ -232,7 +232,7 @@ def _ledger(asked: _Asked) -> Iterator[Store]:
     if asked.store is not None:
         yield asked.store
         return
-    from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy, only for what reads the database
+    from code_worker.store import migrate
 
     settings = asked.settings
     if (file := settings.database_file) is not None and not file.is_file():

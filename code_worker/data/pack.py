@@ -160,7 +160,7 @@ def _records(examples: Iterable[Example], limits: LimitSettings, skipped: list[S
 
 
 def _read(example: Example, limits: LimitSettings, skipped: list[Skipped]) -> tuple[bytes, ImageFacts] | None:
-    from code_worker.images.decode import inspect  # noqa: PLC0415 - Pillow and numpy: not for --help
+    from code_worker.images.decode import inspect
 
     try:
         data = example.read()

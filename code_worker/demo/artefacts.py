@@ -29,7 +29,7 @@ def _nearest(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
 
 def _bilinear(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
     """A smaller picture enlarged 2 to 4 times by linear interpolation: no detail is left."""
-    from PIL import Image  # noqa: PLC0415 - only the demonstration's images need it here
+    from PIL import Image  # only the demonstration's images need it here
 
     height, width, _ = pixels.shape
     small = Image.fromarray(_shrunk(pixels, int(rng.integers(2, 5))))
@@ -57,7 +57,7 @@ def _transposed(values: NDArray[np.float64], kernel: NDArray[np.float64], axis: 
 
 def _sharpened(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
     """A smaller picture enlarged 2 to 3 times by Lanczos' kernel and sharpened, as upscalers do."""
-    from PIL import Image, ImageFilter  # noqa: PLC0415 - as above
+    from PIL import Image, ImageFilter
 
     height, width, _ = pixels.shape
     factor = rng.uniform(2, 3)
@@ -69,7 +69,7 @@ def _sharpened(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
 
 def _quantised(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
     """What differs from a blurred picture, quantised in blocks of 8×8: the residual of a learned codec or decoder."""
-    from PIL import Image, ImageFilter  # noqa: PLC0415 - as above
+    from PIL import Image, ImageFilter
 
     image = Image.fromarray(pixels)
     smooth = np.asarray(image.filter(ImageFilter.GaussianBlur(1.5)), dtype=np.float64)
@@ -119,7 +119,7 @@ def _dotted(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
 
 
 def _shrunk(pixels: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    from PIL import Image  # noqa: PLC0415 - as above
+    from PIL import Image
 
     height, width, _ = pixels.shape
     size = (-(-width // factor), -(-height // factor))

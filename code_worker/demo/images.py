@@ -143,7 +143,7 @@ def crops_of(some: Sequence[Picture], limits: LimitSettings) -> tuple[NDArray[np
 
 
 def _encoded(pixels: NDArray[np.uint8], form: str) -> bytes:
-    from PIL import Image  # noqa: PLC0415 - only the demonstration writes images
+    from PIL import Image  # only the demonstration writes images
 
     out = io.BytesIO()
     options = {"JPEG": {"quality": 92}, "WEBP": {"quality": 92}}.get(form, {})

@@ -27,7 +27,7 @@ class Photographs:
     """
 
     def __init__(self) -> None:
-        from PIL import Image  # noqa: PLC0415 - only the demonstration's images need it here
+        from PIL import Image  # only the demonstration's images need it here
 
         # Found, not imported: two files are wanted, and the import takes a second.
         spec = find_spec("sklearn")

@@ -28,7 +28,7 @@ _HOME: Final = Path(__file__).with_name("starter")
 
 def starter_weights() -> EncoderWeights:
     """The trained miniature: 48-pixel crops, 128 of the 192 numbers."""
-    from code_worker.encoder.weights import read_weights  # noqa: PLC0415 - torch: only who judges pays for it
+    from code_worker.encoder.weights import read_weights
 
     return read_weights(_HOME)
 

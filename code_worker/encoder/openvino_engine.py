@@ -44,8 +44,8 @@ class OpenVinoEngine:
             weights: the encoder.
             streams: calls that run at the same time; unset: one per core that this process may use.
         """
-        from code_worker.encoder.openvino_graph import encoder_graph  # noqa: PLC0415 - optional, and 0.4 s
-        from code_worker.encoder.openvino_library import openvino  # noqa: PLC0415 - optional, and 0.4 s
+        from code_worker.encoder.openvino_graph import encoder_graph
+        from code_worker.encoder.openvino_library import openvino
 
         cores = usable_cores()
         chosen = {
@@ -102,6 +102,6 @@ def _core() -> Any:
     Its CPU plugin gives the thread that makes it a stack for signals and takes it away when it is destroyed, from
     whichever thread that happens. The main thread of a worker that swapped its release died of the next signal.
     """
-    from code_worker.encoder.openvino_library import openvino  # noqa: PLC0415 - optional, and 0.4 s
+    from code_worker.encoder.openvino_library import openvino
 
     return openvino.Core()

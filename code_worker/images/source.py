@@ -103,7 +103,7 @@ class Sources:
         with self._lock:
             if self._s3 is None:
                 # boto3 costs a third of a second: whoever reads local files only need not pay for it.
-                from code_worker.images.s3 import S3Source  # noqa: PLC0415 - see above
+                from code_worker.images.s3 import S3Source
 
                 self._s3 = S3Source(
                     self._settings.s3,

@@ -56,8 +56,8 @@ def start_runtime(
 
 def _starter(loaded: LoadedRelease, settings: Settings, streams: int | None) -> Callable[[], Embedder]:
     def start() -> Embedder:
-        from code_worker.encoder.choice import open_engine  # noqa: PLC0415 - torch: only processes that judge pay for it
-        from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
+        from code_worker.encoder.choice import open_engine
+        from code_worker.encoder.loop import EncoderLoop
 
         worker = settings.worker
         engine = open_engine(
@@ -85,7 +85,7 @@ def _one_blas_thread() -> None:
     A product on several threads ends when the last of them gets its core back: measured on two busy cores, a head's
     batch took ten times as long as on one thread.
     """
-    from threadpoolctl import ThreadpoolController  # noqa: PLC0415 - looks through all loaded libraries
+    from threadpoolctl import ThreadpoolController  # looks through all loaded libraries
 
     ThreadpoolController().select(internal_api="openblas").limit(limits=1)
 

@@ -127,7 +127,7 @@ def build_from_parts(
         ArtifactError: the directory holds something, a head cannot be saved, or scores differently once loaded back.
         UnknownHeadError: a head of a class that no plugin registered.
     """
-    from code_worker.encoder.weights import save_weights  # noqa: PLC0415 - torch: only who builds pays for it
+    from code_worker.encoder.weights import save_weights
 
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):

@@ -114,7 +114,7 @@ def probe_embeddings(weights: EncoderWeights) -> NDArray[np.float32]:
 
     The crops are drawn, not anybody's images: a release's probes need never be erased.
     """
-    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only who builds pays for it
+    from code_worker.encoder.engine import Engine
 
     drawn = Engine(weights, device="cpu").embed(seeded_crops(_DRAWN_PROBES, 20_241))
     return np.concatenate((golden_embeddings(_FIXED_PROBES), drawn[np.isfinite(drawn).all(axis=1)]))

@@ -94,7 +94,7 @@ def build_release(
 
 def _locate(source: str) -> tuple[Path, str]:
     if source.startswith(_HUB):
-        from code_worker.encoder.hub import download  # noqa: PLC0415 - the hub's client is slow to import
+        from code_worker.encoder.hub import download  # the hub's client is slow to import
 
         local = download(source)
         return local, f"{source.partition('@')[0]}@{local.name}"
@@ -120,7 +120,7 @@ def _copy_release(source: Path, directory: Path, options: ImportOptions, keys: S
 
 
 def _convert(local: Path, uri: str, plugins: Plugins, directory: Path, options: ImportOptions) -> str:
-    from code_worker.encoder.checkpoint import load_checkpoint  # noqa: PLC0415 - torch: only who imports pays for it
+    from code_worker.encoder.checkpoint import load_checkpoint
 
     heads_dir = options.heads_dir or (local / "sklearn" if local.is_dir() else None)
     paths = _head_files(heads_dir, required=options.heads_dir is not None)

@@ -125,7 +125,7 @@ def load_release(
         ArtifactError: a part cannot be loaded, or a head does not keep its contract or scores otherwise than it did.
         PluginError: a head's plugin is not installed.
     """
-    from code_worker.encoder.weights import read_weights  # noqa: PLC0415 - torch: only who judges pays for it
+    from code_worker.encoder.weights import read_weights
 
     manifest, sha256 = verify_files(directory, on_bytes)
     _refuse_swapped(directory, sha256, expected or sha256)

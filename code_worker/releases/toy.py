@@ -52,9 +52,9 @@ def build_toy_release(
         UnknownHeadError: a head that no plugin registered.
         ValueError: crops and labels that do not go together.
     """
-    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - torch: only who builds pays for it
-    from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - the same
-    from code_worker.encoder.weights import random_weights  # noqa: PLC0415 - the same
+    from code_worker.encoder.engine import Engine
+    from code_worker.encoder.loop import EncoderLoop
+    from code_worker.encoder.weights import random_weights
 
     if len(crops) != len(labels):
         raise ValueError(f"{len(crops)} crops, but {len(labels)} labels")

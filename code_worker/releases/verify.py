@@ -104,8 +104,8 @@ def verify(
         ConfigurationError: no images, or a device or precision that this machine lacks.
         ArtifactError: a head that does not keep its contract.
     """
-    from code_worker.encoder.choice import open_engine  # noqa: PLC0415 - torch: only who encodes pays for it
-    from code_worker.encoder.engine import Engine  # noqa: PLC0415 - as above
+    from code_worker.encoder.choice import open_engine
+    from code_worker.encoder.engine import Engine
 
     if images < 1:
         raise ConfigurationError(f"{images} images: at least one is needed")

@@ -230,7 +230,7 @@ def _read_parameters(url: URL) -> tuple[URL, dict[str, int | None]]:
     Raises:
         ConfigurationError: neither of them knows one.
     """
-    from psycopg.pq import Conninfo  # noqa: PLC0415 - SQLite needs none of it
+    from psycopg.pq import Conninfo  # SQLite needs none of it
 
     known = {option.keyword.decode() for option in Conninfo.get_defaults()} | {_PREPARE, POOLER}
     if unknown := sorted(set(url.query) - known):

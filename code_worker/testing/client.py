@@ -181,7 +181,7 @@ class FakeClient:
             ValueError: an argument that is out of range.
             DatasetError: no such job.
         """
-        from code_worker.store.labels import NewLabel  # noqa: PLC0415 - see above
+        from code_worker.store.labels import NewLabel
 
         uri = self._uri_of(target)
         said = NewLabel(

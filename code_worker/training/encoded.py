@@ -165,8 +165,8 @@ def open_encoder(
 
 
 def _start(weights: EncoderWeights, settings: Settings) -> Any:
-    from code_worker.encoder.choice import open_engine  # noqa: PLC0415 - torch: the trainer waits for a run without it
-    from code_worker.encoder.loop import EncoderLoop  # noqa: PLC0415 - as above
+    from code_worker.encoder.choice import open_engine
+    from code_worker.encoder.loop import EncoderLoop
 
     engine = open_engine(weights, engine=settings.engine, device=settings.device, precision=settings.precision)
     engine.warm_up()

@@ -29,7 +29,7 @@ _GAIN, _SLOPE, _MOST = 0.1, 1.8, 8.0
 def build_vit(config: VitConfig) -> nn.Module:
     """The timm model of a configuration, freshly initialised, without classifier, in evaluation mode."""
     with silent_import():  # of the hub's client
-        from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415 - takes longer than torch itself
+        from timm.models.vision_transformer import VisionTransformer  # takes longer than torch itself
 
     model: nn.Module = VisionTransformer(
         img_size=config.image_size,

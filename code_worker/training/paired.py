@@ -90,7 +90,7 @@ def worse_p(gains: int, losses: int) -> float:
     Of two detectors that are equally good each discordant image is a loss with probability 1/2, so that the losses
     are Binomial(gains + losses, 1/2) (McNemar 1947; the exact form is the sign test).
     """
-    from scipy.special import betainc  # noqa: PLC0415 - scipy: a producer never loads it
+    from scipy.special import betainc
 
     # P(Binomial(m, 1/2) >= k) is the distribution function of Beta(k, m - k + 1) at 1/2.
     return float(betainc(losses, gains + 1, 0.5)) if losses else 1.0
@@ -110,7 +110,7 @@ def better_p(strata: Sequence[Stratum]) -> float:
     `Σ weight · (gains - losses)` given the discordant images is that of independent binomials, computed by
     convolution. With one stratum this is the exact McNemar test.
     """
-    from scipy.signal import convolve  # noqa: PLC0415 - scipy: a producer never loads it
+    from scipy.signal import convolve
 
     if not any(one.discordant for one in strata):
         return 1.0
@@ -146,7 +146,7 @@ def signed_groups(changes: Changes, weights: Weights, groups: Groups) -> list[St
 
 def _coins(n: int) -> NDArray[np.float64]:
     """`(n + 1,)`: chance of each number of heads among `n` coins."""
-    from scipy.special import gammaln  # noqa: PLC0415 - scipy: a producer never loads it
+    from scipy.special import gammaln
 
     heads = np.arange(n + 1)
     return np.asarray(np.exp(gammaln(n + 1) - gammaln(heads + 1) - gammaln(n - heads + 1) - n * np.log(2)))
@@ -177,7 +177,7 @@ def proportion_limits(part: float, whole: float, error: float) -> tuple[float, f
 
     Counts may be fractions of images, as weighted ones are.
     """
-    from scipy.special import betaincinv  # noqa: PLC0415 - scipy: a producer never loads it
+    from scipy.special import betaincinv
 
     if whole <= 0:
         return 0.0, 1.0
@@ -242,8 +242,8 @@ def joint_error(error: float, correlation: float) -> float:
     normals, which is `Φ(z) - 2 T(z, √((1 - ρ) / (1 + ρ)))` with Owen's T (Annals of Mathematical Statistics 27,
     1956, 1075-1090): √error where they have nothing in common, `error` where they are the same.
     """
-    from scipy.optimize import brentq  # noqa: PLC0415 - scipy: a producer never loads it
-    from scipy.special import ndtri, owens_t  # noqa: PLC0415 - as above
+    from scipy.optimize import brentq
+    from scipy.special import ndtri, owens_t
 
     spread = sqrt((1 - correlation) / (1 + correlation))
     if spread in {0.0, 1.0}:
@@ -301,7 +301,7 @@ def auroc_limits(
     Returns:
         None with fewer than two images of a class, which have no variance.
     """
-    from scipy.special import ndtri  # noqa: PLC0415 - scipy: a producer never loads it
+    from scipy.special import ndtri
 
     if min((labels == REAL).sum(), (labels == FAKE).sum()) < 2:
         return None
@@ -318,7 +318,7 @@ def _placements(labels: NDArray[np.int8], scores: NDArray[np.float32]) -> tuple[
     An image's rank among all less its rank in its class is the number of the other class below it (Sun & Xu, IEEE
     Signal Processing Letters 21, 2014, 1389-1393).
     """
-    from scipy.stats import rankdata  # noqa: PLC0415 - scipy: a producer never loads it
+    from scipy.stats import rankdata
 
     real, fake = scores[labels == REAL], scores[labels == FAKE]
     ranks = rankdata(np.concatenate([real, fake]))
@@ -337,7 +337,7 @@ def detectable_loss(images: int, level: float, margin: float, gains: int = 0) ->
     Returns:
         A share of the images; None where even the loss of all others would not be found.
     """
-    from scipy.special import betaincinv  # noqa: PLC0415 - scipy: a producer never loads it
+    from scipy.special import betaincinv
 
     fewest = max(ceil(-log2(level)), gains + 1)
     proving = (k for k in range(fewest, images - gains + 1) if proven_loss(Stratum(gains, k), images, level) > margin)

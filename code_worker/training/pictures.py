@@ -20,7 +20,7 @@ _MOST: Final = 1500
 
 def project(embeddings: NDArray[np.float32], *, seed: int = 0) -> NDArray[np.float32]:
     """`(n, 2) float32`: t-SNE (van der Maaten & Hinton 2008) of `(n, d)` embeddings by cosine distance."""
-    from sklearn.manifold import TSNE  # noqa: PLC0415 - seconds to import, and only some epochs draw
+    from sklearn.manifold import TSNE  # seconds to import, and only some epochs draw
 
     perplexity = min(30.0, max(2.0, (len(embeddings) - 1) / 3))
     plane = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
@@ -35,7 +35,7 @@ def draw_embeddings(
     Of more than 1,500 images a seeded choice is drawn.
     """
     with import_without_home():
-        from matplotlib.figure import Figure  # noqa: PLC0415 - as above, and an extra
+        from matplotlib.figure import Figure
 
     chosen = np.random.default_rng(seed).permutation(len(groups))[:_MOST]
     plane, names = project(embeddings[chosen], seed=seed), np.array(groups)[chosen]

@@ -63,7 +63,7 @@ class Record:
     def _tensorboard(self) -> Any:
         if self._writer is None:
             try:
-                from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - seconds to import, and an extra
+                from torch.utils.tensorboard import SummaryWriter  # seconds to import, and an extra
             except ImportError:
                 log.info("no_tensorboard", hint="pip install 'code-worker[training]'")
                 self._writer = False

@@ -131,7 +131,7 @@ class Learner:
         stop: threading.Event | None = None,
         listen: Listener = lambda *_: None,
     ) -> None:
-        from code_worker.data.kept import open_kept  # noqa: PLC0415 - boto3, where the storage is in S3
+        from code_worker.data.kept import open_kept
 
         plugins = plugins or load_plugins(settings)
         registry = open_registry(settings, store=store, plugins=plugins)

@@ -52,7 +52,7 @@ def write_report(
         )
     directory.mkdir(exist_ok=True)
     if find_spec("matplotlib") and find_spec("jinja2"):
-        from code_worker.training.evaluation.page import render_page  # noqa: PLC0415 - matplotlib, an extra
+        from code_worker.training.evaluation.page import render_page
 
         page = render_page(evaluation, settings.limits, thumbnails=False)
         (directory / PAGE).write_text(page, encoding="utf-8")

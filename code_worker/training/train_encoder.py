@@ -62,7 +62,7 @@ def train_encoder(
         TrainingError, RunLostError, RunStoppedError: see `child.train`.
         DatasetError: too little of the snapshot can be read.
     """
-    from code_worker.encoder.weights import read_weights  # noqa: PLC0415 - torch: the trainer waits without it
+    from code_worker.encoder.weights import read_weights
 
     place = attempt.place
     if not (place.job / JOB_FILE).is_file():
@@ -126,7 +126,7 @@ def validation_parts(taken: Snapshot) -> tuple[list[Member], list[Member]]:
 
 
 def _described(attempt: Attempt, base: LoadedRelease | None, *, blind: bool) -> TrainingJob:
-    from code_worker.encoder.weights import save_weights  # noqa: PLC0415 - torch: the trainer waits without it
+    from code_worker.encoder.weights import save_weights
 
     settings = TrainingSettings.model_validate(attempt.run.config["training"])
     initial = None

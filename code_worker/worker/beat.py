@@ -98,7 +98,7 @@ def _start_reporting(settings: Settings) -> Callable[[], None]:
 
     Returns what says that it ends: until a part that said nothing is heard of no more, `db restore` is refused.
     """
-    from code_worker.store import health, migrate  # noqa: PLC0415 - SQLAlchemy
+    from code_worker.store import health, migrate
 
     @cache
     def store() -> Store:

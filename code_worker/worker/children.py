@@ -50,7 +50,7 @@ def beat_child(*, env: Mapping[str, str] | None = None) -> Child:
 
 
 def _release_claims(settings: Settings, owner: str) -> None:
-    from code_worker.store import jobs  # noqa: PLC0415 - SQLAlchemy, only once something died
+    from code_worker.store import jobs
 
     released = _in_store(settings, owner, lambda session: jobs.release_owner(session, owner))
     if released is not None:
@@ -58,14 +58,14 @@ def _release_claims(settings: Settings, owner: str) -> None:
 
 
 def _release_run(settings: Settings, owner: str) -> None:
-    from code_worker.store import runs  # noqa: PLC0415 - SQLAlchemy, only once something died
+    from code_worker.store import runs
 
     if _in_store(settings, owner, lambda session: runs.release_owner(session, owner)):
         log.info("run_released", owner=owner)
 
 
 def _in_store(settings: Settings, owner: str, work: Callable[[Session], T]) -> T | None:
-    from code_worker.store.engine import open_store  # noqa: PLC0415 - SQLAlchemy, only once something died
+    from code_worker.store.engine import open_store
 
     try:
         with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:

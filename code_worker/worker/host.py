@@ -87,7 +87,7 @@ class Host:
         """
         with self._lock:
             if self._store is None:
-                from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy: not where tasks are only listed
+                from code_worker.store import migrate
 
                 worker = self.settings.worker
                 threads = (self._threads or worker.concurrency) + worker.fetch_threads
@@ -105,7 +105,7 @@ class Host:
             if self._node is None:
                 # It says itself that there is none.
                 self._release_looked_for = True
-                from code_worker.worker.node import Node  # noqa: PLC0415 - numpy and heads: only where images are judged
+                from code_worker.worker.node import Node
 
                 node = Node(self.settings, self.store(), owner=self._named(), more=self._facts)
                 try:
@@ -138,7 +138,7 @@ class Host:
         """Once: the node, which says it itself, is made with the first job, and until then nobody would know."""
         if self._release_looked_for or not self._queues & frozenset(QUEUES):
             return
-        from code_worker.store import releases  # noqa: PLC0415 - SQLAlchemy
+        from code_worker.store import releases
 
         champion = self._background_store().run(
             lambda session: releases.alias(session, releases.CHAMPION), write=False
@@ -177,9 +177,9 @@ class Host:
         """One pass of the sweeper."""
         with self._lock:
             if self._sweeper is None:
-                from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
-                from code_worker.worker.ledger import Ledger  # noqa: PLC0415 - SQLAlchemy
-                from code_worker.worker.sweeper import Sweeper  # noqa: PLC0415 - SQLAlchemy
+                from code_worker.doorbell import Doorbell  # needs the app's broker
+                from code_worker.worker.ledger import Ledger
+                from code_worker.worker.sweeper import Sweeper
 
                 store = self._background_store()
                 ledger = Ledger(store, self.settings.worker, f"sweeper-{uuid4().hex[:12]}")
@@ -210,7 +210,7 @@ class Host:
                     self._keeper.start()
 
     def _keep_letter(self, message: str, error: str) -> None:
-        from code_worker.worker.intake import bury  # noqa: PLC0415 - only where messages are taken
+        from code_worker.worker.intake import bury
 
         bury(self.store(), {"unreadable": message}, error, kind="unreadable")
 
@@ -243,7 +243,7 @@ class Host:
         """
         with self._lock:
             if self._learning is None:
-                from code_worker.worker.learning import Learning  # noqa: PLC0415 - numpy: only where something learns
+                from code_worker.worker.learning import Learning
 
                 self._learning = Learning(self.settings, self._background_store(), self._stop_learning)
             return self._learning
@@ -252,8 +252,8 @@ class Host:
         """Looks in the background whether a run was left behind or a schedule is due, beat or no beat."""
         with self._lock:
             if self._watcher is None:
-                from code_worker.doorbell import Doorbell  # noqa: PLC0415 - needs the app's broker
-                from code_worker.worker.learning import Watcher  # noqa: PLC0415 - SQLAlchemy
+                from code_worker.doorbell import Doorbell  # needs the app's broker
+                from code_worker.worker.learning import Watcher
 
                 watcher = Watcher(self.settings, self._background_store, Doorbell(self._app))
                 self._watcher = Repeater("learning_watch", watcher.interval_s, watcher.look)
@@ -267,7 +267,7 @@ class Host:
             self._retention.start()
 
     def _retain(self) -> object:
-        from code_worker.worker.retention import Retention  # noqa: PLC0415 - SQLAlchemy
+        from code_worker.worker.retention import Retention
 
         # At the first turn that finds a database: one that is away, or not migrated yet, stops no other part.
         with self._lock:
@@ -281,7 +281,7 @@ class Host:
         """One for all that runs in the background, so that its connections are few; the node has its own."""
         with self._lock:
             if self._background is None:
-                from code_worker.store import migrate  # noqa: PLC0415 - SQLAlchemy
+                from code_worker.store import migrate
 
                 self._background = migrate.open_current(self.settings.resolved_database_url)
             return self._background

@@ -105,7 +105,7 @@ class Learning:
     @property
     def _learner(self) -> Learner:
         if self._made is None:
-            from code_worker.training.retrain import Learner  # noqa: PLC0415 - numpy, plugins: once something is due
+            from code_worker.training.retrain import Learner
 
             self._made = Learner(self._settings, self._store, stop=self._stop)
         return self._made
@@ -148,9 +148,9 @@ class Learning:
         due = self._store.run(lambda session: calibration_due(session, self._settings))
         if due is None:
             return
-        from code_worker.plugins import load_plugins  # noqa: PLC0415 - plugins and numpy, once something is due
-        from code_worker.releases.registry import open_registry  # noqa: PLC0415 - as above
-        from code_worker.training.recalibrate import recalibrate  # noqa: PLC0415 - as above
+        from code_worker.plugins import load_plugins  # plugins and numpy, once something is due
+        from code_worker.releases.registry import open_registry
+        from code_worker.training.recalibrate import recalibrate
 
         registry = open_registry(self._settings, store=self._store, plugins=load_plugins(self._settings))
         # Under the authority of whoever set the schedule, as its runs are.
@@ -161,7 +161,7 @@ class Learning:
         self._store.run(lambda session: schedule.take(session, CALIBRATE, due, run_id=None, outcome=outcome))
 
     def _due(self, kind: str) -> DueSlot | None:
-        from code_worker.training.retrain import DueSlot  # noqa: PLC0415 - as above
+        from code_worker.training.retrain import DueSlot
 
         cron, now = schedules(self._settings).get(kind), datetime.now(UTC)
         if cron is None:

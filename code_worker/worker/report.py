@@ -103,7 +103,7 @@ class Reporter:
 
     def say(self) -> None:
         """One sign of life."""
-        from code_worker.store import workers  # noqa: PLC0415 - SQLAlchemy: not where tasks are only listed
+        from code_worker.store import workers
 
         said = {**facts(self._settings, self._role), **self._more()}
         self._store().run(lambda session: workers.beat(session, self._owner, version=__version__, info=said))
@@ -113,6 +113,6 @@ class Reporter:
         """The process ends in order; nothing is to be taken back where nothing was said."""
         if not self._heard:
             return
-        from code_worker.store import workers  # noqa: PLC0415 - as above
+        from code_worker.store import workers
 
         self._store().run(lambda session: workers.gone(session, self._owner))

@@ -59,9 +59,9 @@ class Retention:
             self._take_turn(self.interval_s * 0.8)
 
     def _tidy(self) -> None:
-        from code_worker.data.leftovers import Leftovers  # noqa: PLC0415 - boto3, where the storage is in S3
-        from code_worker.data.unlearning import drop_forgotten  # noqa: PLC0415 - as above
-        from code_worker.releases.artifacts import open_artifacts  # noqa: PLC0415 - as above
+        from code_worker.data.leftovers import Leftovers
+        from code_worker.data.unlearning import drop_forgotten
+        from code_worker.releases.artifacts import open_artifacts
 
         Leftovers(self._settings, self._store).tidy()
         try:
@@ -75,7 +75,7 @@ class Retention:
             lambda session: bool(erasures.still_open(session) or erasures.releases_owed(session)), write=False
         )
         if left:
-            from code_worker.data.erasure import Eraser  # noqa: PLC0415 - as above
+            from code_worker.data.erasure import Eraser
 
             try:
                 Eraser(self._settings, self._store, wait_s=0).resume()
@@ -88,8 +88,8 @@ class Retention:
         try:
             self._store.run(lambda session: kept_images.forget_unsaid(session, older_s=_LABELLING_S, limit=limit))
             if self._store.run(lambda session: kept_images.copies_to_drop(session, limit=1), write=False):
-                from code_worker.data.kept import open_kept  # noqa: PLC0415 - boto3, where the storage is in S3
-                from code_worker.data.leftovers import drop_copies  # noqa: PLC0415 - as above
+                from code_worker.data.kept import open_kept
+                from code_worker.data.leftovers import drop_copies
 
                 drop_copies(self._store, open_kept(self._settings))
         except (DatasetError, StoreError) as error:

@@ -61,7 +61,7 @@ def register_tasks(app: Celery, host: Host) -> None:
     waking = {**options, "bind": True, "Request": "code_worker.worker.waker:WakingRequest"}
 
     def moderate(task: Any, *args: Any, **kwargs: Any) -> None:
-        from code_worker.worker.intake import judge_jobs, take_message  # noqa: PLC0415 - not in producers that list tasks
+        from code_worker.worker.intake import judge_jobs, take_message  # not in producers that list tasks
 
         message = args[0] if len(args) == 1 and not kwargs else {"args": args, "kwargs": kwargs}
         try:

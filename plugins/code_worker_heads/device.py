@@ -25,7 +25,7 @@ class DeviceSearch:
     def __init__(self, units: NDArray[np.float32], device: str) -> None:
         import torch
 
-        from code_worker.encoder.arithmetic import exact_arithmetic  # noqa: PLC0415 - torch, as above
+        from code_worker.encoder.arithmetic import exact_arithmetic
 
         self._torch = torch
         # In fewer bits a nearest reference might be missed.

@@ -273,7 +273,7 @@ def test_letters_are_read_and_not_searched(place: Place) -> None:
 
 
 def test_a_paused_source_names_no_object(quick: Place, caplog: pytest.LogCaptureFixture) -> None:
-    from code_worker.images.s3_errors import Fault  # noqa: PLC0415 - botocore
+    from code_worker.images.s3_errors import Fault
 
     uri = "s3://uploads/acme/passport.jpg"
     (job,) = quick.take(quick.job(uri))

@@ -25,7 +25,7 @@ Deploy = Callable[..., FaultDeployment]
 @pytest.fixture(scope="session")
 def small_release_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release like any other, but for an encoder of one block instead of twelve."""
-    from tests.toy_release import write_toy_release  # noqa: PLC0415 - imports torch
+    from tests.toy_release import write_toy_release
 
     return (
         built_once(tmp_path_factory, "small", lambda root: write_toy_release(root / "release", depth=1)) / "release"

@@ -159,7 +159,7 @@ def _where(item: pytest.Item) -> str:
     elif "sqlite" in values or {"sqlite_store", "sqlite_url"} & set(fixtures):
         parts.append("SQLite")
     if "redis_server" in fixtures:
-        from celery import __version__  # noqa: PLC0415 - heavy, and for rows alone
+        from celery import __version__
 
         parts.append(f"Celery {__version__}")
     return ", ".join(parts) or "–"

@@ -142,7 +142,7 @@ def test_the_checker_sees_a_claim_that_outlived_its_lease(store: Store) -> None:
 def test_the_checker_sees_what_the_broker_still_holds_and_idle_transactions(
     postgres_store: Store, redis_server: RedisServer
 ) -> None:
-    import redis  # noqa: PLC0415 - for this test alone
+    import redis
 
     assert [*broker_violations(redis_server.url, "cw:"), *idle_violations(postgres_store)] == []
     with redis.Redis.from_url(redis_server.url) as server, postgres_store.engine.connect() as connection:

@@ -69,7 +69,7 @@ def test_a_head_fitted_here_decides_as_the_published_estimator_fitted_on_the_sam
 
 @pytest.mark.numeric
 def test_parity_with_the_published_pipeline(parity_set: ParitySet) -> None:
-    from tests.parity import KNN_FILE, LINEAR_FILE, SVM_FILE  # noqa: PLC0415 - imports torch
+    from tests.parity import KNN_FILE, LINEAR_FILE, SVM_FILE
 
     files = parity_set.directory / "sklearn"
     linear = LinearHead.from_estimator(read_estimator(files / LINEAR_FILE))

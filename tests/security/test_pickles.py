@@ -186,8 +186,8 @@ def test_importing_from_a_hub(
 
 
 def every_head(plugins: Plugins) -> dict[str, tuple[Plugins, str]]:
-    import code_worker_example_head  # noqa: PLC0415 - a plugin of its own
-    import code_worker_faiss  # noqa: PLC0415 - as above
+    import code_worker_example_head  # a plugin of its own
+    import code_worker_faiss
 
     others = Plugins()
     for module in (code_worker_example_head, code_worker_faiss):

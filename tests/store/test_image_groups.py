@@ -124,7 +124,7 @@ def test_seven_bits_and_more_are_another_image(store: Store) -> None:
 
 
 def test_every_near_hash_is_found_by_its_bands(sqlite_store: Store) -> None:
-    import random  # noqa: PLC0415 - drawn with a seed, for this test alone
+    import random  # drawn with a seed, for this test alone
 
     draw = random.Random(5)
     close = [HASH ^ sum(1 << bit for bit in draw.sample(range(64), NEAR_BITS)) for _ in range(300)]

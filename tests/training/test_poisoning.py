@@ -93,8 +93,8 @@ def learned_hashes(store: Store, run: runs.Run) -> set[str]:
 
 
 def scores(settings: Settings, store: Store, release: str, images: list[bytes]) -> np.ndarray:
-    from code_worker.data.examples import Example  # noqa: PLC0415 - beside what uses it
-    from code_worker.data.kept import open_kept  # noqa: PLC0415 - as above
+    from code_worker.data.examples import Example
+    from code_worker.data.kept import open_kept
 
     loaded = registry_of(settings, store).load(release)
     examples = [Example(str(n), 0, (lambda data=data: data)) for n, data in enumerate(images)]  # type: ignore[misc]

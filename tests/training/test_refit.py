@@ -41,7 +41,7 @@ def code_worker_register_heads():
 
 @pytest.fixture
 def plugins() -> Plugins:
-    import code_worker_example_head  # noqa: PLC0415 - a stranger's plugin
+    import code_worker_example_head  # a stranger's plugin
 
     found = load_plugins(Settings())
     found.add(InstalledPlugin("example", "1", "example-head"), code_worker_example_head)

@@ -217,7 +217,7 @@ def test_heads_are_never_fitted_on_the_holdout(store: Store, settings: Settings)
 
 
 def test_an_item_of_a_training_job_is_recognised_as_held_out() -> None:
-    from code_worker.data.holdout import refuse_holdout  # noqa: PLC0415 - the trainer's own check
+    from code_worker.data.holdout import refuse_holdout  # the trainer's own check
 
     inside = next(f"{number:064x}" for number in range(100) if is_holdout(f"{number:064x}"))
     with pytest.raises(TrainingError, match=inside):

@@ -65,7 +65,7 @@ def kick(self: Any, uri: str) -> str | None:
     feed.apply_async(**({"exchange": "tasks", "routing_key": "feed.import"} if LAYOUT == "topic" else {}))
     if not INSTALL:
         return None
-    import code_worker  # noqa: PLC0415 - only with us
+    import code_worker
 
     return code_worker.enqueue(uri)
 
@@ -119,7 +119,7 @@ LAYOUT = os.environ["HOST_LAYOUT"]
 
 def install(when: str) -> None:
     if when == INSTALL:
-        import code_worker  # noqa: PLC0415 - only with us
+        import code_worker
 
         code_worker.install(app)
 

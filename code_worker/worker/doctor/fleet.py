@@ -165,7 +165,7 @@ def _untaken(
 
 
 def _bystanders(settings: Settings) -> Iterator[Check]:
-    from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only where jobs wait
+    from code_worker.doorbell import Doorbell
 
     try:
         with closing(Doorbell.for_producer(settings)) as doorbell:
@@ -181,7 +181,7 @@ def _elsewhere(settings: Settings, alive: Sequence[WorkerInfo]) -> Iterator[Chec
     theirs = {part.info["broker"]: part for part in alive if part.info.get("broker")}
     if not theirs:
         return
-    from code_worker.doorbell import Doorbell  # noqa: PLC0415 - Celery: only where there is something to compare
+    from code_worker.doorbell import Doorbell
 
     try:
         with closing(Doorbell.for_producer(settings)) as doorbell:

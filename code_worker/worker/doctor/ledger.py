@@ -79,7 +79,7 @@ def _heads(settings: Settings, champion: str) -> tuple[Manifest, LoadedHeads | C
     Raises:
         CodeWorkerError: its files are not those that were registered, or a plugin is broken.
     """
-    from code_worker.plugins import load_plugins  # noqa: PLC0415 - imports strangers' code
+    from code_worker.plugins import load_plugins  # imports strangers' code
 
     plugins = load_plugins(settings)
     with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:

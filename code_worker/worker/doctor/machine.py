@@ -112,7 +112,7 @@ def image_directories(settings: Settings) -> Iterator[Check]:
 
 def plugins(settings: Settings) -> Iterator[Check]:
     """Every plugin loads, and there are heads."""
-    from code_worker.plugins import load_plugins  # noqa: PLC0415 - imports strangers' code
+    from code_worker.plugins import load_plugins  # imports strangers' code
 
     loaded = load_plugins(settings)
     names = sorted(f"{each.name} {each.version or ''}".strip() for each in loaded.installed())
@@ -155,7 +155,7 @@ def _meant(name: str, names: Sequence[str]) -> str:
 
 def decoding(_settings: Settings) -> Iterator[Check]:
     """Whether photographs are decoded whole or where the model looks."""
-    from code_worker.images.region import region_decoder  # noqa: PLC0415 - Pillow: absent on producers
+    from code_worker.images.region import region_decoder
 
     works, text = region_decoder()
     if works:
@@ -175,8 +175,8 @@ def decoding(_settings: Settings) -> Iterator[Check]:
 
 def device(settings: Settings) -> Iterator[Check]:
     """The encoder's device and arithmetic, tried on one black crop with random weights."""
-    from code_worker.encoder.choice import open_engine  # noqa: PLC0415 - torch: seconds, and absent on producers
-    from code_worker.encoder.weights import random_weights  # noqa: PLC0415 - as above
+    from code_worker.encoder.choice import open_engine
+    from code_worker.encoder.weights import random_weights
 
     engine = open_engine(
         random_weights(0), engine=settings.engine, device=settings.device, precision=settings.precision

@@ -44,9 +44,9 @@ def broker(settings: Settings) -> Iterator[Check]:
 
 
 def _redis(url: str) -> Iterator[Check]:
-    from redis import Redis  # noqa: PLC0415 - another broker needs none
-    from redis.backoff import NoBackoff  # noqa: PLC0415 - as above
-    from redis.retry import Retry  # noqa: PLC0415 - as above
+    from redis import Redis  # another broker needs none
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
     limits: dict[str, Any] = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
     # Once more: a machine that stood still overslept the limit of what was under way.
@@ -96,7 +96,7 @@ def _queue_settings(info: dict[str, Any]) -> Iterator[Check]:
 
 
 def _other_broker(url: str) -> Check:
-    from kombu import Connection  # noqa: PLC0415 - only for brokers other than Redis
+    from kombu import Connection  # only for brokers other than Redis
 
     with Connection(url, connect_timeout=_TIMEOUT_S) as connection:
         connection.connect()
@@ -125,8 +125,8 @@ def clock(whose: str, there_s: float, asked_s: float, answered_s: float) -> Chec
 
 def database(settings: Settings) -> Iterator[Check]:
     """Reachable, migrated, and of our time."""
-    from code_worker.store import health, migrate  # noqa: PLC0415 - SQLAlchemy and Alembic: half a second
-    from code_worker.store.engine import open_store  # noqa: PLC0415 - as above
+    from code_worker.store import health, migrate
+    from code_worker.store.engine import open_store
 
     url = settings.resolved_database_url
     if health.is_missing(url):
@@ -143,7 +143,7 @@ def database(settings: Settings) -> Iterator[Check]:
 
 def object_store(settings: Settings) -> Iterator[Check]:
     """Every bucket that images may come from, and the one that keeps releases."""
-    from code_worker.images.source import Sources  # noqa: PLC0415 - workers only
+    from code_worker.images.source import Sources
 
     if not settings.s3.buckets:
         yield Check("s3", Status.OK, "not configured: no bucket may be read")
@@ -151,7 +151,7 @@ def object_store(settings: Settings) -> Iterator[Check]:
         for bucket in settings.s3.buckets:
             yield _bucket(sources, f"s3://{bucket.removeprefix('s3://').rstrip('/')}")
     if settings.resolved_artifacts.startswith("s3://"):
-        from code_worker.releases.artifacts import open_artifacts  # noqa: PLC0415 - workers only
+        from code_worker.releases.artifacts import open_artifacts
 
         kept = open_artifacts(settings).list()
         yield Check("s3", Status.OK, f"{settings.resolved_artifacts} holds {len(kept)} releases")
