@@ -37,7 +37,6 @@ _PHOTOSHOP_ITEM: Final = b"8BIM"
 _EXIF: Final = b"Exif\0\0"
 _COPIED_PER_STEP: Final = 1 << 14
 """Bytes that are copied in the time of one step, about 1.5 µs."""
-_DECODER_BLOCK: Final = 65_536
 _PNG_FILTER_AT: Final = 27
 _MPF_FRAMES: Final = 0xB001
 _ULTRA_HDR: Final = b' hdrgm:Version="'

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Box: TypeAlias = tuple[int, int, int, int]
     Decoder = Callable[[bytes, int, int, int, int], bytes | None]
 
-__all__ = ["jpeg_region", "leave_out_rows_below", "region_decoder", "region_function", "webp_region"]
+__all__ = ["jpeg_region", "leave_out_rows_below", "region_decoder", "webp_region"]
 
 _EXTENSION: Final = "code_worker_jpeg"
 _ORIENTATION: Final = 0x0112
@@ -46,11 +46,6 @@ _decoder, _described = _load()
 def region_decoder() -> tuple[bool, str]:
     """Whether the JPEG extension is at work, and its version or why not."""
     return _decoder is not None, _described
-
-
-def region_function() -> Decoder | None:
-    """The extension's `(data, left, top, width, height)` → RGB bytes, or None where it declines; None without it."""
-    return _decoder
 
 
 def jpeg_region(data: bytes, image: ImageFile.ImageFile, box: Box) -> NDArray[np.uint8] | None:

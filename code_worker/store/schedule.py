@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from code_worker.store.models import ScheduleSlotRow
 from code_worker.store.sql import insert_into, table_of
 
-__all__ = ["Slot", "last", "list_slots", "take"]
+__all__ = ["Slot", "last", "take"]
 
 _SLOTS = table_of(ScheduleSlotRow)
 
@@ -44,11 +44,3 @@ def last(session: Session, name: str) -> Slot | None:
     newest = select(*_COLUMNS).where(_SLOTS.c.name == name).order_by(_SLOTS.c.slot.desc()).limit(1)
     row = session.execute(newest).mappings().one_or_none()
     return None if row is None else Slot(**row)
-
-
-def list_slots(session: Session, name: str | None = None, *, limit: int = 20) -> list[Slot]:
-    """Slots that were taken, newest first, of one schedule or of all."""
-    statement = select(*_COLUMNS).order_by(_SLOTS.c.slot.desc(), _SLOTS.c.name).limit(limit)
-    if name is not None:
-        statement = statement.where(_SLOTS.c.name == name)
-    return [Slot(**row) for row in session.execute(statement).mappings()]

@@ -13,7 +13,7 @@ import torch
 from code_worker.errors import TrainingError
 from code_worker.logs import get_logger
 
-__all__ = ["latest_checkpoint", "read_checkpoint", "resume_state", "write_checkpoint"]
+__all__ = ["read_checkpoint", "resume_state", "write_checkpoint"]
 
 log = get_logger(__name__)
 _NAME: Final = re.compile(r"step-(\d{9})\.pt")
@@ -45,12 +45,6 @@ def write_checkpoint(directory: Path, step: int, state: dict[str, Any]) -> Path:
     for old in _found(directory)[:-_KEPT]:
         old.unlink(missing_ok=True)
     return path
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint, or None."""
-    found = _found(directory)
-    return found[-1] if found else None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from code_worker.data.labelling import Labeller
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings
-from code_worker.store import image_groups, policies, schedule
+from code_worker.store import image_groups, policies
 from code_worker.store.engine import Store
 from code_worker.training.recalibrate import recalibrate
 from code_worker.training.snapshot import Member, Snapshot
 from code_worker.worker.learning import Learning
 from tests.cli.conftest import Cli
 from tests.cli.labelled_tree import write_tree
+from tests.store.acts import slots
 from tests.toy_release import write_toy_release
 from tests.training.learning import learn
 
@@ -217,7 +218,7 @@ def test_a_trainer_draws_them_anew_once_after_each_promotion(
     (row,) = in_force(sqlite_store)
     assert (row.version, row.release_id) == (2, release)
     assert row.created_by.startswith("schedule: calibrate after the promotion of 20")
-    (slot,) = sqlite_store.run(schedule.list_slots, write=False)
+    (slot,) = slots(sqlite_store)
     assert (slot.name, slot.outcome) == ("calibrate", "1 drawn anew")
 
 

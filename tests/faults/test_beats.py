@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.store import schedule
 from tests.faults.rows import Bar, Seen, row
 from tests.servers import RedisServer
+from tests.store.acts import slots
 from tests.training.learning import build_champion, label_world
 from tests.worker.harness import WorkerProcess, wait_until
 from tests.worker.learning_deployment import LearningDeployment
@@ -42,7 +42,7 @@ def _plain_beat(deployment: LearningDeployment, number: int) -> WorkerProcess:
 
 
 def _slots(deployment: LearningDeployment) -> list[datetime]:
-    return [slot.slot for slot in deployment.store.run(schedule.list_slots, write=False) if slot.run_id]
+    return [slot.slot for slot in slots(deployment.store) if slot.run_id]
 
 
 def _wait_for_second(second: int) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from code_worker.store import jobs, verdicts
+from sqlalchemy import select
+
+from code_worker.store import jobs, schedule, verdicts
 from code_worker.store.engine import Store
+from code_worker.store.models import ScheduleSlotRow
 from code_worker.types import ImageFacts, Job, JobState, Label, Outcome, Provenance, RejectReason, Verdict
 
 HASH = "a" * 64
@@ -66,3 +69,12 @@ def judged(
 
 def rejected(job_id: str, reason: RejectReason = RejectReason.TRUNCATED, *, revision: int = 0) -> Verdict:
     return Verdict(job_id, "s3://b/a.jpg", Outcome.REJECTED, reason=reason, detail="cut short", revision=revision)
+
+
+def slots(store: Store) -> list[schedule.Slot]:
+    """All times of schedules that were taken, newest first."""
+    columns = (getattr(ScheduleSlotRow, name) for name in schedule.Slot.__dataclass_fields__)
+    newest = select(*columns).order_by(ScheduleSlotRow.slot.desc(), ScheduleSlotRow.name)
+    return store.run(
+        lambda session: [schedule.Slot(**row) for row in session.execute(newest).mappings()], write=False
+    )

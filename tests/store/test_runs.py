@@ -13,6 +13,7 @@ from code_worker.store import runs, schedule, snapshots
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
 from code_worker.store.runs import Run, RunMetrics
+from tests.store.acts import slots
 
 SLOT = datetime(2026, 11, 22, 3, 0, tzinfo=UTC)
 
@@ -247,5 +248,4 @@ def test_the_last_slots_of_a_schedule_are_known(store: Store) -> None:
     newest = store.run(lambda session: schedule.last(session, "retrain"))
     assert newest is not None
     assert (newest.slot, newest.outcome) == (SLOT + timedelta(days=7), "started")
-    assert [slot.name for slot in store.run(schedule.list_slots)] == ["retrain", "refit", "retrain"]
-    assert len(store.run(lambda session: schedule.list_slots(session, "retrain", limit=1))) == 1
+    assert [slot.name for slot in slots(store)] == ["retrain", "refit", "retrain"]

@@ -20,12 +20,13 @@ from code_worker.cli.runs import say_run
 from code_worker.data.holdout import is_holdout
 from code_worker.errors import ConfigurationError, RunActiveError, RunLostError, RunStoppedError
 from code_worker.settings import Settings
-from code_worker.store import runs, schedule
+from code_worker.store import runs
 from code_worker.store.engine import Store
 from code_worker.training import snapshot as snapshots
 from code_worker.training.job import TRAIN_FILE, Item, TrainingJob, read_items, write_job
 from code_worker.training.retrain import DueSlot, Learner
 from tests.fork_server import forking_python
+from tests.store.acts import slots
 from tests.training.learning import (
     NEW,
     REAL,
@@ -292,7 +293,7 @@ def test_a_slot_starts_one_run_and_names_it(settings: Settings, sqlite_store: St
     label_world(settings, sqlite_store)
     ended = learner(settings, sqlite_store).learn("refit", by="schedule", slot=SLOT)
     assert ended is not None
-    (slot,) = sqlite_store.run(schedule.list_slots)
+    (slot,) = slots(sqlite_store)
     assert (slot.run_id, slot.outcome) == (ended.id, "started")
     assert learner(settings, sqlite_store).learn("refit", by="schedule", slot=SLOT) is None
     assert len(sqlite_store.run(runs.list_runs)) == 1

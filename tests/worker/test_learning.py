@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from code_worker.queues import REFIT, RETRAIN
-from code_worker.store import schedule
 from tests.faults.rows import Seen, row
 from tests.fork_server import CHILDREN_ENV
 from tests.servers import RedisServer
+from tests.store.acts import slots
 from tests.training.learning import build_champion, label_world
 from tests.worker.harness import WorkerProcess, wait_until
 from tests.worker.learning_deployment import LearningDeployment
@@ -67,7 +67,7 @@ def test_two_schedulers_fire_one_time_once(deployment: LearningDeployment, seen:
     deployment.ended()
     time.sleep(2)
     assert [run.kind for run in deployment.ended()] == ["refit"]
-    (slot,) = deployment.store.run(schedule.list_slots, write=False)
+    (slot,) = slots(deployment.store)
     assert slot.run_id == deployment.runs()[0].id
     assert slot.slot == now.replace(second=0, microsecond=0)
     seen(sent=2, runs=1, slots=1)

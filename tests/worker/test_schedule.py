@@ -23,6 +23,7 @@ from code_worker.store.ids import uuid7
 from code_worker.worker.app import install
 from code_worker.worker.learning import calibration_due, due
 from code_worker.worker.schedule import CALIBRATE, UtcCrontab, beat_entries, schedules, times_from, times_until
+from tests.store.acts import slots
 
 WEDNESDAY = datetime(2026, 11, 25, 14, 30, 20, tzinfo=UTC)
 
@@ -157,7 +158,7 @@ def take(store: Store, name: str, at: datetime) -> bool:
 def test_a_time_before_the_schedule_was_first_watched_was_not_missed(store: Store) -> None:
     settings = scheduled(retrain="0 3 * * sun")
     assert look(store, settings, WEDNESDAY) == []
-    (noted,) = store.run(schedule.list_slots)
+    (noted,) = slots(store)
     assert (noted.slot.day, noted.run_id) == (22, None)
     assert look(store, settings, WEDNESDAY + timedelta(days=3)) == []
     assert look(store, settings, WEDNESDAY + timedelta(days=5)) == ["retrain"]
