@@ -6,7 +6,6 @@ is no setting is refused with the nearest one that is. No error shows a value: i
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from typing import Any, Final, TypeGuard, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from code_worker.errors import ConfigurationError
+from code_worker.errors import ConfigurationError, nearest
 
 __all__ = ["CONFIG_ENV", "PREFIX", "Layer", "config_file", "expected", "is_setting_variable", "layers"]
 
@@ -186,9 +185,8 @@ class _Reader:
         if len(names) == 1:
             # A section may be meant: `[wroker]` is nearer to `worker` than to any setting's whole name.
             settings += [(name,) for name in dict.fromkeys(each[0] for each in settings if len(each) > 1)]
-        known = {self.written(each).lower(): self.written(each) for each in settings}
-        near = difflib.get_close_matches(self.written(names).lower(), known, 1)
-        hint = f"; did you mean {known[near[0]]}?" if near else ""
+        near = nearest(self.written(names), map(self.written, settings))
+        hint = f"; did you mean {near[0]}?" if near else ""
         return f"{self.place(names)} is no setting{hint}"
 
     def _without_prefix(self, variable: str) -> str:

@@ -39,6 +39,7 @@ Anything else is a bug and propagates.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 from code_worker.types import RejectReason
@@ -74,7 +75,14 @@ __all__ = [
     "TransientError",
     "UnknownHeadError",
     "UnsafeArtifactError",
+    "nearest",
 ]
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1, *, cutoff: float = 0.6) -> list[str]:
+    """Returns up to `count` known names that are spelt like `name`, nearest first; case, `-` and `_` are the same."""
+    spelt = {one.lower().replace("_", "-"): one for one in known}
+    return [spelt[near] for near in get_close_matches(name.lower().replace("_", "-"), spelt, count, cutoff)]
 
 
 class CodeWorkerError(Exception):
@@ -100,9 +108,8 @@ class UnknownHeadError(ConfigurationError):
     @property
     def hint(self) -> str:
         """Asks whether the nearest of the known names was meant; empty when none is near. `-` and `_` differ."""
-        spelt = {one.replace("_", "-"): one for one in self.known}
-        near = get_close_matches(self.name.lower().replace("_", "-"), spelt, 1)
-        return f"; did you mean {spelt[near[0]]!r}?" if near else ""
+        near = nearest(self.name, self.known)
+        return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class PluginError(ConfigurationError):

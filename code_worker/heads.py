@@ -7,14 +7,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from code_worker.errors import ConfigurationError, PluginError
+from code_worker.errors import ConfigurationError, PluginError, nearest
 from code_worker.stops import raise_if_stop
 
 if TYPE_CHECKING:
@@ -237,7 +236,7 @@ def unknown_head_settings(configured: Iterable[str], known: Collection[str]) -> 
     found = []
     for name in configured:
         if head_spelt(name, known) is None:
-            near = get_close_matches(name.replace("_", "-"), known, 1) or get_close_matches(name, known, 1)
+            near = nearest(name, known)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
             where = f"[heads.{name}] or CODE_WORKER_HEADS__{name.upper().replace('-', '_')}__…"
             found.append(f"settings for a head {name!r} ({where}) that no plugin offers; {hint}")

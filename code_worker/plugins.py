@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -26,7 +25,7 @@ import pluggy
 
 from code_worker import hookspecs
 from code_worker.disk import expanded
-from code_worker.errors import PluginError, UnknownHeadError
+from code_worker.errors import PluginError, UnknownHeadError, nearest
 from code_worker.heads import Head, HeadSpec
 from code_worker.logs import get_logger
 from code_worker.settings import Settings
@@ -384,7 +383,7 @@ def _check_names(origin: InstalledPlugin, plugin: object) -> None:
         if not name.startswith(f"{hookspecs.PROJECT}_") or not inspect.isroutine(member):
             continue
         if name not in _HOOKS:
-            close = get_close_matches(name, _HOOKS, 1, cutoff=0.8)
+            close = nearest(name, _HOOKS, cutoff=0.8)
             hint = f"did you mean {close[0]}?" if close else f"hooks: {', '.join(_HOOKS)}"
             raise PluginError(f"plugin {origin} implements {name}, which is no hook; {hint}")
         if not hasattr(member, f"{hookspecs.PROJECT}_impl"):

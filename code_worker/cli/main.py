@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import sys
@@ -13,7 +12,7 @@ import click
 
 from code_worker._version import __version__
 from code_worker.cli.interrupts import noted_interrupts
-from code_worker.errors import ArtifactError, ArtifactStorageError, CodeWorkerError, ConfigurationError
+from code_worker.errors import ArtifactError, ArtifactStorageError, CodeWorkerError, ConfigurationError, nearest
 from code_worker.logs import redact
 from code_worker.terminal import printable
 
@@ -84,7 +83,7 @@ class LazyGroup(click.Group):
         """The command that the first word names; an unknown one is refused with those that are spelt alike."""
         name = args[0]
         if name not in _COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            near = " or ".join(f"'{each}'" for each in difflib.get_close_matches(name, sorted(_COMMANDS)))
+            near = " or ".join(f"'{each}'" for each in nearest(name, sorted(_COMMANDS), 3))
             ctx.fail(f"No such command '{name}'.{f' Did you mean {near}?' if near else ''}")
         return super().resolve_command(ctx, args)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -19,7 +18,7 @@ from code_worker.data.reading import allow
 from code_worker.data.shards import SHARD_SUFFIXES, expand, shard_examples
 from code_worker.data.trees import bucket_examples, tree_examples
 from code_worker.data.urls import UrlSource
-from code_worker.errors import DatasetError
+from code_worker.errors import DatasetError, nearest
 from code_worker.images.listing import PREFIX_BYTES, has_image_suffix, is_hidden, looks_like_image
 from code_worker.images.source import Sources
 from code_worker.terminal import printable
@@ -162,7 +161,7 @@ def _form_of_files(source: str, path: Path) -> _Form:
         return _Form(partial(_read_manifest, path))
     found = expand(source)
     if not any(one.exists() for one in found):
-        near = difflib.get_close_matches(source, ("labels:", "holdout:"), 1)
+        near = nearest(source, ("labels:", "holdout:"))
         hint = f"; did you mean {near[0]}?" if near else "."
         raise DatasetError(f"{source}: there is no such file or directory{hint} A data set is one of: {_FORMS}")
     if all(_is_shard(one) for one in found):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import shutil
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from code_worker._version import __version__
 from code_worker.configuration import PREFIX, config_file, is_setting_variable
 from code_worker.disk import expanded
-from code_worker.errors import ConfigurationError, PluginError
+from code_worker.errors import ConfigurationError, PluginError, nearest
 from code_worker.heads import head_spelt, read_options, unknown_head_settings
 from code_worker.settings import Settings
 from code_worker.worker.doctor.check import Check, Status
@@ -149,7 +148,7 @@ def _head_settings(settings: Settings, loaded: Plugins) -> Iterator[Check]:
 
 
 def _meant(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1)
+    near = nearest(name, names)
     return f"did you mean {near[0]}? If not, " if near else ""
 
 
