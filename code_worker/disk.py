@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from code_worker.errors import ConfigurationError
 
-__all__ = ["expanded", "flush", "forbidden", "is_lfs_pointer", "make_private", "no_file"]
+__all__ = [
+    "expanded",
+    "flush",
+    "forbidden",
+    "is_lfs_pointer",
+    "locked",
+    "make_private",
+    "no_file",
+    "whole_directory",
+    "whole_file",
+]
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_POLL_S = 0.2
 
 
 def expanded(path: Path, setting: str) -> Path:
@@ -80,6 +96,96 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(
+    path: Path, *, private: bool = False, durable: bool = True, beside: Path | None = None
+) -> Iterator[Path]:
+    """An empty file to write to, which takes the place of `path` when the block ends; a reader never sees half of it.
+
+    When the block fails it is removed, and what was at `path` stays. A process that is killed leaves it behind, under
+    a name that begins with a dot and ends with `.partial`.
+
+    Args:
+        path: the file to be.
+        private: readable by its owner alone; otherwise as the process's umask says.
+        durable: bytes and name outlive a loss of power when the block has ended.
+        beside: the directory to write in, on the same file system; unset: that of `path`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = _partial(path, beside)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666))
+    try:
+        yield partial
+        if durable:
+            flush(partial)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    if durable:
+        flush(path.parent)
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """An empty directory that becomes `path`, and replaces what is there, when the block ends; see `whole_file`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = _partial(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(path: Path, beside: Path | None = None) -> Path:
+    path = path.absolute()
+    return (beside or path.parent) / f".{path.name}.{secrets.token_hex(4)}.partial"
+
+
+@contextmanager
+def locked(
+    path: Path, *, wait_s: float = 0.0, check: Callable[[], object] = lambda: None, create: bool = True
+) -> Iterator[int]:
+    """Holds a file's lock (`flock`) for one process; yields the open descriptor. The system frees it however we end.
+
+    Args:
+        path: the file; its content is left as it is.
+        wait_s: how long to wait for another holder.
+        check: called at each look while waiting; what it raises ends the wait.
+        create: make the file where there is none.
+
+    Raises:
+        BlockingIOError: another process holds it still.
+        OSError: it cannot be opened.
+    """
+    import fcntl  # POSIX only, as all that locks; producers run elsewhere too
+
+    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+    try:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                check()
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_S)
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -1,20 +1,23 @@
-"""Users without a home, and without rights, are told in one line what to set."""
+"""Directories of users without a home or rights; files that are there whole or not at all; locks."""
 
 from __future__ import annotations
 
 import os
 import pwd
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from code_worker.disk import locked, whole_directory, whole_file
 from code_worker.errors import ConfigurationError
 from code_worker.images.files import FileSource
 from code_worker.plugins import load_plugins
 from code_worker.roles import current_user
 from code_worker.settings import FileSettings, Settings, load_settings
+from tests.patience import LIMIT_S
 
 _WITHOUT_CAPABILITIES = """
 import ctypes, os, sys
@@ -82,3 +85,54 @@ def test_a_data_directory_that_is_a_file_is_named(tmp_path: Path) -> None:
         _ = Settings(data_dir=tmp_path / "file").data_path
     with pytest.raises(ConfigurationError, match=f"^{named}/a/b, and {tmp_path}/file is a file: name a directory$"):
         _ = Settings(data_dir=tmp_path / "file" / "a" / "b").data_path
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_file_takes_its_place_whole_or_not_at_all(private: bool, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before", encoding="utf-8")
+    with pytest.raises(UnicodeEncodeError), whole_file(path, private=private) as partial:
+        partial.write_text("written" * 9_999 + "é", encoding="ascii")
+    assert path.read_text(encoding="utf-8") == "before"
+    with whole_file(path, private=private) as partial:
+        partial.write_text("after", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "before"
+    assert path.read_text(encoding="utf-8") == "after"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == (0o600 if private else 0o666 & ~umask)
+
+
+def test_a_directory_takes_its_place_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "release"
+    path.mkdir()
+    (path / "before").touch()
+    with pytest.raises(FileNotFoundError), whole_directory(path) as partial:
+        (partial / "no directory" / "file").touch()
+    assert [each.name for each in path.iterdir()] == ["before"]
+    with whole_directory(path) as partial:
+        (partial / "after").touch()
+    assert [each.name for each in path.iterdir()] == ["after"]
+    assert [each.name for each in tmp_path.iterdir()] == ["release"]
+
+
+def test_one_process_holds_a_lock_and_its_end_frees_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("of a holder", encoding="utf-8")
+    looks: list[str] = []
+    with locked(path):
+        with pytest.raises(BlockingIOError), locked(path):
+            pass
+        with pytest.raises(KeyboardInterrupt), locked(path, wait_s=LIMIT_S, check=lambda: _interrupt(looks)):
+            pass
+    assert looks == ["looked"]
+    with locked(path):
+        assert path.read_text(encoding="utf-8") == "of a holder"
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "other", create=False):
+        pass
+
+
+def _interrupt(looks: list[str]) -> None:
+    looks.append("looked")
+    raise KeyboardInterrupt

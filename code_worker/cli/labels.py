@@ -18,7 +18,7 @@ from code_worker.cli.output import plural, print_json, print_json_lines, print_t
 from code_worker.cli.progress import progress
 from code_worker.cli.records import write_csv, write_json_lines
 from code_worker.cli.who import who
-from code_worker.cli.whole_file import whole_file
+from code_worker.cli.whole_file import output_stream
 
 if TYPE_CHECKING:
     from code_worker.data.label_files.importing import Imported
@@ -183,7 +183,7 @@ def export(*, statements: bool, form: str, raw: bool, output: Path | None, since
     """
     settings = quiet_settings()
     bar = progress("exporting labels", counted=True, beside_rows=output is None)
-    with open_ledger(settings) as store, whole_file(output) as file, bar as advance:
+    with open_ledger(settings) as store, output_stream(output) as file, bar as advance:
         found = _statements(store, since) if statements else _resolved(store, settings.labels, since)
         written = 0
 

@@ -15,7 +15,7 @@ from code_worker.cli.output import plural, print_facts, print_json, print_json_l
 from code_worker.cli.progress import progress
 from code_worker.cli.records import VERDICT_FIELDS, judgement, verdict_record, write_csv, write_json_lines
 from code_worker.cli.timings import COLUMNS, stage_timings
-from code_worker.cli.whole_file import whole_file
+from code_worker.cli.whole_file import output_stream
 from code_worker.errors import StoreError
 from code_worker.types import Label, Outcome, RejectReason
 
@@ -165,7 +165,7 @@ def export(*, form: str, raw: bool, output: Path | None, **filters: Any) -> None
 
     wanted = _wanted(filters)
     bar = progress("exporting verdicts", counted=True, beside_rows=output is None)
-    with open_ledger() as store, whole_file(output) as file, bar as advance:
+    with open_ledger() as store, output_stream(output) as file, bar as advance:
         written = 0
 
         def records() -> Iterator[dict[str, Any]]:

@@ -1,22 +1,21 @@
-"""A file that appears under its name only once it is complete."""
+"""Where a command writes what it was asked for: stdout, or a file that is whole or not there."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import IO
 
+from code_worker.disk import whole_file
 from code_worker.errors import ConfigurationError
 
-__all__ = ["whole_file"]
+__all__ = ["output_stream"]
 
 
 @contextmanager
-def whole_file(path: Path | None) -> Iterator[IO[str]]:
+def output_stream(path: Path | None) -> Iterator[IO[str]]:
     """A text stream into `path`, or stdout for None; when the block fails, what was at `path` stays as it was.
 
     Raises:
@@ -25,25 +24,12 @@ def whole_file(path: Path | None) -> Iterator[IO[str]]:
     if path is None:
         yield sys.stdout
         return
-    try:
-        # A device or a pipe is written to, not replaced.
-        special = path.exists() and not path.is_file()
-        file = path.open("w", encoding="utf-8", newline="") if special else _beside(path)
-    except OSError as error:
-        raise ConfigurationError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            if not special:
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-    except BaseException:
-        if not special:
-            Path(file.name).unlink(missing_ok=True)
-        raise
-
-
-def _beside(path: Path) -> IO[str]:
-    directory = path.absolute().parent
-    return NamedTemporaryFile("w", encoding="utf-8", newline="", dir=directory, prefix=f".{path.name}.", delete=False)
+    with ExitStack() as stack:
+        try:
+            # A device or a pipe is written to, not replaced.
+            special = path.exists() and not path.is_file()
+            target = path if special else stack.enter_context(whole_file(path, private=True))
+            file = stack.enter_context(target.open("w", encoding="utf-8", newline=""))
+        except OSError as error:
+            raise ConfigurationError(f"cannot write {path}: {error.strerror}") from error
+        yield file

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from code_worker.disk import flush, make_private
+from code_worker.disk import flush, make_private, whole_file
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
 from code_worker.object_store import object_versions, storage_client, storage_errors
 
@@ -100,18 +98,8 @@ class LocalKept:
         return sha256
 
     def _write(self, target: Path, data: bytes) -> None:
-        # mkstemp makes the file private, and the rename keeps it so.
-        descriptor, name = tempfile.mkstemp(dir=self.root / _INCOMPLETE)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).rename(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        flush(target.parent)
+        with whole_file(target, private=True, beside=self.root / _INCOMPLETE) as partial:
+            partial.write_bytes(data)
 
     def _sweep(self) -> None:
         """Once per process: what a writer that died left half written."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import time
 from contextlib import suppress
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from code_worker.data.kept import KeptImages, LocalKept
+from code_worker.disk import locked
 from code_worker.errors import StorageError
 from code_worker.logs import get_logger
 from code_worker.queues import chunks
@@ -171,16 +170,10 @@ def _age_s(path: Path) -> float:
 def _remove(place: Path) -> bool:
     """Deletes the directory of a run, unless a process works in it."""
     try:
-        descriptor = os.open(place / _LOCK, os.O_RDWR)
-    except FileNotFoundError:
-        shutil.rmtree(place)
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with locked(place / _LOCK, create=False):
+            shutil.rmtree(place)
     except BlockingIOError:
         return False
-    else:
+    except FileNotFoundError:
         shutil.rmtree(place)
-        return True
-    finally:
-        os.close(descriptor)
+    return True

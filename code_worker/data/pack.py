@@ -7,11 +7,9 @@ import itertools
 import json
 import os
 import re
-import secrets
-import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self
 
 from code_worker.data.examples import REAL, Example, Skipped
 from code_worker.data.names import PUBLISHED_GENERATORS
+from code_worker.disk import whole_directory
 from code_worker.errors import (
     ConfigurationError,
     DatasetError,
@@ -223,15 +222,12 @@ def _directory(out: Path) -> Iterator[Path]:
     """A directory beside `out` that takes its place when the block ends well, and is removed when it does not."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigurationError(f"{out} is not empty; name a directory that does not exist yet")
-    partial = out.absolute().with_name(f".{out.absolute().name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigurationError(f"cannot write beside {out}: {error.strerror}") from error
-    try:
-        yield partial
-        partial.rename(out)
+        with ExitStack() as stack:
+            try:
+                partial = stack.enter_context(whole_directory(out))
+            except OSError as error:
+                raise ConfigurationError(f"cannot write beside {out}: {error.strerror}") from error
+            yield partial
     except OSError as error:
         raise DatasetError(f"cannot write {out}: {error.strerror or error}; nothing of it was left") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from code_worker.disk import locked
 from code_worker.errors import ConfigurationError
 
 __all__ = ["Place", "own_environment", "own_place"]
@@ -50,8 +50,7 @@ def own_place(root: Path) -> Iterator[Place]:
         place.root.mkdir(parents=True, exist_ok=True)
         if any(place.root.iterdir()) and not (place.root / _MARK).is_file():
             raise ConfigurationError(f"{root} holds something that no demo left: choose another with --directory")
-        with (place.root / _MARK).open("w") as mark:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with locked(place.root / _MARK):
             for directory in (place.data, place.images, place.learned, place.release):
                 shutil.rmtree(directory, ignore_errors=True)
             place.log.unlink(missing_ok=True)

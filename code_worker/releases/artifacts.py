@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from code_worker.disk import whole_file
 from code_worker.errors import ArtifactError, ArtifactStorageError, ConfigurationError, IntegrityError
 from code_worker.failpoints import failpoint
 from code_worker.object_store import object_versions, storage_client, storage_errors
@@ -150,10 +151,12 @@ class LocalArtifacts:
     def put_signature(self, release: str, content: bytes) -> None:
         """See `ArtifactStore.put_signature`."""
         path = self.root / _checked_id(release) / SIGNATURE_NAME
-        draft = self.root / f".{release}.sig"
-        with _translated(f"cannot write the signature of {release}"), locked(self.root, release):
-            draft.write_bytes(content)
-            draft.replace(path)
+        with (
+            _translated(f"cannot write the signature of {release}"),
+            locked(self.root, release),
+            whole_file(path, beside=self.root) as partial,
+        ):
+            partial.write_bytes(content)
 
     def exists(self, release: str) -> bool:
         """See `ArtifactStore.exists`."""

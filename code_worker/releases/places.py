@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import math
 import os
 import shutil
 import tempfile
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from code_worker.disk import flush, make_private
+from code_worker.disk import locked as file_locked
 
 __all__ = ["locked", "replace_by", "working_directory"]
 
@@ -26,8 +27,7 @@ def locked(directory: Path, release: str) -> Iterator[None]:
     make_private(directory.parent)
     # Other users of the machine may load from a directory of releases that is not in the data directory.
     directory.mkdir(exist_ok=True)
-    with (directory / f".{release}.lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with file_locked(directory / f".{release}.lock", wait_s=math.inf):
         yield
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final
 
-from code_worker.disk import flush
+from code_worker.disk import whole_file
 from code_worker.errors import ConfigurationError, StoreError, StoreUnavailableError
 from code_worker.store.copies import file_of, heard_of, read_only
 from code_worker.store.migrate import SHARED_TABLE, VERSION_TABLE
@@ -43,18 +41,9 @@ def backup(url: str, target: Path) -> int:
         raise ConfigurationError(f"{target} is there already: name another file")
     with _translated(f"the database cannot be copied to {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        # mkstemp makes the file private, and the rename keeps it so.
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-        os.close(descriptor)
-        partial = Path(name)
-        try:
+        with whole_file(target, private=True) as partial:
             _copy(source, partial)
             _check(partial)
-            flush(partial)
-            partial.rename(target)
-            flush(target.parent)
-        finally:
-            partial.unlink(missing_ok=True)
     return target.stat().st_size
 
 

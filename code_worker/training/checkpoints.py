@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from code_worker.disk import whole_file
 from code_worker.errors import TrainingError
 from code_worker.logs import get_logger
 
@@ -30,19 +29,13 @@ def write_checkpoint(directory: Path, step: int, state: dict[str, Any]) -> Path:
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{step:09}.pt"
-    partial = path.with_suffix(".partial")
     try:
-        with partial.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except (OSError, RuntimeError) as error:
         # torch's archive writer turns a full disk into a RuntimeError.
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise TrainingError(f"step {step}: the checkpoint cannot be written to {directory}: {error}") from error
-    for old in _found(directory)[:-_KEPT]:
+    for old in (*_found(directory)[:-_KEPT], *directory.glob(".*.partial")):
         old.unlink(missing_ok=True)
     return path
 

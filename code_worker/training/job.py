@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from code_worker.data.holdout import Split
+from code_worker.disk import whole_file
 from code_worker.errors import TrainingError
 from code_worker.settings import LimitSettings, TrainingSettings
 from code_worker.types import IMAGE_SIZE
@@ -162,9 +163,8 @@ def write_job(directory: Path, job: TrainingJob, train: Iterable[Item], validati
     directory.mkdir(parents=True, exist_ok=True)
     _write_items(directory / TRAIN_FILE, train)
     _write_items(directory / VALIDATION_FILE, validation)
-    partial = directory / f"{JOB_FILE}.partial"
-    partial.write_text(job.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(directory / JOB_FILE)
+    with whole_file(directory / JOB_FILE) as partial:
+        partial.write_text(job.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def _write_items(path: Path, items: Iterable[Item]) -> None:

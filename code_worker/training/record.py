@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from code_worker.disk import whole_directory, whole_file
 from code_worker.encoder.weights import save_weights
 from code_worker.errors import TrainingError
 from code_worker.logs import get_logger
@@ -79,13 +79,10 @@ class Record:
 
     def result(self, weights: EncoderWeights, report: Mapping[str, Any]) -> None:
         """Puts the trained encoder and its report into `result/`, all of it at once."""
-        partial = self.directory / f"{RESULT}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            save_weights(weights, partial)
-            _write(partial / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
-            shutil.rmtree(self.directory / RESULT, ignore_errors=True)
-            partial.rename(self.directory / RESULT)
+            with whole_directory(self.directory / RESULT) as partial:
+                save_weights(weights, partial)
+                _write(partial / "report.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
         except OSError as error:
             raise TrainingError(f"the result cannot be written to {self.directory}: {error.strerror}") from error
 
@@ -104,6 +101,5 @@ class Record:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path, durable=False) as partial:
+        partial.write_text(text, encoding="utf-8")

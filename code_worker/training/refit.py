@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from code_worker.data.examples import REAL
 from code_worker.data.holdout import refuse_holdout
+from code_worker.disk import whole_directory
 from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
 from code_worker.heads import fit_head, head_spelt, read_options, unknown_head_settings
 from code_worker.releases.builder import ReleaseFacts, build_from_parts
@@ -155,9 +155,6 @@ def build_candidate(
     """
     if _is_whole(directory):
         return
-    shutil.rmtree(directory, ignore_errors=True)
-    partial = directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     inherited: dict[str, Any] = {}
     if champion is not None:
         inherited = {
@@ -173,8 +170,8 @@ def build_candidate(
         notes=f"{origin.kind}{of} by run {origin.run}",
         **inherited,
     )
-    build_from_parts(partial, weights, heads, plugins, facts, kept=kept)
-    partial.rename(directory)
+    with whole_directory(directory) as partial:
+        build_from_parts(partial, weights, heads, plugins, facts, kept=kept)
 
 
 def _is_whole(directory: Path) -> bool:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from code_worker.disk import make_private
+from code_worker.disk import locked, make_private
 from code_worker.errors import TrainingError
 from code_worker.logs import get_logger
 
@@ -19,7 +16,6 @@ __all__ = ["Workplace"]
 
 log = get_logger(__name__)
 _LOCK: Final = "lock"
-_POLL_S: Final = 0.1
 _KEPT_RUNS: Final = 10
 
 
@@ -60,26 +56,18 @@ class Workplace:
         """
         try:
             make_private(self.path)
-            descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            held = ExitStack()
+            descriptor = held.enter_context(locked(self.path / _LOCK, wait_s=wait_s, check=check))
+        except BlockingIOError:
+            raise TrainingError(f"a process of an earlier attempt still works in {self.path}: end it") from None
         except OSError as error:
             raise TrainingError(f"cannot work in {self.path}: {error.strerror}") from error
-        try:
-            self._acquire(descriptor, check, time.monotonic() + wait_s)
+        with held:
             self._descriptor = descriptor
-            yield
-        finally:
-            self._descriptor = None
-            os.close(descriptor)
-
-    def _acquire(self, descriptor: int, check: Callable[[], None], deadline: float) -> None:
-        while True:
-            with suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            check()
-            if time.monotonic() > deadline:
-                raise TrainingError(f"a process of an earlier attempt still works in {self.path}: end it")
-            time.sleep(_POLL_S)
+            try:
+                yield
+            finally:
+                self._descriptor = None
 
     def tidy(self) -> None:
         """Drops what only a run under way needs, and whole directories of runs long past."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import sys
@@ -18,7 +17,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError
 from redis.retry import Retry
 
-from code_worker.disk import make_private
+from code_worker.disk import make_private, whole_file
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.logs import get_logger
 from code_worker.worker.supervisor import Child
@@ -194,9 +193,5 @@ def _quoted(value: str) -> str:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Replaces a file in one step; nobody else may read it."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-    draft.replace(path)
+    with whole_file(path, private=True) as partial:
+        partial.write_text(f"{text}\n", encoding="utf-8")

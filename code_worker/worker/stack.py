@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from code_worker.broker import check_broker
-from code_worker.disk import make_private
+from code_worker.disk import locked, make_private
 from code_worker.errors import ConfigurationError
 from code_worker.releases.registry import CHAMPION
 from code_worker.settings import Settings
@@ -161,6 +160,7 @@ class _Lock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._held_lock = ExitStack()
         self._descriptor: int | None = None
 
     @property
@@ -168,12 +168,10 @@ class _Lock:
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = self._held_lock.enter_context(locked(self._path))
         except BlockingIOError:
-            holder = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
+            holder = self._path.read_text(errors="replace")[:20].strip() or "unknown"
             raise ConfigurationError(
                 f"`code-worker up` runs already in {self._path.parent.parent} (process {holder}): "
                 "stop it first, or use another --data-dir"
@@ -186,5 +184,5 @@ class _Lock:
         if self._descriptor is not None:
             with suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
-            os.close(self._descriptor)
+            self._held_lock.close()
             self._descriptor = None
