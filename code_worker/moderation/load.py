@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from code_worker.errors import UnknownHeadError
@@ -11,13 +11,15 @@ from code_worker.heads import use_compute_device
 from code_worker.logs import get_logger
 from code_worker.moderation.lazy import LazyEmbedder
 from code_worker.moderation.policy import DEFAULT_POLICY, Policy
-from code_worker.moderation.runtime import Embedder, Runtime
+from code_worker.moderation.runtime import Runtime
 
 if TYPE_CHECKING:
+    from code_worker.encoder.loop import EncoderLoop
+    from code_worker.encoder.weights import EncoderWeights
     from code_worker.releases.registry import LoadedRelease
     from code_worker.settings import Settings
 
-__all__ = ["embedding_key", "start_runtime"]
+__all__ = ["embedding_key", "start_encoder", "start_runtime"]
 
 log = get_logger(__name__)
 
@@ -39,7 +41,7 @@ def start_runtime(
     default_head = settings.head or loaded.manifest.default_head
     if default_head is None or default_head not in loaded.heads:
         raise UnknownHeadError(str(default_head), tuple(sorted(loaded.heads)))
-    start = _starter(loaded, settings, streams or settings.worker.streams)
+    start = partial(start_encoder, loaded.weights, settings, streams)
     return Runtime(
         release=loaded.id,
         manifest_sha256=loaded.manifest_sha256,
@@ -54,29 +56,37 @@ def start_runtime(
     )
 
 
-def _starter(loaded: LoadedRelease, settings: Settings, streams: int | None) -> Callable[[], Embedder]:
-    def start() -> Embedder:
-        from code_worker.encoder.choice import open_engine
-        from code_worker.encoder.loop import EncoderLoop
+def start_encoder(weights: EncoderWeights, settings: Settings, streams: int | None = None) -> EncoderLoop:
+    """Puts an encoder on its device, warms it up and starts the loop that serves this process.
 
-        worker = settings.worker
-        engine = open_engine(
-            loaded.weights,
-            engine=settings.engine,
-            device=settings.device,
-            precision=settings.precision,
-            compile_kernels=worker.compile is not False,
-            streams=streams,
-            largest_batch=worker.micro_batch,
-        )
-        engine.warm_up()
-        use_compute_device(engine.device)
-        if engine.device == "cpu":
-            _one_blas_thread()
-        log.info("encoder_ready", engine=engine.name, device=engine.device, kernels=engine.kernels)
-        return EncoderLoop(engine, streams=streams, micro_batch=worker.micro_batch, linger_ms=worker.linger_ms)
+    Args:
+        weights: the encoder.
+        settings: engine, device, precision and how the loop is driven.
+        streams: of the loop; unset: as the settings say.
 
-    return start
+    Raises:
+        ConfigurationError: a device or precision that this machine lacks.
+    """
+    from code_worker.encoder.choice import open_engine
+    from code_worker.encoder.loop import EncoderLoop
+
+    worker = settings.worker
+    streams = streams or worker.streams
+    engine = open_engine(
+        weights,
+        engine=settings.engine,
+        device=settings.device,
+        precision=settings.precision,
+        compile_kernels=worker.compile is not False,
+        streams=streams,
+        largest_batch=worker.micro_batch,
+    )
+    engine.warm_up()
+    use_compute_device(engine.device)
+    if engine.device == "cpu":
+        _one_blas_thread()
+    log.info("encoder_ready", engine=engine.name, device=engine.device, kernels=engine.kernels)
+    return EncoderLoop(engine, streams=streams, micro_batch=worker.micro_batch, linger_ms=worker.linger_ms)
 
 
 def _one_blas_thread() -> None:

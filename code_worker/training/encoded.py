@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from code_worker.data.examples import Example, Skipped
 from code_worker.errors import DatasetError, StorageError, TrainingError
 from code_worker.moderation.lazy import LazyEmbedder
-from code_worker.moderation.load import embedding_key
+from code_worker.moderation.load import embedding_key, start_encoder
 from code_worker.store import embeddings, personal
 from code_worker.training.embed import embed_examples
 from code_worker.training.robustness import CLEAN, PRESETS, Condition, make_crop
@@ -159,19 +159,9 @@ def open_encoder(
     Raises:
         ConfigurationError: a device or precision that this machine lacks.
     """
-    with closing(LazyEmbedder(partial(_start, weights, settings))) as embedder:
+    with closing(LazyEmbedder(partial(start_encoder, weights, settings))) as embedder:
         key = embedding_key(encoder_sha256, settings.precision)
         yield Encoder(embedder, key=key, settings=settings, store=store, kept=kept, write=write)
-
-
-def _start(weights: EncoderWeights, settings: Settings) -> Any:
-    from code_worker.encoder.choice import open_engine
-    from code_worker.encoder.loop import EncoderLoop
-
-    engine = open_engine(weights, engine=settings.engine, device=settings.device, precision=settings.precision)
-    engine.warm_up()
-    worker = settings.worker
-    return EncoderLoop(engine, streams=worker.streams, micro_batch=worker.micro_batch, linger_ms=worker.linger_ms)
 
 
 def check_readable(members: Sequence[Member], seen: Seen) -> None:

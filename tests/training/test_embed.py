@@ -3,15 +3,22 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from code_worker import heads
 from code_worker.data.examples import FAKE, REAL, Example
+from code_worker.data.kept import open_kept
+from code_worker.encoder.weights import random_weights
 from code_worker.errors import DatasetError, ImageRejectedError, SourceCredentialsError, StorageError, TransientError
-from code_worker.settings import LimitSettings
+from code_worker.settings import LimitSettings, Settings
+from code_worker.store.engine import Store
 from code_worker.training.embed import Embedded, embed_examples
+from code_worker.training.encoded import open_encoder
 from code_worker.types import RejectReason
 from tests.moderation.doubles import MeanEmbedder, png
 
@@ -207,3 +214,23 @@ def test_what_would_fail_for_every_image_ends_the_work(fail: Callable[[], tuple[
     broken, embedder = fail()
     with pytest.raises((TransientError, StorageError)):
         embed_examples([broken], embedder, LIMITS)
+
+
+def test_an_encoder_that_learns_is_started_as_one_that_judges(
+    tmp_path: Path, sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it runs is said to the heads, and they get one thread for their products beside its streams."""
+    monkeypatch.setattr(heads, "_device", "cuda:7")
+    settings = Settings(data_dir=tmp_path, device="cpu")
+    data = png(40, 8)
+    with (
+        threadpool_limits(),
+        open_encoder(
+            random_weights(0, depth=2), "0" * 64, settings=settings, store=sqlite_store, kept=open_kept(settings)
+        ) as encoder,
+    ):
+        seen = encoder.see_examples([example("one.png", data)])
+        threads = {pool["num_threads"] for pool in threadpool_info() if pool["internal_api"] == "openblas"}
+    assert list(seen.rows) == [sha256(data)]
+    assert heads.compute_device() == "cpu"
+    assert threads == {1}
