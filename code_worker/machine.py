@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Final
 __all__ = [
     "ServerClock",
     "decode_memory",
+    "jittered",
     "library_threads",
     "memory_limit",
     "uptime_s",
@@ -154,6 +156,11 @@ class ServerClock:
         """Seconds since 1970."""
         ahead_s = self._ahead_s
         return time.time() if ahead_s is None else uptime_s() + ahead_s
+
+
+def jittered(seconds: float, share: float = 0.5) -> float:
+    """A time drawn evenly from `seconds` ± that share of it: those who wait for one thing do not return together."""
+    return seconds * random.uniform(1.0 - share, 1.0 + share)  # noqa: S311 - a wait, not a secret
 
 
 def wait_for(event: threading.Event, limit_s: float) -> bool:

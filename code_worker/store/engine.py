@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from code_worker.disk import make_private
 from code_worker.errors import ConfigurationError, StoreError
 from code_worker.logs import get_logger
-from code_worker.machine import ServerClock
+from code_worker.machine import ServerClock, jittered
 from code_worker.store.faults import (
     DbFault,
     classify,
@@ -146,7 +145,7 @@ class Store:
                     self.engine.dispose()
                 if fault is not DbFault.RETRY or tried == MAX_TRIES:
                     raise commit_unknown(error) if unknown else translate(error, fault) from error
-                wait_s = _FIRST_WAIT_S * 2**tried * random.uniform(0.5, 1.5)  # noqa: S311 - jitter, not secrecy
+                wait_s = jittered(_FIRST_WAIT_S * 2**tried)
                 _log.info("transaction_retried", tried=tried, wait_s=round(wait_s, 3), error=type(error).__name__)
             else:
                 return result

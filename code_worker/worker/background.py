@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any, Final
 
 from code_worker.errors import CodeWorkerError
 from code_worker.logs import get_logger
+from code_worker.machine import jittered
 
 __all__ = ["Repeater", "failing_parts"]
 
@@ -66,7 +66,7 @@ class Repeater:
                 self._failed(error)
             else:
                 self._succeeded()
-            if self._stop.wait(self._interval_s * random.uniform(0.9, 1.1)):  # noqa: S311 - jitter, not a secret
+            if self._stop.wait(jittered(self._interval_s, 0.1)):
                 return
 
     def _failed(self, error: Exception) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from code_worker.errors import StoreUnavailableError
 from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
+from code_worker.machine import jittered
 from code_worker.moderation.faults import JobFault
 from code_worker.moderation.verdicts import rejected_job
 from code_worker.store import embeddings, jobs, verdicts, workers
@@ -203,11 +203,11 @@ class Ledger:
                     raise
                 log.warning("store_unavailable", error=str(error))
                 progress()
-                time.sleep(random.uniform(0.5, 1.5))  # noqa: S311 - jitter, not a secret
+                time.sleep(jittered(1.0))
 
     @staticmethod
     def _put_back(job_id: str, reason: RejectReason, why: str) -> jobs.Fault:
-        delay_s = _PAUSE_S * random.uniform(1.0, 1.5)  # noqa: S311 - jitter
+        delay_s = _after(_PAUSE_S)
         return jobs.Fault(job_id, reason, why, delay_s, blame=False)
 
     def _with_ids(self, made: Sequence[Verdict]) -> list[Verdict]:
@@ -230,6 +230,11 @@ class Ledger:
     def _delay_s(self, fault: JobFault) -> float:
         if not fault.blame:
             # Not before the pause is over, and not all in the moment in which it is.
-            return (fault.wait_s or _PAUSE_S) * random.uniform(1.0, 1.5)  # noqa: S311 - jitter
+            return _after(fault.wait_s or _PAUSE_S)
         base: float = self._settings.backoff_s * 2**fault.job.faults
-        return min(base, self._settings.backoff_max_s) * random.uniform(0.5, 1.5)  # noqa: S311 - jitter
+        return jittered(min(base, self._settings.backoff_max_s))
+
+
+def _after(pause_s: float) -> float:
+    """A wait of one to one and a half times the pause: never shorter than it."""
+    return jittered(1.25 * pause_s, 0.2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 from code_worker.errors import CodeWorkerError
 from code_worker.logs import get_logger
+from code_worker.machine import jittered
 from code_worker.moderation.runtime import Runtime
 from code_worker.store.releases import CHAMPION
 
@@ -129,7 +129,7 @@ class Runtimes:
     def _take_over(self, wanted: str) -> None:
         if self._current is not None:
             # A fleet that loads at the same moment would stall together.
-            time.sleep(random.uniform(0, _JITTER_S))  # noqa: S311 - jitter, not a secret
+            time.sleep(jittered(_JITTER_S / 2, 1.0))
         began = time.monotonic()
         try:
             runtime = self._load(wanted)
