@@ -21,17 +21,18 @@ import numpy as np
 from bench.photographs import HELD_OUT, LEARNED_FROM, Album
 from bench.toy_data import write_records
 from code_worker.data.labelling import Labeller
-from code_worker.demo.artefacts import GENERATORS, NEWCOMERS
+from code_worker.demo.generators import GENERATORS, NEWCOMERS
 from code_worker.demo.starter_release import build_starter_release
-from code_worker.encoder.engine import Engine
+from code_worker.encoder.torch_engine import Engine
 from code_worker.images.decode import decode
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import Registry, open_registry
 from code_worker.settings import Settings, load_settings
-from code_worker.store import image_groups, migrate
+from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
-from code_worker.training.job import Item
-from code_worker.training.retrain import Learner
+from code_worker.store.learning import image_groups
+from code_worker.training.fitting.job import Item
+from code_worker.training.learner import Learner
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -106,10 +106,10 @@ def label_of(verdict: Verdict | None) -> int:
 
 def ours(stack: ExitStack, model: Path) -> Callable[[list[str]], Judged]:
     """`scan` with the release that importing the published form gives, with the settings a worker has."""
-    from code_worker.cli.scan_runtime import start
+    from code_worker.cli.common.release_runtime import start
     from code_worker.moderation.scan import scan
     from code_worker.plugins import load_plugins
-    from code_worker.releases.importer import build_release
+    from code_worker.releases.importing import build_release
     from code_worker.settings import FileSettings, Settings
 
     settings = Settings(files=FileSettings(roots=(Path("/"),)))

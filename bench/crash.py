@@ -29,15 +29,16 @@ from typing import Any, TypeVar
 
 import psutil
 
-from code_worker.doorbell import Doorbell
 from code_worker.errors import CodeWorkerError
-from code_worker.failpoints import FAILPOINT_ENV
 from code_worker.plugins import load_plugins
-from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
+from code_worker.publisher import Publisher
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings, load_settings
-from code_worker.store import migrate, runs
+from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
+from code_worker.store.learning import runs
+from code_worker.system.failpoints import FAILPOINT_ENV
+from code_worker.wire import REFIT, RETRAIN, TRAIN_QUEUE
 from tests.servers import RedisServer
 from tests.training.learning import build_champion, label_world, promote_champion
 
@@ -126,7 +127,7 @@ def rounds(settings: Settings, store: Store, chosen: argparse.Namespace) -> list
     """Kills and finishes so many runs."""
     rng, trainers = random.Random(chosen.seed), Trainers(chosen.directory / "log")
     found: list[dict[str, Any]] = []
-    with closing(Doorbell.for_producer(settings)) as bell, closing(trainers):
+    with closing(Publisher.for_producer(settings)) as bell, closing(trainers):
         usual_s = measured_s(chosen.kind, settings, store, trainers, bell)
         print(f"a {chosen.kind} takes {usual_s:.1f} s undisturbed", flush=True)
         for moments in plan(found, rng, usual_s, chosen):
@@ -204,7 +205,7 @@ def count(store: Store) -> int:
     return len(store.run(lambda session: runs.list_runs(session, limit=1000), write=False))
 
 
-def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, bell: Doorbell) -> float:
+def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, bell: Publisher) -> float:
     """Seconds of an undisturbed run; kills come at any moment within them."""
     crown(settings, store, 0)
     trainers.start()
@@ -217,7 +218,7 @@ def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, 
     return (run.finished_at - run.created_at).total_seconds() if run.finished_at else 0.0
 
 
-def ask(bell: Doorbell, kind: str) -> None:
+def ask(bell: Publisher, kind: str) -> None:
     """As `code-worker retrain --force --enqueue`: every round has a run, whatever was learned before."""
     bell.call({"retrain": RETRAIN, "refit": REFIT}[kind], TRAIN_QUEUE, arguments={"by": "bench", "force": True})
 

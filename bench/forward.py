@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from bench.rounds import alternate, print_table, ratios, spread, write_json
-from code_worker.encoder.choice import open_engine
+from code_worker.encoder.engines import open_engine
 from code_worker.encoder.loop import BatchEncoder
 from code_worker.encoder.weights import random_weights
 

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from code_worker.settings import GateSettings
-from code_worker.training.gate import GateInputs, Opinion, decide
-from code_worker.training.paired import proportion_limits
-from code_worker.training.spending import Comparison, spend
+from code_worker.training.gate.gate_inputs import Comparison, GateInputs, ReleaseScores, spend
+from code_worker.training.gate.paired import proportion_limits
+from code_worker.training.gate.rule import decide
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -233,13 +233,13 @@ def _candidate(
     return np.where(generators == "new", champion | (found < 0.8), own)
 
 
-def _opinion(name: str, labels: NDArray[np.int8], correct: Flags, world: World, rng: Generator) -> Opinion:
+def _opinion(name: str, labels: NDArray[np.int8], correct: Flags, world: World, rng: Generator) -> ReleaseScores:
     delivered = correct ^ (rng.random(len(labels)) < world.noise)
     by_condition = {
         condition: {"linear": np.where(flags == (labels == 1), 0.9, 0.1).astype(np.float32)}
         for condition, flags in (("clean", correct), ("delivery", delivered))
     }
-    return Opinion(name, "linear", 0.5, by_condition)
+    return ReleaseScores(name, "linear", 0.5, by_condition)
 
 
 if __name__ == "__main__":

@@ -25,30 +25,31 @@ import numpy as np
 
 from bench.photographs import LEARNED_FROM, Album
 from bench.toy_data import write_records
-from code_worker.data.kept import open_kept
-from code_worker.demo.artefacts import GENERATORS, NEWCOMERS
+from code_worker.data.kept_copies import open_kept
+from code_worker.demo.generators import GENERATORS, NEWCOMERS
 from code_worker.demo.starter_release import build_starter_release
-from code_worker.encoder.engine import Engine
+from code_worker.encoder.torch_engine import Engine
 from code_worker.images.decode import decode
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import GateSettings, Settings
-from code_worker.store import kept_images, labels, migrate
+from code_worker.store import migrate
 from code_worker.store.engine import Session, Store, open_store
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import NewLabel
-from code_worker.training.encoded import open_encoder
-from code_worker.training.metrics import right
-from code_worker.training.paired import difference_limits
-from code_worker.training.retrain import Learner
+from code_worker.store.learning import kept_images, labels
+from code_worker.store.learning.kept_images import KeptImage
+from code_worker.store.learning.labels import NewLabel
+from code_worker.training.evaluation.metrics import right
+from code_worker.training.gate.paired import difference_limits
+from code_worker.training.learner import Learner
 from code_worker.training.snapshot import Member
+from code_worker.training.snapshot_embeddings import open_encoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from code_worker.releases.loading import LoadedRelease
-    from code_worker.store.runs import Run
-    from code_worker.training.job import Item
+    from code_worker.store.learning.runs import Run
+    from code_worker.training.fitting.job import Item
 
 SIZE = 232
 WRONG = 0.3

@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.rounds import alternate, spread
-from code_worker.encoder.engine import Engine, resolve_device
 from code_worker.encoder.forward import CropEncoder
-from code_worker.encoder.lanes import Lanes
 from code_worker.encoder.loop import EncoderLoop
+from code_worker.encoder.torch_engine import Engine, Lanes, resolve_device
 from code_worker.encoder.weights import random_weights
 from code_worker.errors import ConfigurationError
 from code_worker.images.decode import decode
-from code_worker.releases.crops import seeded_crops
+from code_worker.releases.reference_scores import seeded_crops
 from code_worker.settings import LimitSettings
 
 GFLOP_OF_PATCHES, GFLOP_OF_BLOCK = 0.0578, 0.2041  # 2.507 per image with the published depth of 12

@@ -24,10 +24,10 @@ from sqlalchemy import event, text
 
 from bench.postgres import ledger
 from bench.rounds import print_table, spread, write_json
-from code_worker.queues import NORMAL, QUEUES
 from code_worker.store import embeddings, jobs, verdicts
 from code_worker.store.engine import Session, Store
 from code_worker.types import Label, RejectReason
+from code_worker.wire import NORMAL, QUEUES
 from tests.servers import PostgresServer
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)

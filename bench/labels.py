@@ -23,13 +23,14 @@ from bench.heads import clouds
 from bench.postgres import ledger, postgres
 from bench.rounds import machine, print_table, write_json
 from code_worker.plugins import load_plugins
-from code_worker.queues import chunks
 from code_worker.settings import Settings
-from code_worker.store import embeddings, kept_images, labels
+from code_worker.store import embeddings
 from code_worker.store.engine import Session, Store
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import NewLabel
+from code_worker.store.learning import kept_images, labels
+from code_worker.store.learning.kept_images import KeptImage
+from code_worker.store.learning.labels import NewLabel
 from code_worker.training import snapshot
+from code_worker.wire import chunks
 
 ENCODER = "e" * 64
 

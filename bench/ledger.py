@@ -28,13 +28,13 @@ from sqlalchemy import Column, MetaData, Table, Text, Uuid, insert, select
 from bench.postgres import ledger, postgres
 from bench.rounds import alternate, compared, print_table, rows_of, write_json
 from code_worker.client import Client
-from code_worker.queues import chunks
 from code_worker.settings import Settings
 from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
 from code_worker.store.models import VerdictRow
 from code_worker.types import ImageFacts, Job, Label, Outcome, Provenance, Verdict
+from code_worker.wire import chunks
 from tests.servers import RedisServer
 
 BATCHES = (64, 500)

@@ -37,22 +37,21 @@ from PIL import Image
 from bench.photographs import HELD_OUT, Album
 from bench.postgres import ledger, postgres
 from bench.rounds import alternate, compared, print_table, rows_of, write_json
-from code_worker.doorbell import Doorbell
-from code_worker.images.source import Fetched
 from code_worker.moderation.judge import Judge
 from code_worker.moderation.policy import PolicyBook
 from code_worker.moderation.pool import PriorityPool
 from code_worker.moderation.runtime import Runtime
-from code_worker.queues import MAX_JOBS_PER_MESSAGE, MODERATE, NORMAL, chunks
+from code_worker.publisher import Publisher
 from code_worker.settings import Settings
+from code_worker.stack.worker_process import consume
 from code_worker.store import jobs
 from code_worker.store.ids import uuid7
-from code_worker.types import EMBEDDING_DIM, Job
+from code_worker.types import EMBEDDING_DIM, Fetched, Job
+from code_worker.wire import MAX_JOBS_PER_MESSAGE, MODERATE, NORMAL, chunks
 from code_worker.worker.app import create_app, host_of
 from code_worker.worker.intake import judge_jobs, take_message
-from code_worker.worker.node import Node
-from code_worker.worker.process import consume
-from code_worker.worker.runtimes import Runtimes
+from code_worker.worker.judging.node import Node
+from code_worker.worker.judging.runtimes import Runtimes
 from tests.servers import RedisServer
 
 CONTESTANTS = ("celery", "judge", "ledger")
@@ -180,7 +179,7 @@ def measured(settings: Settings, name: str, images: int, distinct: int) -> dict[
 
 def fill(settings: Settings, images: int) -> None:
     """Accepts so many jobs and rings for them in messages of 64."""
-    with ledger(settings.resolved_database_url) as store, closing(Doorbell.for_producer(settings)) as bell:
+    with ledger(settings.resolved_database_url) as store, closing(Publisher.for_producer(settings)) as bell:
         for some in chunks(range(images), 1024):
             ids = store.run(partial(jobs.accept, jobs=[jobs.NewJob(f"s3://memory/{number}") for number in some]))
             for group in chunks(ids):

@@ -1,4 +1,4 @@
-"""The worker's process as it is, `python -m code_worker.worker.process`, with a thread that samples its encoder."""
+"""The worker's process, `python -m code_worker.stack.worker_process`, with a thread that samples its encoder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import cast
 
 from code_worker.encoder.loop import EncoderLoop
 from code_worker.settings import Settings
-from code_worker.worker import process
+from code_worker.stack import worker_process
 from code_worker.worker.app import create_app, host_of
-from code_worker.worker.node import Node
+from code_worker.worker.judging.node import Node
 
 EVERY_S = 0.1
 
@@ -36,8 +36,10 @@ def run(settings: Settings) -> int:
     app = create_app(settings)
     node = host_of(app).node()
     threading.Thread(target=sample, args=(node, Path(sys.argv[1])), daemon=True).start()
-    return process.consume(app, [*process.QUEUES, process.SWEEP_QUEUE], settings.worker.concurrency, settings)
+    return worker_process.consume(
+        app, [*worker_process.QUEUES, worker_process.SWEEP_QUEUE], settings.worker.concurrency, settings
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(process.run_to_end(run))
+    sys.exit(worker_process.run_to_end(run))

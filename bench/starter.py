@@ -18,9 +18,9 @@ from typing import Any
 
 from bench.photographs import HELD_OUT, LEARNED_FROM, Album
 from bench.toy_data import write_records
-from code_worker.demo.artefacts import GENERATORS
+from code_worker.demo.generators import GENERATORS
 from code_worker.settings import TrainingSettings
-from code_worker.training.job import VALIDATION_FILE, TrainingJob, read_items, write_job
+from code_worker.training.fitting.job import VALIDATION_FILE, TrainingJob, read_items, write_job
 
 HOME = Path(__file__).parents[1] / "code_worker" / "demo" / "starter"
 RECORDS, HELD_OUT_RECORDS = 6000, 600
@@ -70,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     prepare(arguments.directory, full=arguments.full)
     began = time.monotonic()
-    command = [sys.executable, "-m", "code_worker.training.process", str(arguments.directory)]
+    command = [sys.executable, "-m", "code_worker.training.fitting.training_process", str(arguments.directory)]
     if status := subprocess.run(command, check=False).returncode:
         raise SystemExit(f"training ended with status {status}; see {arguments.directory}")
     print(f"{time.monotonic() - began:.0f} s")

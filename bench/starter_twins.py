@@ -15,16 +15,14 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from bench.starter import HOME, MINIATURE
-from code_worker.encoder.vit import VitConfig
+from code_worker.encoder.architecture import VitConfig
 from code_worker.encoder.weights import read_weights
 from code_worker.plugins import load_plugins
 from code_worker.settings import Settings
-from code_worker.training.batches import BatchMaker, ImageCache, batches
-from code_worker.training.job import TRAIN_FILE, VALIDATION_FILE, Item, read_items, read_job
-from code_worker.training.measure import Measurer, spread
-from code_worker.training.network import TrainableEncoder
-from code_worker.training.sampling import RecordSampler
-from code_worker.training.views import ViewSettings
+from code_worker.training.fitting.batches import BatchMaker, ImageCache, RecordSampler, ViewSettings, batches
+from code_worker.training.fitting.job import TRAIN_FILE, VALIDATION_FILE, Item, read_items, read_job
+from code_worker.training.fitting.measure import Measurer, spread
+from code_worker.training.fitting.network import TrainableEncoder
 
 REAL, FAKE = 0, 4
 

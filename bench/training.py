@@ -23,17 +23,12 @@ import torch
 from bench.photographs import LEARNED_FROM, Album
 from bench.starter import MINIATURE
 from bench.toy_data import write_records
-from code_worker.encoder.vit import VitConfig
+from code_worker.encoder.architecture import VitConfig
 from code_worker.settings import LimitSettings, TrainingSettings
-from code_worker.training.batches import BatchMaker, ImageCache, batches
-from code_worker.training.job import TrainingJob, write_job
-from code_worker.training.network import TrainableEncoder
-from code_worker.training.objective import VIEWS
-from code_worker.training.optimiser import make_optimiser
-from code_worker.training.processes import World
-from code_worker.training.sampling import RecordSampler
-from code_worker.training.step import Stepper
-from code_worker.training.views import ViewSettings
+from code_worker.training.fitting.batches import BatchMaker, ImageCache, RecordSampler, ViewSettings, batches
+from code_worker.training.fitting.job import TrainingJob, write_job
+from code_worker.training.fitting.network import TrainableEncoder, World, make_optimiser
+from code_worker.training.fitting.objective import VIEWS, Stepper
 
 ROUNDS = 5
 _ON_ONE_CORE = (
@@ -185,7 +180,14 @@ def _processes(directory: Path, items: list[Any], steps: int, records: int, coun
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     # Its threads that prepare views would take the core that a second process has to share with nobody.
     pinned = ["-c", _ON_ONE_CORE, sys.executable] if count == 1 else []
-    command = [sys.executable, *pinned, *several, "-m", "code_worker.training.process", str(directory)]
+    command = [
+        sys.executable,
+        *pinned,
+        *several,
+        "-m",
+        "code_worker.training.fitting.training_process",
+        str(directory),
+    ]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     return float(json.loads((directory / "progress.json").read_text())["images_per_s"])
 

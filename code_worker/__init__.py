@@ -35,6 +35,7 @@ __all__ = [
     "verdict",
 ]
 
+
 _HOMES = {
     "Head": "code_worker.heads",
     "HeadSpec": "code_worker.heads",

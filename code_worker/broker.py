@@ -8,26 +8,11 @@ from urllib.parse import urlsplit
 
 from code_worker.errors import ConfigurationError
 from code_worker.logs import redact
-from code_worker.queues import MODERATE, NORMAL, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.settings import Settings
+from code_worker.wire import MODERATE, NORMAL, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 
-__all__ = [
-    "ALL_QUEUES",
-    "OWN_VISIBILITY",
-    "REDIS_TRANSPORT",
-    "ROUTES",
-    "TRANSPORTS",
-    "celery_config",
-    "check_broker",
-    "check_visibility",
-    "driver_of",
-    "is_redis",
-    "tls_options",
-    "transport_options",
-]
-
-REDIS_TRANSPORT: Final = "code_worker.worker.transport:RedisTransport"
-TRANSPORTS: Final = {"redis": REDIS_TRANSPORT, "rediss": "code_worker.worker.transport:TlsRedisTransport"}
+REDIS_TRANSPORT: Final = "code_worker.worker.kombu_redis:RedisTransport"
+TRANSPORTS: Final = {"redis": REDIS_TRANSPORT, "rediss": "code_worker.worker.kombu_redis:TlsRedisTransport"}
 """Our transport by the scheme of a broker's URL."""
 ALL_QUEUES: Final = (*QUEUES, SWEEP_QUEUE, TRAIN_QUEUE)
 # What a worker takes that is told of none: training takes long, and has a worker of its own.
@@ -126,7 +111,7 @@ def transport_options(settings: Settings) -> dict[str, Any]:
         "socket_keepalive": True,
         "health_check_interval": 5,
         "global_keyprefix": settings.broker.key_prefix or "",
-        "queue_order_strategy": "code_worker.worker.transport:QueuesInOrder",
+        "queue_order_strategy": "code_worker.worker.kombu_redis:QueuesInOrder",
     }
 
 
@@ -184,7 +169,7 @@ def _redis_config(url: str, settings: Settings) -> dict[str, Any]:
         "broker_transport": TRANSPORTS[urlsplit(url).scheme],
         "broker_transport_options": transport_options(settings),
         "broker_use_ssl": tls_options(url),
-        "beat_scheduler": "code_worker.worker.beat:KeptScheduler",
+        "beat_scheduler": "code_worker.stack.beat_process:KeptScheduler",
         "redbeat_redis_url": _Masked(url),
         "redbeat_redis_options": {"socket_timeout": settings.broker.socket_timeout_s, "socket_keepalive": True},
     }

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     app: Celery
 
-__all__ = ["app"]
-
 
 def __getattr__(name: str) -> Celery:
     if name != "app":

@@ -18,20 +18,27 @@ from code_worker.errors import (
     StoreUnavailableError,
     UnknownHeadError,
 )
-from code_worker.forks import call_if_alive
 from code_worker.logs import get_logger
-from code_worker.queues import chunks, queue_for
 from code_worker.settings import Settings, load_settings
 from code_worker.store import jobs, migrate, releases, verdicts
+from code_worker.system.processes import call_if_alive
+from code_worker.wire import chunks, queue_for
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from code_worker.data.labelling import Labeller
-    from code_worker.doorbell import Doorbell
+    from code_worker.publisher import Publisher
     from code_worker.types import Labelled, Verdict
 
-__all__ = ["Client", "enqueue", "enqueue_many", "label", "verdict"]
+__all__ = [
+    "Client",
+    "enqueue",
+    "enqueue_many",
+    "label",
+    "verdict",
+]
+
 
 log = get_logger(__name__)
 _ROWS_PER_TRANSACTION = 1024
@@ -54,7 +61,7 @@ class Client:
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or (Settings.of_app or load_settings)()
         self._store = migrate.open_current(self._settings.resolved_database_url)
-        self._bell: Doorbell | None = None
+        self._bell: Publisher | None = None
         self._labelling: Labeller | None = None
         self._rest_until = 0.0
         self._heads: tuple[str, ...] = ()
@@ -239,11 +246,11 @@ class Client:
             # Accepted all the same: unmarked, the sweeper rings once more, and a claim is taken only once.
             log.warning("publish_not_noted", error=str(error), jobs=len(rung))
 
-    def _doorbell(self) -> Doorbell:
+    def _doorbell(self) -> Publisher:
         if self._bell is None:
-            from code_worker.doorbell import Doorbell
+            from code_worker.publisher import Publisher
 
-            self._bell = Doorbell.for_producer(self._settings)
+            self._bell = Publisher.for_producer(self._settings)
         return self._bell
 
     def _labeller(self) -> Labeller:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from code_worker.errors import ConfigurationError, PluginError, nearest
-from code_worker.stops import raise_if_stop
+from code_worker.system.processes import raise_if_stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,7 @@ __all__ = [
     "unknown_head_settings",
     "use_compute_device",
 ]
+
 
 MAX_TOLERANCE: Final = 1e-4
 """The most that a head may declare as its `tolerance`: what sums in float32, taken in another order, come to.

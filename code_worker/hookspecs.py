@@ -11,7 +11,12 @@ if TYPE_CHECKING:
     from code_worker.heads import HeadSpec
     from code_worker.types import Job
 
-__all__ = ["PROJECT", "hookimpl", "hookspec"]
+__all__ = [
+    "PROJECT",
+    "hookimpl",
+    "hookspec",
+]
+
 
 PROJECT = "code_worker"
 hookspec = pluggy.HookspecMarker(PROJECT)

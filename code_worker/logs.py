@@ -14,9 +14,7 @@ from typing import Any, Final
 
 import structlog
 
-from code_worker.terminal import printable, printable_lines
-
-__all__ = ["Repeats", "configure_logging", "get_logger", "log_uncaught", "redact"]
+from code_worker.system.terminal import printable, printable_lines
 
 _OF_LINES = frozenset({"exception", "stack"})
 _SECRETS = (

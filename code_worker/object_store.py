@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from code_worker.settings import S3Settings
 
-__all__ = ["is_anonymous", "new_client", "object_versions", "storage_client", "storage_errors"]
-
 _Checksums = Literal["when_supported", "when_required"]
 _CONNECTIONS: Final = 10
 _STORAGE_READ_TIMEOUT_S: Final = 30.0

@@ -24,15 +24,16 @@ from typing import Any, Final, TypeVar
 import pluggy
 
 from code_worker import hookspecs
-from code_worker.disk import expanded
 from code_worker.errors import PluginError, UnknownHeadError, nearest
 from code_worker.heads import Head, HeadSpec
 from code_worker.logs import get_logger
 from code_worker.settings import Settings
-from code_worker.stops import raise_if_stop
+from code_worker.system.files import expanded
+from code_worker.system.processes import raise_if_stop
 from code_worker.types import Job
 
 __all__ = ["HEAD_NAME", "FoundPlugin", "InstalledPlugin", "Plugins", "find_plugins", "load_plugins"]
+
 
 T = TypeVar("T")
 log = get_logger(__name__)

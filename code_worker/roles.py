@@ -11,8 +11,6 @@ from typing import Final
 from code_worker.errors import NotAllowedError
 from code_worker.settings import RoleSettings
 
-__all__ = ["Role", "current_user", "require", "role_of"]
-
 _EVERYBODY: Final = "*"
 
 

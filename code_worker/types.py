@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = [
     "EMBEDDING_DIM",
@@ -24,6 +27,16 @@ __all__ = [
     "ShadowScore",
     "Verdict",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The bytes of one object and the source's own version of it, where it has one."""
+
+    data: bytes
+    etag: str | None = None
+    version_id: str | None = None
+
 
 EMBEDDING_DIM = 192
 IMAGE_SIZE = 224

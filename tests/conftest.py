@@ -21,11 +21,11 @@ import pytest
 from celery import _state
 from celery.app import trace
 
-from code_worker.doorbell import Doorbell
-from code_worker.machine import usable_cores
+from code_worker.publisher import Publisher
 from code_worker.settings import Settings
 from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
+from code_worker.system.machine import usable_cores
 from tests.durations import Durations
 from tests.faults.proxy import TcpProxy
 from tests.faults.rows import (  # noqa: F401 - hooks and fixtures of the fault matrix, whose rows lie in all directories
@@ -126,7 +126,7 @@ def logging_as_it_was() -> Iterator[None]:
 def nothing_installed() -> Iterator[None]:
     """Whoever installs us in an app of a test's must not have the doorbells of later tests ring through it."""
     yield
-    Doorbell._installed = Settings.of_app = None
+    Publisher._installed = Settings.of_app = None
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from code_worker.worker.lifeline import die_with_parent
+from code_worker.system.processes import die_with_parent
 
 __all__ = ["ADDRESS_ENV", "CHILDREN_ENV", "ForkServer", "ForkedProcess", "forking_python", "run_as"]
 
@@ -40,10 +40,15 @@ PRELOADED = (
     *("torch", "tests.described_s3", "psycopg", "redbeat", "alembic.command", "kombu.transport.redis"),
     *("celery.worker.worker", "celery.concurrency.thread", "sqlalchemy.dialects.sqlite"),
     *("sqlalchemy.dialects.postgresql.psycopg", "code_worker.store.migrate", "code_worker.images.region"),
-    *("code_worker.worker.node", "code_worker.worker.app", "code_worker.worker.tasks", "code_worker.images.s3"),
     *(
-        "code_worker.encoder.openvino_graph",
-        "code_worker.encoder.choice",
+        "code_worker.worker.judging.node",
+        "code_worker.worker.app",
+        "code_worker.worker.tasks",
+        "code_worker.images.s3",
+    ),
+    *(
+        "code_worker.encoder.openvino_engine",
+        "code_worker.encoder.engines",
         "code_worker.encoder.loop",
         "code_worker_heads.linear",
         "code_worker_heads.knn",

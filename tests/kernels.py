@@ -17,7 +17,7 @@ from pathlib import Path
 
 from numpy._core._multiarray_umath import __cpu_dispatch__
 
-from code_worker.machine import usable_cores
+from code_worker.system.machine import usable_cores
 
 __all__ = ["SETS", "Kernels", "asked", "possible", "threads"]
 

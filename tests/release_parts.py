@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from code_worker.releases.hashing import describe_files
+from code_worker.releases.integrity import describe_files
 from code_worker.releases.manifest import (
     MANIFEST_NAME,
     EncoderEntry,

@@ -13,12 +13,13 @@ from redbeat.schedulers import get_redis
 from redis import Redis
 from sqlalchemy import make_url
 
-from code_worker.addresses import broker_address, database_address, endpoint_address
-from code_worker.doorbell import Doorbell
+from code_worker.doctor import examine
+from code_worker.doctor.check import Status
 from code_worker.errors import ConfigurationError
+from code_worker.publisher import Publisher
 from code_worker.settings import Settings, load_settings
+from code_worker.settings.addresses import broker_address, database_address, endpoint_address
 from code_worker.worker.app import create_app
-from code_worker.worker.doctor import Status, examine
 from tests.servers import RedisServer
 
 PASSWORDS = ["a#b/c?d", "pa/ss", "p?ss", "p#ss", "p@ss", "#", "12/34", "pa%ss", "p;q", "p@s#w/o?r=d&", "über"]
@@ -136,7 +137,7 @@ def test_an_endpoint_keeps_its_path() -> None:
 def test_every_client_gets_in_with_a_raw_password(locked: LockedRedis, tmp_path: Path) -> None:
     url = f"redis://:{locked.password}@127.0.0.1:{locked.port}/0"
     settings = Settings(data_dir=tmp_path, broker_url=url)  # type: ignore[arg-type]  # pydantic wraps it
-    with closing(Doorbell.for_producer(settings)) as bell:
+    with closing(Publisher.for_producer(settings)) as bell:
         bell.ring("code_worker.normal", ["019ad000-0000-7000-8000-000000000000"])
         assert bell.depth("code_worker.normal") == 1
     with create_app(settings) as app:

@@ -12,11 +12,11 @@ import redis
 
 from code_worker.client import Client
 from code_worker.errors import IdConflictError, StoreError, UnknownHeadError
-from code_worker.queues import BACKFILL, LIVE, MAX_JOBS_PER_MESSAGE, NORMAL
 from code_worker.settings import Settings
 from code_worker.store import jobs, releases
 from code_worker.store.engine import Store
 from code_worker.types import JobState
+from code_worker.wire import BACKFILL, LIVE, MAX_JOBS_PER_MESSAGE, NORMAL
 from tests.servers import RedisServer, free_port
 
 

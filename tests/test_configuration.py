@@ -16,9 +16,9 @@ import pytest
 from pydantic import BaseModel, Field, SecretStr
 from pydantic.fields import FieldInfo
 
-from code_worker.configuration import PREFIX, is_section, is_setting_variable, layers
 from code_worker.errors import ConfigurationError
 from code_worker.settings import Settings, load_settings
+from code_worker.settings.configuration import PREFIX, is_section, is_setting_variable, layers
 
 KEY = "a-signing-key-of-more-than-32-characters"
 Set = Callable[..., None]
@@ -330,7 +330,7 @@ def test_what_only_looks_like_a_service_of_kubernetes_is_refused(name: str, text
 
 
 def test_no_program_of_ours_reads_a_variable_that_settings_would_refuse() -> None:
-    package = Path(layers.__code__.co_filename).parent
+    package = Path(layers.__code__.co_filename).parents[1]
     named = re.compile(r'_ENV(?:: Final)? = "(CODE_WORKER_\w+)"')
     found = {name for path in package.rglob("*.py") for name in named.findall(path.read_text(encoding="utf-8"))}
     assert len(found) >= 3
@@ -363,8 +363,8 @@ def test_a_table_of_free_names_takes_what_json_says_or_text(variables: Set, monk
 
 PROGRAMS = {
     "a command": ("-m", "code_worker", "worker"),
-    "worker's process": ("-m", "code_worker.worker.process"),
-    "beat's process": ("-m", "code_worker.worker.beat"),
+    "worker's process": ("-m", "code_worker.stack.worker_process"),
+    "beat's process": ("-m", "code_worker.stack.beat_process"),
     "worker of an app": ("-m", "celery", "-A", "theirs", "worker", "-P", "threads", "-Q", "code_worker.live"),
     "beat of an app": ("-m", "celery", "-A", "theirs", "beat"),
 }

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.disk import locked, whole_directory, whole_file
 from code_worker.errors import ConfigurationError
-from code_worker.images.files import FileSource
+from code_worker.images.local_files import FileSource
 from code_worker.plugins import load_plugins
 from code_worker.roles import current_user
 from code_worker.settings import FileSettings, Settings, load_settings
+from code_worker.system.files import locked, whole_directory, whole_file
 from tests.patience import LIMIT_S
 
 _WITHOUT_CAPABILITIES = """

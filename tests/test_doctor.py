@@ -16,19 +16,19 @@ import pytest
 from click.testing import CliRunner
 from redis import Redis
 
-from code_worker.cli.doctor import doctor
+from code_worker.cli.operations.doctor import doctor
 from code_worker.client import Client
+from code_worker.doctor import examine, services
+from code_worker.doctor.check import Check, Status, bounded, hung
 from code_worker.errors import StoreError
 from code_worker.plugins import load_plugins
+from code_worker.releases.building import build_toy_release
 from code_worker.releases.registry import open_registry
-from code_worker.releases.toy import build_toy_release
 from code_worker.settings import Settings, load_settings
+from code_worker.stack.embedded import EmbeddedBroker
+from code_worker.stack.supervisor import Supervisor
 from code_worker.store import workers
 from code_worker.store.engine import Store, open_store
-from code_worker.worker.doctor import Check, Status, examine, services
-from code_worker.worker.doctor.check import bounded, hung
-from code_worker.worker.embedded import EmbeddedBroker
-from code_worker.worker.supervisor import Supervisor
 from tests.servers import RedisServer, free_port
 
 Find = Callable[..., list[Check]]
@@ -369,7 +369,7 @@ def test_beside_a_probe_that_still_works_one_that_waits_has_no_answer(released: 
 
 def test_a_machine_that_stands_still_has_not_waited() -> None:
     program = (
-        "import sys\nfrom code_worker.worker.doctor.check import Check, Status, bounded\n"
+        "import sys\nfrom code_worker.doctor.check import Check, Status, bounded\n"
         "def wait():\n"
         "    print('begun', flush=True)\n"
         "    yield Check('part', Status.OK, sys.stdin.readline())\n"
@@ -391,7 +391,7 @@ def test_without_the_workers_packages_it_says_what_is_missing() -> None:
         "    if name == 'torch': raise metadata.PackageNotFoundError(name)\n"
         "    return found(name)\n"
         "metadata.version = version\n"
-        "from code_worker.worker.doctor.machine import python\nprint(*python())"
+        "from code_worker.doctor.installation import python\nprint(*python())"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert "no torch: enough to enqueue, not to judge" in ended.stdout

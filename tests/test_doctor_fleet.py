@@ -20,22 +20,22 @@ from celery import Celery
 from click.testing import CliRunner
 
 from code_worker._version import __version__
-from code_worker.cli.schedule import schedule
+from code_worker.cli.learning.runs import schedule
 from code_worker.client import Client
-from code_worker.doorbell import Doorbell, bound_queue
+from code_worker.doctor import examine, fleet
+from code_worker.doctor.check import Check, Status
 from code_worker.plugins import load_plugins
-from code_worker.queues import LIVE, NORMAL, QUEUES, SWEEP_QUEUE, TRAIN_QUEUE
+from code_worker.publisher import Publisher, bound_queue
 from code_worker.releases.registry import open_registry
 from code_worker.settings import LimitSettings, Settings
+from code_worker.stack import beat_process
 from code_worker.store import jobs, workers
 from code_worker.store.engine import Store
-from code_worker.worker import beat
+from code_worker.wire import LIVE, NORMAL, QUEUES, SWEEP_QUEUE, TRAIN_QUEUE
 from code_worker.worker.app import create_app, install
-from code_worker.worker.background import Repeater
-from code_worker.worker.bystander import Bystander
-from code_worker.worker.doctor import Check, Status, examine, fleet
-from code_worker.worker.host import Host
-from code_worker.worker.report import differing, facts
+from code_worker.worker.app_state import AppState
+from code_worker.worker.background import Repeater, differing, facts
+from code_worker.worker.launch_checks import Bystander
 from tests.servers import RedisServer
 from tests.worker.harness import wait_until
 
@@ -56,13 +56,13 @@ def make(sqlite_store: Store, redis_server: RedisServer, tmp_path: Path, monkeyp
 
 
 @pytest.fixture
-def running() -> Iterator[Callable[..., Host]]:
+def running() -> Iterator[Callable[..., AppState]]:
     """Duties of a worker in this process."""
-    hosts: list[Host] = []
+    hosts: list[AppState] = []
 
-    def start(settings: Settings, queues: frozenset[str], app: Celery | None = None) -> Host:
-        host = Host(app or create_app(settings), lambda: settings)
-        Doorbell._installed = None  # producers are other processes
+    def start(settings: Settings, queues: frozenset[str], app: Celery | None = None) -> AppState:
+        host = AppState(app or create_app(settings), lambda: settings)
+        Publisher._installed = None  # producers are other processes
         hosts.append(host)
         if queues & {*QUEUES, SWEEP_QUEUE}:
             host.sweep()
@@ -109,7 +109,7 @@ def test_a_part_of_another_version_is_not_compared(make: Make, sqlite_store: Sto
 
 
 def test_a_schedule_that_a_running_trainer_does_not_know_is_told_by_list_and_doctor(
-    make: Make, running: Callable[..., Host], sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+    make: Make, running: Callable[..., AppState], sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = running(make(), frozenset({TRAIN_QUEUE}))
     wait_until(lambda: parts(sqlite_store), 120, "the trainer's sign of life")
@@ -132,14 +132,14 @@ def test_a_schedule_that_a_running_trainer_does_not_know_is_told_by_list_and_doc
 def test_a_beat_says_so_too_and_makes_no_database(make: Make, sqlite_store: Store, tmp_path: Path) -> None:
     gone = tmp_path / "none.db"
     for settings in (make(database_url=f"sqlite:///{gone}"), make()):
-        beat._start_reporting(settings)
+        beat_process._start_reporting(settings)
     wait_until(lambda: parts(sqlite_store), 120, "the beat's sign of life")
     assert [part.role for part in parts(sqlite_store)] == ["beat"]
     assert not gone.exists()
 
 
 def test_a_queue_from_which_nobody_takes_is_a_fault_once_jobs_wait(
-    make: Make, running: Callable[..., Host], sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+    make: Make, running: Callable[..., AppState], sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = install(Celery("theirs", broker=make().resolved_broker_url, set_as_current=False), make())
     app.conf.broker_transport_options = {"global_keyprefix": "cw:"}
@@ -186,7 +186,7 @@ def test_a_worker_that_takes_minutes_to_load_is_heard_of_and_sweeps_meanwhile(
     plugins.mkdir()
     (plugins / "slow.py").write_text(SLOW.format(go=str(go)))
     settings = make(plugins_dir=plugins)
-    host = Host(create_app(settings), lambda: settings)
+    host = AppState(create_app(settings), lambda: settings)
     loading = threading.Thread(target=host.node)
     loading.start()
     try:
@@ -206,7 +206,7 @@ def test_a_worker_that_takes_minutes_to_load_is_heard_of_and_sweeps_meanwhile(
 
 
 def test_an_idle_worker_says_once_that_there_is_no_release(
-    make: Make, running: Callable[..., Host], sqlite_store: Store, caplog: pytest.LogCaptureFixture
+    make: Make, running: Callable[..., AppState], sqlite_store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     def said() -> list[int]:
         return [each.levelno for each in caplog.records if "waiting_for_release" in each.getMessage()]
@@ -223,7 +223,7 @@ def test_an_idle_worker_says_once_that_there_is_no_release(
 
 
 def test_a_producer_with_another_key_prefix_is_told(
-    make: Make, running: Callable[..., Host], sqlite_store: Store
+    make: Make, running: Callable[..., AppState], sqlite_store: Store
 ) -> None:
     running(make(), frozenset(QUEUES))
     wait_until(lambda: parts(sqlite_store), 120, "a sign of life")
@@ -250,7 +250,7 @@ def test_jobs_whose_messages_no_broker_took_are_told(make: Make, sqlite_store: S
 
 
 def test_messages_that_no_worker_saw_are_told_wherever_doctor_runs(
-    make: Make, running: Callable[..., Host], sqlite_store: Store
+    make: Make, running: Callable[..., AppState], sqlite_store: Store
 ) -> None:
     host = running(make(), frozenset(QUEUES))
     with closing(Client(make(broker={"key_prefix": "other:"}))) as client:
@@ -259,7 +259,7 @@ def test_messages_that_no_worker_saw_are_told_wherever_doctor_runs(
     with sqlite_store.engine.begin() as connection:
         connection.exec_driver_sql(ago)
     assert host.sweep().rung == 1
-    assert Doorbell(create_app(make())).depth(NORMAL) == 1
+    assert Publisher(create_app(make())).depth(NORMAL) == 1
     wait_until(lambda: any(part.info["unheard"] for part in parts(sqlite_store)), 120, "what the sweeper saw")
     (unseen,) = found("queues")
     assert unseen.status is Status.WARN
@@ -268,7 +268,7 @@ def test_messages_that_no_worker_saw_are_told_wherever_doctor_runs(
 
 
 def test_messages_that_a_worker_took_and_has_not_judged_yet_are_not_lost(
-    make: Make, running: Callable[..., Host], sqlite_store: Store, caplog: pytest.LogCaptureFixture
+    make: Make, running: Callable[..., AppState], sqlite_store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As in a worker that loads its model for longer than the sweeper waits."""
     host = running(make(), frozenset(QUEUES))
@@ -308,7 +308,7 @@ def test_a_champion_whose_head_no_plugin_offers_is_a_fault_here_and_on_each_work
     assert here, "a plugin that is not allowed is none"
 
 
-def test_a_part_that_fails_is_a_fault(make: Make, running: Callable[..., Host], sqlite_store: Store) -> None:
+def test_a_part_that_fails_is_a_fault(make: Make, running: Callable[..., AppState], sqlite_store: Store) -> None:
     def fail() -> None:
         raise LookupError("secret")
 

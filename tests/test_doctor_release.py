@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from code_worker.doctor import examine
+from code_worker.doctor.check import Check, Status
 from code_worker.encoder.weights import random_weights
 from code_worker.errors import CodeWorkerError
 from code_worker.plugins import load_plugins
-from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.building import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings, load_settings
 from code_worker.store.engine import Store, open_store
-from code_worker.worker.doctor import Check, Status, examine
 
 Find = Callable[..., list[Check]]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.worker.doctor import Check, Status, examine
+from code_worker.doctor import examine
+from code_worker.doctor.check import Check, Status
 from tests import fault_s3 as fault
 from tests.fault_s3 import Behaviour, FaultServer
 from tests.servers import S3Server

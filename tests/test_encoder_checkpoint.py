@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from code_worker.encoder.checkpoint import load_checkpoint, random_weights, read_weights, save_weights
-from code_worker.encoder.engine import Engine
-from code_worker.encoder.vit import VitConfig
+from code_worker.encoder.architecture import VitConfig
+from code_worker.encoder.published import load_checkpoint
+from code_worker.encoder.torch_engine import Engine
+from code_worker.encoder.weights import random_weights, read_weights, save_weights
 from code_worker.errors import ArtifactError, ConfigurationError, UnsafeArtifactError
-from code_worker.training.network import build_vit
+from code_worker.training.fitting.network import build_vit
 from code_worker.types import EMBEDDING_TOLERANCE
 from tests.parity import ParitySet, random_vit, reference_embeddings, save_published
 

@@ -14,14 +14,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from code_worker.encoder.checkpoint import EncoderWeights, load_checkpoint, random_weights
-from code_worker.encoder.engine import Engine, resolve_device
+from code_worker.encoder.architecture import VitConfig, expected_shapes
 from code_worker.encoder.forward import CropEncoder
 from code_worker.encoder.openvino_engine import OpenVinoEngine
-from code_worker.encoder.vit import VitConfig, expected_shapes
+from code_worker.encoder.published import load_checkpoint
+from code_worker.encoder.torch_engine import Engine, resolve_device
+from code_worker.encoder.weights import EncoderWeights, random_weights
 from code_worker.errors import ConfigurationError
-from code_worker.releases.crops import seeded_crops
-from code_worker.training.network import build_vit
+from code_worker.releases.reference_scores import seeded_crops
+from code_worker.training.fitting.network import build_vit
 from code_worker.types import EMBEDDING_DIM, EMBEDDING_TOLERANCE
 from tests.parity import MEAN, STD, ParitySet
 
@@ -172,7 +173,7 @@ def test_half_precision_blocks_err_by_so_much_more_as_they_round_coarser(
 def test_importing_the_encoder_touches_no_cuda_and_sets_no_threads() -> None:
     code = (
         "import torch; before = torch.get_num_threads()\n"
-        "import code_worker.encoder.engine, code_worker.encoder.loop, code_worker.encoder.checkpoint\n"
+        "import code_worker.encoder.torch_engine, code_worker.encoder.loop, code_worker.encoder.published\n"
         "print(torch.cuda.is_initialized(), torch.get_num_threads() == before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

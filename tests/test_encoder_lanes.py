@@ -13,9 +13,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from code_worker.encoder.engine import Engine
 from code_worker.encoder.forward import CropEncoder
-from code_worker.encoder.lanes import Lanes, batch_shapes
+from code_worker.encoder.torch_engine import Engine, Lanes, batch_shapes
 from code_worker.encoder.weights import EncoderWeights, random_weights
 from code_worker.types import EMBEDDING_TOLERANCE
 from tests.fork_server import ADDRESS_ENV, forking_python
@@ -125,7 +124,7 @@ def test_without_a_compiler_the_kernels_stay_plain_and_a_warning_says_so(tmp_pat
     code = (
         "import numpy as np\n"
         "from code_worker.encoder.forward import CropEncoder\n"
-        "from code_worker.encoder.lanes import Lanes\n"
+        "from code_worker.encoder.torch_engine import Lanes\n"
         "from code_worker.encoder.weights import random_weights\n"
         "weights = random_weights(5, depth=1)\n"
         "lanes = Lanes(CropEncoder(weights.config, weights.state), 'cpu', lanes=1, largest_batch=8)\n"

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from code_worker.encoder.checkpoint import load_checkpoint
-from code_worker.encoder.engine import Engine
 from code_worker.encoder.loop import EncoderLoop
+from code_worker.encoder.published import load_checkpoint
+from code_worker.encoder.torch_engine import Engine
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.types import EMBEDDING_TOLERANCE, RejectReason
 from tests.parity import ParitySet

@@ -15,11 +15,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from code_worker.encoder import choice
-from code_worker.encoder.choice import open_engine
-from code_worker.encoder.engine import Engine
+from code_worker.encoder import engines
+from code_worker.encoder.architecture import VitConfig, expected_shapes
+from code_worker.encoder.engines import open_engine
 from code_worker.encoder.openvino_engine import OpenVinoEngine
-from code_worker.encoder.vit import VitConfig, expected_shapes
+from code_worker.encoder.torch_engine import Engine
 from code_worker.encoder.weights import EncoderWeights, random_weights
 from code_worker.errors import ConfigurationError
 from code_worker.types import EMBEDDING_TOLERANCE
@@ -118,7 +118,7 @@ def test_a_cpu_gets_openvino_by_itself_and_torch_where_it_is_named(weights: Enco
 def test_an_engine_that_differs_from_torch_is_not_chosen(
     weights: EncoderWeights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(choice, "EMBEDDING_TOLERANCE", 0.0)
+    monkeypatch.setattr(engines, "EMBEDDING_TOLERANCE", 0.0)
     assert open_engine(weights, device="cpu").name == "torch"
     assert "engine_refused" in caplog.text
     with pytest.raises(ConfigurationError, match=r"differ from torch's by .*; use engine torch"):
@@ -132,7 +132,7 @@ def test_engines_that_do_not_exist_or_do_not_fit_are_refused(
         open_engine(weights, engine="onnx")
     with pytest.raises(ConfigurationError, match="for device cpu in fp32"):
         open_engine(weights, device="cpu", precision="bf16", engine="openvino")
-    monkeypatch.setattr(choice, "find_spec", lambda _: None)
+    monkeypatch.setattr(engines, "find_spec", lambda _: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'code-worker\[openvino\]'"):
         open_engine(weights, device="cpu", engine="openvino")
     assert open_engine(weights, device="cpu").name == "torch"
@@ -141,7 +141,7 @@ def test_engines_that_do_not_exist_or_do_not_fit_are_refused(
 def test_openvino_is_imported_by_those_alone_who_run_it(tmp_path: Path) -> None:
     assert importlib.util.find_spec("openvino") is not None
     script = (
-        "import sys; from code_worker.encoder.choice import open_engine; "
+        "import sys; from code_worker.encoder.engines import open_engine; "
         "from code_worker.encoder.weights import random_weights; "
         "open_engine(random_weights(0), device='cpu', engine='torch'); sys.exit('openvino' in sys.modules)"
     )

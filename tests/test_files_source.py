@@ -15,8 +15,8 @@ import pytest
 from PIL import TiffImagePlugin
 
 from code_worker.errors import ImageRejectedError, TransientError
-from code_worker.images.files import FileSource
 from code_worker.images.listing import PREFIX_BYTES, signature_of
+from code_worker.images.local_files import FileSource
 from code_worker.images.source import Sources, source_name
 from code_worker.settings import FileSettings, LimitSettings, Settings
 from code_worker.types import RejectReason
@@ -176,7 +176,7 @@ READ_AS_NOBODY = """
 import os, sys
 from pathlib import Path
 from code_worker.errors import ImageRejectedError
-from code_worker.images.files import FileSource
+from code_worker.images.local_files import FileSource
 from code_worker.settings import FileSettings
 source = FileSource(FileSettings(roots=(Path(sys.argv[1]),)), max_bytes=100)
 if os.geteuid() == 0:

@@ -150,7 +150,7 @@ if sys.argv[1:] == ["leaf"]:
     print(sys.executable, flush=True)
     time.sleep(600)
 import os, subprocess
-from code_worker.worker.lifeline import SUPERVISOR_ENV
+from code_worker.system.processes import SUPERVISOR_ENV
 environment = {**os.environ, SUPERVISOR_ENV: str(os.getpid())}
 with subprocess.Popen([sys.executable, "-m", "program", "leaf"], env=environment) as child:
     sys.exit(child.wait())

@@ -15,13 +15,13 @@ from typing import ClassVar
 
 import pytest
 
-from code_worker.encoder.hub import download
+from code_worker.encoder.download import download
 from code_worker.errors import ArtifactError, ConfigurationError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CLIENT = """
 import json, sys
-from code_worker.encoder.hub import download
+from code_worker.encoder.download import download
 from code_worker.errors import CodeWorkerError
 for source in sys.argv[1:]:
     try:

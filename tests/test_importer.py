@@ -15,13 +15,14 @@ import pytest
 import torch
 from sklearn.tree import DecisionTreeClassifier
 
-from code_worker.encoder.checkpoint import load_checkpoint, read_weights
-from code_worker.encoder.engine import Engine
+from code_worker.encoder.published import load_checkpoint
+from code_worker.encoder.torch_engine import Engine
+from code_worker.encoder.weights import read_weights
 from code_worker.errors import ArtifactError, ConfigurationError, IntegrityError, UnsafeArtifactError
 from code_worker.plugins import Plugins, load_plugins
 from code_worker.releases.artifacts import LocalArtifacts
-from code_worker.releases.hashing import hash_file
-from code_worker.releases.importer import ImportOptions, build_release
+from code_worker.releases.importing import ImportOptions, build_release
+from code_worker.releases.integrity import hash_file
 from code_worker.releases.loading import LoadedRelease, load_release
 from code_worker.releases.manifest import read_manifest, verify_files, write_manifest
 from code_worker.releases.registry import Registry

@@ -42,9 +42,9 @@ def test_light_imports_load_no_model_code() -> None:
         "import code_worker",
         "import code_worker; code_worker.Head; code_worker.HeadSpec; code_worker.hookimpl",
         "import code_worker; code_worker.Job; code_worker.Verdict; code_worker.RejectReason",
-        "import code_worker.errors, code_worker.types, code_worker.settings, code_worker.logs, code_worker.queues",
+        "import code_worker.errors, code_worker.types, code_worker.settings, code_worker.logs, code_worker.wire",
         "import code_worker; code_worker.enqueue; code_worker.enqueue_many; code_worker.verdict; code_worker.label",
-        "import code_worker.client, code_worker.doorbell, code_worker.broker",
+        "import code_worker.client, code_worker.publisher, code_worker.broker",
         "import code_worker; code_worker.install; code_worker.create_app",
         "import code_worker.cli.main",
     )
@@ -92,7 +92,7 @@ def test_a_heavy_import_would_be_noticed() -> None:
 
 
 def test_what_judges_loads_no_training_library() -> None:
-    parts = ("encoder.choice", "encoder.loop", "encoder.weights", "releases.loading", "worker.node")
+    parts = ("encoder.engines", "encoder.loop", "encoder.weights", "releases.loading", "worker.judging.node")
     loaded = modules_after("\n".join(f"import code_worker.{part}" for part in parts))
     training = {"timm", "torchvision", "transformers", "sklearn", "scipy", "matplotlib", "tensorboard"}
     assert loaded.isdisjoint(training | {"huggingface_hub"})

@@ -62,7 +62,7 @@ from code_worker.settings import Settings
 app = Celery("theirs", broker="memory://", set_as_current=False)
 code_worker.install(app, Settings(data_dir={directory!r}))
 app.log.setup(loglevel="{level}", redirect_stdouts=True)
-log = get_logger("code_worker.worker.node")
+log = get_logger("code_worker.worker.judging.node")
 log.info("batch_done", jobs=3, alone=False, text="two words", escape="a\\x1b[31mb", url="redis://:s3cret@h")
 try:
     1 / 0

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from code_worker.machine import (
+from code_worker.settings import LimitSettings, Settings
+from code_worker.system.machine import (
     ServerClock,
     decode_memory,
     library_threads,
@@ -23,7 +24,6 @@ from code_worker.machine import (
     usable_memory,
     wait_for,
 )
-from code_worker.settings import LimitSettings, Settings
 from tests.fault_s3 import BODY, ETAG, FaultServer
 from tests.fork_server import forking_python
 from tests.patience import LIMIT_S, polls

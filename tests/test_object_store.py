@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from code_worker.data.kept import S3Kept
+from code_worker.data.kept_copies import S3Kept
 from code_worker.errors import ArtifactError, StorageError
 from code_worker.images.s3 import S3Source
 from code_worker.releases.artifacts import S3Artifacts

@@ -12,7 +12,7 @@ from bench.photographs import HELD_OUT, LEARNED_FROM, Album
 from code_worker.images.decode import decode_whole
 from code_worker.images.phash import FEATURELESS, perceptual_hash
 from code_worker.settings import LimitSettings
-from code_worker.store.kept_images import NEAR_BITS, bits, is_near
+from code_worker.store.learning.kept_images import NEAR_BITS, bits, is_near
 from tests.drawings import PLAIN, symmetric_blobs, transparent_logo
 from tests.image_files import encoded, pixels, png_chunk
 

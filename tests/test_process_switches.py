@@ -15,11 +15,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from code_worker.encoder.arithmetic import exact_arithmetic
-from code_worker.encoder.choice import open_engine
-from code_worker.encoder.engine import Engine
+from code_worker.encoder.engines import open_engine
+from code_worker.encoder.forward import exact_arithmetic
+from code_worker.encoder.torch_engine import Engine
 from code_worker.encoder.weights import random_weights
-from code_worker.moderation.scoring import score_rows
+from code_worker.moderation.judge import score_rows
 from code_worker.plugins import load_plugins
 from code_worker.releases.loading import load_release
 from code_worker.settings import Settings

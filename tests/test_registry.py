@@ -13,7 +13,7 @@ import pytest
 from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, PluginError, StoreError
 from code_worker.plugins import Plugins, load_plugins
 from code_worker.releases.artifacts import LocalArtifacts
-from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.building import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import MANIFEST_NAME, Source, read_manifest, release_id, write_manifest
 from code_worker.releases.registry import Registry
 from code_worker.settings import RoleSettings, Settings

@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from code_worker.encoder.engine import Engine
+from code_worker.encoder.torch_engine import Engine
 from code_worker.encoder.weights import random_weights
 from code_worker.errors import ArtifactError, IntegrityError, PluginError
 from code_worker.heads import MAX_TOLERANCE
 from code_worker.plugins import Plugins, load_plugins
-from code_worker.releases.builder import KeptHeads, ReleaseFacts, build_from_parts
-from code_worker.releases.crops import seeded_crops
-from code_worker.releases.golden import PROBES_NAME, golden_embeddings
-from code_worker.releases.hashing import describe_files
+from code_worker.releases.building import KeptHeads, ReleaseFacts, build_from_parts
+from code_worker.releases.integrity import describe_files
 from code_worker.releases.loading import load_release
 from code_worker.releases.manifest import (
     MANIFEST_NAME,
@@ -29,6 +27,7 @@ from code_worker.releases.manifest import (
     release_id,
     write_manifest,
 )
+from code_worker.releases.reference_scores import PROBES_NAME, golden_embeddings, seeded_crops
 from code_worker.settings import Settings
 from tests.toy_release import toy_crops
 

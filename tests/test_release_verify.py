@@ -10,8 +10,8 @@ from scipy.stats import binomtest
 
 from code_worker.errors import ConfigurationError
 from code_worker.plugins import load_plugins
-from code_worker.releases.crops import seeded_crops
 from code_worker.releases.loading import LoadedRelease, load_release
+from code_worker.releases.reference_scores import seeded_crops
 from code_worker.releases.verify import flips_at_most, verify
 from code_worker.settings import Settings
 from code_worker.types import EMBEDDING_TOLERANCE

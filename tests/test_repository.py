@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON_TREES = ("code_worker", "plugins", "migrations", "tests", "bench", "docs")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
-FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", "common", "misc"}
+FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", "misc"}
 
 
 def python_files(*trees: str) -> list[Path]:

@@ -11,11 +11,11 @@ from uuid import uuid4
 import pytest
 
 from code_worker.errors import ImageRejectedError, SourceCredentialsError
-from code_worker.images.listing import NO_IMAGE, OTHER_KIND, PREFIX_BYTES, LeftOut, images_under
+from code_worker.images.listing import NO_IMAGE, OTHER_KIND, PREFIX_BYTES, LeftOut
 from code_worker.images.s3 import Location, S3Source, parse_location
-from code_worker.images.source import Fetched, Sources
+from code_worker.images.source import Sources, images_under
 from code_worker.settings import LimitSettings, S3Settings, Settings
-from code_worker.types import RejectReason
+from code_worker.types import Fetched, RejectReason
 from tests.fault_s3 import FaultServer, whole
 from tests.faults.rows import Seen, row
 from tests.servers import S3Server

@@ -10,16 +10,16 @@ import pytest
 from numpy.typing import NDArray
 
 import code_worker.demo.starter_release as starter
-from code_worker.demo.artefacts import GENERATORS
-from code_worker.demo.images import REAL, crops_of, pictures, training_pictures
-from code_worker.encoder.engine import Engine
+from code_worker.demo.generators import GENERATORS
+from code_worker.demo.toy_images import REAL, crops_of, pictures, training_pictures
+from code_worker.encoder.torch_engine import Engine
 from code_worker.encoder.weights import EncoderWeights
 from code_worker.heads import fit_head
 from code_worker.images.decode import decode
 from code_worker.plugins import load_plugins
 from code_worker.releases.manifest import read_manifest
 from code_worker.settings import Settings
-from code_worker.training.network import TrainableEncoder
+from code_worker.training.fitting.network import TrainableEncoder
 
 HOME = Path(starter.__file__).with_name("starter")
 

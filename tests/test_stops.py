@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from code_worker.stops import raise_if_stop
+from code_worker.system.processes import raise_if_stop
 
 
 def stop(*_: object) -> None:
@@ -75,7 +75,7 @@ def test_the_handler_of_a_signal_ends_the_process_out_of_a_plugin(
         raise_if_stop(raised(waits_for_a_signal))
 
 
-@pytest.mark.parametrize("module", ["code_worker.worker.process", "celery.apps.worker", "billiard.common"])
+@pytest.mark.parametrize("module", ["code_worker.stack.worker_process", "celery.apps.worker", "billiard.common"])
 def test_an_end_that_is_ours_or_celerys_passes(module: str) -> None:
     names: dict[str, Any] = {"__name__": module}
     exec("def end(*_): raise SystemExit(0)", names)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from code_worker.terminal import printable, printable_lines
+from code_worker.system.terminal import printable, printable_lines
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from code_worker.configuration import is_section
+from code_worker.doctor import examine
+from code_worker.doctor.check import Status
 from code_worker.errors import ConfigurationError
 from code_worker.settings import Settings, load_settings
-from code_worker.worker.doctor import Status, examine
+from code_worker.settings.configuration import is_section
 
 
 def numbers(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

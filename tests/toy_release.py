@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from code_worker.plugins import load_plugins
-from code_worker.releases.toy import build_toy_release
+from code_worker.releases.building import build_toy_release
 from code_worker.settings import Settings
 
 

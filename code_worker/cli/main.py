@@ -11,45 +11,70 @@ from typing import Any
 import click
 
 from code_worker._version import __version__
-from code_worker.cli.interrupts import noted_interrupts
+from code_worker.cli.common.interrupts import noted_interrupts
 from code_worker.errors import ArtifactError, ArtifactStorageError, CodeWorkerError, ConfigurationError, nearest
 from code_worker.logs import redact
-from code_worker.terminal import printable
-
-__all__ = ["cli", "main"]
+from code_worker.system.terminal import printable
 
 _OUTPUT_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE})
 _COMMANDS = {
-    "audit": ("code_worker.cli.audit:audit", "Show who changed what, and check that record."),
-    "beat": ("code_worker.cli.worker:beat", "Run the scheduler (one per deployment, supervised)."),
-    "bench": ("code_worker.cli.bench:bench", "Measure what this machine can judge, and what limits it."),
-    "calibrate": ("code_worker.cli.calibrate:calibrate", "Set thresholds by labelled images."),
-    "data": ("code_worker.cli.data:data", "Look into labelled data sets, and pack them into shards."),
-    "db": ("code_worker.cli.db:db", "Create, upgrade, inspect, copy and restore the database."),
-    "demo": ("code_worker.cli.demo:demo", "Run the whole main job on a toy set and print what happened."),
-    "doctor": ("code_worker.cli.doctor:doctor", "Check each part of an installation, with a hint for each fault."),
-    "enqueue": ("code_worker.cli.enqueue:enqueue", "Enqueue images: URIs, a prefix, or a list."),
-    "erase": ("code_worker.cli.erase:erase", "Erase all that is kept of a job, an image or a tenant."),
-    "erasures": ("code_worker.cli.erasures:erasures", "Show receipts of erasures; say whether something was erased."),
-    "heads": ("code_worker.cli.heads:heads", "List the heads that plugins offer."),
-    "jobs": ("code_worker.cli.jobs:jobs", "List, show and retry jobs."),
-    "label": ("code_worker.cli.label:label", "Say that an image is real or fake."),
-    "labels": ("code_worker.cli.labels:labels", "Import, list and export labels, and show where they conflict."),
-    "plugins": ("code_worker.cli.plugins:plugins", "List, create and check plugins."),
-    "policies": ("code_worker.cli.policies:policies", "Show and set thresholds per tenant and content type."),
-    "refit": ("code_worker.cli.retrain:refit", "Fit the heads again on labelled images; promote if better."),
-    "releases": ("code_worker.cli.releases:releases", "Import, verify, promote, watch and roll back releases."),
-    "rescore": ("code_worker.cli.rescore:rescore", "Judge history again, with another release, head or policy."),
-    "retrain": ("code_worker.cli.retrain:retrain", "Train the encoder on labelled images; promote if better."),
-    "runs": ("code_worker.cli.runs:runs", "List and show retrains and refits."),
-    "scan": ("code_worker.cli.scan:scan", "Judge images now, in this process, with no broker."),
-    "schedule": ("code_worker.cli.schedule:schedule", "Show when retrains and refits are due."),
-    "shadow": ("code_worker.cli.shadow:shadow", "Compare the challenger with the champion."),
-    "trainer": ("code_worker.cli.worker:trainer", "Run what retrains and refits (one per deployment, supervised)."),
-    "up": ("code_worker.cli.up:up", "Run the whole stack on this machine."),
-    "validate": ("code_worker.cli.validate:validate", "Measure a release on labelled images, and hold it to bounds."),
-    "verdicts": ("code_worker.cli.verdicts:verdicts", "List, show and export verdicts."),
-    "worker": ("code_worker.cli.worker:worker", "Run a moderation worker."),
+    "audit": ("code_worker.cli.operations.audit:audit", "Show who changed what, and check that record."),
+    "beat": ("code_worker.cli.operations.up:beat", "Run the scheduler (one per deployment, supervised)."),
+    "bench": ("code_worker.cli.operations.bench:bench", "Measure what this machine can judge, and what limits it."),
+    "calibrate": ("code_worker.cli.deployment.calibrate:calibrate", "Set thresholds by labelled images."),
+    "data": ("code_worker.cli.learning.data:data", "Look into labelled data sets, and pack them into shards."),
+    "db": ("code_worker.cli.operations.db:db", "Create, upgrade, inspect, copy and restore the database."),
+    "demo": ("code_worker.cli.operations.demo:demo", "Run the whole main job on a toy set and print what happened."),
+    "doctor": (
+        "code_worker.cli.operations.doctor:doctor",
+        "Check each part of an installation, with a hint for each fault.",
+    ),
+    "enqueue": ("code_worker.cli.judging.enqueue:enqueue", "Enqueue images: URIs, a prefix, or a list."),
+    "erase": ("code_worker.cli.judging.erase:erase", "Erase all that is kept of a job, an image or a tenant."),
+    "erasures": (
+        "code_worker.cli.judging.erase:erasures",
+        "Show receipts of erasures; say whether something was erased.",
+    ),
+    "heads": ("code_worker.cli.deployment.releases:heads", "List the heads that plugins offer."),
+    "jobs": ("code_worker.cli.judging.jobs:jobs", "List, show and retry jobs."),
+    "label": ("code_worker.cli.learning.labels:label", "Say that an image is real or fake."),
+    "labels": (
+        "code_worker.cli.learning.labels:labels",
+        "Import, list and export labels, and show where they conflict.",
+    ),
+    "plugins": ("code_worker.cli.operations.plugins:plugins", "List, create and check plugins."),
+    "policies": (
+        "code_worker.cli.deployment.policies:policies",
+        "Show and set thresholds per tenant and content type.",
+    ),
+    "refit": ("code_worker.cli.learning.retrain:refit", "Fit the heads again on labelled images; promote if better."),
+    "releases": (
+        "code_worker.cli.deployment.releases:releases",
+        "Import, verify, promote, watch and roll back releases.",
+    ),
+    "rescore": (
+        "code_worker.cli.judging.rescore:rescore",
+        "Judge history again, with another release, head or policy.",
+    ),
+    "retrain": (
+        "code_worker.cli.learning.retrain:retrain",
+        "Train the encoder on labelled images; promote if better.",
+    ),
+    "runs": ("code_worker.cli.learning.runs:runs", "List and show retrains and refits."),
+    "scan": ("code_worker.cli.judging.scan:scan", "Judge images now, in this process, with no broker."),
+    "schedule": ("code_worker.cli.learning.runs:schedule", "Show when retrains and refits are due."),
+    "shadow": ("code_worker.cli.deployment.shadow:shadow", "Compare the challenger with the champion."),
+    "trainer": (
+        "code_worker.cli.operations.up:trainer",
+        "Run what retrains and refits (one per deployment, supervised).",
+    ),
+    "up": ("code_worker.cli.operations.up:up", "Run the whole stack on this machine."),
+    "validate": (
+        "code_worker.cli.deployment.validate:validate",
+        "Measure a release on labelled images, and hold it to bounds.",
+    ),
+    "verdicts": ("code_worker.cli.judging.verdicts:verdicts", "List, show and export verdicts."),
+    "worker": ("code_worker.cli.operations.up:worker", "Run a moderation worker."),
 }
 
 

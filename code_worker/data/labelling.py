@@ -11,23 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from code_worker.data.kept import KeptImages, open_kept
+from code_worker.data.kept_copies import KeptImages, open_kept
 from code_worker.errors import DatasetError
 from code_worker.images.decode import inspect
-from code_worker.images.files import storable
+from code_worker.images.local_files import storable
 from code_worker.images.phash import perceptual_hash
 from code_worker.images.source import Sources
 from code_worker.roles import Role, current_user, require
-from code_worker.store import audit, image_groups, jobs, kept_images, labels, personal, verdicts
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import NewLabel
+from code_worker.store import audit, jobs, verdicts
+from code_worker.store.erasure import personal
+from code_worker.store.learning import image_groups, kept_images, labels
+from code_worker.store.learning.kept_images import KeptImage
+from code_worker.store.learning.label_rules import REVIEW
+from code_worker.store.learning.labels import NewLabel
 from code_worker.types import Labelled
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Session, Store
-
-__all__ = ["Found", "LabelFile", "Labelled", "Labeller", "Recorded", "absolute", "erased_meanwhile"]
 
 _HASH: Final = re.compile(r"[0-9a-fA-F]{64}")
 _JOB: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -127,7 +128,7 @@ class Labeller:
             note=note,
             at=at,
         )
-        if source == labels.REVIEW:
+        if source == REVIEW:
             require(self._roles, actor, Role.REVIEWER, "settle what is contradicted")
         require(self._roles, actor, Role.LABELLER, "label")
         if actor != by:
@@ -325,7 +326,7 @@ def _audit(session: Session, new: Sequence[NewLabel], added: int, actor: str, fi
     if file is None:
         for one in new:
             details = {"label": one.label, "generator": one.generator, "by": one.by, "source": one.source}
-            action = "label.settle" if one.source == labels.REVIEW else "label.add"
+            action = "label.settle" if one.source == REVIEW else "label.add"
             audit.record(session, actor=actor, action=action, subject=f"label {one.id}", details=details)
         return
     read = {"sha256": file.sha256, "rows": len(new), "added": added, **Counter(one.label for one in new)}

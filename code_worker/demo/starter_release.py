@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from code_worker.releases.toy import build_toy_release
+from code_worker.releases.building import build_toy_release
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from code_worker.encoder.weights import EncoderWeights
     from code_worker.plugins import Plugins
-
-__all__ = ["STARTER_NOTE", "build_starter_release", "starter_weights"]
 
 STARTER_NOTE: Final = (
     "TOY: a miniature encoder trained on photographs that toy generators changed; "

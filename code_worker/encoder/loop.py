@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from code_worker.encoder.engine import CROP_SHAPE, CUDA_BATCH
+from code_worker.encoder.torch_engine import CROP_SHAPE, CUDA_BATCH
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.logs import get_logger
-from code_worker.machine import usable_cores
+from code_worker.system.machine import usable_cores
 from code_worker.types import EMBEDDING_DIM, RejectReason
-
-__all__ = ["CUDA_STREAMS", "BatchEncoder", "EncoderLoop", "LoopStats"]
 
 CUDA_STREAMS = 2
 

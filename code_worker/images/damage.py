@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from code_worker.images.pillow import Image
-from code_worker.images.readers import UnsupportedImageError
-from code_worker.images.tiff import tiff_ends
+from code_worker.images.readers import UnsupportedImageError, tiff_ends
 from code_worker.types import RejectReason
-
-__all__ = ["is_cut_short", "reason_for", "webp_size"]
 
 _PNG_END: Final = b"IEND\xaeB`\x82"
 _JPEG_END: Final = b"\xff\xd9"

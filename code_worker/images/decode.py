@@ -14,9 +14,15 @@ from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.damage import reason_for, webp_size
 from code_worker.images.memory import jpeg_buffer_bytes, pillow_bytes, taking
 from code_worker.images.pillow import TiffImagePlugin
-from code_worker.images.readers import FORMATS, PILLOW_ERRORS, ImageBytes, kind_of, open_image, scans_of
+from code_worker.images.readers import (
+    PILLOW_ERRORS,
+    ImageBytes,
+    kind_of,
+    open_image,
+    scans_of,
+    tiff_tile_size,
+)
 from code_worker.images.region import jpeg_region, leave_out_rows_below, webp_region
-from code_worker.images.tiff import tiff_tile_size
 from code_worker.types import IMAGE_SIZE, ImageFacts, RejectReason
 
 if TYPE_CHECKING:
@@ -27,8 +33,6 @@ if TYPE_CHECKING:
 
     from code_worker.images.region import Box
     from code_worker.settings import LimitSettings
-
-__all__ = ["FORMATS", "centre", "decode", "decode_crop", "decode_whole", "inspect"]
 
 _JPEG: Final = ("JPEG", "MPO")
 _MOST_SCANNED: Final = 1_000_000_000

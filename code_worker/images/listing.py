@@ -6,32 +6,12 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
-from code_worker.errors import ImageRejectedError, TransientError
-
 if TYPE_CHECKING:
-    from code_worker.images.source import Sources
+    pass
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "LFS_POINTER",
-    "NO_IMAGE",
-    "OTHER_KIND",
-    "PREFIX_BYTES",
-    "SIGNATURES",
-    "UNJUDGED",
-    "LeftOut",
-    "has_image_suffix",
-    "images_under",
-    "is_hidden",
-    "looks_like_image",
-    "signature_of",
-    "unjudged_format",
-    "why_no_image",
-]
 
 IMAGE_SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
@@ -153,32 +133,6 @@ def is_hidden(part: str) -> bool:
     return part.startswith((".", "__MACOSX")) and part not in {".", ".."}
 
 
-def images_under(sources: Sources, place: str, left_out: LeftOut, *, unjudged: bool = False) -> Iterator[str]:
-    """Images under a directory or `s3://bucket/prefix/`, in the order of their names, listed as they are asked for.
-
-    An image is what has the suffix of one, whatever it holds, and what begins as one, whatever it is called; but an
-    object that is called as another kind of file is not looked into, since that takes a request. Hidden files and
-    directories and `__MACOSX` are passed over, links to directories not followed.
-
-    Args:
-        sources: what lists and reads.
-        place: a directory or prefix that it may read.
-        left_out: takes everything else.
-        unjudged: also images of formats that are not judged, to be rejected as such.
-
-    Raises:
-        ImageRejectedError, TransientError, SourceCredentialsError: as `Sources.list`.
-    """
-    look = partial(_why_not, sources, unjudged=unjudged)
-    if not place.startswith("s3://"):
-        listed = sources.list(place, left_out)
-        yield from _told(((uri, look(uri)) for uri in listed), left_out)
-        return
-    possible = _possible(sources.sizes(place), place, left_out)
-    with ThreadPoolExecutor(_LOOKS_AT_ONCE, thread_name_prefix="look") as pool:
-        yield from _told(_looked_ahead(look, possible, pool), left_out)
-
-
 def _told(looked: Iterable[tuple[str, str | None]], left_out: LeftOut) -> Iterator[str]:
     for uri, reason in looked:
         if reason is None:
@@ -220,17 +174,3 @@ def _looked_ahead(
     while pending:
         first, found = pending.popleft()
         yield first, found.result()
-
-
-def _why_not(sources: Sources, uri: str, *, unjudged: bool) -> str | None:
-    """Why a file is no image; None for one that is."""
-    if has_image_suffix(_key(uri)):
-        return None
-    try:
-        prefix = sources.peek(uri, PREFIX_BYTES)
-    except (ImageRejectedError, TransientError):
-        # Reading it says what is wrong; leaving it out would hide that.
-        return None
-    if looks_like_image(prefix) or (unjudged and unjudged_format(prefix) is not None):
-        return None
-    return why_no_image(prefix)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from PIL import ImageFile
 
-__all__ = ["jpeg_buffer_bytes", "pillow_bytes", "taking"]
-
 _MODE_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}
 """Per pixel, as Pillow stores them; every other mode takes four."""
 _WEBP_BYTES: Final = 12

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from code_worker.settings import LimitSettings
 
-__all__ = ["FEATURELESS", "perceptual_hash"]
-
 FEATURELESS: Final = 0
 """Of every image without structure, such as one of a single colour: to the hash they are all alike."""
 

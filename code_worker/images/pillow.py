@@ -45,7 +45,6 @@ __all__ = [
     "TiffImagePlugin",
     "WebPImagePlugin",
 ]
-
 _NAME: Final = f"{__package__}._pillow"
 _COMPILED: Final = ("_imaging", "_webp")
 _SILENT: Final = SimpleNamespace(warn=lambda *_, **__: None)

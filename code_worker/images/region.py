@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     Box: TypeAlias = tuple[int, int, int, int]
     Decoder = Callable[[bytes, int, int, int, int], bytes | None]
 
-__all__ = ["jpeg_region", "leave_out_rows_below", "region_decoder", "webp_region"]
 
 _EXTENSION: Final = "code_worker_jpeg"
 _ORIENTATION: Final = 0x0112

@@ -15,10 +15,9 @@ from urllib3.exceptions import HTTPError
 
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.s3_errors import Fault, fault_of_code, fault_of_exception
-from code_worker.images.source import Fetched
-from code_worker.machine import wait_for
 from code_worker.object_store import is_anonymous, new_client
-from code_worker.types import RejectReason
+from code_worker.system.machine import wait_for
+from code_worker.types import Fetched, RejectReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
     from code_worker.settings import S3Settings
-
-__all__ = ["Location", "S3Source", "parse_location"]
 
 _CHUNK_BYTES: Final = 1 << 18
 _SCHEME: Final = "s3://"

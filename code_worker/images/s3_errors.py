@@ -11,8 +11,6 @@ from code_worker.types import RejectReason
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CODES", "EXCEPTIONS", "Fault", "fault_of_code", "fault_of_exception"]
-
 
 class Fault(Enum):
     """What went wrong, and what becomes of the job: a verdict, another try, or a pause of the whole source."""

@@ -4,32 +4,74 @@ from __future__ import annotations
 
 import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from code_worker.errors import ImageRejectedError
-from code_worker.images.files import FileSource
-from code_worker.types import RejectReason
+from code_worker.errors import ImageRejectedError, TransientError
+from code_worker.images.listing import (
+    _LOOKS_AT_ONCE,
+    PREFIX_BYTES,
+    _key,
+    _looked_ahead,
+    _possible,
+    _told,
+    has_image_suffix,
+    looks_like_image,
+    unjudged_format,
+    why_no_image,
+)
+from code_worker.images.local_files import FileSource
+from code_worker.types import Fetched, RejectReason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from code_worker.images.listing import LeftOut
     from code_worker.images.s3 import S3Source
     from code_worker.settings import Settings
 
-__all__ = ["Fetched", "Sources", "source_name"]
+
+def images_under(sources: Sources, place: str, left_out: LeftOut, *, unjudged: bool = False) -> Iterator[str]:
+    """Images under a directory or `s3://bucket/prefix/`, in the order of their names, listed as they are asked for.
+
+    An image is what has the suffix of one, whatever it holds, and what begins as one, whatever it is called; but an
+    object that is called as another kind of file is not looked into, since that takes a request. Hidden files and
+    directories and `__MACOSX` are passed over, links to directories not followed.
+
+    Args:
+        sources: what lists and reads.
+        place: a directory or prefix that it may read.
+        left_out: takes everything else.
+        unjudged: also images of formats that are not judged, to be rejected as such.
+
+    Raises:
+        ImageRejectedError, TransientError, SourceCredentialsError: as `Sources.list`.
+    """
+    look = partial(_why_not, sources, unjudged=unjudged)
+    if not place.startswith("s3://"):
+        listed = sources.list(place, left_out)
+        yield from _told(((uri, look(uri)) for uri in listed), left_out)
+        return
+    possible = _possible(sources.sizes(place), place, left_out)
+    with ThreadPoolExecutor(_LOOKS_AT_ONCE, thread_name_prefix="look") as pool:
+        yield from _told(_looked_ahead(look, possible, pool), left_out)
+
+
+def _why_not(sources: Sources, uri: str, *, unjudged: bool) -> str | None:
+    """Why a file is no image; None for one that is."""
+    if has_image_suffix(_key(uri)):
+        return None
+    try:
+        prefix = sources.peek(uri, PREFIX_BYTES)
+    except (ImageRejectedError, TransientError):
+        # Reading it says what is wrong; leaving it out would hide that.
+        return None
+    if looks_like_image(prefix) or (unjudged and unjudged_format(prefix) is not None):
+        return None
+    return why_no_image(prefix)
+
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """The bytes of one object and the source's own version of it, where it has one."""
-
-    data: bytes
-    etag: str | None = None
-    version_id: str | None = None
 
 
 class Sources:

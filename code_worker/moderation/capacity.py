@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from code_worker.moderation.runtime import Runtime
     from code_worker.settings import LimitSettings
 
-__all__ = ["ROUNDS", "Bench", "Capacity", "Rate", "workers_for"]
-
 ROUNDS: Final = 3
 _DAY_S: Final = 86_400
 _HEADROOM: Final = 0.7

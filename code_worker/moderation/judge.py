@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from code_worker._version import __version__
 from code_worker.errors import (
     ImageRejectedError,
     PluginError,
@@ -16,42 +19,164 @@ from code_worker.errors import (
     UnknownHeadError,
 )
 from code_worker.logs import Repeats, get_logger
-from code_worker.moderation.collect import Collector, Item, Witness
-from code_worker.moderation.faults import JobFault
+from code_worker.moderation.pipeline import Collector, Item, Observer
 from code_worker.moderation.policy import Policy, PolicyBook
-from code_worker.moderation.scoring import score_items
-from code_worker.moderation.verdicts import judged_by, judged_verdict, rejected_verdict
-from code_worker.types import Job, RejectReason, Verdict
+from code_worker.moderation.runtime import Fetcher, KnownEmbeddings
+from code_worker.system.processes import raise_if_stop
+from code_worker.types import ImageFacts, Job, Outcome, Provenance, RejectReason, Verdict
 
 if TYPE_CHECKING:
-    from code_worker.images.source import Fetched
+    from numpy.typing import NDArray
+
+    from code_worker.heads import Head
     from code_worker.moderation.pool import PriorityPool
     from code_worker.moderation.runtime import Runtime
     from code_worker.settings import LimitSettings
 
-__all__ = [
-    "Fetcher",
-    "JobFault",
-    "Judge",
-    "Judged",
-    "KnownEmbeddings",
-    "SelectHead",
-    "selection_fault",
-    "wanted_head",
-]
+
+@dataclass(frozen=True, slots=True)
+class JobFault:
+    """A job that got no verdict for a reason that is not its image's.
+
+    Attributes:
+        job: the job, as it was claimed.
+        reason: what its verdict will say when the fault lasts.
+        detail: what happened.
+        source: the source whose credentials failed, else None.
+        blame: whether the fault counts towards the job's limit; a paused source is nobody's fault.
+        wait_s: for how long trying again is of no use, where that is known.
+        cause: what happened, without naming the object.
+    """
+
+    job: Job
+    reason: RejectReason
+    detail: str
+    source: str | None = None
+    blame: bool = True
+    wait_s: float | None = None
+    cause: str = ""
+
+
+def judged_by(head: str, policy: Policy, runtime: Runtime) -> Provenance:
+    """What the verdicts of a head under a policy have in common."""
+    return Provenance(
+        release=runtime.release,
+        manifest_sha256=runtime.manifest_sha256,
+        head=head,
+        head_sha256=runtime.head_sha256.get(head),
+        head_plugin=runtime.head_plugins.get(head),
+        policy=policy.id,
+        low=policy.low,
+        high=policy.high,
+        code_version=_code_version(runtime),
+    )
+
+
+def judged_verdict(item: Item, score: float, policy: Policy, provenance: Provenance) -> Verdict:
+    """The verdict of a scored image under the policy in force."""
+    return Verdict(
+        job_id=item.job.id,
+        uri=item.job.uri,
+        outcome=Outcome.JUDGED,
+        label=policy.label(score),
+        score=score,
+        facts=item.facts,
+        provenance=provenance,
+        tenant=item.job.tenant,
+        content_type=item.job.content_type,
+        metadata=item.job.metadata,
+        timings_ms=item.timings_ms,
+        revision=item.job.revision,
+    )
+
+
+def rejected_verdict(item: Item, reason: RejectReason, detail: str, runtime: Runtime) -> Verdict:
+    """The verdict of an image that this release could not judge."""
+    provenance = Provenance(
+        release=runtime.release, manifest_sha256=runtime.manifest_sha256, code_version=_code_version(runtime)
+    )
+    return rejected_job(item.job, reason, detail, provenance=provenance, facts=item.facts, timings_ms=item.timings_ms)
+
+
+def rejected_job(
+    job: Job,
+    reason: RejectReason,
+    detail: str,
+    *,
+    provenance: Provenance | None = None,
+    facts: ImageFacts | None = None,
+    timings_ms: dict[str, float] | None = None,
+) -> Verdict:
+    """A rejection of a job, whether or not its image was ever touched."""
+    return Verdict(
+        job_id=job.id,
+        uri=job.uri,
+        outcome=Outcome.REJECTED,
+        reason=reason,
+        detail=detail,
+        facts=facts,
+        provenance=provenance or Provenance(code_version=__version__),
+        tenant=job.tenant,
+        content_type=job.content_type,
+        metadata=job.metadata,
+        timings_ms=timings_ms or {},
+        revision=job.revision,
+    )
+
+
+def _code_version(runtime: Runtime) -> str:
+    return __version__ if runtime.precision == "fp32" else f"{__version__} {runtime.precision}"
+
 
 log = get_logger(__name__)
+Failed = Callable[[BaseException, int], None]
+"""Called with what a head raised, and over how many images."""
 
-KnownEmbeddings = Callable[[str, Sequence[str]], Mapping[str, bytes]]
+
+def score_items(head: Head, name: str, items: Sequence[Item]) -> list[float | str]:
+    """A score in [0, 1] per item, or the text of what went wrong with it."""
+    matrix = np.stack([item.embedding for item in items if item.embedding is not None])
+
+    def failed(error: BaseException, images: int) -> None:
+        log.error("head_failed", head=name, images=images, exc_info=error)
+
+    return score_rows(head, name, matrix, failed)
+
+
+def score_rows(head: Head, name: str, matrix: NDArray[np.float32], failed: Failed) -> list[float | str]:
+    """A score in [0, 1] per row of `(n, 192) float32`, or the text of what went wrong with it."""
+    whole = _try_score(head, name, matrix, failed)
+    if not isinstance(whole, str):
+        return [_checked(float(score), name) for score in whole]
+    if len(matrix) == 1:
+        return [whole]
+    # One row at a time: only the images that the head cannot take are without a score.
+    rows = [_try_score(head, name, row[None], failed) for row in matrix]
+    return [row if isinstance(row, str) else _checked(float(row[0]), name) for row in rows]
+
+
+def _try_score(head: Head, name: str, matrix: NDArray[np.float32], failed: Failed) -> NDArray[np.float32] | str:
+    try:
+        # An application may have numpy raise on every underflow; what is not finite is looked for all the same.
+        with np.errstate(all="ignore"):
+            scores = np.asarray(head.score(matrix))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a head is somebody else's code and may raise anything
+        raise_if_stop(error)
+        failed(error, len(matrix))
+        return f"head {name!r} failed: {type(error).__name__}: {error}"[:500]
+    if scores.shape != (len(matrix),):
+        return f"head {name!r} returned shape {scores.shape}, not ({len(matrix)},)"
+    return scores
+
+
+def _checked(score: float, name: str) -> float | str:
+    if 0.0 <= score <= 1.0:
+        return score
+    return f"head {name!r} returned {score}, which is not in [0, 1]"
+
+
 """(encoder sha256, content hashes) → embeddings as 192 little-endian float32, for those that are known."""
 SelectHead = Callable[[Job, Sequence[str]], str | None]
-
-
-class Fetcher(Protocol):
-    """Where bytes come from."""
-
-    def fetch(self, uri: str) -> Fetched:
-        """The bytes of one object; raises ImageRejectedError or TransientError."""
 
 
 @dataclass(slots=True)
@@ -103,7 +228,7 @@ class Judge:
         runtime: Runtime,
         policies: PolicyBook,
         progress: Callable[[], None] = lambda: None,
-        witness: Witness | None = None,
+        witness: Observer | None = None,
     ) -> Judged:
         """Fetches, decodes, encodes and scores a batch; one bad image never touches its neighbours.
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from code_worker.types import Label
 
-__all__ = ["DEFAULT_POLICY", "Policy", "PolicyBook"]
-
 
 @dataclass(frozen=True, slots=True)
 class Policy:

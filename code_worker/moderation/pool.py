@@ -10,8 +10,6 @@ from typing import Self
 
 from code_worker.logs import get_logger
 
-__all__ = ["PriorityPool"]
-
 log = get_logger(__name__)
 
 _LAST = (float("inf"),)

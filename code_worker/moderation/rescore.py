@@ -11,32 +11,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from code_worker.errors import ArtifactError, ImageRejectedError, SourceCredentialsError, TransientError
-from code_worker.images.source import Fetched
 from code_worker.logs import Repeats, get_logger
-from code_worker.moderation.collect import STORED, Collector, Item
-from code_worker.moderation.judge import selection_fault, wanted_head
-from code_worker.moderation.scoring import score_items
-from code_worker.moderation.verdicts import judged_by, judged_verdict
-from code_worker.types import EMBEDDING_DIM, Job, Label, RejectReason, Verdict
+from code_worker.moderation.judge import judged_by, judged_verdict, score_items, selection_fault, wanted_head
+from code_worker.moderation.pipeline import STORED, Collector, Item
+from code_worker.types import EMBEDDING_DIM, Fetched, Job, Label, RejectReason, Verdict
 
 if TYPE_CHECKING:
-    from code_worker.moderation.judge import Fetcher, KnownEmbeddings, SelectHead
+    from code_worker.moderation.judge import SelectHead
     from code_worker.moderation.policy import Policy, PolicyBook
     from code_worker.moderation.pool import PriorityPool
-    from code_worker.moderation.runtime import Runtime
+    from code_worker.moderation.runtime import Fetcher, KnownEmbeddings, Runtime
     from code_worker.settings import LimitSettings
-
-__all__ = [
-    "HEAD_FAILED",
-    "HEAD_MISSING",
-    "MOVED_ON",
-    "SELECT_FAILED",
-    "Copies",
-    "Rejudged",
-    "RescoreTally",
-    "Rescorer",
-    "rescore",
-]
 
 log = get_logger(__name__)
 HEAD_MISSING = "head_missing"

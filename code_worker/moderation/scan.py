@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Final
 
 from code_worker._version import __version__
 from code_worker.errors import UnknownHeadError
-from code_worker.moderation.verdicts import rejected_job
-from code_worker.queues import chunks
+from code_worker.moderation.judge import rejected_job
 from code_worker.types import Job, Provenance, Verdict
+from code_worker.wire import chunks
 
 if TYPE_CHECKING:
     from code_worker.moderation.judge import JobFault, Judge
     from code_worker.moderation.policy import PolicyBook
     from code_worker.moderation.runtime import Runtime
-
-__all__ = ["ScanOptions", "scan"]
 
 WAITS_S: Final = (0.5, 2.0)
 """Before the second and the third try of an image whose source failed in a way that may pass."""

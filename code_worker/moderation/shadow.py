@@ -1,24 +1,24 @@
-"""What a challenger would have said: material taken along while the champion judges, scored afterwards."""
+"""What a challenger would have said while the champion judged, and how often the two agree."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from code_worker.moderation.judge import score_rows
 from code_worker.moderation.policy import Policy
-from code_worker.moderation.scoring import score_rows
 from code_worker.types import Label, Outcome, ShadowScore, Verdict
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from code_worker.moderation.runtime import Runtime
-
-__all__ = ["Budget", "Sight", "in_share", "shadow_scores"]
+    from code_worker.store.learning.challenger_scores import Disagreement, Tally
 
 _OVERHEAD_BYTES: Final = 4096
 """Of an image that waits beside its pixels: its verdict, its place in the queue."""
@@ -54,7 +54,7 @@ class Budget:
 
 
 class Sight:
-    """What a challenger gets to see of one batch; a `Witness` of the champion's work.
+    """What a challenger gets to see of one batch; a `Observer` of the champion's work.
 
     With the champion's encoder it needs embeddings alone, with another one crops, or bytes where the champion decoded
     nothing. What the budget does not hold is not kept, and counted in `dropped`.
@@ -80,17 +80,17 @@ class Sight:
         self._held = 0
 
     def saw_bytes(self, sha256: str, data: bytes) -> None:
-        """See `Witness`."""
+        """See `Observer`."""
         if not self.same_encoder:
             self._keep(sha256, data, len(data))
 
     def saw_crop(self, sha256: str, crop: NDArray[np.uint8]) -> None:
-        """See `Witness`."""
+        """See `Observer`."""
         if not self.same_encoder:
             self._keep(sha256, crop, crop.nbytes)
 
     def saw_embedding(self, sha256: str, embedding: NDArray[np.float32]) -> None:
-        """See `Witness`."""
+        """See `Observer`."""
         if self.same_encoder:
             self._keep(sha256, embedding, embedding.nbytes)
 
@@ -172,4 +172,114 @@ def _beside(verdict: Verdict, sha256: str, *, release: str, head: str, score: fl
         champion_label=verdict.label,
         tenant=verdict.tenant,
         content_type=verdict.content_type,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Images of one tenant and content type (None: the jobs named none).
+
+    Attributes:
+        tenant: whose.
+        content_type: of which kind.
+        images: how many both scored.
+        agreement: share of them that both call the same.
+        shift: mean of the challenger's scores minus the champion's.
+    """
+
+    tenant: str | None
+    content_type: str | None
+    images: int
+    agreement: float
+    shift: float
+
+
+@dataclass(frozen=True, slots=True)
+class WhoWasRight:
+    """Of images that somebody labelled: whose label is the human one. `uncertain` is never right."""
+
+    images: int
+    both: int
+    only_champion: int
+    only_challenger: int
+    neither: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowReport:
+    """What a challenger said beside the champion.
+
+    Attributes:
+        release: the challenger.
+        champions: images by the release that judged them.
+        images: how many both scored.
+        agreement: share of them that both call the same; None without images.
+        shift: mean of the challenger's scores minus the champion's; None without images.
+        confusion: images by the champion's label, then by the challenger's.
+        scopes: the same by tenant and content type, the most frequent first.
+        labelled: who was right where somebody knows.
+        disagreements: images on which they differ most.
+    """
+
+    release: str
+    champions: Mapping[str, int]
+    images: int
+    agreement: float | None
+    shift: float | None
+    confusion: Mapping[Label, Mapping[Label, int]]
+    scopes: Sequence[Scope]
+    labelled: WhoWasRight
+    disagreements: Sequence[Disagreement]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def summarise(
+    release: str, tallies: Sequence[Tally], labelled: WhoWasRight, disagreements: Sequence[Disagreement]
+) -> ShadowReport:
+    """The report over counts by champion, scope and labels."""
+    whole = _scope(None, None, tallies) if tallies else None
+    champions = {one.champion: _images(tallies, champion=one.champion) for one in tallies}
+    scopes = [
+        _scope(*names, [one for one in tallies if (one.tenant, one.content_type) == names])
+        for names in dict.fromkeys((one.tenant, one.content_type) for one in tallies)
+    ]
+    return ShadowReport(
+        release=release,
+        champions=champions,
+        images=whole.images if whole else 0,
+        agreement=whole.agreement if whole else None,
+        shift=whole.shift if whole else None,
+        confusion={was: {now: _images(tallies, champion_label=was, label=now) for now in Label} for was in Label},
+        scopes=sorted(scopes, key=lambda scope: (-scope.images, scope.tenant or "", scope.content_type or "")),
+        labelled=labelled,
+        disagreements=disagreements,
+    )
+
+
+def _images(tallies: Iterable[Tally], **wanted: str) -> int:
+    return sum(one.images for one in tallies if all(getattr(one, name) == value for name, value in wanted.items()))
+
+
+def _scope(tenant: str | None, content_type: str | None, tallies: Sequence[Tally]) -> Scope:
+    images = _images(tallies)
+    agreed = sum(one.images for one in tallies if one.label == one.champion_label)
+    shift = sum(one.shift for one in tallies)
+    return Scope(tenant, content_type, images, agreed / images, shift / images)
+
+
+def who_was_right(said: Mapping[str, tuple[Label, Label]], truth: Mapping[str, str]) -> WhoWasRight:
+    """Compares what champion and challenger said (by content hash) with what people say, `real` or `fake`."""
+    counts = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
+    for sha256, (champion, challenger) in said.items():
+        if (right := truth.get(sha256)) is not None:
+            counts[champion == right, challenger == right] += 1
+    return WhoWasRight(
+        images=sum(counts.values()),
+        both=counts[True, True],
+        only_champion=counts[True, False],
+        only_challenger=counts[False, True],
+        neither=counts[False, False],
     )

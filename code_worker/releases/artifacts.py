@@ -10,25 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from code_worker.disk import whole_file
 from code_worker.errors import ArtifactError, ArtifactStorageError, ConfigurationError, IntegrityError
-from code_worker.failpoints import failpoint
 from code_worker.object_store import object_versions, storage_client, storage_errors
-from code_worker.releases.hashing import OnBytes
-from code_worker.releases.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    parse_manifest,
-    release_id,
-    verify_files,
-)
-from code_worker.releases.places import locked, replace_by, working_directory
-from code_worker.releases.signing import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
+from code_worker.releases.directories import locked, replace_by, working_directory
+from code_worker.releases.integrity import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, OnBytes
+from code_worker.releases.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest, release_id, verify_files
+from code_worker.system.failpoints import failpoint
+from code_worker.system.files import whole_file
 
 if TYPE_CHECKING:
     from code_worker.settings import S3Settings, Settings
-
-__all__ = ["ArtifactStore", "LocalArtifacts", "S3Artifacts", "open_artifacts"]
 
 _RELEASE_ID = re.compile(r"r-[0-9a-f]{12}")
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from code_worker.errors import ArtifactError, IntegrityError, PluginError, UnknownHeadError
 from code_worker.heads import Head
 from code_worker.logs import get_logger
-from code_worker.releases.golden import (
+from code_worker.releases.integrity import check, signature_in
+from code_worker.releases.manifest import MANIFEST_NAME, HeadEntry, Manifest, Thresholds, release_id, verify_files
+from code_worker.releases.reference_scores import (
     PROBES_NAME,
     Changed,
     checked_scores,
@@ -19,9 +21,7 @@ from code_worker.releases.golden import (
     probe_scores_changed,
     read_probes,
 )
-from code_worker.releases.manifest import MANIFEST_NAME, HeadEntry, Manifest, Thresholds, release_id, verify_files
-from code_worker.releases.signing import check, signature_in
-from code_worker.stops import raise_if_stop
+from code_worker.system.processes import raise_if_stop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,17 +30,7 @@ if TYPE_CHECKING:
 
     from code_worker.encoder.weights import EncoderWeights
     from code_worker.plugins import Plugins
-    from code_worker.releases.hashing import OnBytes
-
-__all__ = [
-    "IfChanged",
-    "LoadedHeads",
-    "LoadedRelease",
-    "head_directory",
-    "load_head",
-    "load_heads",
-    "load_release",
-]
+    from code_worker.releases.integrity import OnBytes
 
 log = get_logger(__name__)
 IfChanged = Literal["refuse", "warn"]

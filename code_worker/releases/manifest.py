@@ -22,28 +22,16 @@ from pydantic import (
 
 from code_worker.errors import ArtifactError, IntegrityError
 from code_worker.plugins import HEAD_NAME
-from code_worker.releases.hashing import FileEntry, OnBytes, Sha256, digest_of, files_below, hash_file
-from code_worker.releases.signing import SIGNATURE_NAME
+from code_worker.releases.integrity import (
+    SIGNATURE_NAME,
+    FileEntry,
+    OnBytes,
+    Sha256,
+    digest_of,
+    files_below,
+    hash_file,
+)
 from code_worker.types import IMAGE_SIZE
-
-__all__ = [
-    "FORMAT",
-    "MANIFEST_NAME",
-    "EncoderEntry",
-    "HeadEntry",
-    "Manifest",
-    "Preprocessing",
-    "Source",
-    "Thresholds",
-    "encoder_digest",
-    "essence",
-    "head_digest",
-    "parse_manifest",
-    "read_manifest",
-    "release_id",
-    "verify_files",
-    "write_manifest",
-]
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"

@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 
 from code_worker.errors import ArtifactError, UnsafeArtifactError
 
-__all__ = ["Array", "Instance", "Name", "read_pickle"]
-
 _MAX_DIMENSIONS: Final = 4
 _MAX_SIDE: Final = 2**40
 _DTYPE = re.compile(r"[biuf][1248]")

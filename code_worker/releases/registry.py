@@ -10,29 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from code_worker.errors import ArtifactError, IntegrityError, NoReleaseError, UnknownHeadError
-from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
 from code_worker.releases.artifacts import ArtifactStore, open_artifacts
-from code_worker.releases.builder import build_from_parts, without_head
-from code_worker.releases.importer import ImportOptions, build_release
+from code_worker.releases.building import build_from_parts, without_head
+from code_worker.releases.importing import ImportOptions, build_release
+from code_worker.releases.integrity import check, sign
 from code_worker.releases.loading import IfChanged, LoadedRelease, load_release
 from code_worker.releases.manifest import MANIFEST_NAME, essence, read_manifest, release_id, verify_files
-from code_worker.releases.refusals import explained
-from code_worker.releases.signing import check, sign
+from code_worker.releases.promotion import explained
 from code_worker.roles import Role, current_user, require
 from code_worker.settings import RoleSettings
-from code_worker.store import kept_heads, releases
+from code_worker.store import releases
+from code_worker.store.learning import snapshots
 from code_worker.store.releases import CHALLENGER, CHAMPION, Registered
+from code_worker.system.failpoints import failpoint
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from code_worker.plugins import Plugins
-    from code_worker.releases.hashing import OnBytes
+    from code_worker.releases.integrity import OnBytes
     from code_worker.settings import Settings
     from code_worker.store.engine import Session, Store
-
-__all__ = ["CHALLENGER", "CHAMPION", "LoadedRelease", "Registered", "Registry", "open_registry"]
 
 log = get_logger(__name__)
 
@@ -129,7 +128,7 @@ class Registry:
 
         def register(session: Session) -> tuple[bool, str | None]:
             if heads_of is not None:
-                kept_heads.check(session, heads_of)
+                snapshots.check(session, heads_of)
             added = releases.add(
                 session, id=id_, manifest_sha256=sha256, location=location, manifest=plain, source=source, by=by
             )
@@ -164,7 +163,7 @@ class Registry:
             raise UnknownHeadError(head, known)
         loaded = self.load(release, leave_out=head)
         kept, facts = without_head(loaded, self.directory(release), head, default_head)
-        note = partial(kept_heads.note, run_id=self._store.new_id(), base=release, by=by)
+        note = partial(snapshots.note, run_id=self._store.new_id(), base=release, by=by)
         with tempfile.TemporaryDirectory(prefix="code-worker-release-") as directory:
             built = Path(directory) / "release"
             build_from_parts(built, loaded.weights, {}, self._plugins, facts, kept=kept)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from code_worker.errors import ConfigurationError
-from code_worker.releases.crops import seeded_crops
-from code_worker.releases.golden import checked_scores
+from code_worker.releases.reference_scores import checked_scores, seeded_crops
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
     Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
-__all__ = ["MAX_FLIPS_PER_10000", "HeadReport", "VerifyReport", "flips_at_most", "verify"]
 
 MAX_FLIPS_PER_10000 = 1.0
 """Of the crops that were compared; what these prove of others is `HeadReport.at_most_per_10000`."""
@@ -104,8 +102,8 @@ def verify(
         ConfigurationError: no images, or a device or precision that this machine lacks.
         ArtifactError: a head that does not keep its contract.
     """
-    from code_worker.encoder.choice import open_engine
-    from code_worker.encoder.engine import Engine
+    from code_worker.encoder.engines import open_engine
+    from code_worker.encoder.torch_engine import Engine
 
     if images < 1:
         raise ConfigurationError(f"{images} images: at least one is needed")

@@ -19,22 +19,6 @@ from code_worker.store.engine import Store
 from code_worker.store.models import AuditRow, RemovalRow, db_now
 from code_worker.store.sql import plain, table_of
 
-__all__ = [
-    "FIRST",
-    "AuditFilter",
-    "Entry",
-    "Flaw",
-    "Verified",
-    "blank",
-    "last",
-    "list_entries",
-    "note_state",
-    "record",
-    "removal",
-    "stream",
-    "verify",
-]
-
 FIRST: Final = "0" * 64
 """What stands in the first entry for the hash of the one before."""
 _AUDIT = table_of(AuditRow)

@@ -8,12 +8,10 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from code_worker.queues import chunks
-from code_worker.store import personal
+from code_worker.store.erasure import personal
 from code_worker.store.models import EmbeddingRow
 from code_worker.store.sql import IN_LIST, insert_new, table_of
-
-__all__ = ["keep", "known"]
+from code_worker.wire import chunks
 
 _EMBEDDINGS = table_of(EmbeddingRow)
 

@@ -19,11 +19,9 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from code_worker.disk import make_private
 from code_worker.errors import ConfigurationError, StoreError
 from code_worker.logs import get_logger
-from code_worker.machine import ServerClock, jittered
-from code_worker.store.faults import (
+from code_worker.store.database_errors import (
     DbFault,
     classify,
     commit_unknown,
@@ -32,9 +30,10 @@ from code_worker.store.faults import (
     translate,
 )
 from code_worker.store.ids import NEW_ID, uuid7
+from code_worker.system.files import make_private
+from code_worker.system.machine import ServerClock, jittered
 
 __all__ = ["MAX_TRIES", "POOLER", "TRANSACTION", "Session", "Store", "open_store"]
-
 T = TypeVar("T")
 
 MAX_TRIES: Final = 5

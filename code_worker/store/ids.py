@@ -10,8 +10,6 @@ from datetime import datetime
 from typing import Final
 from uuid import UUID, uuid5
 
-__all__ = ["NEW_ID", "as_uuid", "keyed_id", "uuid7", "uuid7_floor", "valid_uuids"]
-
 NEW_ID: Final = "new_id"
 """What a session's `info` holds: a function that makes ids in the order of the database's time."""
 _JOBS = UUID("6f1c1f0e-5f0c-5d0a-9a70-0c0de0000001")

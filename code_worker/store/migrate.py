@@ -1,8 +1,9 @@
-"""Migrations: Alembic, run from the files that come with the package, under a lock."""
+"""Migrations: Alembic, run from the files that come with the package, under a lock; and what a health check asks."""
 
 from __future__ import annotations
 
 import io
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -10,26 +11,33 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, column, inspect, select, table, text
+from sqlalchemy import Connection, column, inspect, make_url, select, table, text
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.logs import get_logger
 from code_worker.store.engine import Store, open_store
-from code_worker.store.models import Base
+from code_worker.store.models import Base, db_now
 
-__all__ = [
-    "SHARED_TABLE",
-    "VERSION_TABLE",
-    "current",
-    "downgrade",
-    "head",
-    "is_newer",
-    "open_current",
-    "require_current",
-    "script",
-    "upgrade",
-]
+
+def server_time(session: Session) -> datetime:
+    """The database's own clock, by which leases are reckoned."""
+    return session.execute(select(db_now())).scalar_one()
+
+
+def place(url: str) -> str:
+    """Where a database is, without user and password."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return f"SQLite at {parsed.database}"
+    return f"PostgreSQL at {parsed.host or 'a local socket'}, database {parsed.database}"
+
+
+def is_missing(url: str) -> bool:
+    """Whether it is a file that is not there yet; opening the store would make an empty one."""
+    parsed = make_url(url)
+    return parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").expanduser().exists()
+
 
 VERSION_TABLE: Final = "code_worker_version"
 """Where the database's revision stands: Alembic's own name for it is every application's."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import RowMapping, func, literal, select
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
+from code_worker.roles import Role, require
 from code_worker.store import audit, releases
 from code_worker.store.ids import as_uuid
 from code_worker.store.models import PolicyRecord
 from code_worker.store.sql import insert_into, new_id, table_of
 
-__all__ = ["PolicyRow", "get", "history", "in_force", "put", "redrawable", "stale"]
+if TYPE_CHECKING:
+    from code_worker.settings import Settings
+    from code_worker.store.engine import Store
 
 _GOAL: Final = frozenset({"source", "max_fpr", "max_fnr"})
 _POLICIES = table_of(PolicyRecord)
@@ -176,3 +179,42 @@ def _policy(row: RowMapping) -> PolicyRow:
     drawn_on = row["release_id"] or (row["evidence"] or {}).get("release")
     scope = {name: row[name] or None for name in ("tenant", "content_type")}
     return PolicyRow(**{**row, **scope, "release_id": drawn_on})
+
+
+def put_policy(
+    settings: Settings,
+    store: Store,
+    *,
+    by: str,
+    low: float,
+    high: float,
+    tenant: str | None = None,
+    content_type: str | None = None,
+    head: str | None = None,
+    note: str = "",
+    evidence: Mapping[str, Any] | None = None,
+    release_id: str | None = None,
+) -> PolicyRow:
+    """Puts thresholds in force as `store.policies.put` does.
+
+    Raises:
+        NotAllowedError: `by` is no operator.
+        ValueError, StoreError: see there.
+    """
+    require(settings.roles, by, Role.OPERATOR, "set thresholds")
+    policy_id = store.new_id()
+    return store.run(
+        lambda session: put(
+            session,
+            low=low,
+            high=high,
+            tenant=tenant,
+            content_type=content_type,
+            head=head,
+            by=by,
+            note=note,
+            evidence=evidence,
+            release_id=release_id,
+            policy_id=policy_id,
+        )
+    )

@@ -15,30 +15,6 @@ from code_worker.store import audit
 from code_worker.store.models import AliasMoveRow, AliasRow, ReleaseRow, db_now
 from code_worker.store.sql import insert_into, insert_new, table_of
 
-__all__ = [
-    "CHALLENGER",
-    "CHAMPION",
-    "READY",
-    "AliasMove",
-    "Registered",
-    "ReleaseInfo",
-    "add",
-    "alias",
-    "aliases",
-    "challenge",
-    "champions_heads",
-    "drop_alias",
-    "get",
-    "list_releases",
-    "move_alias",
-    "moves",
-    "note_signed",
-    "registered",
-    "retire",
-    "rollback",
-    "status_of",
-]
-
 CHAMPION: Final = "champion"
 CHALLENGER: Final = "challenger"
 READY: Final = "ready"

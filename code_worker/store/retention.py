@@ -1,21 +1,26 @@
-"""What is too old to be kept, deleted in bounded batches from the oldest on; jobs are found by time, others by id.
-
-Each function deletes at most `limit` rows that are older than `days`, by the database's clock, and returns how many.
-Ids are in the order of time, so a batch is a range at the old end of its table and touches few pages. What is of
-record goes under an entry of the audit.
-"""
+"""What is too old to be kept, deleted in bounded batches, and overwritten in the database's files."""
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, CursorResult, Table, delete, exists, func, select
+from sqlalchemy import ColumnElement, CursorResult, Table, delete, exists, func, select, text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from code_worker.store import audit, image_groups, kept_images, origins, personal
+from code_worker.errors import StoreUnavailableError
+from code_worker.store import audit
+from code_worker.store.database_errors import classify, translate
+from code_worker.store.engine import Store
+from code_worker.store.erasure import personal
+from code_worker.store.erasure import personal as origins
 from code_worker.store.ids import uuid7_floor
+from code_worker.store.learning import image_groups, kept_images
 from code_worker.store.models import (
     DeadLetterRow,
     EmbeddingRow,
@@ -31,7 +36,69 @@ from code_worker.store.models import (
 )
 from code_worker.store.sql import among, table_of
 
-__all__ = ["PRUNERS", "Prune", "forget_labels", "old_images", "rowcount"]
+_TABLES: Final = (
+    "jobs, verdicts, labels, embeddings, shadow_scores, kept_images, imported_rows, dead_letters, snapshots, runs, "
+    "erasures, erasure_targets, image_origins, copies_to_drop, image_groups, source_pauses"
+)
+_PATIENCE_S: Final = 60.0
+
+
+def purge(store: Store) -> None:
+    """Leaves nothing of deleted rows in the database's files, as far as the database can.
+
+    SQLite: the file is rewritten without its free pages and the log cut to nothing; writers wait meanwhile, and it
+    takes as much disk again as the database. PostgreSQL: the tables are vacuumed, so that their pages are used again,
+    and analysed, so that the statistics of their columns hold no value that is gone. What a dead row left on a page
+    goes when that is overwritten, or at once by `VACUUM FULL`, which is an operator's decision since it locks the
+    tables.
+
+    Raises:
+        StoreUnavailableError: somebody kept reading an older state of the database; try again.
+        StoreFullError: the disk is too full to rewrite the file.
+    """
+    try:
+        if store.dialect == "postgresql":
+            _vacuum(store)
+        else:
+            _rewrite(store)
+    except SQLAlchemyError as error:
+        raise translate(error, classify(error)) from error
+
+
+def _vacuum(store: Store) -> None:
+    with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if store.pooled:
+            # The limit is set within our transactions alone, and what is set here another's connection would keep.
+            connection.execute(text(f"VACUUM (ANALYZE) {_TABLES}"))
+            return
+        connection.execute(text("SET statement_timeout = 0"))
+        try:
+            connection.execute(text(f"VACUUM (ANALYZE) {_TABLES}"))
+            # The connection goes back to the pool; its next user wants the limit again.
+            connection.execute(text("RESET statement_timeout"))
+        except BaseException:
+            connection.invalidate()
+            raise
+
+
+def _rewrite(store: Store) -> None:
+    """By a connection of its own: VACUUM must be in no transaction, and ours begin one by themselves."""
+    assert store.engine.url.database is not None  # noqa: S101 - SQLite here always lives in a file
+    with closing(sqlite3.connect(store.engine.url.database, timeout=_PATIENCE_S, isolation_level=None)) as connection:
+        try:
+            connection.execute("VACUUM")
+            deadline = time.monotonic() + _PATIENCE_S
+            # Whoever reads holds on to the log; a busy answer is no error.
+            while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                if time.monotonic() > deadline:
+                    raise StoreUnavailableError(
+                        "the database's log cannot be emptied: something has been reading from it for a minute; try "
+                        "again, or stop what reads"
+                    )
+                time.sleep(0.2)
+        except sqlite3.OperationalError as error:
+            raise StoreUnavailableError(f"the database cannot be rewritten: {error}") from error
+
 
 ACTOR: Final = "retention"
 _JOBS = table_of(JobRow)

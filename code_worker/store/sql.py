@@ -13,11 +13,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
 
-from code_worker.queues import chunks
 from code_worker.store.ids import NEW_ID, uuid7
 from code_worker.store.models import Base
-
-__all__ = ["IN_LIST", "among", "insert_into", "insert_new", "is_plain", "new_id", "plain", "table_of", "unindexed"]
+from code_worker.wire import chunks
 
 IN_LIST: Final = 1000
 """Ids in one `IN (…)`: well under both databases' limits on parameters, and few enough statements."""

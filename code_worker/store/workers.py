@@ -14,9 +14,9 @@ from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
 from code_worker.logs import redact
-from code_worker.store import personal
+from code_worker.store.erasure import personal
+from code_worker.store.erasure.dead_letters import cut
 from code_worker.store.ids import as_uuid
-from code_worker.store.letters import cut
 from code_worker.store.models import (
     DeadLetterRow,
     LeaseRow,
@@ -27,29 +27,6 @@ from code_worker.store.models import (
     db_now_plus,
 )
 from code_worker.store.sql import insert_into, new_id, plain, table_of
-
-__all__ = [
-    "JUDGES",
-    "DeadLetter",
-    "PluginSeen",
-    "SourcePause",
-    "WorkerInfo",
-    "alive",
-    "beat",
-    "blank_pauses",
-    "dead_letter",
-    "drop_lease",
-    "gone",
-    "lease_end",
-    "list_dead_letters",
-    "pause_source",
-    "paused_sources",
-    "plugins_seen",
-    "renew_lease",
-    "resume_source",
-    "saw_plugins",
-    "take_lease",
-]
 
 JUDGES: Final = "worker"
 """Role of a process that judges images."""

@@ -9,19 +9,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from code_worker.testing.client import FakeClient, fake_client
     from code_worker.testing.conformance import CheckResult, assert_head_conforms, check_head
-    from code_worker.testing.subject import sample_embeddings
+    from code_worker.testing.fakes import FakeClient, fake_client
+    from code_worker.testing.trial import sample_embeddings
 
-__all__ = ["CheckResult", "FakeClient", "assert_head_conforms", "check_head", "fake_client", "sample_embeddings"]
+__all__ = [
+    "CheckResult",
+    "FakeClient",
+    "assert_head_conforms",
+    "check_head",
+    "fake_client",
+    "sample_embeddings",
+]
+
 
 _HOMES = {
     "CheckResult": "code_worker.testing.conformance",
-    "FakeClient": "code_worker.testing.client",
+    "FakeClient": "code_worker.testing.fakes",
     "assert_head_conforms": "code_worker.testing.conformance",
     "check_head": "code_worker.testing.conformance",
-    "fake_client": "code_worker.testing.client",
-    "sample_embeddings": "code_worker.testing.subject",
+    "fake_client": "code_worker.testing.fakes",
+    "sample_embeddings": "code_worker.testing.trial",
 }
 
 

@@ -11,26 +11,18 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from code_worker.data.examples import Skipped
-from code_worker.errors import (
-    DatasetError,
-    ImageRejectedError,
-    SourceCredentialsError,
-    StorageError,
-    TransientError,
-)
+from code_worker.data.datasets.examples import Skipped
+from code_worker.errors import DatasetError, ImageRejectedError, SourceCredentialsError, StorageError, TransientError
 from code_worker.images.decode import decode_crop
-from code_worker.queues import chunks
 from code_worker.types import EMBEDDING_DIM
+from code_worker.wire import chunks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from code_worker.data.examples import Example
+    from code_worker.data.datasets.examples import Example
     from code_worker.moderation.runtime import Embedder
     from code_worker.settings import LimitSettings
-
-__all__ = ["Embedded", "Keep", "Known", "MakeCrop", "embed_examples"]
 
 Known = Callable[[Sequence[str]], Mapping[str, bytes]]
 """Content hashes → vectors (192 little-endian float32) of those that this encoder has embedded before."""

@@ -3,34 +3,72 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from code_worker.data.examples import FAKE, REAL
-from code_worker.data.holdout import SPLITS, Split, recorded_split
+from code_worker.data.datasets.examples import FAKE, REAL
 from code_worker.errors import DatasetError
-from code_worker.store import erasures, image_groups, kept_images, labels, personal, releases, runs, snapshots
+from code_worker.store import releases
+from code_worker.store.erasure import personal, receipts
 from code_worker.store.ids import uuid7
-from code_worker.training.trust import LeftOut, cap_shares
+from code_worker.store.learning import image_groups, kept_images, labels, runs, snapshots
+from code_worker.store.learning.label_rules import SPLITS, Split, recorded_split
 
 if TYPE_CHECKING:
     from code_worker.settings import LabelSettings, ScheduleSettings, Settings
     from code_worker.store.engine import Session
 
-__all__ = [
-    "Learned",
-    "Member",
-    "Snapshot",
-    "as_new_to",
-    "check_classes",
-    "freeze",
-    "learned_by",
-    "load",
-    "reasons_to_wait",
-    "shortages",
-    "take",
-]
+LeftOut = Mapping[str, int]
+
+
+def cap_shares(
+    members: Sequence[Member], max_share: float | None, trusted: Collection[str] = ()
+) -> tuple[list[Member], LeftOut]:
+    """Leaves out of the new images what exceeds a labeller's share of all new ones that stay.
+
+    Among fewer labellers than would fit the share, each may have an equal one; a single labeller is not capped, for
+    there is nobody to be outvoted. Trusted ones count and are never cut. Which images stay is decided by content
+    hash, so that the next run keeps the same ones.
+
+    Args:
+        members: sorted by content hash.
+        max_share: of the new images, 0 to 1; None: no cap.
+        trusted: labellers that are not cut.
+    """
+    counts = Counter(member.by for member in members if member.new)
+    if max_share is None or len(counts) < 2:
+        return list(members), {}
+    # Among few, equal shares are as small as shares can be; trusted ones make room for smaller ones.
+    least = 0 if any(by in trusted for by in counts) else 1 / len(counts)
+    limit = _limit(counts, max(max_share, least), trusted)
+    seen: Counter[str] = Counter()
+    stay, left = [], Counter[str]()
+    for member in members:
+        if member.new and member.by not in trusted:
+            seen[member.by] += 1
+            if seen[member.by] > limit:
+                left[member.by] += 1
+                continue
+        stay.append(member)
+    return stay, dict(sorted(left.items()))
+
+
+def _limit(counts: Mapping[str, int], share: float, trusted: Collection[str]) -> int:
+    """The most that one labeller may have, so that it is at most the share of what all have then."""
+    fixed = sum(count for by, count in counts.items() if by in trusted)
+    others = [count for by, count in counts.items() if by not in trusted]
+
+    def fits(limit: int) -> bool:
+        total = fixed + sum(min(count, limit) for count in others)
+        return min(max(others, default=0), limit) <= share * total + 1e-9
+
+    low, high = 0, max(others, default=0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
@@ -307,7 +345,7 @@ def reasons_to_wait(
 
     For a champion that learned from what was erased one always is.
     """
-    if champion in erasures.releases_owed(session):
+    if champion in receipts.releases_owed(session):
         return []
     why = shortages(taken, settings.schedule, min_labellers=settings.labels.min_labellers)
     before = runs.concluded(session, kind=kind, digest=taken.digest)

@@ -1,88 +1,81 @@
-"""What a run does, stage by stage; each finds what an earlier attempt left and goes on from there."""
+"""Stages of a learning run; each finds what an earlier process left and goes on from there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from code_worker.data.labelled import group_old_images
+from code_worker.data.labelled_images import group_old_images
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
-from code_worker.releases.builder import KeptHeads
+from code_worker.releases.building import KeptHeads
 from code_worker.releases.manifest import Thresholds
-from code_worker.store import erasures, policies, releases, runs
+from code_worker.store import policies, releases
+from code_worker.store.erasure import receipts
+from code_worker.store.learning import runs
 from code_worker.training import snapshot as snapshots
-from code_worker.training.comparison import (
+from code_worker.training.evaluation.page import write_report
+from code_worker.training.fitting.launch import MissedGenerators, train_encoder
+from code_worker.training.gate.comparison import (
     Side,
     gate_inputs,
-    golden_opinions,
+    golden_scores,
     measured,
     missed_generators,
     unseen_generators,
 )
-from code_worker.training.crossfit import cross_fitted, more_images
-from code_worker.training.encoded import CONDITIONS, Rows, check_readable, matrix, open_encoder
-from code_worker.training.gate import decide
-from code_worker.training.golden_set import GoldenSet, load_golden, without_golden
-from code_worker.training.opinions import CrossFitted
-from code_worker.training.refit import Origin, build_candidate, fit_heads, plan_heads
-from code_worker.training.reign import Taught, compared_on, policy_rules, spend_on, stale_scopes, taught, unlearned
-from code_worker.training.run_report import write_report
-from code_worker.training.train_encoder import Lacks, train_encoder
-from code_worker.training.trust import drop_floods
+from code_worker.training.gate.gate_inputs import (
+    CrossFitted,
+    TrainedOn,
+    compared_on,
+    policy_rules,
+    spend_on,
+    stale_scopes,
+    trained_on,
+    unlearned,
+)
+from code_worker.training.gate.label_quality import drop_floods
+from code_worker.training.gate.rule import decide
+from code_worker.training.gate.safeguards import GoldenSet, load_golden, without_golden
+from code_worker.training.refit import Origin, build_candidate, cross_fitted, fit_heads, more_images, plan_heads
+from code_worker.training.run_context import RunOutcome
+from code_worker.training.snapshot_embeddings import (
+    CONDITIONS,
+    EmbeddingsByCondition,
+    check_readable,
+    embedding_matrix,
+    open_encoder,
+)
 
 if TYPE_CHECKING:
-    from code_worker.data.examples import Skipped
     from code_worker.encoder.weights import EncoderWeights
     from code_worker.heads import Head
-    from code_worker.releases.registry import LoadedRelease
+    from code_worker.releases.loading import LoadedRelease
     from code_worker.store.engine import Session
-    from code_worker.training.attempt import Attempt
-    from code_worker.training.gate import GateDecision
+    from code_worker.training.gate.gate_inputs import Spending
+    from code_worker.training.gate.rule import GateDecision
     from code_worker.training.refit import HeadPlan
+    from code_worker.training.run_context import RunContext
     from code_worker.training.snapshot import Member, Snapshot
-    from code_worker.training.spending import Spending
-
-__all__ = ["Ending", "Stages"]
 
 _QUOTED: Final = 50
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a run ended that moved no alias."""
-
-    state: str
-    reasons: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Views:
-    """The snapshot through one encoder under every condition: first all members, then what is judged."""
-
-    rows: Mapping[str, Rows]
-    skipped: Sequence[Skipped]
-
-    @property
-    def clean(self) -> Rows:
-        return self.rows[CONDITIONS[0].key]
 
 
 @dataclass(slots=True, eq=False)
 class Stages:
     """An attempt as it proceeds; `report` is what the run will say of itself."""
 
-    attempt: Attempt
+    attempt: RunContext
     report: dict[str, Any] = field(default_factory=dict)
-    _views: dict[str, _Views] = field(default_factory=dict)
+    _views: dict[str, EmbeddingsByCondition] = field(default_factory=dict)
     _loaded_base: LoadedRelease | None = None
     _golden_set: GoldenSet | None = None
     _golden_read: bool = False
 
-    def work(self) -> Ending | None:
+    def work(self) -> RunOutcome | None:
         """Goes through all stages; None when the run ended by moving an alias.
 
         Raises:
@@ -90,7 +83,7 @@ class Stages:
             CodeWorkerError: why the run failed.
         """
         taken = self._take_snapshot()
-        if isinstance(taken, Ending):
+        if isinstance(taken, RunOutcome):
             return taken
         candidate = self.attempt.run.candidate
         if candidate is None:
@@ -103,7 +96,7 @@ class Stages:
         self.attempt.listen(stage, {})
         log.info("run_stage", run=self.attempt.run.id, kind=self.attempt.run.kind, stage=stage)
 
-    def _take_snapshot(self) -> Snapshot | Ending:
+    def _take_snapshot(self) -> Snapshot | RunOutcome:
         if self.attempt.run.snapshot_id is not None:
             known = self.attempt.run.snapshot_id
             taken = self.attempt.parts.store.run(lambda session: snapshots.load(session, known), write=False)
@@ -119,7 +112,7 @@ class Stages:
             self.report["snapshot"] = taken.counts()
             snapshots.check_classes(taken)
             if not self.attempt.run.config.get("force") and (why := self._why_wait(taken)):
-                return Ending("skipped", why)
+                return RunOutcome("skipped", why)
 
         def freeze(session: Session) -> Snapshot:
             frozen = snapshots.freeze(session, taken)
@@ -145,7 +138,7 @@ class Stages:
         rows = self._see(base.weights, base.encoder_sha256, taken).clean
         seen = [member for member in taken.members if member.sha256 in rows]
         unseen = [member for member in taken.members if member.sha256 not in rows]
-        stay, left = drop_floods(seen, matrix(seen, rows), most)
+        stay, left = drop_floods(seen, embedding_matrix(seen, rows), most)
         return taken.without("duplicates", sorted([*stay, *unseen], key=lambda one: one.sha256), left)
 
     def _golden(self) -> GoldenSet | None:
@@ -155,7 +148,7 @@ class Stages:
 
     def _owed(self, champion: str | None) -> bool:
         """Whether the champion learned from what was erased, so that its files wait to be deleted."""
-        return champion in self.attempt.parts.store.run(erasures.releases_owed, write=False)
+        return champion in self.attempt.parts.store.run(receipts.releases_owed, write=False)
 
     def _why_wait(self, taken: Snapshot) -> list[str]:
         parts, champion = self.attempt.parts, self.attempt.parts.registry.champion()
@@ -167,7 +160,7 @@ class Stages:
         weights, digest = (base.weights, base.encoder_sha256) if base is not None else (None, "")
         if self.attempt.run.kind == "retrain":
             self._enter("train")
-            lacks = Lacks() if base is None else self._lacks(base, taken)
+            lacks = MissedGenerators() if base is None else self._lacks(base, taken)
             weights, digest = train_encoder(self.attempt, taken, base, partial(self.attempt.listen, "train"), lacks)
         if weights is None:
             raise NoReleaseError("no champion whose encoder the heads could be fitted on: import a release first")
@@ -176,11 +169,13 @@ class Stages:
         self._build(weights, views, taken, base)
         return self.attempt.add_candidate()
 
-    def _lacks(self, base: LoadedRelease, taken: Snapshot) -> Lacks:
+    def _lacks(self, base: LoadedRelease, taken: Snapshot) -> MissedGenerators:
         """What the training should dwell on; the gate will want the same embeddings of the champion."""
         side = self._side(base, taken, like=None)
         learned = taken.of_training_share()
-        lacks = Lacks(missed_generators(learned.members, side), frozenset(unseen_generators(learned, side)))
+        lacks = MissedGenerators(
+            missed_generators(learned.members, side), frozenset(unseen_generators(learned, side))
+        )
         self.report |= {"missed_generators": sorted(lacks.missed), "unseen_generators": sorted(lacks.unseen)}
         return lacks
 
@@ -189,12 +184,14 @@ class Stages:
             self._loaded_base = self.attempt.parts.registry.load(self.attempt.run.base_release)
         return self._loaded_base
 
-    def _build(self, weights: EncoderWeights, views: _Views, taken: Snapshot, base: LoadedRelease | None) -> None:
+    def _build(
+        self, weights: EncoderWeights, views: EmbeddingsByCondition, taken: Snapshot, base: LoadedRelease | None
+    ) -> None:
         train = [member for member in taken.training_share if member.sha256 in views.clean]
         if {member.label for member in train} != {0, 1}:
             raise DatasetError("of the labelled images that can be read, not both classes are left to learn from")
         plans, some = self._plans(base), self.attempt.run.config.get("heads") is not None
-        heads = fit_heads(plans, self.attempt.parts.plugins, train, matrix(train, views.clean))
+        heads = fit_heads(plans, self.attempt.parts.plugins, train, embedding_matrix(train, views.clean))
         self.report["heads"] = {name: head.options.model_dump(mode="json") for name, head in heads.items()}
         self.attempt.held.check()
         files = self.attempt.parts.registry.directory
@@ -215,7 +212,7 @@ class Stages:
         return plan_heads(self.attempt.parts.plugins, manifest, self.attempt.settings.heads, config.get("heads"))
 
     def _evaluation(
-        self, heads: Mapping[str, Head], views: _Views, taken: Snapshot, base: LoadedRelease | None
+        self, heads: Mapping[str, Head], views: EmbeddingsByCondition, taken: Snapshot, base: LoadedRelease | None
     ) -> dict[str, Any]:
         fair = self._unlearned(taken, self.attempt.run.base_release)
         held_out = [member for member in fair.holdout if all(member.sha256 in rows for rows in views.rows.values())]
@@ -228,7 +225,7 @@ class Stages:
             "holdout": measured(held_out, side.opinion(held_out)),
         }
 
-    def _see(self, weights: EncoderWeights, encoder_sha256: str, taken: Snapshot) -> _Views:
+    def _see(self, weights: EncoderWeights, encoder_sha256: str, taken: Snapshot) -> EmbeddingsByCondition:
         """The snapshot through an encoder, once per process and encoder."""
         if encoder_sha256 in self._views:
             return self._views[encoder_sha256]
@@ -252,7 +249,7 @@ class Stages:
         clean = seen[CONDITIONS[0]]
         check_readable(taken.members, clean)
         rows = {condition.key: one.rows for condition, one in seen.items()}
-        views = _Views({**rows, CONDITIONS[0].key: {**clean.rows, **extra}}, clean.skipped)
+        views = EmbeddingsByCondition({**rows, CONDITIONS[0].key: {**clean.rows, **extra}}, clean.skipped)
         self._views[encoder_sha256] = views
         quoted = [{"sha256": one.key, "reason": one.reason} for one in views.skipped[:_QUOTED]]
         self.report["skipped"] = {"images": len(views.skipped), "some": quoted}
@@ -266,8 +263,8 @@ class Stages:
         # Of a release that was made elsewhere nobody knows whether these are what its heads were fitted on.
         return [] if known.heads is None else more_images(taken, known.encoder)
 
-    def _taught(self, release: str, head: str | None = None) -> Taught:
-        return self.attempt.parts.store.run(lambda session: taught(session, release, head), write=False)
+    def _taught(self, release: str, head: str | None = None) -> TrainedOn:
+        return self.attempt.parts.store.run(lambda session: trained_on(session, release, head), write=False)
 
     def _unlearned(self, taken: Snapshot, release: str | None) -> Snapshot:
         known = [] if release is None else [release]
@@ -284,7 +281,7 @@ class Stages:
 
         return count
 
-    def _judge(self, candidate: str, taken: Snapshot) -> Ending | None:
+    def _judge(self, candidate: str, taken: Snapshot) -> RunOutcome | None:
         """Compares with whoever is champion now, until nobody moves that alias meanwhile."""
         loaded = self.attempt.parts.registry.load_to_judge(candidate)
         if self.attempt.run.kind == "retrain":
@@ -298,12 +295,12 @@ class Stages:
         while True:
             champion = self.attempt.parts.registry.champion()
             if champion == candidate:
-                return Ending("promoted", ["somebody made it the champion before the gate could"])
+                return RunOutcome("promoted", ["somebody made it the champion before the gate could"])
             reasons = ["it became the challenger, as was asked for: no gate compared it"]
             if not challenge:
                 decision = self._decide(loaded, champion, taken)
                 if not decision.promote:
-                    return Ending("rejected", decision.reasons)
+                    return RunOutcome("rejected", decision.reasons)
                 reasons = list(decision.reasons)
             self._enter("promote")
             if self._move_alias(candidate, champion, reasons, challenge=challenge):
@@ -324,7 +321,7 @@ class Stages:
             *sides,
             min_holdout=self.attempt.settings.schedule.min_holdout,
             min_labellers=self.attempt.settings.labels.min_labellers,
-            golden=None if golden is None else golden_opinions(golden, *sides),
+            golden=None if golden is None else golden_scores(golden, *sides),
             owed=self._owed(champion),
             more=self._cross_fitted(taken, *sides),
             policies=() if sides[1] is None else policy_rules(rows, sides[1].head, sides[1].decides_at),

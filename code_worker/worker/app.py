@@ -10,26 +10,35 @@ import click
 from celery import Celery, signals
 
 from code_worker.broker import ALL_QUEUES, celery_config
-from code_worker.doorbell import Doorbell
 from code_worker.errors import BrokerUnavailableError, CodeWorkerError, ConfigurationError
 from code_worker.logs import get_logger
-from code_worker.queues import QUEUES, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE
+from code_worker.publisher import Publisher
 from code_worker.settings import Settings, load_settings
-from code_worker.worker.additions import add_entries, add_queues, add_routes, add_transport
-from code_worker.worker.app_settings import settings_in, warn_of_idle
-from code_worker.worker.bystander import Bystander
-from code_worker.worker.host import Host
-from code_worker.worker.refusals import check_content, refuse_to_start, refusing, threads_of
-from code_worker.worker.remote import limit_remote_control
+from code_worker.wire import QUEUES, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE
+from code_worker.worker.app_configuration import (
+    add_entries,
+    add_queues,
+    add_routes,
+    add_transport,
+    limit_remote_control,
+    settings_in,
+    warn_of_idle,
+)
+from code_worker.worker.app_state import AppState
+from code_worker.worker.kombu_redis import add_waker, report_unreadable_to
+from code_worker.worker.launch_checks import Bystander, check_content, refuse_to_start, refusing, threads_of
 from code_worker.worker.schedule import beat_entries
 from code_worker.worker.tasks import register_learning, register_tasks
-from code_worker.worker.transport import report_unreadable_to
-from code_worker.worker.waker import add_waker
 
 if TYPE_CHECKING:
     from celery.apps.worker import Worker
 
-__all__ = ["create_app", "host_of", "install"]
+__all__ = [
+    "create_app",
+    "host_of",
+    "install",
+]
+
 
 log = get_logger(__name__)
 _INSTALLED: WeakKeyDictionary[Celery, _Installed] = WeakKeyDictionary()
@@ -88,12 +97,12 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     if app.configured:
         installed.configure()
     _INSTALLED[app] = installed
-    Doorbell.adopt(app)
+    Publisher.adopt(app)
     Settings.of_app = installed.settings
     return app
 
 
-def host_of(app: Celery) -> Host:
+def host_of(app: Celery) -> AppState:
     """What `install` put beside the app.
 
     Raises:
@@ -113,7 +122,7 @@ class _Installed:
         self._given = settings
         self._below: Mapping[str, object] | None = None
         self._read: Settings | None = None
-        self.host = Host(app, self.settings)
+        self.host = AppState(app, self.settings)
         self.bystander = Bystander(app)
         self._wrong = ""
 
@@ -191,7 +200,7 @@ class _Installed:
             known = {name: dict.get(queues, name) for name in ALL_QUEUES}
             strays = [name for name, queue in known.items() if queue is None or queue.exchange.name != exchange]
             try:
-                unbound = Doorbell(self._app).unbind(exchange, strays)
+                unbound = Publisher(self._app).unbind(exchange, strays)
             except BrokerUnavailableError as error:
                 log.warning("bindings_not_looked_at", exchange=exchange, error=str(error))
                 return

@@ -11,15 +11,13 @@ from uuid import UUID, uuid5
 
 from code_worker.errors import IdConflictError, MessageError, StoreError, StoreRefusedError
 from code_worker.logs import get_logger
-from code_worker.queues import MODERATE, SUSPECTS_PER_MESSAGE, chunks, parse_message
 from code_worker.store import jobs, workers
-from code_worker.worker.ledger import Ledger
+from code_worker.wire import MODERATE, SUSPECTS_PER_MESSAGE, chunks, parse_message
+from code_worker.worker.judging.recorder import Recorder
 
 if TYPE_CHECKING:
     from code_worker.store.engine import Store
-    from code_worker.worker.node import Node
-
-__all__ = ["accept_items", "bury", "judge_jobs", "take_message"]
+    from code_worker.worker.judging.node import Node
 
 log = get_logger(__name__)
 _LOCKED_FOR_S = (0.05, 0.25)
@@ -42,7 +40,7 @@ def take_message(store: Store, message: object, message_id: str) -> list[str]:
     except MessageError as error:
         bury(store, message, str(error))
         return []
-    return [*job_ids, *(Ledger.outlast(lambda: accept_items(store, items, message_id)) if items else ())]
+    return [*job_ids, *(Recorder.outlast(lambda: accept_items(store, items, message_id)) if items else ())]
 
 
 def judge_jobs(node: Node, job_ids: Sequence[str]) -> bool:

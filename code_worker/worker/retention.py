@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from code_worker.errors import ArtifactError, DatasetError, StoreError
 from code_worker.logs import get_logger
-from code_worker.store import erasures, kept_images, retention, workers
+from code_worker.store import retention, workers
+from code_worker.store.erasure import receipts
+from code_worker.store.learning import kept_images
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Store
-
-__all__ = ["Retention"]
 
 log = get_logger(__name__)
 _ROLE = "retention"
@@ -59,8 +59,8 @@ class Retention:
             self._take_turn(self.interval_s * 0.8)
 
     def _tidy(self) -> None:
-        from code_worker.data.leftovers import Leftovers
-        from code_worker.data.unlearning import drop_forgotten
+        from code_worker.data.erasure.leftovers import Leftovers
+        from code_worker.data.erasure.references import drop_forgotten
         from code_worker.releases.artifacts import open_artifacts
 
         Leftovers(self._settings, self._store).tidy()
@@ -72,10 +72,10 @@ class Retention:
     def _finish_erasures(self) -> None:
         """What a dead process left of an erasure, and files of releases that are not in use any more."""
         left = self._store.run(
-            lambda session: bool(erasures.still_open(session) or erasures.releases_owed(session)), write=False
+            lambda session: bool(receipts.still_open(session) or receipts.releases_owed(session)), write=False
         )
         if left:
-            from code_worker.data.erasure import Eraser
+            from code_worker.data.erasure.erase import Eraser
 
             try:
                 Eraser(self._settings, self._store, wait_s=0).resume()
@@ -88,8 +88,8 @@ class Retention:
         try:
             self._store.run(lambda session: kept_images.forget_unsaid(session, older_s=_LABELLING_S, limit=limit))
             if self._store.run(lambda session: kept_images.copies_to_drop(session, limit=1), write=False):
-                from code_worker.data.kept import open_kept
-                from code_worker.data.leftovers import drop_copies
+                from code_worker.data.erasure.leftovers import drop_copies
+                from code_worker.data.kept_copies import open_kept
 
                 drop_copies(self._store, open_kept(self._settings))
         except (DatasetError, StoreError) as error:

@@ -9,12 +9,10 @@ from zoneinfo import ZoneInfo
 
 from celery.schedules import crontab
 
-from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
+from code_worker.wire import REFIT, RETRAIN, TRAIN_QUEUE
 
 if TYPE_CHECKING:
     from code_worker.settings import Settings
-
-__all__ = ["CALIBRATE", "TASKS", "UtcCrontab", "beat_entries", "schedules", "times_from", "times_until"]
 
 TASKS: Final = {"retrain": RETRAIN, "refit": REFIT}
 """Kind of run → task."""

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from code_worker.errors import BrokerUnavailableError
 from code_worker.logs import get_logger
-from code_worker.queues import QUEUES, SUSPECTS_PER_MESSAGE, chunks
 from code_worker.store import jobs, verdicts, workers
+from code_worker.wire import QUEUES, SUSPECTS_PER_MESSAGE, chunks
 
 if TYPE_CHECKING:
-    from code_worker.doorbell import Doorbell
+    from code_worker.publisher import Publisher
     from code_worker.settings import Settings
-    from code_worker.worker.ledger import Ledger
-
-__all__ = ["Sweeper"]
+    from code_worker.worker.judging.recorder import Recorder
 
 log = get_logger(__name__)
 _LIMIT = 1000
@@ -43,7 +41,7 @@ class Swept:
 class Sweeper:
     """One pass at a time in the whole deployment, by a lease in the database."""
 
-    def __init__(self, ledger: Ledger, doorbell: Doorbell, settings: Settings) -> None:
+    def __init__(self, ledger: Recorder, doorbell: Publisher, settings: Settings) -> None:
         self._ledger = ledger
         self._doorbell = doorbell
         self._settings = settings

@@ -9,9 +9,9 @@ from celery import Task
 from celery.exceptions import Reject
 
 from code_worker.errors import CodeWorkerError, RunActiveError, RunStoppedError
-from code_worker.failpoints import failpoint
 from code_worker.logs import get_logger
-from code_worker.queues import MODERATE, SWEEP, WATCH
+from code_worker.system.failpoints import failpoint
+from code_worker.wire import MODERATE, SWEEP, WATCH
 from code_worker.worker.schedule import TASKS
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
     from celery import Celery
 
-    from code_worker.worker.host import Host
-
-__all__ = ["register_learning", "register_tasks"]
+    from code_worker.worker.app_state import AppState
 
 log = get_logger(__name__)
 _REST_S = 5.0
@@ -55,10 +53,10 @@ class OwnTask(Task):  # type: ignore[misc]  # Celery ships no types
         """Nothing: `task_annotations` are for the app's own tasks."""
 
 
-def register_tasks(app: Celery, host: Host) -> None:
+def register_tasks(app: Celery, host: AppState) -> None:
     """Adds `code_worker.moderate` and `code_worker.sweep` to the app."""
     options = {"base": OwnTask, "acks_late": True, "reject_on_worker_lost": True, "shared": False}
-    waking = {**options, "bind": True, "Request": "code_worker.worker.waker:WakingRequest"}
+    waking = {**options, "bind": True, "Request": "code_worker.worker.kombu_redis:WakingRequest"}
 
     def moderate(task: Any, *args: Any, **kwargs: Any) -> None:
         from code_worker.worker.intake import judge_jobs, take_message  # not in producers that list tasks
@@ -96,7 +94,7 @@ def _put_back(error: Exception) -> Reject:
     return Reject(str(error), requeue=True)
 
 
-def register_learning(app: Celery, host: Host) -> None:
+def register_learning(app: Celery, host: AppState) -> None:
     """Adds `code_worker.retrain`, `code_worker.refit` and `code_worker.learning_watch` to the app.
 
     They are acknowledged before they begin: a run that dies with its process is found in the ledger, and a message
@@ -113,7 +111,7 @@ def register_learning(app: Celery, host: Host) -> None:
     app.task(watch, name=WATCH, **options)
 
 
-def _learning_task(kind: str, host: Host) -> Callable[..., None]:
+def _learning_task(kind: str, host: AppState) -> Callable[..., None]:
     def learn(*, scheduled: bool = False, by: str = "task", **asked: Any) -> None:
         if scheduled:
             _log_instead(lambda: host.learning().on_schedule(kind))

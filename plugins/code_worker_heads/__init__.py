@@ -5,8 +5,6 @@ from __future__ import annotations
 from code_worker.heads import HeadSpec
 from code_worker.hookspecs import hookimpl
 
-__all__ = ["code_worker_register_heads"]
-
 
 @hookimpl
 def code_worker_register_heads() -> list[HeadSpec]:

@@ -9,8 +9,6 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["DeviceSearch"]
-
 _BLOCK: Final = 2**18
 """References per matrix product: 128 MiB of similarities for 128 queries."""
 
@@ -25,7 +23,7 @@ class DeviceSearch:
     def __init__(self, units: NDArray[np.float32], device: str) -> None:
         import torch
 
-        from code_worker.encoder.arithmetic import exact_arithmetic
+        from code_worker.encoder.forward import exact_arithmetic
 
         self._torch = torch
         # In fewer bits a nearest reference might be missed.

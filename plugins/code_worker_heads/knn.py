@@ -22,8 +22,6 @@ from code_worker_heads.saved import (
 )
 from code_worker_heads.search import CosineIndex, NeighbourIndex, unit_rows
 
-__all__ = ["NearestNeighbourHead"]
-
 
 class NearestNeighbourHead(ArrayHead):
     """The majority among the nearest references decides; a tied vote is real, as scikit-learn's smallest class.

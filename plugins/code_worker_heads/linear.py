@@ -22,8 +22,6 @@ from code_worker_heads.saved import (
     two_classes,
 )
 
-__all__ = ["LinearHead"]
-
 
 class LinearHead(ArrayHead):
     """`score` is P(generated): the logistic function of a weighted sum, in float64."""

@@ -16,16 +16,6 @@ from code_worker.errors import ArtifactError
 from code_worker.heads import EstimatorState, Head
 from code_worker.types import EMBEDDING_DIM
 
-__all__ = [
-    "ArrayHead",
-    "checked_embeddings",
-    "checked_labels",
-    "number_array",
-    "refuse_other_forms",
-    "sided",
-    "two_classes",
-]
-
 Arrays = dict[str, NDArray[Any]]
 _HALF: Final = np.float32(0.5)
 _BELOW_HALF: Final = np.nextafter(_HALF, np.float32(0))

@@ -14,8 +14,6 @@ from code_worker.logs import get_logger
 from code_worker.types import EMBEDDING_DIM
 from code_worker_heads.device import DeviceSearch
 
-__all__ = ["MARGIN", "CosineIndex", "NeighbourIndex", "unit_rows"]
-
 log = get_logger(__name__)
 
 _QUERIES: Final = 128

@@ -13,8 +13,6 @@ from code_worker.heads import EstimatorState, Head
 from code_worker.types import EMBEDDING_DIM
 from code_worker_heads.saved import ArrayHead, Arrays, checked_embeddings, checked_labels, number_array, sided
 
-__all__ = ["OneClassSvmHead"]
-
 _MAX_DEGREE: Final = 16
 _PRODUCT_ENTRIES: Final = 2**20
 """Inner products held at once (8 MiB)."""

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from code_worker.moderation.capacity import workers_for
-from code_worker.releases import toy
-from code_worker.releases.toy import build_toy_release
+from code_worker.releases import building
+from code_worker.releases.building import build_toy_release
 from tests.cli.conftest import Cli
 from tests.image_files import encoded, pixels
 from tests.toy_release import write_toy_release
@@ -58,7 +58,7 @@ def test_without_images_and_release_it_makes_its_own(bare_cli: Cli, monkeypatch:
         assert depth == FULL_DEPTH
         return build_toy_release(*arguments, depth=1, **options)
 
-    monkeypatch.setattr(toy, "build_toy_release", shallower)
+    monkeypatch.setattr(building, "build_toy_release", shallower)
     assert signature(build_toy_release).parameters["depth"].default == FULL_DEPTH
     ran = bare_cli("bench", "--seconds", "0.1", "--size", "320x240")
     assert ran.status == 0, ran.stderr

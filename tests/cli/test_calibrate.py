@@ -12,11 +12,12 @@ from code_worker.data.labelling import Labeller
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings
-from code_worker.store import image_groups, policies
+from code_worker.store import policies
 from code_worker.store.engine import Store
-from code_worker.training.recalibrate import recalibrate
+from code_worker.store.learning import image_groups
+from code_worker.training.evaluation.calibration import recalibrate
 from code_worker.training.snapshot import Member, Snapshot
-from code_worker.worker.learning import Learning
+from code_worker.worker.learning_watch import Learning
 from tests.cli.conftest import Cli
 from tests.cli.labelled_tree import write_tree
 from tests.store.acts import slots

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.kept import open_kept
+from code_worker.data.kept_copies import open_kept
 from code_worker.settings import Settings
 from code_worker.store.engine import Store
-from code_worker.store.labels import NewLabel, add
+from code_worker.store.learning.labels import NewLabel, add
 from tests.cli.conftest import Cli
 from tests.data.shard_files import picture, published_record, write_shard
 

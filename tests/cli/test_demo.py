@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from code_worker.cli.demo_report import print_report
-from code_worker.demo.artefacts import NEWCOMER
-from code_worker.demo.run import Result
+from code_worker.cli.operations.demo import print_report
+from code_worker.demo.first_act import Result
+from code_worker.demo.generators import NEWCOMER
 from tests.cli.conftest import Cli
 from tests.demo.lessons import OLD, lesson
 from tests.fork_server import CHILDREN_ENV, forking_python
@@ -154,7 +154,7 @@ def test_a_demo_that_is_interrupted_stops_what_it_started(tmp_path: Path, name: 
     directory = tmp_path / "demo"
     running = demo(directory, "--images", "8", "--no-learning")
     deadline = time.monotonic() + LIMIT_S
-    while not any("code_worker.worker.process" in one for one in processes_of(directory)):
+    while not any("code_worker.stack.worker_process" in one for one in processes_of(directory)):
         assert running.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -8,11 +8,11 @@ import re
 
 import pytest
 
-from code_worker.cli.scan_report import Form, printer
+from code_worker.cli.judging.scan import Form, printer
 from code_worker.logs import configure_logging, get_logger
-from code_worker.store import labels
 from code_worker.store.engine import Store
-from code_worker.store.labels import NewLabel
+from code_worker.store.learning import labels
+from code_worker.store.learning.labels import NewLabel
 from code_worker.types import Outcome, RejectReason, Verdict
 from tests.cli.conftest import Cli, Ran
 from tests.cli.ledger_rows import judged, rejected

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.store import labels
 from code_worker.store.engine import Store
-from code_worker.store.labels import NewLabel
+from code_worker.store.learning import labels
+from code_worker.store.learning.labels import NewLabel
 from tests.cli.ledger_rows import judged
 from tests.fork_server import forking_python
 

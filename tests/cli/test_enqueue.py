@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from redis import Redis
 
+from code_worker.doctor.fleet import why_waiting
 from code_worker.settings import Settings
 from code_worker.store import jobs, releases, verdicts, workers
 from code_worker.store.engine import Store
-from code_worker.terminal import printable
+from code_worker.system.terminal import printable
 from code_worker.types import Label, Outcome, RejectReason, Verdict
-from code_worker.worker.waits import why_waiting
 from tests.cli.conftest import Cli, Ran
 from tests.cli.ledger_rows import accept, claim
 from tests.patience import polls

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.cli.interrupts import check_interrupt, noted_interrupts
+from code_worker.cli.common.interrupts import check_interrupt, noted_interrupts
 from code_worker.store import jobs
 from code_worker.store.engine import Store
 from tests.fork_server import forking_python

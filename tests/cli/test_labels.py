@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.store import image_groups
 from code_worker.store.engine import Store
+from code_worker.store.learning import image_groups
 from tests.cli.conftest import Cli
 from tests.data.label_acts import Place, sha256_of
 

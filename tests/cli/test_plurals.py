@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import code_worker.cli
-from code_worker.cli.explanation import explain
+from code_worker.cli.common.records import explain
 from code_worker.types import ImageFacts, Outcome, RejectReason, Verdict
 
 THINGS = (

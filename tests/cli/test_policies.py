@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 from pydantic import SecretStr
 
+from code_worker.doctor import examine
+from code_worker.doctor.check import Check, Status
 from code_worker.store import policies, releases
 from code_worker.store.engine import Session, Store
-from code_worker.worker.doctor import Check, Status, examine
 from tests.cli.conftest import Cli, Ran
 
 Run = Callable[..., Ran]

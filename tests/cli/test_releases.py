@@ -13,7 +13,7 @@ import pytest
 
 from code_worker.encoder.weights import random_weights
 from code_worker.plugins import load_plugins
-from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.building import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source, read_manifest, release_id, write_manifest
 from code_worker.settings import Settings
 from tests.cli.conftest import Cli, Ran

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from code_worker.data.kept import LocalKept
+from code_worker.data.kept_copies import LocalKept
 from code_worker.encoder.weights import read_weights
 from code_worker.plugins import load_plugins
-from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.building import ReleaseFacts, build_from_parts
 from code_worker.releases.loading import load_release
 from code_worker.releases.manifest import Source, read_manifest, release_id
 from code_worker.settings import Settings
-from code_worker.store import jobs, kept_images, verdicts
+from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Store
+from code_worker.store.learning import kept_images
 from code_worker.types import ImageFacts, Label, Outcome, Provenance, RejectReason, Verdict
 from tests.cli.conftest import Cli
 from tests.cli.ledger_rows import rejected

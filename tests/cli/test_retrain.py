@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import redis
 
-from code_worker.queues import TRAIN_QUEUE
 from code_worker.settings import Settings
-from code_worker.store import runs, schedule
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
-from code_worker.store.runs import RunMetrics
+from code_worker.store.learning import runs, schedule
+from code_worker.store.learning.runs import RunMetrics
+from code_worker.wire import TRAIN_QUEUE
 from tests.cli.conftest import Cli
 from tests.servers import RedisServer
 from tests.training.learning import (

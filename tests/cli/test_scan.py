@@ -13,7 +13,7 @@ from PIL import Image
 from code_worker.encoder.weights import random_weights
 from code_worker.images.listing import NO_IMAGE, UNJUDGED
 from code_worker.plugins import load_plugins
-from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.building import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from code_worker.store import labels, shadow
 from code_worker.store.engine import Store
+from code_worker.store.learning import challenger_scores, labels
 from code_worker.types import Label, ShadowScore
 from tests.cli.conftest import Cli
 from tests.cli.ledger_rows import judged
@@ -24,7 +24,7 @@ def score(store: Store, number: int, was: float, now: float, *, tenant: str | No
         champion_label=Label.FAKE if was >= 0.5 else Label.REAL,
         tenant=tenant,
     )
-    store.run(lambda session: shadow.add(session, [said]))
+    store.run(lambda session: challenger_scores.add(session, [said]))
 
 
 def label(store: Store, number: int, name: str) -> None:

@@ -8,18 +8,18 @@ import click
 import numpy as np
 import pytest
 
-from code_worker.cli.validate import PRESETS
-from code_worker.cli.validate_report import say_learned
+from code_worker.cli.deployment.validate import PRESETS
+from code_worker.cli.deployment.validation_report import say_learned
 from code_worker.plugins import load_plugins
+from code_worker.releases.building import build_toy_release
 from code_worker.releases.registry import open_registry
-from code_worker.releases.toy import build_toy_release
 from code_worker.settings import Settings
 from code_worker.store.engine import Session, Store
-from code_worker.store.image_groups import ungrouped
+from code_worker.store.learning.image_groups import ungrouped
 from code_worker.store.models import ImageGroupRow, KeptImageRow
 from code_worker.store.sql import table_of
-from code_worker.training import robustness
-from code_worker.training.retrain import Learner
+from code_worker.training.evaluation import robustness
+from code_worker.training.learner import Learner
 from code_worker.training.snapshot import load
 from tests.cli.conftest import Cli
 from tests.cli.labelled_tree import write_tree

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from code_worker.client import Client
-from code_worker.data.labelling import Labelled
+from code_worker.types import Labelled
 
 RIGHT_TO_LEFT = "\u202egpj.exe"
 Jobs = Callable[[Client], list[str]]

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from code_worker.client import Client
-from code_worker.data.labelling import Labelled
 from code_worker.errors import CodeWorkerError, ImageRejectedError
-from code_worker.queues import checked_item, parse_message
 from code_worker.settings import FileSettings, Settings
-from code_worker.store import labels as statements
 from code_worker.store.engine import Store
-from code_worker.store.labels import LabelFilter, NewLabel
-from code_worker.types import RejectReason
+from code_worker.store.learning import labels as statements
+from code_worker.store.learning.labels import LabelFilter, NewLabel
+from code_worker.types import Labelled, RejectReason
+from code_worker.wire import checked_item, parse_message
 from tests.corpus.calls import jobs, labels, messages
 from tests.corpus.table import expected
 from tests.image_files import encoded, pixels

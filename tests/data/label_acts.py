@@ -7,9 +7,9 @@ from pathlib import Path
 
 from code_worker.data.labelling import Labeller
 from code_worker.settings import FileSettings, Settings
-from code_worker.store import labels
 from code_worker.store.engine import Store
-from code_worker.store.labels import LabelFilter, Statement
+from code_worker.store.learning import labels
+from code_worker.store.learning.labels import LabelFilter, Statement
 from tests.image_files import encoded, pixels
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from code_worker.data.label_files.forms import read_rows
-from code_worker.data.label_files.rows import Row, Words
+from code_worker.data.label_files.label_import import read_rows
+from code_worker.data.label_files.label_rows import Row, Words
 
 
 def rows(file: Path, content: str | bytes, *mapping: str, **options: Any) -> list[Row]:

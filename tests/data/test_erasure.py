@@ -13,32 +13,23 @@ from pathlib import Path
 import pytest
 from sqlalchemy import inspect, make_url, text
 
-from code_worker.data.erasure import Eraser, Scope
-from code_worker.data.kept import open_kept
-from code_worker.data.labelled import group_old_images
+from code_worker.data.erasure.erase import Eraser
+from code_worker.data.kept_copies import open_kept
+from code_worker.data.labelled_images import group_old_images
 from code_worker.errors import ArtifactError, NotAllowedError, RunLostError, StorageError, StoreError
 from code_worker.settings import RoleSettings, Settings
-from code_worker.store import (
-    audit,
-    embeddings,
-    erasures,
-    image_groups,
-    jobs,
-    kept_images,
-    labels,
-    runs,
-    shadow,
-    workers,
-)
-from code_worker.store import snapshots as snapshot_table
+from code_worker.store import audit, embeddings, jobs, workers
 from code_worker.store.engine import Session, Store
-from code_worker.store.erasures import Receipt
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import NewLabel
-from code_worker.store.shadow import ShadowScore
-from code_worker.store.turns import LEASE_S, LostTurnError, Turn
-from code_worker.training.retrain import Learner
-from code_worker.types import ImageFacts
+from code_worker.store.erasure import receipts as erasures
+from code_worker.store.erasure.receipts import Receipt
+from code_worker.store.erasure.scopes import Scope
+from code_worker.store.learning import challenger_scores, image_groups, kept_images, labels, runs
+from code_worker.store.learning import snapshots as snapshot_table
+from code_worker.store.learning.kept_images import KeptImage
+from code_worker.store.learning.labels import NewLabel
+from code_worker.store.leases import LEASE_S, LostTurnError, Turn
+from code_worker.training.learner import Learner
+from code_worker.types import ImageFacts, ShadowScore
 from tests.store.acts import accept, claim, judged, write
 from tests.training.learning import (
     NEW,
@@ -71,7 +62,7 @@ def judge(store: Store, sha256: str, uri: str = URI, *, tenant: str | None = Non
     facts = ImageFacts(sha256, 1234, "PNG", 32, 32, "RGB", None, None)
     write(store, judged(job_id, uri=uri, facts=facts, tenant=tenant))
     score = ShadowScore(job_id, 0, sha256, "r-2", "linear", 0.1, "real", "r-1", "linear", 0.9, "fake", tenant, None)
-    store.run(lambda session: shadow.add(session, [score]))
+    store.run(lambda session: challenger_scores.add(session, [score]))
     return job_id
 
 

@@ -11,26 +11,29 @@ import numpy as np
 import pytest
 from sqlalchemy import delete, update
 
-from code_worker.data.erasure import Eraser, Scope
-from code_worker.data.examples import REAL, Example
-from code_worker.data.kept import LocalKept, open_kept
+from code_worker.data.datasets.examples import REAL, Example
+from code_worker.data.erasure.erase import Eraser
+from code_worker.data.kept_copies import LocalKept, open_kept
 from code_worker.data.labelling import Labeller
 from code_worker.errors import DatasetError, RunLostError, StoreError
 from code_worker.moderation.judge import Judged
 from code_worker.moderation.rescore import Rejudged
 from code_worker.settings import Settings
-from code_worker.store import erasures, jobs, labels, runs
+from code_worker.store import jobs
 from code_worker.store.engine import Session, Store
+from code_worker.store.erasure import receipts
+from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
+from code_worker.store.learning import labels, runs
 from code_worker.store.models import JobRow, LeaseRow
 from code_worker.store.sql import table_of
 from code_worker.training import snapshot as snapshots
-from code_worker.training.encoded import Encoder
-from code_worker.training.lease import Held
+from code_worker.training.run_context import RunLease
+from code_worker.training.snapshot_embeddings import SnapshotEncoder
 from code_worker.types import ImageFacts
 from code_worker.worker.intake import accept_items
-from code_worker.worker.ledger import Ledger
-from code_worker.worker.rescore import _write as write_rescored
+from code_worker.worker.judging.recorder import Recorder
+from code_worker.worker.judging.rescore_run import _write as write_rescored
 from code_worker.worker.retention import Retention
 from tests.data.label_acts import Place, sha256_of
 from tests.moderation.doubles import MeanEmbedder, png
@@ -62,7 +65,7 @@ def test_an_eraser_that_slept_erases_nothing_after_others_took_over_and_finished
 
     sleeper = threading.Thread(target=erase)
     sleeper.start()
-    wait_until(lambda: any(one.step == "jobs" for one in sqlite_store.run(erasures.still_open)), 60, "it waits")
+    wait_until(lambda: any(one.step == "jobs" for one in sqlite_store.run(receipts.still_open)), 60, "it waits")
     # What another process leaves that took over, finished and gave the role back.
     sqlite_store.run(lambda session: session.execute(delete(LeaseRow)))
     sleeper.join()
@@ -74,7 +77,7 @@ def test_an_image_that_is_named_by_its_hash_is_not_judged_by_who_was_at_it(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
     """Its job is judged another time: it is of a job that waits, which has no hash."""
-    ledger = Ledger(store, settings.worker, "worker")
+    ledger = Recorder(store, settings.worker, "worker")
     erased, beside = ledger.claim(accept(store, "s3://b/a.png", "s3://b/b.png"), below=3)
     if not finished:
         monkeypatch.setattr(Eraser, "_finish_all", lambda *_: None)
@@ -154,7 +157,9 @@ def embeddings_left(store: Store) -> int:
 def encode(settings: Settings, store: Store, meanwhile: Callable[[], object], **more: object) -> None:
     """As a run does, of one image; `meanwhile` happens while it is encoded."""
     embedder = MeanEmbedder(lambda _: meanwhile() and None)
-    encoder = Encoder(embedder, key="e" * 64, settings=settings, store=store, kept=open_kept(settings), **more)  # type: ignore[arg-type]
+    encoder = SnapshotEncoder(
+        embedder, key="e" * 64, settings=settings, store=store, kept=open_kept(settings), **more
+    )  # type: ignore[arg-type]
     seen = encoder.see_examples([Example(key="a", label=REAL, read=lambda: DATA)])
     assert np.isfinite(seen.rows[SHA]).all()
 
@@ -192,7 +197,7 @@ def test_a_run_whose_token_is_spent_keeps_no_embedding(sqlite_store: Store, sett
     run_id = uuid7()
     run = sqlite_store.run(start)
     assert run is not None
-    held = Held(sqlite_store, run.lease, lease_s=60, stop=threading.Event())
+    held = RunLease(sqlite_store, run.lease, lease_s=60, stop=threading.Event())
     with sqlite_store.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE runs SET token = token + 1")
     with pytest.raises(RunLostError):

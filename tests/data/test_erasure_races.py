@@ -11,21 +11,23 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from code_worker.data.erasure import Eraser, Scope
-from code_worker.data.kept import open_kept
+from code_worker.data.erasure.erase import Eraser
+from code_worker.data.kept_copies import open_kept
 from code_worker.data.labelling import Labeller
 from code_worker.errors import DatasetError, StoreError
-from code_worker.moderation.faults import JobFault
-from code_worker.moderation.judge import Judged
+from code_worker.moderation.judge import JobFault, Judged
 from code_worker.settings import FileSettings, RetentionSettings, Settings
-from code_worker.store import erasures, jobs, kept_images, labels, retention, workers
+from code_worker.store import jobs, retention, workers
 from code_worker.store.engine import Session, Store
-from code_worker.store.erasures import Receipt
+from code_worker.store.erasure import receipts as erasures
+from code_worker.store.erasure.receipts import Receipt
+from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
+from code_worker.store.learning import kept_images, labels
 from code_worker.store.models import Base
 from code_worker.types import ImageFacts, Job, RejectReason
 from code_worker.worker.intake import bury
-from code_worker.worker.ledger import Ledger
+from code_worker.worker.judging.recorder import Recorder
 from code_worker.worker.retention import Retention
 from tests.image_files import encoded, pixels
 from tests.store.acts import accept, claim, judged
@@ -48,7 +50,7 @@ class Place:
             retention=RetentionSettings(interval_s=0.1),
         )
         self.labeller = Labeller(self.settings, store)
-        self.ledger = Ledger(store, self.settings.worker, "worker")
+        self.ledger = Recorder(store, self.settings.worker, "worker")
 
     def image(self, name: str, seed: int = 1) -> str:
         path = self.root / name

@@ -16,19 +16,24 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from code_worker.data import erasure
-from code_worker.data.erasure import Eraser, Scope
+from code_worker.data.erasure import erase as erasure
+from code_worker.data.erasure.erase import Eraser
 from code_worker.data.labelling import Labeller
 from code_worker.errors import DatasetError, StoreError
 from code_worker.moderation.judge import Judged
 from code_worker.settings import FileSettings, Settings
-from code_worker.store import embeddings, erasures, jobs, personal, rescoring, shadow, verdicts
+from code_worker.store import embeddings, jobs, verdicts
+from code_worker.store import verdicts as rescoring
 from code_worker.store.engine import Session, Store
+from code_worker.store.erasure import personal
+from code_worker.store.erasure import receipts as erasures
+from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
+from code_worker.store.learning import challenger_scores
+from code_worker.store.leases import Turn
 from code_worker.store.models import Base
-from code_worker.store.turns import Turn
 from code_worker.types import ImageFacts, Label, ShadowScore, Verdict
-from code_worker.worker.ledger import Ledger
+from code_worker.worker.judging.recorder import Recorder
 from tests.image_files import encoded, pixels
 from tests.store.acts import accept, claim, judged
 
@@ -72,7 +77,7 @@ class Storm:
         return hashlib.sha256(self.paths[tenant, number].read_bytes()).hexdigest()
 
     def worker(self, rng: random.Random) -> None:
-        ledger = Ledger(self.store, self.settings.worker, f"worker-{rng.random()}")
+        ledger = Recorder(self.store, self.settings.worker, f"worker-{rng.random()}")
         asleep = rng.random() < 0.3
         taken = claim(self.store, rng.sample([*self.mine, *self.others], 4), lease_s=0.0 if asleep else 30.0)
         found, vectors = list[Verdict](), dict[str, bytes]()
@@ -99,7 +104,7 @@ class Storm:
             *("r-1", "linear", 0.9, Label.FAKE),
             tenant=verdict.tenant,
         )
-        shadow.add(session, [score])
+        challenger_scores.add(session, [score])
         embeddings.keep(session, CHALLENGER, {sha256: bytes(768)}, jobs={sha256: [verdict.job_id]})
 
     def challenger(self, rng: random.Random) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.erasure import Eraser, Scope
-from code_worker.data.kept import open_kept
+from code_worker.data.erasure.erase import Eraser
+from code_worker.data.kept_copies import open_kept
 from code_worker.errors import StoreError
 from code_worker.settings import Settings
-from code_worker.store import erasures, workers
+from code_worker.store import workers
 from code_worker.store.engine import Store
+from code_worker.store.erasure import receipts
+from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
 from code_worker.worker.intake import bury
 from tests.data.test_erasure import erase, judge
@@ -33,7 +35,7 @@ def test_a_tenant_job_or_image_that_nobody_knows_is_refused(
         erase(settings, sqlite_store, **scope)
     with pytest.raises(StoreError, match="nothing is kept"):
         Eraser(settings, sqlite_store).preview(Scope(**scope))
-    assert sqlite_store.run(erasures.list_receipts) == []
+    assert sqlite_store.run(receipts.list_receipts) == []
 
 
 def test_a_hash_that_nobody_knows_may_be_of_an_image_that_is_being_judged(

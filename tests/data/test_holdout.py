@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from code_worker.data.holdout import Split, is_holdout, refuse_holdout, split_in_share, split_of
+from code_worker.data.labelled_images import refuse_holdout
 from code_worker.errors import TrainingError
+from code_worker.store.learning.label_rules import Split, is_holdout, split_in_share, split_of
 
 SECRET = bytes(range(32))
 HELD_OUT = [2, 5, 12, 17, 33, 35, 36, 38, 39]

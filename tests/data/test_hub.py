@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Features, Image, Value
 
-from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.hub import RealUrls, parquet_examples
-from code_worker.data.open import open_examples
-from code_worker.data.urls import UrlSource
+from code_worker.data.datasets.examples import FAKE, REAL, Example, Skipped
+from code_worker.data.datasets.hub import RealUrls, parquet_examples
+from code_worker.data.datasets.open import open_examples
+from code_worker.data.datasets.urls import UrlSource
 from code_worker.errors import ConfigurationError, DatasetError, ImageRejectedError
 from code_worker.settings import LimitSettings, Settings
 from tests.data.shard_files import picture

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from botocore.awsrequest import AWSResponse
 
-from code_worker.data.kept import KeptImages, LocalKept, S3Kept, open_kept
+from code_worker.data.kept_copies import KeptImages, LocalKept, S3Kept, open_kept
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
 from code_worker.settings import S3Settings, Settings
 from tests.faults.rows import Seen, row

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from code_worker.data.label_files.forms import read_rows
-from code_worker.data.label_files.rows import Row, Words
+from code_worker.data.label_files.label_import import read_rows
+from code_worker.data.label_files.label_rows import Row, Words
 from code_worker.data.label_files.tables import csv_line, with_formulas, without_formulas
 from code_worker.errors import ConfigurationError, DatasetError
 from tests.data.label_rows import problems, rows

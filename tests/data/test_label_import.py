@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.label_files.importing import Imported, import_rows
-from code_worker.data.label_files.rows import Row
+from code_worker.data.label_files.label_import import Imported, import_rows
+from code_worker.data.label_files.label_rows import Row
 from code_worker.data.labelling import Labeller
 from code_worker.errors import SourceCredentialsError, StorageError
 from code_worker.settings import S3Settings

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from code_worker.data.examples import FAKE, REAL, Skipped
-from code_worker.data.holdout import is_holdout
-from code_worker.data.kept import KeptImages, LocalKept, open_kept
-from code_worker.data.labelled import group_old_images
-from code_worker.data.open import open_examples
+from code_worker.data.datasets.examples import FAKE, REAL, Skipped
+from code_worker.data.datasets.open import open_examples
+from code_worker.data.kept_copies import KeptImages, LocalKept, open_kept
+from code_worker.data.labelled_images import group_old_images
 from code_worker.errors import DatasetError, StorageError
 from code_worker.settings import LabelSettings, Settings
-from code_worker.store import image_groups, kept_images
 from code_worker.store.engine import Store
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import NewLabel, add
+from code_worker.store.learning import image_groups, kept_images
+from code_worker.store.learning.kept_images import KeptImage
+from code_worker.store.learning.label_rules import is_holdout
+from code_worker.store.learning.labels import NewLabel, add
 from tests.data.label_acts import Place
 from tests.image_files import encoded, pixels
 

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from code_worker.client import Client
-from code_worker.data.kept import open_kept
+from code_worker.data.kept_copies import open_kept
 from code_worker.data.labelling import Labeller
-from code_worker.demo.photographs import Photographs
+from code_worker.demo.toy_images import Photographs
 from code_worker.errors import (
     CommitUnknownError,
     DatasetError,
@@ -27,9 +27,9 @@ from code_worker.errors import (
 )
 from code_worker.roles import current_user
 from code_worker.settings import S3Settings
-from code_worker.store import image_groups, kept_images
 from code_worker.store.engine import Store, open_store
 from code_worker.store.ids import uuid7
+from code_worker.store.learning import image_groups, kept_images
 from code_worker.types import ImageFacts
 from tests.data.label_acts import Place, sha256_of
 from tests.faults.proxy import TcpProxy

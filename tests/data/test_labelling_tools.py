@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from code_worker.data.label_files.rows import Row
+from code_worker.data.label_files.label_rows import Row
 from tests.data.label_rows import problems, rows
 
 

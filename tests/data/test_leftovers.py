@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import delete
 
-from code_worker.data.kept import LocalKept
-from code_worker.data.leftovers import drop_copies
+from code_worker.data.erasure.leftovers import drop_copies
+from code_worker.data.kept_copies import LocalKept
 from code_worker.errors import StoreError
-from code_worker.store import kept_images, turns, workers
+from code_worker.store import leases, workers
 from code_worker.store.engine import Store
+from code_worker.store.learning import kept_images
+from code_worker.store.leases import TakenTurnError
 from code_worker.store.models import LeaseRow
-from code_worker.store.turns import TakenTurnError
 
 
 class Waiting(LocalKept):
@@ -72,10 +73,10 @@ def test_a_process_that_slept_deletes_no_file_after_another_took_over(
     sleeper.start()
     assert slow.entered.wait(30)
     # As if it had slept for longer than a lease: another process took the role, and perhaps gave it back since.
-    monkeypatch.setattr(turns, "LEASE_S", 0.0)
+    monkeypatch.setattr(leases, "LEASE_S", 0.0)
     sqlite_store.run(lambda session: session.execute(delete(LeaseRow)))
     assert done or sqlite_store.run(lambda session: workers.take_lease(session, "copies", "another", 60.0))
     slow.may.set()
     sleeper.join()
-    assert [type(error) for error in found] == [turns.LostTurnError]
+    assert [type(error) for error in found] == [leases.LostTurnError]
     assert [slow.exists(sha256) for sha256 in hashes] == [False, True]

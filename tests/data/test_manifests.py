@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.kept import open_kept
-from code_worker.data.open import open_examples
+from code_worker.data.datasets.examples import FAKE, REAL, Example, Skipped
+from code_worker.data.datasets.open import open_examples
+from code_worker.data.kept_copies import open_kept
 from code_worker.errors import DatasetError, ImageRejectedError
 from code_worker.settings import FileSettings, Settings
 from tests.servers import S3Server

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.mentions import Mentions
-from code_worker.store import labels, letters, workers
+from code_worker.data.erasure.references import Mentions
+from code_worker.store import workers
 from code_worker.store.engine import Store
-from code_worker.store.erasures import Receipt
+from code_worker.store.erasure import dead_letters
+from code_worker.store.erasure.receipts import Receipt
+from code_worker.store.learning import labels
 from code_worker.worker.intake import bury
 from tests.data.test_erasure_races import Place, sha256_of
 
@@ -32,7 +34,7 @@ def send(place: Place, name: str = "acme") -> None:
 
 def test_nobody_waits_for_an_eraser_that_reads_messages(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page of them may take it seconds; and a tenant that goes on sending them does not hold it up."""
-    read, seen = letters.naming, list[int]()
+    read, seen = dead_letters.naming, list[int]()
 
     def meanwhile(*arguments: object, **named: object) -> object:
         found = read(*arguments, **named)  # type: ignore[arg-type]
@@ -44,7 +46,7 @@ def test_nobody_waits_for_an_eraser_that_reads_messages(place: Place, monkeypatc
     place.job("s3://b/a.png")
     send(place)
     send(place, "other")
-    monkeypatch.setattr(letters, "naming", meanwhile)
+    monkeypatch.setattr(dead_letters, "naming", meanwhile)
     receipt = place.erase()
     monkeypatch.undo()
     assert (seen, receipt.counts["dead_letters"], receipt.last_look["letters"]) == ([1, 1], 2, 0)  # type: ignore[index]
@@ -56,8 +58,8 @@ def test_nobody_waits_for_an_eraser_that_reads_messages(place: Place, monkeypatc
 def test_a_message_that_is_not_as_it_was_read_stays(quick: Place) -> None:
     send(quick)
     (one,) = quick.store.run(workers.list_dead_letters)
-    found = letters.Naming(one.id, one.body + " ", one.error, one.at, None, "")
-    assert quick.store.run(lambda session: letters.rewrite(session, [found])) == 0
+    found = dead_letters.Naming(one.id, one.body + " ", one.error, one.at, None, "")
+    assert quick.store.run(lambda session: dead_letters.rewrite(session, [found])) == 0
     assert quick.store.run(workers.list_dead_letters) == [one]
 
 
@@ -96,15 +98,15 @@ URI = "s3://b/acme/passport of jane doe, 1980.png"
 @pytest.mark.parametrize("before", ["x", "words and " * 7000, "\\"], ids=["little", "a long text", "an escape"])
 def test_a_message_is_not_cut_in_the_middle_of_an_address(before: str, left: int) -> None:
     body = json.dumps({"items": [{"uri": "s3://b/1.png", "bogus": before}, {"uri": URI, "tenant": "acme"}]})
-    assert letters.cut(body, body.index(URI) + left) == body[: body.index(f'"{URI}')]
+    assert dead_letters.cut(body, body.index(URI) + left) == body[: body.index(f'"{URI}')]
 
 
 @pytest.mark.parametrize("text", ["it's " * 9000, "x" * 40_000, '{"a": "' + "b " * 40_000, '["a", "' + "\\" * 40_000])
 def test_of_a_message_that_is_cut_no_more_than_its_last_word_goes(text: str) -> None:
-    kept = letters.cut(text, 30_000)
+    kept = dead_letters.cut(text, 30_000)
     assert text.startswith(kept)
     assert 29_990 < len(kept) <= 30_000
-    assert letters.cut(text, len(text)) == text
+    assert dead_letters.cut(text, len(text)) == text
 
 
 def test_what_is_kept_of_a_message_that_is_too_long_names_nothing_erased(quick: Place) -> None:

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.open import open_examples, siblings_are_neighbours
-from code_worker.data.pack import Packed, bring_together, pack
-from code_worker.data.reading import Held
+from code_worker.data.datasets.examples import FAKE, REAL, Example, Held, Skipped
+from code_worker.data.datasets.open import open_examples, siblings_are_neighbours
+from code_worker.data.datasets.pack import Packed, bring_together, pack
 from code_worker.errors import ConfigurationError, DatasetError, StorageError
 from code_worker.settings import LimitSettings, Settings
 from code_worker.store.engine import Store

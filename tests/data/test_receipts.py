@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.erasure import Eraser, Scope
+from code_worker.data.erasure.erase import Eraser
 from code_worker.store import audit
 from code_worker.store.engine import Session, Store, T
+from code_worker.store.erasure.scopes import Scope
 from code_worker.training import snapshot as snapshots
 from code_worker.worker.intake import bury
-from code_worker.worker.rescore import _record as record_rescoring
+from code_worker.worker.judging.rescore_run import _record as record_rescoring
 from tests.data.test_erasure_races import Place
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.shards import shard_examples
+from code_worker.data.datasets.examples import FAKE, REAL, Example, Skipped
+from code_worker.data.datasets.shards import shard_examples
 from code_worker.errors import ImageRejectedError
 from code_worker.images.decode import inspect
 from code_worker.images.listing import NO_IMAGE

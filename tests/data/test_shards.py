@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.open import open_examples
-from code_worker.data.shards import expand, read_records, shard_examples
+from code_worker.data.datasets.examples import FAKE, REAL, Example, Skipped
+from code_worker.data.datasets.open import open_examples
+from code_worker.data.datasets.shards import expand, read_records, shard_examples
 from code_worker.errors import DatasetError
 from code_worker.settings import Settings
 from tests.data.shard_files import facts_member, picture, published_record, tar_bytes, write_shard

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.examples import FAKE, REAL, Example, Skipped
-from code_worker.data.open import open_examples
+from code_worker.data.datasets.examples import FAKE, REAL, Example, Skipped
+from code_worker.data.datasets.open import open_examples
 from code_worker.errors import DatasetError, ImageRejectedError
 from code_worker.images.listing import NO_IMAGE
 from code_worker.settings import S3Settings, Settings

@@ -9,26 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.erasure import Eraser, Scope
-from code_worker.data.kept import open_kept
-from code_worker.data.unlearning import Unlearning, drop_forgotten
+from code_worker.data.erasure.erase import Eraser
+from code_worker.data.erasure.references import Unlearning, drop_forgotten
+from code_worker.data.kept_copies import open_kept
 from code_worker.errors import ArtifactError, NoReleaseError, RunLostError
 from code_worker.plugins import load_plugins
 from code_worker.releases.artifacts import LocalArtifacts, open_artifacts
-from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.building import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
 from code_worker.releases.registry import Registry
 from code_worker.settings import Settings
-from code_worker.store import erasures, releases, runs, snapshots
+from code_worker.store import releases
 from code_worker.store.engine import Session, Store
-from code_worker.store.erasures import Receipt
+from code_worker.store.erasure import receipts
+from code_worker.store.erasure.receipts import Receipt
+from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
-from code_worker.store.runs import Run
-from code_worker.store.turns import Turn
-from code_worker.training.attempt import Attempt, Parts
-from code_worker.training.lease import Held
+from code_worker.store.learning import runs, snapshots
+from code_worker.store.learning.runs import Run
+from code_worker.store.leases import Turn
 from code_worker.training.refit import Origin
-from code_worker.training.workplace import Workplace
+from code_worker.training.run_context import RunContext, RunDirectory, RunLease, RunServices
 from code_worker.worker.retention import Retention
 from tests.training.learning import NEW, learning_settings, registry_of, tiny_weights
 
@@ -70,7 +71,7 @@ def registry_with(artifacts: LocalArtifacts, store: Store, settings: Settings) -
 
 
 def receipt_of(store: Store) -> Receipt:
-    (receipt,) = store.run(erasures.list_receipts)
+    (receipt,) = store.run(receipts.list_receipts)
     return receipt
 
 
@@ -88,14 +89,14 @@ def learns_from(session: Session, sha256: str) -> Run:
 def add_candidate(settings: Settings, store: Store, run: Run, meanwhile: Callable[[str], object]) -> str:
     """As a run does with what it has built."""
     artifacts = Interrupted(settings.data_path / "releases", meanwhile)
-    parts = Parts(
+    parts = RunServices(
         settings, store, registry_with(artifacts, store, settings), load_plugins(settings), open_kept(settings)
     )
-    held = Held(store, run.lease, lease_s=60.0, stop=threading.Event())
-    place = Workplace(settings.data_path / "runs", run.id)
+    held = RunLease(store, run.lease, lease_s=60.0, stop=threading.Event())
+    place = RunDirectory(settings.data_path / "runs", run.id)
     place.path.mkdir(parents=True)
     build(place.candidate, str(Origin(run.kind, run.id, run.base_release, str(run.snapshot_id))))
-    return Attempt(parts, run, held, place, lambda *_: None).add_candidate()
+    return RunContext(parts, run, held, place, lambda *_: None).add_candidate()
 
 
 @pytest.mark.parametrize("dies", [False, True])
@@ -161,7 +162,7 @@ def test_every_release_that_a_run_registers_before_an_erasure_ends_it_is_on_the_
 
     erasure_id = uuid7()
     store.run(
-        lambda session: erasures.begin(
+        lambda session: receipts.begin(
             session, id=erasure_id, scope="image", target={"sha256": SHA}, by="a", why="", salt="00"
         )
     )
@@ -224,8 +225,8 @@ def test_files_of_a_deleted_release_that_somebody_copies_back_are_deleted_again(
     erasure_id, facts = uuid7(), {gone: {"how": "learned", "files": "deleted"}}
 
     def note(session: Session) -> None:
-        erasures.begin(session, id=erasure_id, scope="image", target={}, by="a", why="", salt="00")
-        erasures.note(session, erasure_id, releases=facts)
+        receipts.begin(session, id=erasure_id, scope="image", target={}, by="a", why="", salt="00")
+        receipts.note(session, erasure_id, releases=facts)
 
     assert drop_forgotten(sqlite_store, artifacts) == 0, "no erasure speaks of it"
     sqlite_store.run(note)

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from code_worker.data.urls import UrlSource, is_public
+from code_worker.data.datasets.urls import UrlSource, is_public
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.types import RejectReason
 

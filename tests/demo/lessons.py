@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from code_worker.demo.artefacts import NEWCOMER
-from code_worker.demo.learning import Lesson
+from code_worker.demo.generators import NEWCOMER
+from code_worker.demo.second_act import Lesson
+from code_worker.store.learning.runs import Run
 from code_worker.store.releases import AliasMove
-from code_worker.store.runs import Run
 from code_worker.types import Label, Outcome, Provenance, Verdict
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

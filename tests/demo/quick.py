@@ -6,9 +6,9 @@ import sys
 from typing import cast
 
 from code_worker.cli.main import main
-from code_worker.demo import learning
+from code_worker.demo import second_act
 
 if __name__ == "__main__":
-    cast("dict[str, str]", learning.SETTINGS)["CODE_WORKER_TRAINING__EPOCHS"] = "1"
+    cast("dict[str, str]", second_act.SETTINGS)["CODE_WORKER_TRAINING__EPOCHS"] = "1"
     sys.argv[1:1] = ["demo"]
     main()

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from code_worker.demo.artefacts import NEWCOMER
-from code_worker.demo.before_after import GroupRow, by_group, lesson_checks
-from code_worker.demo.learning import Lesson
+from code_worker.demo.findings import GroupRow, by_group, lesson_checks
+from code_worker.demo.generators import NEWCOMER
+from code_worker.demo.second_act import Lesson
 from tests.demo.lessons import ASKED, FAKE, NEW, OLD, lesson, moves, verdict
 
 

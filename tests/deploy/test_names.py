@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel
 
 from code_worker.cli.main import cli
-from code_worker.configuration import CONFIG_ENV
 from code_worker.settings import Settings
+from code_worker.settings.configuration import CONFIG_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = sorted(

@@ -4,12 +4,13 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
-from code_worker.cli.explanation import RETRY_HELPS
+from code_worker.cli.common.records import RETRY_HELPS
 from code_worker.types import RejectReason
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,7 @@ def test_operations_lists_every_reason_and_says_which_a_retry_helps() -> None:
     helped = {reason for reason, help_ in told.items() if help_.startswith("yes")}
     assert helped == {reason.value for reason in RejectReason if reason.retryable} - reserved
     given = {path.name for reason in reserved for path in SOURCE if f"RejectReason.{reason.upper()}" in SOURCE[path]}
-    assert given == {"types.py", "explanation.py"}, "where they are named and explained"
+    assert given == {"types.py", "records.py"}, "where they are named and explained"
 
 
 def test_security_lists_every_act_that_is_audited() -> None:
@@ -104,6 +105,33 @@ def test_the_map_names_every_part_of_the_package() -> None:
     plugins = {f"{path.name}/" for path in (ROOT / "plugins").iterdir() if any(path.glob("*.py*"))}
     named = parts | modules | plugins
     assert {part for part in named if not re.search(rf"(?m)^  .*\b{re.escape(part)}", text)} == set()
+
+
+def test_the_ways_and_places_of_the_architecture_page_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    symbols = set(re.findall(r"code_worker[\w.]*:[\w.]+", text))
+    assert len(symbols) >= 40
+    assert {symbol for symbol in symbols if not _resolves(symbol)} == set()
+    places = {place for place in re.findall(r"`([\w-]+/[\w./-]*)`", text) if place != "code_worker/"}
+    assert len(places) >= 20
+    assert {place for place in places if not _is_there(place)} == set()
+    ways = re.findall(r"```text\n((?:code_worker\S+:\S+\n)+)```", text)
+    assert [len(way.splitlines()) >= 10 for way in ways] == [True, True], "of a job and of a label"
+
+
+def _resolves(symbol: str) -> bool:
+    module, _, names = symbol.partition(":")
+    found = import_module(module)
+    for name in names.split("."):
+        # A field of a dataclass or model without a default is no attribute of its class.
+        if not hasattr(found, name) and name not in getattr(found, "__annotations__", {}):
+            return False
+        found = getattr(found, name, None)
+    return True
+
+
+def _is_there(place: str) -> bool:
+    return any((ROOT / base / place).exists() for base in ("", "code_worker", "plugins"))
 
 
 def test_the_picture_is_well_formed_says_what_it_shows_and_suits_dark_pages() -> None:

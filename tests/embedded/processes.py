@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 
-from code_worker.worker.supervisor import Child
+from code_worker.stack.supervisor import Child
 from tests.fork_server import ADDRESS_ENV, CHILDREN_ENV, ForkedProcess
 from tests.patience import LIMIT_S, polls
 
 CLI = (sys.executable, "-m", "code_worker")
 _PRELUDE = """
 import os, signal, sys, time
-from code_worker.worker.lifeline import die_with_parent
+from code_worker.system.processes import die_with_parent
 die_with_parent()
 def note(path, text):
     with open(path, "a") as stream:

@@ -16,8 +16,8 @@ from redis.exceptions import AuthenticationError
 
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.settings import load_settings
-from code_worker.worker.embedded import EmbeddedBroker
-from code_worker.worker.supervisor import Backoff, Supervisor
+from code_worker.stack.embedded import EmbeddedBroker
+from code_worker.stack.supervisor import Backoff, Supervisor
 from tests.embedded.processes import is_gone, lines, until
 
 Start = Callable[[], tuple[EmbeddedBroker, Supervisor]]

@@ -14,9 +14,9 @@ from redis import Redis
 
 from code_worker.errors import ConfigurationError, StoreError
 from code_worker.settings import load_settings
+from code_worker.stack.up import Stack
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
-from code_worker.worker.stack import Stack
 from tests.embedded.processes import CLI, Up, is_gone, until
 from tests.fork_server import forking_python
 from tests.servers import RedisServer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.worker.supervisor import Backoff, Child, Supervisor
+from code_worker.stack.supervisor import Backoff, Child, Supervisor
 from tests.embedded.processes import child, is_gone, lines, until
 
 QUICK = Backoff(first_s=0.05, max_s=0.2, healthy_s=30)
@@ -135,7 +135,7 @@ def _supervising(log: Path, body: str) -> subprocess.Popen[bytes]:
     """A process of its own that supervises one child with the signals of a command line."""
     program = (
         "import sys\nfrom tests.embedded.processes import child\n"
-        "from code_worker.worker.supervisor import Supervisor\n"
+        "from code_worker.stack.supervisor import Supervisor\n"
         f"supervisor = Supervisor(grace_s=600)\nsupervisor.add(child('one', {body!r}))\nsys.exit(supervisor.run())"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2], start_new_session=True)

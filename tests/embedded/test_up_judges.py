@@ -70,7 +70,7 @@ def test_up_judges_whatever_was_enqueued_and_whatever_of_it_dies(
         assert promoted.returncode == 0, promoted.stderr
         until(lambda: all(client.verdict(job) for job in early), 240)
         _kill(up, "valkey-server")
-        _kill(up, "code_worker.worker.process")
+        _kill(up, "code_worker.stack.worker_process")
         late = client.enqueue_many([str(path) for path in images[3:]])  # accepted, whatever the broker does just now
         until(lambda: all(client.verdict(job) for job in late), 240)
         assert {verdict.outcome for job in early + late if (verdict := client.verdict(job))} == {Outcome.JUDGED}

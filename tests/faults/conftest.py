@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from code_worker.doorbell import Doorbell
+from code_worker.publisher import Publisher
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
 from tests.conftest import built_once
@@ -98,7 +98,7 @@ def deploy(tmp_path: Path, redis_server: RedisServer, small_release_dir: Path) -
         found: list[Any] = [deployment.violations() for deployment in made]
         assert not any(found), found
     finally:
-        Doorbell._installed = None
+        Publisher._installed = None
         for deployment in made:
             deployment.close()
         shutil.rmtree(tmp_path / "releases", ignore_errors=True)

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 import pytest
 import redis
 
-from code_worker.queues import BACKFILL, LIVE, NORMAL
+from code_worker.wire import BACKFILL, LIVE, NORMAL
 from tests.faults.deployment import FaultDeployment
 from tests.faults.proxy import TcpProxy
 from tests.faults.rows import Bar, Seen, row

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from code_worker.encoder.engine import Engine
+from code_worker.encoder.torch_engine import Engine
 
 # A file that names neither hook nor hookimpl is no plugin.
 inner = Engine.embed

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from code_worker.failpoints import FAILPOINT_STATUS, NAMES, FailpointError, armed
-from code_worker.moderation.verdicts import rejected_job
+from code_worker.moderation.judge import rejected_job
 from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Store
+from code_worker.system.failpoints import FAILPOINT_STATUS, NAMES, FailpointError, armed
 from code_worker.types import Job, RejectReason
 from tests.faults.checker import broker_violations, idle_violations, ledger_violations, log_violations, overdue
 from tests.faults.operations import operations_of
@@ -212,7 +212,7 @@ def test_a_failpoint_does_what_it_was_told_and_only_there() -> None:
 
 
 def test_a_failpoint_ends_its_process() -> None:
-    script = "from code_worker.failpoints import failpoint; failpoint('before_ack'); failpoint('after_claim')"
+    script = "from code_worker.system.failpoints import failpoint; failpoint('before_ack'); failpoint('after_claim')"
     done = subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, "CODE_WORKER_FAILPOINT": "after_claim"}, check=False
     )

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from code_worker.moderation.judge import Judge
-from code_worker.moderation.load import start_runtime
 from code_worker.moderation.policy import PolicyBook
 from code_worker.moderation.pool import PriorityPool
-from code_worker.moderation.runtime import Runtime
+from code_worker.moderation.runtime import Runtime, start_runtime
 from code_worker.plugins import load_plugins
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings

@@ -12,9 +12,9 @@ from kombu import Connection
 from sqlalchemy import text
 
 from code_worker.broker import REDIS_TRANSPORT, transport_options
-from code_worker.doorbell import Doorbell
-from code_worker.queues import NORMAL
+from code_worker.publisher import Publisher
 from code_worker.store import jobs
+from code_worker.wire import NORMAL
 from tests.faults.deployment import FaultDeployment
 from tests.faults.rows import Seen, row
 from tests.servers import RedisServer
@@ -38,7 +38,7 @@ def _race(deployment: FaultDeployment, count: int, processes: int, concurrency: 
     ids = deployment.ledger.run(lambda session: jobs.accept(session, new))
     deployment.accepted += ids
     deployment.ledger.run(lambda session: jobs.mark_published(session, ids))
-    with closing(Doorbell.for_producer(deployment.settings)) as bell:
+    with closing(Publisher.for_producer(deployment.settings)) as bell:
         for job in ids:
             for _ in range(_TIMES):
                 bell.ring(NORMAL, [job])
@@ -79,13 +79,13 @@ def test_a_row_that_is_locked_while_its_message_is_taken_is_not_left_to_the_swee
     deployment = deploy(migrated_postgres_url, CODE_WORKER_WORKER__SWEEP_INTERVAL_S="300")
     deployment.worker()
     deployment.started()
-    with closing(Doorbell.for_producer(deployment.settings)) as bell:
+    with closing(Publisher.for_producer(deployment.settings)) as bell:
         bell.depth(NORMAL)
         # The worker tries for a third of a second; on a busy machine the lock may be held for longer than that.
         assert any(_judged_though_locked(deployment, bell) for _ in range(10))
 
 
-def _judged_though_locked(deployment: FaultDeployment, bell: Doorbell) -> bool:
+def _judged_though_locked(deployment: FaultDeployment, bell: Publisher) -> bool:
     """Whether a job was judged whose row was locked as its message was taken; one left behind gets a new one."""
     claims, skipped = len(deployment.events("jobs_claimed")), _skipped(deployment)
     (uri,) = deployment.images(1)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from code_worker.queues import LIVE, QUEUES
+from code_worker.wire import LIVE, QUEUES
 from tests.faults.deployment import FaultDeployment
 from tests.faults.proxy import TcpProxy
 from tests.faults.rows import Bar, Seen, row

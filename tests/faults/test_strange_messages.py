@@ -12,7 +12,7 @@ from typing import Any
 import redis
 from sqlalchemy import text
 
-from code_worker.queues import MODERATE, NORMAL
+from code_worker.wire import MODERATE, NORMAL
 from tests.faults.deployment import FaultDeployment
 from tests.faults.rows import Bar, Seen, row
 from tests.servers import RedisServer

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-from code_worker.failpoints import FAILPOINT_STATUS
+from code_worker.system.failpoints import FAILPOINT_STATUS
 from tests.faults.deployment import FaultDeployment
 from tests.faults.rows import Bar, Seen, row
 from tests.fork_server import CHILDREN_ENV

@@ -18,7 +18,7 @@ from sklearn.svm import OneClassSVM
 
 from code_worker.errors import ArtifactError
 from code_worker.heads import Head
-from code_worker.releases.estimator import read_estimator
+from code_worker.releases.importing import read_estimator
 from code_worker_heads.knn import NearestNeighbourHead
 from code_worker_heads.linear import LinearHead
 from code_worker_heads.saved import sided

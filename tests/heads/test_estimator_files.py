@@ -22,8 +22,8 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 
 from code_worker.errors import ArtifactError, UnsafeArtifactError
-from code_worker.releases import estimator, pickled
-from code_worker.releases.estimator import read_estimator
+from code_worker.releases import importing, pickled
+from code_worker.releases.importing import read_estimator
 from tests.heads.samples import clouds, fitted_estimators
 
 ESTIMATORS = fitted_estimators()
@@ -221,13 +221,13 @@ def test_damaged_files_read_or_end_in_an_artifact_error(name: str, tmp_path: Pat
 
 
 def test_the_reader_imports_neither_joblib_nor_scikit_learn() -> None:
-    script = "import sys, code_worker.releases.estimator; print({'joblib', 'sklearn', 'torch'} & set(sys.modules))"
+    script = "import sys, code_worker.releases.importing; print({'joblib', 'sklearn', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 
 
 def test_the_reader_never_names_the_pickle_module() -> None:
-    for module in (estimator, pickled):
+    for module in (importing, pickled):
         tree = ast.parse(inspect.getsource(module))
         imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         sources = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import KNeighborsClassifier
 
-from code_worker.releases.estimator import read_estimator
+from code_worker.releases.importing import read_estimator
 from code_worker_heads import device, search
 from code_worker_heads.knn import NearestNeighbourHead
 from code_worker_heads.search import CosineIndex, unit_rows

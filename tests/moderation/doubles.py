@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from code_worker.heads import Head
-from code_worker.images.source import Fetched
 from code_worker.moderation.runtime import Runtime
+from code_worker.types import Fetched
 
 
 def png(value: int, size: int = 224) -> bytes:

@@ -13,19 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from code_worker.errors import (
-    ImageRejectedError,
-    SourceCredentialsError,
-    SourcePausedError,
-    TransientError,
-)
-from code_worker.images.source import Fetched
-from code_worker.moderation import collect
+from code_worker.errors import ImageRejectedError, SourceCredentialsError, SourcePausedError, TransientError
+from code_worker.moderation import pipeline
 from code_worker.moderation.judge import Judge, Judged
 from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.pool import PriorityPool
 from code_worker.settings import LimitSettings
-from code_worker.types import Job, Label, Outcome, RejectReason
+from code_worker.types import Fetched, Job, Label, Outcome, RejectReason
 from tests.moderation.doubles import (
     BrokenHead,
     DictSources,
@@ -131,7 +125,7 @@ def test_failed_credentials_name_their_source_and_blame_no_job(judge_objects: Ca
 def test_images_that_arrive_soon_after_each_other_are_looked_up_together(
     pool: PriorityPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "_LINGER_S", 30.0)  # so that only the number of images counts here
+    monkeypatch.setattr(pipeline, "_LINGER_S", 30.0)  # so that only the number of images counts here
     asked: list[int] = []
 
     def known(encoder: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
@@ -235,7 +229,7 @@ def test_an_encoder_that_is_gone_puts_its_jobs_back(judge_objects: Callable[...,
 def test_waiting_for_ones_turn_counts_as_a_sign_of_life(
     judge_objects: Callable[..., Judged], pool: PriorityPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "_LOOK_S", 0.02)
+    monkeypatch.setattr(pipeline, "_LOOK_S", 0.02)
     release, signs = threading.Event(), []
     for _ in range(pool.size):
         pool.submit((-9,), partial(release.wait, 120))
@@ -252,7 +246,7 @@ def test_waiting_for_ones_turn_counts_as_a_sign_of_life(
 
 
 def test_an_image_that_hangs_gives_no_sign_of_life(pool: PriorityPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "_LOOK_S", 0.02)
+    monkeypatch.setattr(pipeline, "_LOOK_S", 0.02)
     release, signs, began = threading.Event(), [], threading.Event()
 
     class Hanging(DictSources):
@@ -390,4 +384,4 @@ def test_thresholds_decide_the_label(judge_objects: Callable[..., Judged]) -> No
 @pytest.mark.parametrize("size", [0, 1, 2047, 2048, 5000, 2**16, 2**16 + 1])
 def test_content_is_hashed_whole_at_any_size(size: int) -> None:
     data = np.random.default_rng(size).bytes(size)
-    assert collect._sha256(data) == hashlib.sha256(data).hexdigest()
+    assert pipeline._sha256(data) == hashlib.sha256(data).hexdigest()

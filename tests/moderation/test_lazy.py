@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from code_worker.errors import TransientError
-from code_worker.moderation.lazy import LazyEmbedder
+from code_worker.moderation.runtime import LazyEmbedder
 from tests.moderation.doubles import MeanEmbedder
 
 CROP = np.zeros((224, 224, 3), np.uint8)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_info
 
-from code_worker.moderation.load import start_runtime
+from code_worker.moderation.runtime import start_runtime
 from code_worker.plugins import load_plugins
 from code_worker.releases.loading import load_release
 from code_worker.settings import Settings

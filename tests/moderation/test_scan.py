@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 from code_worker.errors import SourceCredentialsError, TransientError, UnknownHeadError
-from code_worker.images.source import Fetched
 from code_worker.moderation import scan as scanning
 from code_worker.moderation.judge import Judge
 from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.pool import PriorityPool
 from code_worker.moderation.scan import ScanOptions, scan
 from code_worker.settings import LimitSettings
-from code_worker.types import Label, Outcome, RejectReason, Verdict
+from code_worker.types import Fetched, Label, Outcome, RejectReason, Verdict
 from tests.moderation.doubles import DictSources, png, runtime
 
 

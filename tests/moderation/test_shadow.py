@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from code_worker.moderation.collect import STORED
 from code_worker.moderation.judge import Judge, Judged
+from code_worker.moderation.pipeline import STORED
 from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.pool import PriorityPool
 from code_worker.moderation.runtime import Runtime

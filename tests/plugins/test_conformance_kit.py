@@ -22,9 +22,8 @@ from code_worker.heads import Head
 from code_worker.plugins import load_plugins
 from code_worker.settings import Settings
 from code_worker.testing import assert_head_conforms, check_head
-from code_worker.testing.files import FILE_CHECKS
-from code_worker.testing.options import OPTION_CHECKS
-from code_worker.testing.scoring import SCORE_CHECKS
+from code_worker.testing.conformance import FILE_CHECKS, OPTION_CHECKS
+from code_worker.testing.score_checks import SCORE_CHECKS
 from code_worker_heads.knn import NearestNeighbourHead
 from code_worker_heads.svm import OneClassSvmHead
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from code_worker.data.label_files.importing import import_rows
-from code_worker.data.label_files.rows import Row
+from code_worker.data.label_files.label_import import import_rows
+from code_worker.data.label_files.label_rows import Row
 from code_worker.errors import StoreError
 from code_worker.settings import ScheduleSettings, Settings
-from code_worker.store import audit, releases, runs
+from code_worker.store import audit, releases
 from code_worker.store.audit import Entry
 from code_worker.store.engine import Session, Store, open_store
 from code_worker.store.ids import uuid7
-from code_worker.worker.noted import note_settings
-from code_worker.worker.policies import put_policy
+from code_worker.store.learning import runs
+from code_worker.store.policies import put_policy
+from code_worker.worker.judging.node import note_settings
 from tests.cli.conftest import Cli
 from tests.data.label_acts import Place, sha256_of
 

@@ -10,14 +10,14 @@ import pytest
 from pydantic import SecretStr
 
 from code_worker.broker import celery_config, check_broker, tls_options
-from code_worker.doorbell import Doorbell
+from code_worker.doctor.services import is_vulnerable
 from code_worker.errors import ConfigurationError
+from code_worker.publisher import Publisher
 from code_worker.settings import Settings
-from code_worker.worker.doctor.services import is_vulnerable
 from tests.fork_server import forking_python
 
 OPEN = "redis://10.255.255.1:6379/0"
-PARTS = ("code_worker.worker.process", "code_worker.worker.beat", "code_worker.worker.trainer")
+PARTS = ("code_worker.stack.worker_process", "code_worker.stack.beat_process", "code_worker.stack.trainer_process")
 
 
 def settings(url: str, tmp_path: Path, **broker: object) -> Settings:
@@ -56,7 +56,7 @@ def test_a_protected_or_a_local_one_is_taken(url: str, tmp_path: Path) -> None:
 
 def test_a_producer_does_not_ring_through_it_either(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="neither password nor TLS"):
-        Doorbell.for_producer(settings(OPEN, tmp_path))
+        Publisher.for_producer(settings(OPEN, tmp_path))
 
 
 def test_every_process_ends_with_status_2_and_says_why(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from kombu import Connection, Exchange, Queue
 from sqlalchemy import make_url
 
 from code_worker.client import Client
-from code_worker.doorbell import Doorbell
 from code_worker.plugins import load_plugins
-from code_worker.queues import MODERATE, NORMAL, REFIT, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, jobs_message
+from code_worker.publisher import Publisher
 from code_worker.releases.registry import open_registry
 from code_worker.store import workers
 from code_worker.types import Outcome, RejectReason
+from code_worker.wire import MODERATE, NORMAL, REFIT, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, jobs_message
 from code_worker.worker.app import create_app
 from tests.security.deployment import (
     CANARIES,
@@ -103,17 +103,17 @@ def test_producer_worker_and_scheduler_do_with_their_rights(
     found = [wait_for(producer, job_id) for job_id in ids]
     assert [verdict.outcome for verdict in found] == [Outcome.JUDGED, Outcome.REJECTED]
     beat = deployment.worker(
-        module="code_worker.worker.beat",
+        module="code_worker.stack.beat_process",
         CODE_WORKER_BROKER_URL=broker.url_of("beat"),
         CODE_WORKER_SCHEDULE__REFIT="* * * * *",
     )
     with closing(broker.admin()) as admin:
         wait_until(lambda: admin.exists(f"{PREFIX}redbeat:{REFIT}"), 120, "the schedule is written")
-    with closing(Doorbell.for_producer(as_role(deployment, broker, "beat"))) as bell:
+    with closing(Publisher.for_producer(as_role(deployment, broker, "beat"))) as bell:
         bell.call(SWEEP, SWEEP_QUEUE)
     assert beat.alive
     assert beat.terminate() == 0
-    with closing(Doorbell.for_producer(deployment.settings)) as bell:
+    with closing(Publisher.for_producer(deployment.settings)) as bell:
         bell.mark()
         assert bell.marked()
         bell.call(REFIT, TRAIN_QUEUE)
@@ -253,7 +253,7 @@ def test_no_secret_leaves_the_settings(
     assert {uri: wait_for(producer, producer.enqueue(uri)).reason for uri in uris} == uris
     with pytest.raises(ValueError, match="carries a password or a signature"):
         producer.enqueue(LEAKY)
-    with closing(Doorbell.for_producer(as_role(deployment, broker, "producer"))) as bell:
+    with closing(Publisher.for_producer(as_role(deployment, broker, "producer"))) as bell:
         bell._app.send_task(MODERATE, args=({"v": 1, "items": [{"uri": LEAKY}]},), queue=NORMAL, serializer="json")
     wait_until(lambda: deployment.events("message_refused"), 120, "the message is set aside")
     said = everything_said(deployment, broker)

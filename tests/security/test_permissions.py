@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.kept import open_kept
-from code_worker.disk import make_private
+from code_worker.data.kept_copies import open_kept
+from code_worker.doctor import examine
+from code_worker.doctor.check import Status
 from code_worker.releases.artifacts import open_artifacts
 from code_worker.settings import Settings
+from code_worker.stack.embedded import EmbeddedBroker
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
-from code_worker.training.workplace import Workplace
-from code_worker.worker.doctor import Status, examine
-from code_worker.worker.embedded import EmbeddedBroker
+from code_worker.system.files import make_private
+from code_worker.training.run_context import RunDirectory
 from tests.release_parts import write_plain_release
 
 
@@ -46,7 +47,9 @@ def keep_release(settings: Settings) -> None:
 
 
 def begin_run(settings: Settings) -> None:
-    with Workplace(settings.data_path / "runs", "0198c5a2-7f31-7abc-9def-0123456789ab").open(lambda: None, wait_s=1):
+    with RunDirectory(settings.data_path / "runs", "0198c5a2-7f31-7abc-9def-0123456789ab").open(
+        lambda: None, wait_s=1
+    ):
         pass
 
 

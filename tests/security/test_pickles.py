@@ -17,9 +17,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from code_worker.data.label_files.forms import read_rows
-from code_worker.data.label_files.rows import Words
-from code_worker.data.open import open_examples
+from code_worker.data.datasets.open import open_examples
+from code_worker.data.label_files.label_import import read_rows
+from code_worker.data.label_files.label_rows import Words
 from code_worker.encoder.weights import read_weights
 from code_worker.errors import (
     ArtifactError,
@@ -35,9 +35,8 @@ from code_worker.errors import (
 from code_worker.images.decode import decode
 from code_worker.plugins import InstalledPlugin, Plugins
 from code_worker.releases.artifacts import LocalArtifacts
-from code_worker.releases.estimator import read_estimator
-from code_worker.releases.hashing import describe_files
-from code_worker.releases.importer import ImportOptions, build_release
+from code_worker.releases.importing import ImportOptions, build_release, read_estimator
+from code_worker.releases.integrity import describe_files
 from code_worker.releases.loading import load_head, load_release
 from code_worker.releases.manifest import (
     MANIFEST_NAME,
@@ -50,10 +49,10 @@ from code_worker.releases.manifest import (
 )
 from code_worker.releases.registry import Registry
 from code_worker.settings import LimitSettings, RoleSettings, Settings
-from code_worker.store import snapshots
 from code_worker.store.engine import Store
-from code_worker.training.checkpoints import read_checkpoint, resume_state
-from code_worker.training.job import read_items, read_job
+from code_worker.store.learning import snapshots
+from code_worker.training.fitting.job import read_items, read_job
+from code_worker.training.fitting.trainer import read_checkpoint, resume_state
 
 
 class _Plant:

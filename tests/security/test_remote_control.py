@@ -11,9 +11,9 @@ import pytest
 from celery import Celery
 from pydantic import SecretStr
 
-from code_worker.queues import TRAIN_QUEUE
 from code_worker.settings import Settings
 from code_worker.store.engine import Store
+from code_worker.wire import TRAIN_QUEUE
 from code_worker.worker.app import create_app
 from tests.security.deployment import ACL, CANARIES, GuardedRedis
 from tests.worker.harness import Deployment, environment_in, wait_until
@@ -47,7 +47,7 @@ def start(tmp_path: Path, broker: WatchedRedis, sqlite_store: Store) -> Iterator
         environment = environment_in(tmp_path, sqlite_store.url, broker.url_of("worker"))
         environment["CODE_WORKER_WORKER__REMOTE_CONTROL"] = allowed
         made.append(deployment := Deployment(environment, tmp_path / "workers.log"))
-        deployment.worker(module="code_worker.worker.trainer")
+        deployment.worker(module="code_worker.stack.trainer_process")
         return deployment
 
     yield run

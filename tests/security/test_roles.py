@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.data.erasure import Eraser, Scope
-from code_worker.data.label_files.importing import import_rows
-from code_worker.data.label_files.rows import Row
+from code_worker.data.erasure.erase import Eraser
+from code_worker.data.label_files.label_import import import_rows
+from code_worker.data.label_files.label_rows import Row
 from code_worker.errors import ConfigurationError, NotAllowedError
 from code_worker.plugins import Plugins
 from code_worker.releases.artifacts import LocalArtifacts
@@ -20,9 +20,10 @@ from code_worker.roles import Role, current_user, require, role_of
 from code_worker.settings import RoleSettings, Settings
 from code_worker.store import audit
 from code_worker.store.engine import Store
-from code_worker.training.retrain import Learner
-from code_worker.worker.policies import put_policy
-from code_worker.worker.rescore import rescore
+from code_worker.store.erasure.scopes import Scope
+from code_worker.store.policies import put_policy
+from code_worker.training.learner import Learner
+from code_worker.worker.judging.rescore_run import rescore
 from tests.cli.conftest import Cli
 from tests.data.label_acts import Place
 

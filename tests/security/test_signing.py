@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from code_worker.cli.scan_runtime import load as load_to_scan
+from code_worker.cli.common.release_runtime import load as load_to_scan
 from code_worker.errors import ConfigurationError, IntegrityError, NotAllowedError, SignatureError
 from code_worker.heads import Head
 from code_worker.plugins import InstalledPlugin, Plugins
 from code_worker.releases.artifacts import ArtifactStore, LocalArtifacts, S3Artifacts
-from code_worker.releases.importer import ImportOptions, build_release
+from code_worker.releases.importing import ImportOptions, build_release
+from code_worker.releases.integrity import SIGNATURE_NAME, check, sign
 from code_worker.releases.loading import load_release
 from code_worker.releases.manifest import MANIFEST_NAME, read_manifest, release_id, write_manifest
 from code_worker.releases.registry import Registry
-from code_worker.releases.signing import SIGNATURE_NAME, check, sign
 from code_worker.settings import RoleSettings, S3Settings, Settings, load_settings
 from code_worker.store import audit
 from code_worker.store.engine import Store

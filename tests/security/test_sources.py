@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import pytest
 from pydantic import SecretStr
 
-from code_worker.data.urls import UrlSource
+from code_worker.data.datasets.urls import UrlSource
 from code_worker.errors import ImageRejectedError
 from code_worker.images.source import Sources
 from code_worker.settings import FileSettings, S3Settings, Settings

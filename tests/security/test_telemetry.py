@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from code_worker.queues import REFIT, RETRAIN
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
 from code_worker.types import Outcome
+from code_worker.wire import REFIT, RETRAIN
 from tests.fork_server import ADDRESS_ENV, CHILDREN_ENV
 from tests.servers import RedisServer, S3Server
 from tests.training.learning import build_champion, label_world
@@ -175,10 +175,10 @@ import numpy as np
 from pathlib import Path
 from code_worker.data import hub as data_hub
 from code_worker.encoder import hub
-from code_worker.encoder.vit import VitConfig
+from code_worker.encoder.architecture import VitConfig
 from code_worker.training.evaluation import plots
-from code_worker.training.network import build_vit
-from code_worker.training.pictures import draw_embeddings
+from code_worker.training.fitting.network import build_vit
+from code_worker.training.evaluation.plots import draw_embeddings
 from huggingface_hub.utils import send_telemetry
 
 assert hub.constants.HF_HUB_DISABLE_TELEMETRY

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from sqlalchemy import select
 
-from code_worker.store import jobs, schedule, verdicts
+from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Store
+from code_worker.store.learning import schedule
 from code_worker.store.models import ScheduleSlotRow
 from code_worker.types import ImageFacts, Job, JobState, Label, Outcome, Provenance, RejectReason, Verdict
 

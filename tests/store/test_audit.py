@@ -12,10 +12,11 @@ import pytest
 from sqlalchemy import text
 
 from code_worker.errors import StoreError
-from code_worker.store import audit, labels, policies, snapshots
+from code_worker.store import audit, policies
 from code_worker.store.audit import FIRST, AuditFilter, Entry
 from code_worker.store.engine import Session, Store
-from code_worker.store.labels import NewLabel
+from code_worker.store.learning import labels, snapshots
+from code_worker.store.learning.labels import NewLabel
 from tests.store.acts import accept, judged, write
 
 KEPT = ("verdicts", "labels", "policies", "snapshots", "alias_moves")

@@ -18,11 +18,11 @@ from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError
 
 from code_worker.errors import ConfigurationError, StoreError, StoreFullError, StoreUnavailableError
-from code_worker.store import engine, health, jobs
+from code_worker.store import engine, jobs, migrate
 from code_worker.store.engine import MAX_TRIES, Session, Store, open_store
 from code_worker.store.ids import uuid7, uuid7_floor
 from code_worker.store.models import JobRow, db_now, db_now_plus
-from code_worker.store.purging import purge
+from code_worker.store.retention import purge
 from code_worker.store.sql import new_id
 from code_worker.types import JobState
 from tests.faults.rows import Seen, row
@@ -125,7 +125,7 @@ def test_ids_are_in_the_order_of_the_databases_time_whatever_this_machines_clock
     before = postgres_store.new_id()
     ahead_ns = time.time_ns() + 3600 * 10**9
     monkeypatch.setattr("code_worker.store.ids.time.time_ns", lambda: ahead_ns)
-    there = postgres_store.run(health.server_time, write=False)
+    there = postgres_store.run(migrate.server_time, write=False)
     after = postgres_store.new_id()
     within = postgres_store.run(new_id)
     assert before < after < within < uuid7_floor(there + timedelta(minutes=5)) < uuid7()

@@ -18,8 +18,8 @@ from code_worker.client import Client
 from code_worker.errors import CommitUnknownError, StoreError, StoreRefusedError, StoreUnavailableError
 from code_worker.settings import Settings
 from code_worker.store import jobs, policies, releases, verdicts, workers
+from code_worker.store.database_errors import SQLSTATES, DbFault, classify, loses_connection
 from code_worker.store.engine import Session, Store, open_store
-from code_worker.store.faults import SQLSTATES, DbFault, classify, loses_connection
 from code_worker.store.ids import uuid7
 from code_worker.types import JobState
 from tests.faults.proxy import TcpProxy

@@ -15,12 +15,12 @@ from sqlalchemy import func, select, text
 from code_worker.errors import StoreError
 from code_worker.images.phash import perceptual_hash
 from code_worker.settings import LimitSettings
-from code_worker.store import image_groups, kept_images
 from code_worker.store.engine import Session, Store, open_store
-from code_worker.store.image_groups import Place
-from code_worker.store.kept_images import NEAR_BITS, KeptImage, bits, is_near, near
+from code_worker.store.learning import image_groups, kept_images
+from code_worker.store.learning.image_groups import Place
+from code_worker.store.learning.kept_images import NEAR_BITS, KeptImage, bits, is_near, near
+from code_worker.store.learning.label_rules import is_holdout
 from code_worker.store.models import ImageGroupRow, KeptImageRow, SecretRow
-from code_worker.store.splits import is_holdout
 from code_worker.store.sql import table_of
 from tests.image_files import encoded, pixels
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from code_worker.store import erasures, jobs, personal, verdicts
+from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Session, Store
+from code_worker.store.erasure import personal, receipts
 from code_worker.store.ids import uuid7
 from code_worker.types import JobState, Label, RejectReason
 from tests.store.acts import accept, judged
@@ -88,8 +89,8 @@ def test_no_frequent_query_reads_a_whole_table_or_sorts_it(sqlite_store: Store, 
 
 
 OF_RECEIPTS: dict[str, Callable[[Session], object]] = {
-    "still_open": erasures.still_open,
-    "releases_owed": erasures.releases_owed,
+    "still_open": receipts.still_open,
+    "releases_owed": receipts.releases_owed,
     "left": lambda session: personal.left(session, images=["a" * 64], since=personal.moment(session)),
 }
 

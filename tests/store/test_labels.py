@@ -12,10 +12,11 @@ import pytest
 from sqlalchemy import select, text
 
 from code_worker.errors import StoreError
-from code_worker.store import kept_images, labels
 from code_worker.store.engine import Store
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import LabelFilter, NewLabel, ResolvedLabel, Statement
+from code_worker.store.learning import kept_images, labels
+from code_worker.store.learning.kept_images import KeptImage
+from code_worker.store.learning.label_rules import ResolvedLabel
+from code_worker.store.learning.labels import LabelFilter, NewLabel, Statement
 from code_worker.store.models import db_now
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64

@@ -10,23 +10,16 @@ from pathlib import Path
 import pytest
 
 import code_worker.store
-from code_worker.store import (
-    embeddings,
-    erasing,
-    erasures,
-    jobs,
-    kept_images,
-    labels,
-    personal,
-    shadow,
-    verdicts,
-)
+from code_worker.store import embeddings, jobs, verdicts
 from code_worker.store.engine import Session, Store
+from code_worker.store.erasure import personal, receipts
+from code_worker.store.erasure import rows as erasing
+from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import NewLabel
+from code_worker.store.learning import challenger_scores, kept_images, labels
+from code_worker.store.learning.kept_images import KeptImage
+from code_worker.store.learning.labels import NewLabel
 from code_worker.store.models import Base
-from code_worker.store.scopes import Scope
 from code_worker.types import ImageFacts, Job, ShadowScore
 from tests.store.acts import accept, claim, judged
 
@@ -131,7 +124,7 @@ def late_writes(session: Session, job: Job, since: datetime) -> None:
     facts = ImageFacts(SHA, 10, "JPEG", 8, 8, "RGB")
     verdicts.write(session, [judged(job.id, uri=job.uri, facts=facts, tenant=job.tenant)])
     score = ShadowScore(job.id, 0, SHA, "r-2", "linear", 0.1, "real", "r-1", "linear", 0.9, "fake", job.tenant)
-    shadow.add(session, [score])
+    challenger_scores.add(session, [score])
     embeddings.keep(session, ENCODER, {SHA: bytes(768)}, jobs={SHA: [job.id]})
     # A training run, a data set that is measured, an import: these know the image and no job.
     embeddings.keep(session, "f" * 64, {SHA: bytes(768)}, since=since)
@@ -144,16 +137,16 @@ def late_writes(session: Session, job: Job, since: datetime) -> None:
 
 def erase(store: Store, job: Job, *, finish: bool) -> str:
     """As the eraser's first steps."""
-    erasure_id, salt = uuid7(), erasures.new_salt()
+    erasure_id, salt = uuid7(), receipts.new_salt()
 
     def work(session: Session) -> None:
         scope = Scope(tenant="acme")
-        erasures.begin(session, id=erasure_id, scope=str(scope), target=scope.target(), by="olga", why="", salt=salt)
-        erasures.add_targets(session, erasure_id, erasures.IMAGE, [SHA])
+        receipts.begin(session, id=erasure_id, scope=str(scope), target=scope.target(), by="olga", why="", salt=salt)
+        receipts.add_targets(session, erasure_id, receipts.IMAGE, [SHA])
         erasing.erase_jobs(session, erasure_id, [job.id], scope=scope, actor="olga")
         erasing.spare_shared(session, erasure_id, [SHA], scope=scope)
         if finish:
-            erasures.finish(session, erasure_id, {})
+            receipts.finish(session, erasure_id, {})
 
     store.run(work)
     return erasure_id

@@ -16,7 +16,7 @@ from code_worker.errors import ConfigurationError, StoreUnavailableError
 from code_worker.settings import Settings
 from code_worker.store import migrate
 from code_worker.store.engine import Session, Store, open_store
-from code_worker.store.purging import purge
+from code_worker.store.retention import purge
 from tests.pooler import POOLERS, pooler, through
 from tests.store.acts import accept, judged, write
 

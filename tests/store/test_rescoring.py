@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from code_worker.store import jobs, rescoring, verdicts
+from code_worker.store import jobs, verdicts
+from code_worker.store import verdicts as rescoring
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
-from code_worker.store.rescoring import Page, RescoreFilter
+from code_worker.store.verdicts import Page, RescoreFilter
 from code_worker.types import Job, JobState, Label, RejectReason, Verdict
 from tests.store.acts import accept, claim, info, judged, rejected, state, write
 

@@ -8,27 +8,16 @@ from datetime import UTC, datetime
 import pytest
 from sqlalchemy import func, select, text
 
-from code_worker.store import (
-    audit,
-    embeddings,
-    image_groups,
-    jobs,
-    kept_images,
-    labels,
-    retention,
-    runs,
-    schedule,
-    shadow,
-    workers,
-)
+from code_worker.store import audit, embeddings, jobs, retention, workers
 from code_worker.store import verdicts as verdict_store
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7, uuid7_floor
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import NewLabel
+from code_worker.store.learning import challenger_scores, image_groups, kept_images, labels, runs, schedule
+from code_worker.store.learning.kept_images import KeptImage
+from code_worker.store.learning.labels import NewLabel
 from code_worker.store.models import ImageGroupRow, ImageOriginRow, KeptImageRow, db_now_plus
-from code_worker.store.shadow import ShadowScore
 from code_worker.store.sql import table_of
+from code_worker.types import ShadowScore
 from tests.store.acts import HASH, accept, claim, judged, write
 
 NOW_OLD = 0.05 / 86_400
@@ -95,14 +84,14 @@ def test_finished_jobs_go_with_verdicts_and_shadow_scores_and_unfinished_ones_ne
         tenant=None,
         content_type=None,
     )
-    store.run(lambda session: shadow.add(session, [score]))
+    store.run(lambda session: challenger_scores.add(session, [score]))
     moment = age()
     fresh = done(store)
     assert [prune(store, "jobs", limit=2, since=moment) for _ in range(3)] == [2, 1, 0]
     assert [known(store, job_id) for job_id in (*old, waiting, fresh)] == [False] * 3 + [True] * 2
     assert live(store, old[0]) is None
     assert live(store, fresh) is not None
-    assert store.run(shadow.last, write=False) is None
+    assert store.run(challenger_scores.last, write=False) is None
     first = store.run(lambda session: audit.last(session, action="retention.remove"), write=False)
     assert first is not None
     assert (first.actor, first.subject, '"count":1' in first.details) == ("retention", "jobs", True)

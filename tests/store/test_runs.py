@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import text
 
 from code_worker.errors import RunLostError, StoreError
-from code_worker.store import runs, schedule, snapshots
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
-from code_worker.store.runs import Run, RunMetrics
+from code_worker.store.learning import runs, schedule, snapshots
+from code_worker.store.learning.runs import Run, RunMetrics
 from tests.store.acts import slots
 
 SLOT = datetime(2026, 11, 22, 3, 0, tzinfo=UTC)

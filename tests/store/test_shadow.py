@@ -7,11 +7,12 @@ from datetime import timedelta
 
 import pytest
 
-from code_worker.store import jobs, labels, shadow
+from code_worker.store import jobs
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
+from code_worker.store.learning import challenger_scores, labels
+from code_worker.store.learning.challenger_scores import Disagreement, ShadowFilter, Tally
 from code_worker.store.models import db_now
-from code_worker.store.shadow import Disagreement, ShadowFilter, Tally
 from code_worker.types import Label, ShadowScore
 from tests.store.acts import accept, judged, write
 
@@ -39,12 +40,12 @@ def score(number: int, was: float, now: float, **more: object) -> ShadowScore:
 
 def add(store: Store, *scores: ShadowScore) -> None:
     accept(store, *(jobs.NewJob("s3://b/a.jpg", id=score.job_id) for score in scores))
-    store.run(lambda session: shadow.add(session, scores))
+    store.run(lambda session: challenger_scores.add(session, scores))
 
 
 def tally(store: Store, **wanted: object) -> list[Tally]:
     chosen = ShadowFilter(**{"release": "r-2", **wanted})  # type: ignore[arg-type]
-    return store.run(lambda session: shadow.tally(session, chosen), write=False)
+    return store.run(lambda session: challenger_scores.tally(session, chosen), write=False)
 
 
 def test_of_a_job_and_revision_only_the_first_score_of_a_challenger_counts(store: Store) -> None:
@@ -54,11 +55,11 @@ def test_of_a_job_and_revision_only_the_first_score_of_a_challenger_counts(store
     (whole,) = tally(store)
     assert (whole.images, whole.shift) == (2, pytest.approx(1.6))
     assert sum(one.images for one in tally(store, release="r-3")) == 1
-    assert store.run(shadow.last, write=False) == "r-3"
+    assert store.run(challenger_scores.last, write=False) == "r-3"
 
 
 def test_without_scores_there_is_no_last_challenger(store: Store) -> None:
-    assert store.run(shadow.last, write=False) is None
+    assert store.run(challenger_scores.last, write=False) is None
     assert tally(store) == []
     add(store)
 
@@ -108,7 +109,7 @@ def test_disagreements_begin_with_other_labels_and_name_the_image(store: Store) 
 
     def most(limit: int) -> list[Disagreement]:
         wanted = ShadowFilter("r-2")
-        return store.run(lambda session: shadow.disagreements(session, wanted, limit=limit), write=False)
+        return store.run(lambda session: challenger_scores.disagreements(session, wanted, limit=limit), write=False)
 
     assert [(one.job_id, one.uri) for one in most(5)] == [(job, "s3://b/a.jpg"), (far.job_id, None)]
     (first,) = most(1)
@@ -121,5 +122,5 @@ def test_labelled_images_come_once_as_they_were_last_scored(store: Store) -> Non
     store.run(lambda session: labels.add(session, said))
     add(store, score(0, 0.1, 0.2))
     add(store, score(0, 0.1, 0.7), score(1, 0.9, 0.8), score(2, 0.9, 0.9))
-    found = store.run(lambda session: shadow.labelled(session, ShadowFilter("r-2")), write=False)
+    found = store.run(lambda session: challenger_scores.labelled(session, ShadowFilter("r-2")), write=False)
     assert found == {HASHES[0]: (Label.REAL, Label.FAKE), HASHES[1]: (Label.FAKE, Label.FAKE)}

@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 from sqlalchemy import text
 
-from code_worker.store import turns, workers
+from code_worker.store import leases, workers
 from code_worker.store.engine import Session, Store
-from code_worker.store.turns import LostTurnError, Turn
+from code_worker.store.leases import LostTurnError, Turn
 
 ROLE = "tidying"
 
@@ -40,7 +40,7 @@ def test_who_slept_while_another_had_the_role_does_not_take_it_again(
             store.run(partial(workers.drop_lease, name=ROLE, owner="another"))
         with pytest.raises(LostTurnError, match="another process took over: it is tidying there, or"):
             first.write(lambda _: None)
-        monkeypatch.setattr(turns, "LEASE_S", 0.0)
+        monkeypatch.setattr(leases, "LEASE_S", 0.0)
         with pytest.raises(LostTurnError):
             first.check()
         assert store.run(held, write=False) == (None if gives_back else "another")
@@ -50,7 +50,7 @@ def test_who_slept_while_nobody_wanted_the_role_has_it_still(store: Store) -> No
     with turn(store) as first:
         lapse(store)
         assert first.write(held) == "one"
-        with pytest.raises(turns.TakenTurnError), turn(store, "another"):
+        with pytest.raises(leases.TakenTurnError), turn(store, "another"):
             pass
 
 
@@ -62,7 +62,7 @@ def test_a_holder_whose_machine_slept_asks_before_it_goes_on(
         # This clock stands still while a machine sleeps.
         monkeypatch.setattr(time, "monotonic", lambda: stopped)
         sqlite_store.run(partial(workers.drop_lease, name=ROLE, owner="one"))
-        monkeypatch.setattr(turns, "LEASE_S", 0.0)
+        monkeypatch.setattr(leases, "LEASE_S", 0.0)
         with pytest.raises(LostTurnError):
             first.check()
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from code_worker.training.gate import GateInputs, Opinion
-from code_worker.training.noise import label_noise
+from code_worker.training.gate.gate_inputs import GateInputs, ReleaseScores
+from code_worker.training.gate.label_quality import label_noise
 from code_worker_heads.linear import LinearHead
 
 NEW = "gen_3"
@@ -61,8 +61,8 @@ def refitted(seen: World) -> GateInputs:
         labels=seen.labels[seen.holdout],
         generators=tuple(seen.generators[seen.holdout]),
         new=seen.new[seen.holdout],
-        candidate=Opinion("r-candidate", "linear", 0.5, {"clean": {"linear": candidate.score(held)}}),
-        champion=Opinion("r-champion", "linear", 0.5, {"clean": {"linear": champion.score(held)}}),
+        candidate=ReleaseScores("r-candidate", "linear", 0.5, {"clean": {"linear": candidate.score(held)}}),
+        champion=ReleaseScores("r-champion", "linear", 0.5, {"clean": {"linear": champion.score(held)}}),
         noise=(
             *label_noise(seen.embeddings, seen.labels, everything, among="all images"),
             *label_noise(seen.embeddings, seen.labels, seen.new, among="new images"),

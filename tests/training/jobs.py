@@ -12,9 +12,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from code_worker.data.holdout import is_holdout
 from code_worker.settings import TrainingSettings
-from code_worker.training.job import Item, TrainingJob, write_job
+from code_worker.store.learning.label_rules import is_holdout
+from code_worker.training.fitting.job import Item, TrainingJob, write_job
 
 MINIATURE: dict[str, Any] = {
     "image_size": 32,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from code_worker.training.objective import VIEWS, ViewEmbeddings, contrastive_loss, derangement, gather_rows
+from code_worker.training.fitting.objective import VIEWS, ViewEmbeddings, contrastive_loss, derangement, gather_rows
 
 JOINED_CASES = [(1, 0.1), (5, 0.1), (7, 0.5)]
 

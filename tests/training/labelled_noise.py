@@ -10,9 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from code_worker.data.examples import Example
-from code_worker.moderation.load import start_runtime
-from code_worker.moderation.runtime import Runtime
+from code_worker.data.datasets.examples import Example
+from code_worker.moderation.runtime import Runtime, start_runtime
 from code_worker.plugins import load_plugins
 from code_worker.releases.loading import load_release
 from code_worker.settings import Settings

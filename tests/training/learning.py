@@ -12,23 +12,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from code_worker.data.holdout import is_holdout
-from code_worker.data.kept import open_kept
-from code_worker.encoder.engine import Engine
+from code_worker.data.kept_copies import open_kept
+from code_worker.encoder.architecture import VitConfig, expected_shapes
 from code_worker.encoder.loop import EncoderLoop
-from code_worker.encoder.vit import VitConfig, expected_shapes
+from code_worker.encoder.torch_engine import Engine
 from code_worker.encoder.weights import EncoderWeights
 from code_worker.images.decode import decode
 from code_worker.plugins import Plugins, load_plugins
-from code_worker.releases.builder import ReleaseFacts, build_from_parts
+from code_worker.releases.building import ReleaseFacts, build_from_parts
 from code_worker.releases.manifest import Source
 from code_worker.releases.registry import Registry, open_registry
 from code_worker.settings import Settings
-from code_worker.store import image_groups, kept_images, labels, retention, runs
+from code_worker.store import retention
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
-from code_worker.store.kept_images import KeptImage
-from code_worker.store.labels import NewLabel
+from code_worker.store.learning import image_groups, kept_images, labels, runs
+from code_worker.store.learning.kept_images import KeptImage
+from code_worker.store.learning.label_rules import is_holdout
+from code_worker.store.learning.labels import NewLabel
 from code_worker.training import snapshot as snapshots
 from code_worker.training.snapshot import Snapshot
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from code_worker.training.augment import AUGMENTATIONS, Augmentation, Augmenter
+from code_worker.training.fitting.augment import AUGMENTATIONS, Augmentation, Augmenter
 from tests.image_files import pixels
 
 BY_NAME = {augmentation.name: augmentation for augmentation in AUGMENTATIONS}

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from code_worker.data.holdout import is_holdout
 from code_worker.errors import ArtifactError, TrainingError
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import GateSettings
-from code_worker.training.comparison import Side, gate_inputs, measured, missed_generators
-from code_worker.training.gate import GateDecision, decide
+from code_worker.store.learning.label_rules import is_holdout
+from code_worker.training.gate.comparison import Side, gate_inputs, measured, missed_generators
+from code_worker.training.gate.rule import GateDecision, decide
 from code_worker.training.snapshot import Member, Snapshot
 from code_worker_heads.linear import LinearHead
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from code_worker import heads
-from code_worker.data.examples import FAKE, REAL, Example
-from code_worker.data.kept import open_kept
+from code_worker.data.datasets.examples import FAKE, REAL, Example
+from code_worker.data.kept_copies import open_kept
 from code_worker.encoder.weights import random_weights
 from code_worker.errors import DatasetError, ImageRejectedError, SourceCredentialsError, StorageError, TransientError
 from code_worker.settings import LimitSettings, Settings
 from code_worker.store.engine import Store
 from code_worker.training.embed import Embedded, embed_examples
-from code_worker.training.encoded import open_encoder
+from code_worker.training.snapshot_embeddings import open_encoder
 from code_worker.types import RejectReason
 from tests.moderation.doubles import MeanEmbedder, png
 

@@ -9,24 +9,23 @@ import numpy as np
 import pytest
 
 from code_worker._version import __version__
-from code_worker.data.examples import Example, Skipped
+from code_worker.data.datasets.examples import Example, Skipped
 from code_worker.errors import ArtifactError, DatasetError, UnknownHeadError
 from code_worker.moderation.policy import Policy
 from code_worker.moderation.runtime import Runtime
 from code_worker.settings import LimitSettings
-from code_worker.training.evaluation.bounds import Bounds, missed
-from code_worker.training.evaluation.compare import compare, compare_scores, regressions
-from code_worker.training.evaluation.evaluate import Evaluation, Plan, evaluate, measure, published_table
-from code_worker.training.evaluation.groups import UNNAMED, group_images
-from code_worker.training.metrics import DECISIONS, RANKINGS, figures
+from code_worker.training.evaluation.compare import Bounds, compare, compare_scores, missed_bounds, regressions
+from code_worker.training.evaluation.evaluate import Evaluation, EvaluationPlan, evaluate, measure, published_table
+from code_worker.training.evaluation.metrics import DECISIONS, RANKINGS, figures
+from code_worker.training.evaluation.robustness import UNNAMED, group_images
 from tests.moderation.doubles import FirstValueHead
 from tests.training.labelled_noise import mislabelled, noise_examples
 
 LIMITS = LimitSettings()
-QUICK = Plan(resamples=20)
+QUICK = EvaluationPlan(resamples=20)
 
 
-def measured(runtime: Runtime, examples: Sequence[Example], plan: Plan = QUICK, **more: Any) -> Evaluation:
+def measured(runtime: Runtime, examples: Sequence[Example], plan: EvaluationPlan = QUICK, **more: Any) -> Evaluation:
     return evaluate(examples, runtime, LIMITS, plan, source="noise", **more)
 
 
@@ -107,7 +106,9 @@ def test_deployed_thresholds_are_those_of_the_release_unless_a_policy_is_given(s
 
 
 def test_without_a_bootstrap_figures_have_no_interval(shallow_runtime: Runtime) -> None:
-    figure = row(measured(shallow_runtime, noise_examples(8), Plan(resamples=0)), "all")["published"]["accuracy"]
+    figure = row(measured(shallow_runtime, noise_examples(8), EvaluationPlan(resamples=0)), "all")["published"][
+        "accuracy"
+    ]
     assert figure == {"value": 1.0, "low": None, "high": None}
 
 
@@ -193,7 +194,7 @@ def test_an_unknown_head_is_refused_before_an_image_is_read(shallow_runtime: Run
         raise AssertionError("read too early")
 
     with pytest.raises(UnknownHeadError, match="known: knn, linear, svm"):
-        measured(shallow_runtime, [Example("a", 0, read)], Plan(heads=("crystal-ball",)))
+        measured(shallow_runtime, [Example("a", 0, read)], EvaluationPlan(heads=("crystal-ball",)))
 
 
 def test_a_head_that_breaks_its_contract_is_named(shallow_runtime: Runtime) -> None:
@@ -203,7 +204,7 @@ def test_a_head_that_breaks_its_contract_is_named(shallow_runtime: Runtime) -> N
 
     wild = replace(shallow_runtime, heads={**shallow_runtime.heads, "wild": Wild()})
     with pytest.raises(ArtifactError, match="wild"):
-        measured(wild, noise_examples(4), Plan(heads=("wild",)))
+        measured(wild, noise_examples(4), EvaluationPlan(heads=("wild",)))
 
 
 def test_images_that_nobody_names_a_source_for_are_a_group_too() -> None:
@@ -217,9 +218,9 @@ def test_images_that_nobody_names_a_source_for_are_a_group_too() -> None:
 def test_bounds_are_checked_under_every_condition_for_the_heads_that_are_asked(shallow_runtime: Runtime) -> None:
     plan = replace(QUICK, presets=("sidbench",), heads=("linear", "knn"))
     report = measured(shallow_runtime, noise_examples(8), plan).report
-    assert missed(report, Bounds(), ["linear"]) == []
-    assert missed(report, Bounds(max_fpr=1, min_balanced_accuracy=0), ["linear", "knn"]) == []
-    lines = missed(report, Bounds(min_balanced_accuracy=0.95), ["linear"])
+    assert missed_bounds(report, Bounds(), ["linear"]) == []
+    assert missed_bounds(report, Bounds(max_fpr=1, min_balanced_accuracy=0), ["linear", "knn"]) == []
+    lines = missed_bounds(report, Bounds(min_balanced_accuracy=0.95), ["linear"])
     assert lines
     assert all("head linear" in line and "below 0.95" in line for line in lines)
     assert not any("under clean" in line for line in lines)
@@ -228,7 +229,7 @@ def test_bounds_are_checked_under_every_condition_for_the_heads_that_are_asked(s
 def test_a_bound_that_the_data_cannot_check_is_missed(shallow_runtime: Runtime) -> None:
     fakes = [one for one in noise_examples(8) if one.label]
     report = measured(shallow_runtime, fakes).report
-    lines = missed(report, Bounds(min_balanced_accuracy=0.5, max_fpr=0.1), ["linear"])
+    lines = missed_bounds(report, Bounds(min_balanced_accuracy=0.5, max_fpr=0.1), ["linear"])
     assert [line.partition(" under")[0] for line in lines] == ["balanced accuracy", "false alarms"]
     assert all("cannot be told" in line for line in lines)
 

@@ -11,10 +11,17 @@ from numpy.typing import NDArray
 
 from code_worker.errors import TrainingError
 from code_worker.settings import GateSettings
-from code_worker.training.gate import CrossFitted, GateDecision, GateInputs, Opinion, PolicyRule, decide
-from code_worker.training.noise import Noise, label_noise
-from code_worker.training.paired import difference_limits, images_needed
-from code_worker.training.spending import Comparison, spend
+from code_worker.training.gate.gate_inputs import (
+    Comparison,
+    CrossFitted,
+    GateInputs,
+    PolicyRule,
+    ReleaseScores,
+    spend,
+)
+from code_worker.training.gate.label_quality import Noise, label_noise
+from code_worker.training.gate.paired import difference_limits, images_needed
+from code_worker.training.gate.rule import GateDecision, decide
 from tests.training.clouds import refitted, world
 
 SETTINGS = GateSettings()
@@ -29,14 +36,14 @@ def scores(real: float, old: float, new: float) -> NDArray[np.float32]:
     return np.where(right, labels, 1 - labels).astype(np.float32)
 
 
-def opinion(name: str, *shares: float, changed: tuple[float, ...] | None = None) -> Opinion:
+def opinion(name: str, *shares: float, changed: tuple[float, ...] | None = None) -> ReleaseScores:
     by_condition = {"clean": {"linear": scores(*shares)}}
     if changed is not None:
         by_condition["768px_q60"] = {"linear": scores(*changed)}
-    return Opinion(name, "linear", 0.5, by_condition)
+    return ReleaseScores(name, "linear", 0.5, by_condition)
 
 
-def inputs(candidate: Opinion, champion: Opinion | None, **more: object) -> GateInputs:
+def inputs(candidate: ReleaseScores, champion: ReleaseScores | None, **more: object) -> GateInputs:
     made = GateInputs(
         labels=np.repeat([0, 1, 1], N).astype(np.int8),
         generators=(*[None] * N, *["old"] * N, *["sdxl"] * N),
@@ -48,7 +55,7 @@ def inputs(candidate: Opinion, champion: Opinion | None, **more: object) -> Gate
     return replace(made, **more)  # type: ignore[arg-type]
 
 
-def gate(*arguments: Opinion | None, settings: GateSettings = SETTINGS, **more: object) -> GateDecision:
+def gate(*arguments: ReleaseScores | None, settings: GateSettings = SETTINGS, **more: object) -> GateDecision:
     candidate, champion = arguments
     assert candidate is not None
     decision = decide(inputs(candidate, champion, **more), settings)
@@ -108,8 +115,8 @@ def test_one_flipped_image_proves_nothing() -> None:
     new = np.zeros(len(labels), np.bool_)
     new[-1] = True
 
-    def of(name: str, scores: NDArray[np.float64]) -> Opinion:
-        return Opinion(name, "linear", 0.5, {"clean": {"linear": scores.astype(np.float32)}})
+    def of(name: str, scores: NDArray[np.float64]) -> ReleaseScores:
+        return ReleaseScores(name, "linear", 0.5, {"clean": {"linear": scores.astype(np.float32)}})
 
     made = GateInputs(
         labels, (*[None] * N, *["g"] * N, "h"), new, of("c", candidate), of("h", champion), min_holdout=20
@@ -127,9 +134,9 @@ def test_equal_groups_are_not_vetoed_however_many_there_are() -> None:
     champion, candidate = right.copy(), right.copy()
     champion[:: N // 2], candidate[1 :: N // 2] = False, False
 
-    def of(name: str, correct: NDArray[np.bool_]) -> Opinion:
+    def of(name: str, correct: NDArray[np.bool_]) -> ReleaseScores:
         scores = np.where(correct == (labels == 1), 0.9, 0.1).astype(np.float32)
-        return Opinion(name, "linear", 0.5, {"clean": {"linear": scores}})
+        return ReleaseScores(name, "linear", 0.5, {"clean": {"linear": scores}})
 
     made = GateInputs(labels, generators, np.zeros(len(labels), bool), of("c", candidate), of("h", champion))
     assert not [reason for reason in decide(made, SETTINGS).reasons if reason.startswith("worse on")]
@@ -139,9 +146,9 @@ def test_harm_at_a_policy_in_force_is_harm() -> None:
     """At the release's threshold nothing changes; a tenant judges at 0.8, and scores of fakes fell below."""
     labels = np.repeat([0, 1, 1], N).astype(np.int8)
 
-    def of(name: str, fakes: float) -> Opinion:
+    def of(name: str, fakes: float) -> ReleaseScores:
         scores = np.where(labels == 1, fakes, 0.1).astype(np.float32)
-        return Opinion(name, "linear", 0.5, {"clean": {"linear": scores}})
+        return ReleaseScores(name, "linear", 0.5, {"clean": {"linear": scores}})
 
     made = inputs(of("c", 0.7), of("h", 0.9), policies=(PolicyRule("tenant acme", "linear", 0.8, 0.8),))
     assert any(
@@ -293,7 +300,7 @@ def test_too_small_a_holdout_decides_nothing(kept: slice) -> None:
     wanted |= labels != labels[kept.start]
     made = inputs(opinion("c", 0.9, 0.9, 0.9), opinion("h", 0.5, 0.5, 0.5))
 
-    def cut(side: Opinion) -> Opinion:
+    def cut(side: ReleaseScores) -> ReleaseScores:
         return replace(side, scores={"clean": {"linear": side.scores["clean"]["linear"][wanted]}})
 
     assert made.champion is not None
@@ -315,8 +322,8 @@ def test_a_holdout_without_a_class_is_said_to_be_too_small() -> None:
         labels=np.zeros(0, np.int8),
         generators=(),
         new=np.zeros(0, bool),
-        candidate=Opinion("c", "linear", 0.5, nothing),
-        champion=Opinion("h", "linear", 0.5, nothing),
+        candidate=ReleaseScores("c", "linear", 0.5, nothing),
+        champion=ReleaseScores("h", "linear", 0.5, nothing),
     )
     assert [reason[:38] for reason in decide(empty, SETTINGS).reasons] == [
         "hold-out too small: 0 real images, 1 a",

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from code_worker.encoder.vit import VitConfig
+from code_worker.encoder.architecture import VitConfig
 from code_worker.encoder.weights import read_weights, save_weights
-from code_worker.training.interpolation import SHARES, choose_share, mixed
-from code_worker.training.network import TrainableEncoder
-from code_worker.training.process import main
+from code_worker.training.fitting.network import SHARES, TrainableEncoder, choose_share, interpolate_weights
+from code_worker.training.fitting.training_process import main
 from tests.training.jobs import MINIATURE, small_job, write_small_job
 
 IMAGES = {"real": 90, "fake": 90, "known": 40, "newcomer": 40}
@@ -58,9 +57,9 @@ def test_reals_count_as_a_group() -> None:
 
 def test_weights_lie_on_the_line_and_its_ends_are_exact() -> None:
     champion, trained = {"a": torch.tensor([0.1, 1.0])}, {"a": torch.tensor([0.3, -1.0])}
-    assert torch.equal(mixed(champion, trained, 0.0)["a"], champion["a"])
-    assert torch.equal(mixed(champion, trained, 1.0)["a"], trained["a"])
-    torch.testing.assert_close(mixed(champion, trained, 0.25)["a"], torch.tensor([0.15, 0.5]))
+    assert torch.equal(interpolate_weights(champion, trained, 0.0)["a"], champion["a"])
+    assert torch.equal(interpolate_weights(champion, trained, 1.0)["a"], trained["a"])
+    torch.testing.assert_close(interpolate_weights(champion, trained, 0.25)["a"], torch.tensor([0.15, 0.5]))
 
 
 def test_what_was_trained_is_drawn_back_to_the_champion(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from code_worker.errors import TrainingError
 from code_worker.settings import TrainingSettings
-from code_worker.training.job import (
+from code_worker.training.fitting.job import (
     TRAIN_FILE,
     VALIDATION_FILE,
     Manner,

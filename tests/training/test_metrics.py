@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score, roc_curve
 
-from code_worker.training.metrics import (
-    DECISIONS,
-    FIGURES,
-    calibration,
-    figures,
-    intervals,
-    wilson,
-)
-from code_worker.training.paired import paired_difference
+from code_worker.training.evaluation.metrics import DECISIONS, FIGURES, calibration, figures, intervals, wilson
+from code_worker.training.gate.paired import paired_difference
 
 Sample = tuple[NDArray[np.int8], NDArray[np.float32]]
 
@@ -185,7 +178,7 @@ def test_bins_of_the_calibration_hold_every_image_and_make_up_the_ece() -> None:
 def test_the_same_seed_gives_the_same_intervals_and_another_seed_others(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = drawn(150)
     once = intervals(*sample, resamples=100, seed=3)
-    monkeypatch.setattr("code_worker.training.metrics._RESAMPLED_AT_A_TIME", 1000)
+    monkeypatch.setattr("code_worker.training.evaluation.metrics._RESAMPLED_AT_A_TIME", 1000)
     assert intervals(*sample, resamples=100, seed=3) == once, "how many are computed at a time changes nothing"
     assert intervals(*sample, resamples=100, seed=4) != once
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from code_worker.training.objective import (
+from code_worker.training.fitting.objective import (
     VIEWS,
     ContrastiveLoss,
     ViewEmbeddings,

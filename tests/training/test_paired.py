@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from code_worker.training.paired import (
+from code_worker.training.gate.paired import (
     Stratum,
     auroc_limits,
     better_p,

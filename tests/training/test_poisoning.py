@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from code_worker.settings import LabelSettings, Settings
-from code_worker.store import runs
-from code_worker.store import snapshots as table
 from code_worker.store.engine import Store
+from code_worker.store.learning import runs
+from code_worker.store.learning import snapshots as table
 from code_worker.training.embed import embed_examples
-from code_worker.training.encoded import open_encoder
-from code_worker.training.golden_set import read_golden
-from code_worker.training.retrain import Learner
+from code_worker.training.gate.safeguards import read_golden
+from code_worker.training.learner import Learner
+from code_worker.training.snapshot_embeddings import open_encoder
 from tests.training.learning import (
     NEW,
     OLD,
@@ -93,8 +93,8 @@ def learned_hashes(store: Store, run: runs.Run) -> set[str]:
 
 
 def scores(settings: Settings, store: Store, release: str, images: list[bytes]) -> np.ndarray:
-    from code_worker.data.examples import Example
-    from code_worker.data.kept import open_kept
+    from code_worker.data.datasets.examples import Example
+    from code_worker.data.kept_copies import open_kept
 
     loaded = registry_of(settings, store).load(release)
     examples = [Example(str(n), 0, (lambda data=data: data)) for n, data in enumerate(images)]  # type: ignore[misc]

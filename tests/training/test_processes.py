@@ -28,7 +28,9 @@ def torchrun(directory: Path) -> subprocess.Popen[bytes] | ForkedProcess:
         "PYTHON_EXEC": forking_python(),  # what torchrun starts
     }
     with (directory / "log.txt").open("ab") as log:
-        return start([*TORCHRUN, "-m", "code_worker.training.process", str(directory)], environment, log)
+        return start(
+            [*TORCHRUN, "-m", "code_worker.training.fitting.training_process", str(directory)], environment, log
+        )
 
 
 def ended(process: subprocess.Popen[bytes] | ForkedProcess, directory: Path) -> int:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from code_worker.data.holdout import is_holdout
 from code_worker.errors import TrainingError, UnknownHeadError
 from code_worker.plugins import InstalledPlugin, Plugins, load_plugins
 from code_worker.releases.loading import load_release
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import Settings
+from code_worker.store.learning.label_rules import is_holdout
 from code_worker.training.refit import HeadPlan, Origin, build_candidate, fit_heads, plan_heads
 from code_worker.training.snapshot import Member
 from tests.training.learning import build_champion, tiny_weights

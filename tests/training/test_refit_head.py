@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from code_worker.data.erasure import Eraser
+from code_worker.data.erasure.erase import Eraser
 from code_worker.errors import ArtifactError, ConfigurationError, NoReleaseError, UnknownHeadError
 from code_worker.plugins import load_plugins
 from code_worker.releases.artifacts import open_artifacts
 from code_worker.releases.manifest import Manifest
 from code_worker.settings import Settings, load_settings
-from code_worker.store import erasing, erasures, runs
 from code_worker.store.engine import Store
-from code_worker.store.scopes import Scope
-from code_worker.training.labelled import labelled_embeddings
+from code_worker.store.erasure import receipts, rows
+from code_worker.store.erasure.scopes import Scope
+from code_worker.store.learning import runs
+from code_worker.training.gate.gate_inputs import trained_on
+from code_worker.training.learner import Learner
 from code_worker.training.refit import plan_heads
-from code_worker.training.reign import taught
-from code_worker.training.retrain import Learner
+from code_worker.training.snapshot_embeddings import labelled_embeddings
 from tests.training.learning import (
     build_champion,
     label,
@@ -91,9 +92,9 @@ def test_heads_that_were_kept_are_known_to_have_learned_what_their_release_did(
     second = learn(
         settings.model_copy(update={"labels": without_bob}), sqlite_store, challenge=True, heads={"knn": {}}
     )
-    made = sqlite_store.run(lambda session: erasing.learned_from(session, [str(first.snapshot_id)]), write=False)
+    made = sqlite_store.run(lambda session: rows.learned_from(session, [str(first.snapshot_id)]), write=False)
     assert made == {first.candidate: "learned", second.candidate: "learned"}
-    known = sqlite_store.run(lambda session: taught(session, str(second.candidate)), write=False)
+    known = sqlite_store.run(lambda session: trained_on(session, str(second.candidate)), write=False)
     assert known.heads is not None
     assert {one.sha256 for one in known.heads} & bobs
 
@@ -105,7 +106,7 @@ def test_of_a_head_that_is_kept_of_an_imported_release_nobody_knows_what_it_lear
     registry = registry_of(settings, sqlite_store)
 
     def heads_learned(release: str) -> int | None:
-        known = sqlite_store.run(lambda session: taught(session, release), write=False).heads
+        known = sqlite_store.run(lambda session: trained_on(session, release), write=False).heads
         return None if known is None else len(known)
 
     beside = str(learn(settings, sqlite_store, challenge=True, heads={"knn": {}}).candidate)
@@ -132,7 +133,7 @@ def test_of_one_head_it_is_known_what_that_one_learned(
     second = str(learn(settings, sqlite_store, challenge=True, heads={"knn": {}}).candidate)
 
     def learned(release: str, head: str | None = None) -> set[str]:
-        known = sqlite_store.run(lambda session: taught(session, release, head), write=False).heads
+        known = sqlite_store.run(lambda session: trained_on(session, release, head), write=False).heads
         assert known is not None
         return {one.sha256 for one in known}
 
@@ -158,9 +159,9 @@ def test_a_head_that_is_dropped_leaves_the_others_as_they_are(
     assert after.manifest.heads == {name: before.manifest.heads[name] for name in after.heads}
     assert after.encoder_sha256 == before.encoder_sha256
     assert after.manifest.default_head == "linear"
-    learned = sqlite_store.run(lambda session: erasing.learned_from(session, [str(taught_here.snapshot_id)]))
+    learned = sqlite_store.run(lambda session: rows.learned_from(session, [str(taught_here.snapshot_id)]))
     assert learned == {whole: "learned", made: "learned"}
-    known = sqlite_store.run(lambda session: (taught(session, whole), taught(session, made)), write=False)
+    known = sqlite_store.run(lambda session: (trained_on(session, whole), trained_on(session, made)), write=False)
     assert known[0].heads
     assert {one.sha256 for one in known[1].heads or ()} == {one.sha256 for one in known[0].heads}
 
@@ -171,10 +172,10 @@ def test_heads_that_learned_what_was_erased_since_are_not_taken_over(
     label_world(settings, sqlite_store)
     bobs = set(label(settings, sqlite_store, pictures("real", 9, first=7000), "real", by="bob"))
     registry, whole = registry_of(settings, sqlite_store), str(learn(settings, sqlite_store).candidate)
-    known = sqlite_store.run(lambda session: taught(session, whole), write=False).heads or ()
+    known = sqlite_store.run(lambda session: trained_on(session, whole), write=False).heads or ()
     erased = next(one.sha256 for one in known if one.sha256 in bobs)
     Eraser(settings, sqlite_store, wait_s=0).erase(Scope(sha256=erased), by="olga")
-    assert sqlite_store.run(erasures.releases_owed, write=False) == {whole}
+    assert sqlite_store.run(receipts.releases_owed, write=False) == {whole}
     with pytest.raises(ArtifactError, match=f"heads of {whole} learned from what was erased"):
         registry.drop_head(whole, "knn", by="alice")
     ended = Learner(settings, sqlite_store).learn("refit", by="alice", challenge=True, heads={"knn": {}})

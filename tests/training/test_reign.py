@@ -13,24 +13,25 @@ import numpy as np
 import pytest
 from sqlalchemy import select
 
-from code_worker.data.holdout import Split, is_holdout
 from code_worker.errors import DatasetError
 from code_worker.plugins import load_plugins
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import Settings
-from code_worker.store import comparisons, image_groups, policies
+from code_worker.store import policies
 from code_worker.store.engine import Session, Store
+from code_worker.store.learning import image_groups
+from code_worker.store.learning import snapshots as comparisons
+from code_worker.store.learning.label_rules import Split, is_holdout
 from code_worker.store.models import KeptImageRow
 from code_worker.store.policies import PolicyRow
 from code_worker.store.sql import table_of
 from code_worker.training import snapshot as snapshots
-from code_worker.training.comparison import Side, one_of_each_group
-from code_worker.training.crossfit import cross_fitted, more_images
-from code_worker.training.refit import HeadPlan
-from code_worker.training.reign import compared_on, policy_rules, taught, unlearned
-from code_worker.training.retrain import Learner
+from code_worker.training.fitting.launch import validation_parts
+from code_worker.training.gate.comparison import Side, one_of_each_group
+from code_worker.training.gate.gate_inputs import compared_on, policy_rules, trained_on, unlearned
+from code_worker.training.learner import Learner
+from code_worker.training.refit import HeadPlan, cross_fitted, more_images
 from code_worker.training.snapshot import Member, Snapshot
-from code_worker.training.train_encoder import validation_parts
 from code_worker_heads.linear import LinearHead
 from tests.training.learning import (
     NEW,
@@ -207,11 +208,11 @@ def test_a_group_that_is_too_large_to_choose_by_stays_to_be_learned_from() -> No
 def test_what_a_refitted_champion_learned_is_its_runs_snapshot(tmp_path, sqlite_store: Store) -> None:  # type: ignore[no-untyped-def]
     settings = learning_settings(tmp_path / "data")
     first = promote_champion(settings, sqlite_store, build_champion(tmp_path / "release"))
-    assert sqlite_store.run(lambda session: taught(session, first), write=False).heads is None
+    assert sqlite_store.run(lambda session: trained_on(session, first), write=False).heads is None
     label_world(settings, sqlite_store)
     ended = Learner(settings, sqlite_store).learn("refit", by="test", force=True)
     assert ended is not None
-    known = sqlite_store.run(lambda session: taught(session, str(ended.candidate)), write=False)
+    known = sqlite_store.run(lambda session: trained_on(session, str(ended.candidate)), write=False)
     assert known.heads is not None
     counts = ended.report["snapshot"]
     assert len(known.heads) == sum(

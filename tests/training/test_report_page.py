@@ -8,15 +8,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from code_worker.data.examples import Skipped
+from code_worker.data.datasets.examples import Skipped
 from code_worker.errors import DatasetError
 from code_worker.moderation.runtime import Runtime
 from code_worker.settings import LimitSettings
 from code_worker.training.evaluation.compare import compare
-from code_worker.training.evaluation.evaluate import Evaluation, Plan, evaluate
-from code_worker.training.evaluation.page import render_page
+from code_worker.training.evaluation.evaluate import Evaluation, EvaluationPlan, evaluate
+from code_worker.training.evaluation.page import render_page, worst_mistakes
 from code_worker.training.evaluation.plots import histogram_plot
-from code_worker.training.evaluation.thumbnails import worst_mistakes
 from tests.training.labelled_noise import mislabelled, noise_examples
 
 LIMITS = LimitSettings()
@@ -63,7 +62,7 @@ def evaluation(shallow_runtime: Runtime) -> Evaluation:
         mislabelled(noise_examples(40), [0, 3, 6, 11]),
         shallow_runtime,
         LIMITS,
-        Plan(resamples=20, presets=("clean", "delivery")),
+        EvaluationPlan(resamples=20, presets=("clean", "delivery")),
         source="tests/<noise>",
         toy=True,
         skipped=[Skipped("shard.tar:<b>a</b>.jpg", "truncated")],
@@ -197,7 +196,7 @@ def test_an_image_that_is_gone_meanwhile_costs_its_thumbnail_only(evaluation: Ev
 
 def test_one_class_and_few_images_make_a_page_without_curves(shallow_runtime: Runtime) -> None:
     reals = [one for one in noise_examples(8) if one.label == 0]
-    page = Page(render_page(evaluate(reals, shallow_runtime, LIMITS, Plan(resamples=0)), LIMITS))
+    page = Page(render_page(evaluate(reals, shallow_runtime, LIMITS, EvaluationPlan(resamples=0)), LIMITS))
     assert [one["aria-label"].split(" ")[0] for one in page.all("svg")] == ["calibration", "histogram"]
     assert "no intervals" in page.words
 

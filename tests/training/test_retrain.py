@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from code_worker.cli.runs import say_run
-from code_worker.data.holdout import is_holdout
+from code_worker.cli.learning.runs import say_run
 from code_worker.errors import ConfigurationError, RunActiveError, RunLostError, RunStoppedError
 from code_worker.settings import Settings
-from code_worker.store import runs
 from code_worker.store.engine import Store
+from code_worker.store.learning import runs
+from code_worker.store.learning.label_rules import is_holdout
 from code_worker.training import snapshot as snapshots
-from code_worker.training.job import TRAIN_FILE, Item, TrainingJob, read_items, write_job
-from code_worker.training.retrain import DueSlot, Learner
+from code_worker.training.fitting.job import TRAIN_FILE, Item, TrainingJob, read_items, write_job
+from code_worker.training.learner import DueSlot, Learner
 from tests.fork_server import forking_python
 from tests.store.acts import slots
 from tests.training.learning import (
@@ -355,7 +355,10 @@ def test_the_training_process_refuses_the_holdout(tmp_path: Path) -> None:
     job = tmp_path / "job"
     write_job(job, TrainingJob(name="a test", encoder={"image_size": 32, "patch_size": 8}), items, items[:1])
     done = subprocess.run(
-        [sys.executable, "-m", "code_worker.training.process", str(job)], env=os.environ, check=False, timeout=120
+        [sys.executable, "-m", "code_worker.training.fitting.training_process", str(job)],
+        env=os.environ,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 3
     assert "belongs to the hold-out" in (job / "failure.json").read_text()

@@ -13,7 +13,7 @@ from torchvision.transforms import CenterCrop
 from code_worker.errors import ConfigurationError, ImageRejectedError
 from code_worker.images.decode import decode
 from code_worker.settings import LimitSettings
-from code_worker.training.robustness import PRESETS, Condition, conditions, make_crop
+from code_worker.training.evaluation.robustness import PRESETS, Condition, conditions, make_crop
 from tests.image_files import encoded, pixels
 
 LIMITS = LimitSettings()

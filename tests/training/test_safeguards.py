@@ -7,22 +7,22 @@ from dataclasses import replace
 import numpy as np
 
 from code_worker.settings import GateSettings
-from code_worker.training.gate import GateInputs, Opinion, decide
-from code_worker.training.paired import detectable_loss
-from code_worker.training.safeguards import GoldenOpinions
-from code_worker.training.trust import Suspicion
+from code_worker.training.gate.gate_inputs import GateInputs, GoldenScores, ReleaseScores
+from code_worker.training.gate.label_quality import Suspicion
+from code_worker.training.gate.paired import detectable_loss
+from code_worker.training.gate.rule import decide
 
 N = 400
 
 
-def opinion(name: str, right: float, *, seed: int = 0, n: int = N) -> Opinion:
+def opinion(name: str, right: float, *, seed: int = 0, n: int = N) -> ReleaseScores:
     """Half reals, half fakes, by turns; a share of which is judged rightly, as the first of a fixed order."""
     labels = np.arange(n) % 2
     order = np.random.default_rng(seed).permutation(n)
     wrong = np.zeros(n, bool)
     wrong[order[round(right * n) :]] = True
     scores = np.where(wrong, 0.9 - 0.8 * labels, 0.1 + 0.8 * labels).astype(np.float32)
-    return Opinion(name, "linear", 0.5, {"clean": {"linear": scores}})
+    return ReleaseScores(name, "linear", 0.5, {"clean": {"linear": scores}})
 
 
 def inputs(candidate: float = 0.9, champion: float = 0.8, *, seed: int = 0, new: bool = False) -> GateInputs:
@@ -35,8 +35,8 @@ def inputs(candidate: float = 0.9, champion: float = 0.8, *, seed: int = 0, new:
     )
 
 
-def golden(candidate: float, champion: float | None, n: int = 200) -> GoldenOpinions:
-    return GoldenOpinions(
+def golden(candidate: float, champion: float | None, n: int = 200) -> GoldenScores:
+    return GoldenScores(
         "p" * 64,
         (np.arange(n) % 2).astype(np.int8),
         opinion("r-cand", candidate, n=n),

@@ -9,20 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from code_worker.data.examples import FAKE
-from code_worker.data.holdout import SPLITS, is_holdout
+from code_worker.data.datasets.examples import FAKE
 from code_worker.errors import DatasetError, TrainingError
 from code_worker.plugins import load_plugins
 from code_worker.settings import LabelSettings, ScheduleSettings, Settings
-from code_worker.store import erasing, labels, releases, runs
-from code_worker.store import snapshots as table
+from code_worker.store import releases
 from code_worker.store.engine import Session, Store
+from code_worker.store.erasure import rows as erasing
 from code_worker.store.ids import uuid7
-from code_worker.store.labels import NewLabel
+from code_worker.store.learning import labels, runs
+from code_worker.store.learning import snapshots as table
+from code_worker.store.learning.label_rules import SPLITS, is_holdout
+from code_worker.store.learning.labels import NewLabel
 from code_worker.store.models import ImageGroupRow, KeptImageRow
 from code_worker.store.sql import table_of
 from code_worker.training import snapshot as snapshots
-from code_worker.training.job import Item
+from code_worker.training.fitting.job import Item
 from code_worker.training.refit import fit_heads, plan_heads
 from code_worker.training.snapshot import Learned, Snapshot, learned_by
 from tests.training.learning import NEW, OLD, REAL, held_out, label, label_world, learning_settings, pictures
@@ -217,7 +219,7 @@ def test_heads_are_never_fitted_on_the_holdout(store: Store, settings: Settings)
 
 
 def test_an_item_of_a_training_job_is_recognised_as_held_out() -> None:
-    from code_worker.data.holdout import refuse_holdout  # the trainer's own check
+    from code_worker.data.labelled_images import refuse_holdout  # the trainer's own check
 
     inside = next(f"{number:064x}" for number in range(100) if is_holdout(f"{number:064x}"))
     with pytest.raises(TrainingError, match=inside):

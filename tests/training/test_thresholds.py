@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from code_worker.errors import DatasetError
-from code_worker.training.thresholds import draw_thresholds, needed, shares_at
+from code_worker.training.evaluation.thresholds import draw_thresholds, needed, shares_at
 
 EMPTY = np.empty(0, np.float32)
 

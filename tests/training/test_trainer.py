@@ -14,28 +14,24 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from code_worker.encoder.engine import Engine
-from code_worker.encoder.vit import VitConfig
+from code_worker.encoder.architecture import VitConfig
+from code_worker.encoder.torch_engine import Engine
 from code_worker.encoder.weights import read_weights
 from code_worker.errors import DivergedError, TrainingError
 from code_worker.plugins import load_plugins
 from code_worker.settings import Settings, TrainingSettings
-from code_worker.training.checkpoints import write_checkpoint
-from code_worker.training.job import (
-    TRAIN_FILE,
-    VALIDATION_FILE,
-    for_device,
-    read_items,
-    read_job,
-    write_job,
+from code_worker.training.fitting.batches import RecordSampler, generator_of_step
+from code_worker.training.fitting.job import TRAIN_FILE, VALIDATION_FILE, for_device, read_items, read_job, write_job
+from code_worker.training.fitting.network import (
+    WARMUP_FROM,
+    TrainableEncoder,
+    World,
+    cosine_projection,
+    learning_rate,
 )
-from code_worker.training.network import TrainableEncoder, cosine_projection
-from code_worker.training.optimiser import WARMUP_FROM, learning_rate
-from code_worker.training.process import _encoder, main
-from code_worker.training.processes import World
-from code_worker.training.sampling import RecordSampler, generator_of_step
-from code_worker.training.step import DivergenceWatch, Stepper, chance_loss
-from code_worker.training.trainer import Trainer
+from code_worker.training.fitting.objective import DivergenceWatch, Stepper, chance_loss
+from code_worker.training.fitting.trainer import Trainer, write_checkpoint
+from code_worker.training.fitting.training_process import _encoder, main
 from code_worker.types import EMBEDDING_TOLERANCE
 from tests import kernels
 from tests.faults.rows import Seen, row

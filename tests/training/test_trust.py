@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from code_worker.training.drift import drift, stability_index
-from code_worker.training.snapshot import Member
-from code_worker.training.trust import cap_shares, drop_floods, suspicions
+from code_worker.training.gate.label_quality import drop_floods, suspicions
+from code_worker.training.gate.safeguards import measure_drift, stability_index
+from code_worker.training.snapshot import Member, cap_shares
 
 
 def members(new: bool = True, first: int = 0, **counts: int) -> list[Member]:
@@ -114,16 +114,16 @@ def test_the_same_scores_have_not_drifted_and_others_have() -> None:
     turned = np.where(np.arange(1000) % 4 == 0, 1 - scores**3, scores).astype(np.float32)
     assert stability_index(np.full(1000, 0.05, np.float32), np.full(1000, 0.95, np.float32)) > 5
     labels = (scores >= 0.5).astype(np.int8)
-    found = drift(labels, scores, turned, champion_at=(0.5, 0.5), candidate_at=(0.5, 0.5))
+    found = measure_drift(labels, scores, turned, champion_at=(0.5, 0.5), candidate_at=(0.5, 0.5))
     assert found is not None
     assert (found.images, found.canaries) == (1000, 1000)
     assert found.agreement == pytest.approx(float(((scores >= 0.5) == (turned >= 0.5)).mean()))
     assert found.agreement < found.agreement_high
-    assert drift(labels[:0], scores[:0], scores[:0], champion_at=0.5, candidate_at=0.5) is None
+    assert measure_drift(labels[:0], scores[:0], scores[:0], champion_at=0.5, candidate_at=0.5) is None
 
 
 def test_only_what_the_champion_judges_rightly_and_without_doubt_is_a_canary() -> None:
-    found = drift(
+    found = measure_drift(
         np.array([0, 0, 1, 1, 1], np.int8),
         np.array([0.1, 0.9, 0.5, 0.9, 0.9], np.float32),
         np.array([0.1, 0.1, 0.9, 0.5, 0.9], np.float32),

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
-from code_worker.training import views as views_module
-from code_worker.training.augment import Augmenter
-from code_worker.training.objective import VIEWS
-from code_worker.training.views import GLOBAL_SCALE, LOCAL_SCALE, ViewSettings, record_views
+from code_worker.training.fitting import batches as views_module
+from code_worker.training.fitting.augment import Augmenter
+from code_worker.training.fitting.batches import GLOBAL_SCALE, LOCAL_SCALE, ViewSettings, record_views
+from code_worker.training.fitting.objective import VIEWS
 from tests.image_files import pixels
 
 PLAIN = [VIEWS.index("real"), VIEWS.index("fake")]

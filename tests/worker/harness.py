@@ -89,7 +89,9 @@ class Deployment:
         self.opened.append(store := open_store(self.settings.resolved_database_url))
         return store
 
-    def worker(self, *arguments: str, module: str = "code_worker.worker.process", **extra: str) -> WorkerProcess:
+    def worker(
+        self, *arguments: str, module: str = "code_worker.stack.worker_process", **extra: str
+    ) -> WorkerProcess:
         command = [sys.executable, "-m", module, *arguments]
         process = WorkerProcess(command, {**os.environ, **self.environment, **extra}, self.log_path)
         self.workers.append(process)

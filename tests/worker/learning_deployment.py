@@ -10,11 +10,12 @@ from celery import Celery
 
 from code_worker.broker import celery_config
 from code_worker.plugins import load_plugins
-from code_worker.queues import TRAIN_QUEUE
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings, load_settings
-from code_worker.store import migrate, releases, runs
+from code_worker.store import migrate, releases
 from code_worker.store.engine import Store, open_store
+from code_worker.store.learning import runs
+from code_worker.wire import TRAIN_QUEUE
 from tests.fork_server import CHILDREN_ENV
 from tests.training.learning import promote_champion
 from tests.worker.harness import WorkerProcess, wait_until

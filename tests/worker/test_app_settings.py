@@ -12,7 +12,7 @@ import pytest
 from celery import Celery
 
 from code_worker.errors import ConfigurationError
-from code_worker.queues import LIVE, REFIT
+from code_worker.wire import LIVE, REFIT
 from code_worker.worker.app import host_of, install
 from tests.patience import LIMIT_S
 from tests.servers import RedisServer

@@ -15,12 +15,12 @@ import pytest
 import redis
 from redbeat.schedulers import ensure_conf
 
-from code_worker.queues import RETRAIN
 from code_worker.settings import Settings, load_settings
+from code_worker.stack.beat_process import KeptScheduler
 from code_worker.store import workers
 from code_worker.store.engine import open_store
+from code_worker.wire import RETRAIN
 from code_worker.worker.app import create_app
-from code_worker.worker.beat import KeptScheduler
 from tests.patience import LIMIT_S
 from tests.servers import RedisServer, free_port
 from tests.worker.harness import WorkerProcess, wait_until
@@ -89,7 +89,7 @@ def test_a_beat_that_dies_for_want_of_its_broker_says_so_in_the_form_of_its_log(
         "CODE_WORKER_BROKER_URL": f"redis://:s3cret@127.0.0.1:{free_port()}/0",
         "CODE_WORKER_LOG_FORMAT": "json",
     }
-    beat = WorkerProcess([sys.executable, "-m", "code_worker.worker.beat"], environment, log)
+    beat = WorkerProcess([sys.executable, "-m", "code_worker.stack.beat_process"], environment, log)
     try:
         assert beat.process.wait(LIMIT_S) == 1
     finally:
@@ -107,7 +107,9 @@ def test_a_beat_that_ends_in_order_is_heard_of_no_more(
 ) -> None:
     shutil.copy(migrated_sqlite, tmp_path / "code_worker.db")
     given = {"CODE_WORKER_DATA_DIR": str(tmp_path), "CODE_WORKER_BROKER_URL": redis_server.url}
-    beat = WorkerProcess([sys.executable, "-m", "code_worker.worker.beat"], {**os.environ, **given}, tmp_path / "log")
+    beat = WorkerProcess(
+        [sys.executable, "-m", "code_worker.stack.beat_process"], {**os.environ, **given}, tmp_path / "log"
+    )
     with closing(open_store(load_settings(data_dir=tmp_path).resolved_database_url)) as store:
 
         def heard_of() -> list[str]:

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 import pytest
 
-from code_worker.queues import QUEUES, SWEEP_QUEUE
 from code_worker.types import Outcome
+from code_worker.wire import QUEUES, SWEEP_QUEUE
 from tests.patience import LIMIT_S
 from tests.servers import ChildServer, RedisServer
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until

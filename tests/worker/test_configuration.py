@@ -15,7 +15,7 @@ from kombu import Exchange, Queue
 import code_worker
 from code_worker.broker import ALL_QUEUES, REDIS_TRANSPORT, TRANSPORTS
 from code_worker.errors import ConfigurationError
-from code_worker.queues import MODERATE, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
+from code_worker.wire import MODERATE, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.worker.app import host_of, install
 
 URL = "redis://127.0.0.1:1/0"

@@ -16,23 +16,23 @@ from celery import Celery
 from kombu import Exchange, Queue
 from kombu.transport import memory
 
-from code_worker.doorbell import Doorbell, bound_queue
 from code_worker.errors import BrokerUnavailableError
-from code_worker.queues import LIVE, MODERATE, NORMAL, RETRAIN, TRAIN_QUEUE
+from code_worker.publisher import Publisher, bound_queue
 from code_worker.settings import BrokerSettings, Settings, load_settings
+from code_worker.wire import LIVE, MODERATE, NORMAL, RETRAIN, TRAIN_QUEUE
 from code_worker.worker.app import create_app, install
-from code_worker.worker.bystander import Bystander
+from code_worker.worker.launch_checks import Bystander
 from tests.servers import RedisServer
 
 
 @pytest.fixture
-def doorbell(redis_server: RedisServer, tmp_path: Path) -> Iterator[Doorbell]:
-    bell = Doorbell.for_producer(Settings(data_dir=tmp_path, broker_url=redis_server.url))
+def doorbell(redis_server: RedisServer, tmp_path: Path) -> Iterator[Publisher]:
+    bell = Publisher.for_producer(Settings(data_dir=tmp_path, broker_url=redis_server.url))
     yield bell
     bell.close()
 
 
-def test_depth_counts_what_was_rung(doorbell: Doorbell) -> None:
+def test_depth_counts_what_was_rung(doorbell: Publisher) -> None:
     assert doorbell.depth(NORMAL) == 0
     for number in range(5):
         doorbell.ring(NORMAL, [f"job-{number}"])
@@ -40,7 +40,7 @@ def test_depth_counts_what_was_rung(doorbell: Doorbell) -> None:
 
 
 def test_a_broker_that_is_gone_is_reported_and_a_new_one_is_used(
-    doorbell: Doorbell, redis_server: RedisServer
+    doorbell: Publisher, redis_server: RedisServer
 ) -> None:
     doorbell.ring(NORMAL, ["a"])
     redis_server.kill()
@@ -65,7 +65,7 @@ def test_what_a_worker_took_and_did_not_acknowledge_is_held(
     settings = Settings(data_dir=tmp_path, broker_url=redis_server.url, broker=BrokerSettings(key_prefix=prefix))
     app = create_app(settings)
     app.conf.task_compression = compression
-    bell = Doorbell(app)
+    bell = Publisher(app)
     bell.ring(NORMAL, ["taken", "and its neighbour"])
     assert bell.held(["taken"]) == set(), "it waits"
     with app.connection_for_read() as connection:
@@ -75,7 +75,7 @@ def test_what_a_worker_took_and_did_not_acknowledge_is_held(
         assert bell.depth(NORMAL) == 1
         assert bell.held(["taken", "waiting", "unknown"]) == {"taken"}
         with monkeypatch.context() as few:
-            few.setattr("code_worker.doorbell._MOST_HELD", 0)
+            few.setattr("code_worker.publisher._MOST_HELD", 0)
             assert bell.held(["waiting"]) == {"waiting"}, "nobody looked at all of them"
         message.ack()
         assert bell.held(["taken"]) == set()
@@ -109,7 +109,7 @@ def test_what_we_publish_goes_to_our_queues_whatever_an_app_sets_for_its_own(
 ) -> None:
     app = install(Celery("theirs", broker=redis_server.url, backend=redis_server.url, set_as_current=False))
     app.conf.update(conf)
-    bell = Doorbell(app)
+    bell = Publisher(app)
     bell.ring(NORMAL, ["a", "b"])
     bell.call(RETRAIN, TRAIN_QUEUE, arguments={"by": "me"})
     assert (bell.depth(NORMAL), bell.depth(TRAIN_QUEUE)) == (1, 1)
@@ -135,7 +135,7 @@ def test_bindings_that_an_earlier_version_left_are_taken_away(prefix: str, redis
         channel = connection.default_channel
         for name in ("theirs", NORMAL, LIVE):
             Queue(name, exchange, "task.default")(channel).declare()
-        bell = Doorbell(app)
+        bell = Publisher(app)
         assert bell.unbind("tasks", [NORMAL, TRAIN_QUEUE]) == [NORMAL]
         assert {binding[-1] for binding in channel.get_table("tasks")} == {"theirs", LIVE}
         assert bell.unbind("tasks", [NORMAL, TRAIN_QUEUE]) == []
@@ -148,7 +148,7 @@ def test_a_worker_that_takes_none_of_our_queues_says_once_that_jobs_wait(
     redis_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = install(Celery("theirs", broker=redis_server.url, set_as_current=False))
-    bell, bystander = Doorbell(app), Bystander(app)
+    bell, bystander = Publisher(app), Bystander(app)
     for _ in range(2):
         bystander.look()
     bell.ring(NORMAL, ["a"])
@@ -169,10 +169,10 @@ def test_a_producer_elsewhere_reaches_an_app_without_a_key_prefix(
 ) -> None:
     monkeypatch.setenv("CODE_WORKER_BROKER__KEY_PREFIX", "null")
     settings = load_settings(data_dir=tmp_path, broker_url=redis_server.url)
-    bell = Doorbell.for_producer(settings)
+    bell = Publisher.for_producer(settings)
     bell.ring(NORMAL, ["a"])
     app = install(Celery("theirs", broker=redis_server.url, set_as_current=False))
-    assert Doorbell(app).depth(NORMAL) == 1
+    assert Publisher(app).depth(NORMAL) == 1
     bell.close()
     app.close()
 
@@ -180,7 +180,7 @@ def test_a_producer_elsewhere_reaches_an_app_without_a_key_prefix(
 def test_workers_that_were_killed_long_ago_are_forgotten(redis_server: RedisServer) -> None:
     app = install(Celery("theirs", broker=redis_server.url, set_as_current=False))
     app.conf.broker_transport_options = {"global_keyprefix": "theirs:"}
-    bell, key = Doorbell(app), "theirs:code_worker.bystanders"
+    bell, key = Publisher(app), "theirs:code_worker.bystanders"
     with redis.Redis.from_url(redis_server.url) as client:
         now = time.time()
         client.hset(key, mapping={"killed": str(now - 4000), "ahead": str(now + 4000), "lately": str(now - 600)})
@@ -227,7 +227,7 @@ def test_our_queues_are_declared_as_workers_of_their_app_declare_them(conf: dict
     # By a name of its own: kombu remembers for each what it declared.
     app = install(Celery("theirs", broker=f"memory://{uuid4().hex}", set_as_current=False))
     app.conf.update(conf, broker_transport=StrictTransport)
-    bell = Doorbell(app)
+    bell = Publisher(app)
 
     def declared_by_a_worker() -> None:
         app.amqp.queues.select([NORMAL])
@@ -252,7 +252,7 @@ def test_a_queue_that_others_declared_otherwise_is_a_broker_that_does_not_take_t
     with app.connection_for_read() as connection:
         Queue(NORMAL, Exchange(NORMAL), queue_arguments={"x-queue-type": "quorum"})(connection.channel()).declare()
     with pytest.raises(BrokerUnavailableError, match="inequivalent arg"):
-        Doorbell(app, own=True).ring(NORMAL, ["a"])
+        Publisher(app, own=True).ring(NORMAL, ["a"])
     with pytest.raises(BrokerUnavailableError, match="inequivalent arg"):
-        Doorbell(app, own=True).depth(NORMAL)
+        Publisher(app, own=True).depth(NORMAL)
     app.close()

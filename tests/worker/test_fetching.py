@@ -8,7 +8,7 @@ import pytest
 
 from code_worker.errors import ImageRejectedError, SourceCredentialsError, SourcePausedError, TransientError
 from code_worker.types import RejectReason
-from code_worker.worker.fetching import FAILURES, FIRST_REST_S, LONGEST_REST_S, GuardedSources
+from code_worker.worker.judging.fetching import FAILURES, FIRST_REST_S, LONGEST_REST_S, GuardedSources
 from tests.moderation.doubles import DictSources
 
 LATE = TransientError(RejectReason.FETCH_TIMEOUT, "late")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from code_worker.worker.gate import Gate
+from code_worker.worker.judging.node import ExclusiveLock
 
 
 def _thread(work: Callable[[], None]) -> threading.Thread:
@@ -15,7 +15,7 @@ def _thread(work: Callable[[], None]) -> threading.Thread:
 
 
 def test_batches_run_together_and_a_suspect_alone() -> None:
-    gate = Gate()
+    gate = ExclusiveLock()
     together = threading.Barrier(3)
     inside: list[str] = []
     seen_by_suspect: list[list[str]] = []
@@ -43,7 +43,7 @@ def test_batches_run_together_and_a_suspect_alone() -> None:
 
 
 def test_a_waiting_suspect_lets_no_new_batch_in() -> None:
-    gate = Gate()
+    gate = ExclusiveLock()
     order: list[str] = []
     first_in, leave = threading.Event(), threading.Event()
 
@@ -73,7 +73,7 @@ def test_a_waiting_suspect_lets_no_new_batch_in() -> None:
 
 
 def test_an_error_inside_leaves_the_gate_open() -> None:
-    gate = Gate()
+    gate = ExclusiveLock()
     for enter in (gate.together, gate.alone):
         try:
             with enter():

@@ -18,17 +18,18 @@ from pydantic import SecretStr
 
 from code_worker.broker import REDIS_TRANSPORT
 from code_worker.client import Client
-from code_worker.doorbell import Doorbell
-from code_worker.encoder.engine import Engine
+from code_worker.encoder.torch_engine import Engine
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.images.decode import decode_crop
 from code_worker.plugins import load_plugins
-from code_worker.queues import MODERATE, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
+from code_worker.publisher import Publisher
 from code_worker.releases.loading import load_release
 from code_worker.settings import LimitSettings, RetentionSettings, Settings, TrainingSettings, WorkerSettings
-from code_worker.store import joblist, migrate
+from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
+from code_worker.store.jobs import joblist
 from code_worker.types import Outcome, RejectReason
+from code_worker.wire import MODERATE, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.worker.app import create_app, host_of, install
 from code_worker.worker.background import failing_parts
 from tests.patience import LIMIT_S
@@ -201,7 +202,7 @@ def test_a_rediss_broker_is_spoken_to_in_tls(through: Callable[..., Celery], tmp
         server = threading.Thread(target=answer, daemon=True)
         server.start()
         with pytest.raises(BrokerUnavailableError):
-            Doorbell(app).depth("code_worker.normal")
+            Publisher(app).depth("code_worker.normal")
         app.close()
         listener.shutdown(socket.SHUT_RDWR)
         server.join(120)

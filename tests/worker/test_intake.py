@@ -17,17 +17,17 @@ from sqlalchemy import event, text
 
 from code_worker.client import Client
 from code_worker.errors import StoreError, StoreUnavailableError
-from code_worker.queues import MODERATE
 from code_worker.settings import Settings, WorkerSettings
 from code_worker.store import jobs, workers
 from code_worker.store.engine import Store, open_store
 from code_worker.store.workers import DeadLetter
-from code_worker.worker import host as hosts
+from code_worker.wire import MODERATE
+from code_worker.worker import app_state as hosts
 from code_worker.worker import tasks
-from code_worker.worker.host import Host
+from code_worker.worker.app_state import AppState
 from code_worker.worker.intake import accept_items, take_message
-from code_worker.worker.ledger import Ledger
-from code_worker.worker.node import Node
+from code_worker.worker.judging.node import Node
+from code_worker.worker.judging.recorder import Recorder
 from tests.servers import PostgresServer
 from tests.store.acts import accept
 
@@ -173,7 +173,7 @@ def test_a_database_that_only_reads_for_a_while_costs_a_message_nothing(
             waiting.set()
             postgres_server._sql(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
 
-    ledger = Ledger(postgres_store, WorkerSettings(), "worker")
+    ledger = Recorder(postgres_store, WorkerSettings(), "worker")
     bad = {"uri": "a", "tenant": LONG}
     ids = ledger.outlast(lambda: accept_items(postgres_store, [*GOOD, bad], "message-1"), switch_back)
     assert waiting.is_set(), "it was read-only at first"
@@ -185,7 +185,7 @@ def test_a_database_that_only_reads_for_a_while_costs_a_message_nothing(
 def test_items_have_rows_and_their_message_goes_back_where_no_node_can_be_made(
     sqlite_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class WithoutDevice(Host):
+    class WithoutDevice(AppState):
         def node(self) -> Node:
             raise RuntimeError("CUDA error: out of memory")
 
@@ -228,7 +228,7 @@ def test_what_came_off_a_queue_is_kept_once_the_database_is_back(
     tried = threading.Event()
     errors: list[Exception] = [RuntimeError("a bug"), StoreUnavailableError("away"), StoreUnavailableError("away")]
 
-    class Away(Host):
+    class Away(AppState):
         def store(self) -> Store:
             if errors:
                 raise errors.pop(0)

@@ -20,10 +20,10 @@ from celery import Celery
 from celery.result import allow_join_result
 from kombu import Connection, Exchange, Queue
 
-from code_worker.queues import MODERATE, NORMAL, QUEUES, SWEEP_QUEUE, TRAIN_QUEUE
 from code_worker.store import migrate
 from code_worker.store.engine import open_store
 from code_worker.types import Outcome
+from code_worker.wire import MODERATE, NORMAL, QUEUES, SWEEP_QUEUE, TRAIN_QUEUE
 from tests.patience import LIMIT_S
 from tests.servers import RedisServer
 from tests.worker.harness import Deployment, WorkerProcess, environment_in, jpeg, promote_release, wait_until

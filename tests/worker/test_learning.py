@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from code_worker.queues import REFIT, RETRAIN
+from code_worker.wire import REFIT, RETRAIN
 from tests.faults.rows import Seen, row
 from tests.fork_server import CHILDREN_ENV
 from tests.servers import RedisServer
@@ -142,7 +142,14 @@ def test_a_killed_training_process_goes_on_without_a_new_attempt(deployment: Lea
     deployment.send(RETRAIN)
 
     def training() -> psutil.Process | None:
-        return next((each for each in trainer.children() if "code_worker.training.process" in each.cmdline()), None)
+        return next(
+            (
+                each
+                for each in trainer.children()
+                if "code_worker.training.fitting.training_process" in each.cmdline()
+            ),
+            None,
+        )
 
     child: psutil.Process = wait_until(training, 120, "the training process")
     child.kill()

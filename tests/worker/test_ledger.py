@@ -14,25 +14,25 @@ from code_worker.store.engine import Store, open_store
 from code_worker.store.models import JobRow, SourcePauseRow, db_now_plus
 from code_worker.store.sql import table_of
 from code_worker.types import ImageFacts, Job, JobState, Outcome, RejectReason, Verdict
-from code_worker.worker.ledger import Ledger
+from code_worker.worker.judging.recorder import Recorder
 from tests.faults.proxy import TcpProxy
 from tests.store.acts import accept, info
 
 LIMIT = 5
 
 
-def ledger(store: Store, owner: str = "worker", **settings: object) -> Ledger:
-    return Ledger(store, WorkerSettings(max_denied=LIMIT, **settings), owner)  # type: ignore[arg-type]
+def ledger(store: Store, owner: str = "worker", **settings: object) -> Recorder:
+    return Recorder(store, WorkerSettings(max_denied=LIMIT, **settings), owner)  # type: ignore[arg-type]
 
 
-def batch(worker: Ledger, uris: Sequence[str], reason: RejectReason | None) -> list[str]:
+def batch(worker: Recorder, uris: Sequence[str], reason: RejectReason | None) -> list[str]:
     """Jobs that a worker claims and records as rejected so, or as judged; their ids."""
     ids = accept(worker.store, *uris)
     finish(worker, ids, reason)
     return ids
 
 
-def finish(worker: Ledger, ids: Sequence[str], reason: RejectReason | None) -> None:
+def finish(worker: Recorder, ids: Sequence[str], reason: RejectReason | None) -> None:
     worker.record(Judged([_verdict(job, reason) for job in worker.claim(ids, below=3)]), "e" * 64, lambda: None)
 
 
@@ -57,7 +57,7 @@ def states(store: Store, ids: Sequence[str]) -> set[JobState]:
     return {info(store, job).state for job in ids}
 
 
-def look(worker: Ledger) -> None:
+def look(worker: Recorder) -> None:
     """What a worker does every few seconds."""
     worker.troubled = frozenset(worker.store.run(lambda session: workers.paused_sources(session, lately=True)))
 
@@ -154,7 +154,7 @@ def test_files_and_other_buckets_have_rows_of_their_own(sqlite_store: Store) -> 
 
 
 def test_without_a_limit_each_is_rejected_by_itself(sqlite_store: Store) -> None:
-    worker = Ledger(sqlite_store, WorkerSettings(max_denied=None), "worker")
+    worker = Recorder(sqlite_store, WorkerSettings(max_denied=None), "worker")
     ids = batch(worker, uris(30), DENIED)
     assert states(sqlite_store, ids) == {JobState.DONE}
 

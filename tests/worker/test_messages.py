@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from code_worker.errors import MessageError
-from code_worker.queues import (
+from code_worker.wire import (
     BACKFILL,
     LIVE,
     MAX_METADATA_BYTES,

@@ -12,12 +12,15 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, QueuePool, event, text
 
-from code_worker.data.erasure import Eraser, Scope
-from code_worker.data.kept import LocalKept
+from code_worker.data.erasure.erase import Eraser
+from code_worker.data.kept_copies import LocalKept
 from code_worker.settings import RetentionSettings, Settings, WorkerSettings
-from code_worker.store import erasures, labels, workers
+from code_worker.store import workers
 from code_worker.store.engine import Store
+from code_worker.store.erasure import receipts
+from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
+from code_worker.store.learning import labels
 from code_worker.worker.app import create_app, host_of
 from code_worker.worker.retention import Retention
 from tests.training.learning import label, pictures
@@ -88,17 +91,17 @@ def test_a_pass_reads_no_receipt_that_is_closed(sqlite_store: Store, tmp_path: P
     (tmp_path / "runs" / "of-a-run").mkdir(parents=True)
     loaded: list[object] = []
 
-    made = erasures.Receipt.__init__
+    made = receipts.Receipt.__init__
 
-    def receipt(self: erasures.Receipt, **columns: Any) -> None:
+    def receipt(self: receipts.Receipt, **columns: Any) -> None:
         loaded.append(columns)
         made(self, **columns)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(erasures.Receipt, "__init__", receipt)
+        patch.setattr(receipts.Receipt, "__init__", receipt)
         retention(sqlite_store, tmp_path)()
         assert loaded == []
-        assert len(sqlite_store.run(erasures.list_receipts)) == len(loaded) == 300
+        assert len(sqlite_store.run(receipts.list_receipts)) == len(loaded) == 300
 
 
 def test_copies_go_with_the_labels(sqlite_store: Store, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_what_a_dead_process_left_of_an_erasure_is_finished(
         Eraser(settings, sqlite_store).erase(Scope(sha256=sha256), by="olga")
     monkeypatch.undo()
     retention(sqlite_store, tmp_path)()
-    (receipt,) = sqlite_store.run(erasures.list_receipts)
+    (receipt,) = sqlite_store.run(receipts.list_receipts)
     assert receipt.state == "done"
     assert not LocalKept(Path(settings.resolved_datasets)).exists(sha256)
 
@@ -195,10 +198,10 @@ def test_each_machine_drops_what_its_own_directory_still_holds(sqlite_store: Sto
     (mine / "cache" / "releases" / "r-0123456789ab").mkdir(parents=True)
 
     def receive(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
-        erasures.begin(session, id=run, scope="job", target={}, by="olga", why="", salt="00")
+        receipts.begin(session, id=run, scope="job", target={}, by="olga", why="", salt="00")
         released = {"r-0123456789ab": {"how": "learned", "files": "deleted"}}
-        erasures.note(session, run, releases=released, runs=[gone])
-        erasures.finish(session, run, {})
+        receipts.note(session, run, releases=released, runs=[gone])
+        receipts.finish(session, run, {})
 
     sqlite_store.run(receive)
     retention(sqlite_store, mine, owner="another")()

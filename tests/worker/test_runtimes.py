@@ -6,8 +6,8 @@ import pytest
 
 from code_worker.errors import IntegrityError
 from code_worker.moderation.runtime import Runtime
-from code_worker.worker import runtimes
-from code_worker.worker.runtimes import Runtimes
+from code_worker.worker.judging import runtimes
+from code_worker.worker.judging.runtimes import Runtimes
 from tests.moderation.doubles import MeanEmbedder, runtime
 
 

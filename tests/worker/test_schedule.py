@@ -13,15 +13,16 @@ from celery import Celery
 from celery.beat import ScheduleEntry
 from hypothesis import strategies as st
 
-from code_worker.crontab import cron_line
 from code_worker.errors import ConfigurationError
-from code_worker.queues import REFIT, RETRAIN, TRAIN_QUEUE
 from code_worker.settings import Settings, load_settings
-from code_worker.store import policies, releases, runs, schedule
+from code_worker.settings.cron import cron_line
+from code_worker.store import policies, releases
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
+from code_worker.store.learning import runs, schedule
+from code_worker.wire import REFIT, RETRAIN, TRAIN_QUEUE
 from code_worker.worker.app import install
-from code_worker.worker.learning import calibration_due, due
+from code_worker.worker.learning_watch import calibration_due, due
 from code_worker.worker.schedule import CALIBRATE, UtcCrontab, beat_entries, schedules, times_from, times_until
 from tests.store.acts import slots
 

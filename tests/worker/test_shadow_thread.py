@@ -20,8 +20,8 @@ from code_worker.settings import Settings
 from code_worker.store import embeddings, jobs
 from code_worker.store.engine import Store
 from code_worker.types import ImageFacts, Label, Outcome, Provenance, RejectReason, Verdict
-from code_worker.worker import shadow as module
-from code_worker.worker.shadow import Shadow
+from code_worker.worker.judging import shadowing as module
+from code_worker.worker.judging.shadowing import Shadow
 from tests.moderation.doubles import FirstValueHead, MeanEmbedder, png, runtime
 from tests.store.acts import accept
 from tests.worker.harness import wait_until

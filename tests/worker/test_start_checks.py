@@ -12,10 +12,10 @@ from celery import Celery, signals
 from celery.beat import Service
 
 from code_worker.broker import REDIS_TRANSPORT
-from code_worker.machine import usable_memory
-from code_worker.queues import MODERATE, RETRAIN, SWEEP, TRAIN_QUEUE
+from code_worker.system.machine import usable_memory
+from code_worker.wire import MODERATE, RETRAIN, SWEEP, TRAIN_QUEUE
 from code_worker.worker.app import install
-from code_worker.worker.prefork import warn_of_prefork
+from code_worker.worker.launch_checks import warn_of_prefork
 from tests.worker.test_configuration import ENTRIES, ROUTES, URL, destination
 
 

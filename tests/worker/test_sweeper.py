@@ -10,13 +10,13 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from code_worker.doorbell import Doorbell
-from code_worker.queues import BACKFILL, NORMAL
+from code_worker.publisher import Publisher
 from code_worker.settings import Settings
 from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Store
 from code_worker.types import JobState, Outcome, RejectReason, Verdict
-from code_worker.worker.ledger import Ledger
+from code_worker.wire import BACKFILL, NORMAL
+from code_worker.worker.judging.recorder import Recorder
 from code_worker.worker.sweeper import Sweeper
 from tests.servers import RedisServer, free_port
 
@@ -27,15 +27,15 @@ def settings(tmp_path: Path, redis_server: RedisServer) -> Settings:
 
 
 @pytest.fixture
-def bell(settings: Settings) -> Iterator[Doorbell]:
-    bell = Doorbell.for_producer(settings)
+def bell(settings: Settings) -> Iterator[Publisher]:
+    bell = Publisher.for_producer(settings)
     yield bell
     bell.close()
 
 
 @pytest.fixture
-def sweeper(store: Store, bell: Doorbell, settings: Settings) -> Sweeper:
-    return Sweeper(Ledger(store, settings.worker, "sweeper-1"), bell, settings)
+def sweeper(store: Store, bell: Publisher, settings: Settings) -> Sweeper:
+    return Sweeper(Recorder(store, settings.worker, "sweeper-1"), bell, settings)
 
 
 def _accept(store: Store, count: int, *, priority: int = 4, publish: bool = True) -> list[str]:
@@ -58,7 +58,7 @@ def _age(store: Store, seconds: int) -> None:
 
 
 def test_a_broker_that_lost_everything_is_told_again(
-    sweeper: Sweeper, store: Store, bell: Doorbell, redis_server: RedisServer
+    sweeper: Sweeper, store: Store, bell: Publisher, redis_server: RedisServer
 ) -> None:
     assert sweeper.sweep().rung == 0
     ids = _accept(store, 200)
@@ -93,7 +93,7 @@ def test_a_first_start_is_no_loss_to_warn_of(
 
 
 def test_messages_that_were_deleted_are_sent_again_once_their_queue_is_empty(
-    sweeper: Sweeper, store: Store, bell: Doorbell
+    sweeper: Sweeper, store: Store, bell: Publisher
 ) -> None:
     sweeper.sweep()
     _accept(store, 70, priority=1)
@@ -103,7 +103,7 @@ def test_messages_that_were_deleted_are_sent_again_once_their_queue_is_empty(
     assert bell.depth(BACKFILL) == 2
 
 
-def test_a_long_queue_is_not_rung_for_twice(sweeper: Sweeper, store: Store, bell: Doorbell) -> None:
+def test_a_long_queue_is_not_rung_for_twice(sweeper: Sweeper, store: Store, bell: Publisher) -> None:
     sweeper.sweep()
     _accept(store, 10)
     bell.ring(NORMAL, ["ten jobs"])
@@ -137,7 +137,7 @@ def test_a_job_that_used_up_its_attempts_is_quarantined_unseen(sweeper: Sweeper,
     assert sweeper.sweep().quarantined == 0
 
 
-def test_suspects_go_in_short_messages(sweeper: Sweeper, store: Store, bell: Doorbell) -> None:
+def test_suspects_go_in_short_messages(sweeper: Sweeper, store: Store, bell: Publisher) -> None:
     sweeper.sweep()
     ids = _accept(store, 20)
     store.run(lambda session: jobs.claim(session, ids[:16], owner="dead", lease_s=60, max_attempts=3))
@@ -146,19 +146,19 @@ def test_suspects_go_in_short_messages(sweeper: Sweeper, store: Store, bell: Doo
     assert bell.depth(NORMAL) == 2
 
 
-def test_only_one_sweeper_sweeps(sweeper: Sweeper, store: Store, bell: Doorbell, settings: Settings) -> None:
+def test_only_one_sweeper_sweeps(sweeper: Sweeper, store: Store, bell: Publisher, settings: Settings) -> None:
     sweeper.sweep()
     _accept(store, 3, publish=False)
     _age(store, 11)
-    other = Sweeper(Ledger(store, settings.worker, "sweeper-2"), bell, settings)
+    other = Sweeper(Recorder(store, settings.worker, "sweeper-2"), bell, settings)
     assert other.sweep().rung == 0
     assert sweeper.sweep().rung == 3
 
 
 def test_a_broker_that_is_away_is_survived(store: Store, tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path, broker_url=f"redis://127.0.0.1:{free_port()}/0")
-    bell = Doorbell.for_producer(settings)
+    bell = Publisher.for_producer(settings)
     _accept(store, 3, publish=False)
     _age(store, 11)
-    assert Sweeper(Ledger(store, settings.worker, "sweeper-1"), bell, settings).sweep().rung == 0
+    assert Sweeper(Recorder(store, settings.worker, "sweeper-1"), bell, settings).sweep().rung == 0
     bell.close()

@@ -11,9 +11,9 @@ from kombu import Connection, Producer, Queue
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from code_worker.broker import REDIS_TRANSPORT, transport_options
-from code_worker.queues import BACKFILL, LIVE, NORMAL, SWEEP_QUEUE
 from code_worker.settings import Settings
-from code_worker.worker.transport import QueuesInOrder
+from code_worker.wire import BACKFILL, LIVE, NORMAL, SWEEP_QUEUE
+from code_worker.worker.kombu_redis import QueuesInOrder
 from tests.servers import RedisServer
 
 

@@ -12,18 +12,17 @@ from pathlib import Path
 import pytest
 from celery.utils.log import LoggingProxy
 
-from code_worker.queues import LIVE, NORMAL, SWEEP_QUEUE
-from code_worker.store import joblist
-from code_worker.worker.inflight import InFlight
-from code_worker.worker.watchdog import STUCK_STATUS, Watchdog
+from code_worker.store.jobs import joblist
+from code_worker.wire import LIVE, NORMAL, SWEEP_QUEUE
+from code_worker.worker.judging.watchdog import STUCK_STATUS, InFlight, Watchdog
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
 
 STUCK = """
 import sys, threading, time
 from celery.utils.log import LoggingProxy
 from code_worker.logs import get_logger
-from code_worker.worker.inflight import InFlight
-from code_worker.worker.watchdog import Watchdog
+from code_worker.worker.judging.watchdog import InFlight
+from code_worker.worker.judging.watchdog import Watchdog
 {before}
 in_flight = InFlight()
 with in_flight.batch(["job"]):

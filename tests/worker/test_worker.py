@@ -15,9 +15,9 @@ from celery.utils.nodenames import gethostname
 from sqlalchemy import text
 
 from code_worker.broker import celery_config
-from code_worker.queues import MODERATE, NORMAL
-from code_worker.store.accepting import NewJob
+from code_worker.store.jobs.claims import NewJob
 from code_worker.types import Label, Outcome, RejectReason
+from code_worker.wire import MODERATE, NORMAL
 from code_worker.worker.app import create_app
 from tests.faults.rows import Seen, row
 from tests.fork_server import CHILDREN_ENV
@@ -254,7 +254,7 @@ def test_a_wrong_configuration_ends_the_worker_with_status_2(
 
 def test_monitors_tell_the_processes_of_a_host_apart(deploy: Callable[..., Deployment], tmp_path: Path) -> None:
     deployment = deploy(_sqlite(tmp_path), CODE_WORKER_WORKER__REMOTE_CONTROL="inspect")
-    deployment.worker(module="code_worker.worker.trainer")
+    deployment.worker(module="code_worker.stack.trainer_process")
     deployment.worker()
     deployment.worker("--name", "second")
 

@@ -8,8 +8,6 @@ from string import Template
 
 from code_worker.errors import ConfigurationError
 
-__all__ = ["write_plugin"]
-
 
 def write_plugin(head: str, parent: Path) -> Path:
     """Writes `code-worker-NAME/` with a package, a head, a test and a README; returns the directory.

@@ -10,12 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import BinaryIO, Final
 
-from code_worker.data.label_files.label_studio import STUDIO_COLUMNS, studio_row
-from code_worker.data.label_files.lines import Line, numbered_lines
-from code_worker.data.label_files.rows import FIELDS, NAMES, TARGETS, Row, Words, row_of
+from code_worker.data.label_files.label_rows import FIELDS, NAMES, TARGETS, Line, Row, Words, numbered_lines, row_of
+from code_worker.data.label_files.labelling_tools import STUDIO_COLUMNS, studio_row
 from code_worker.errors import DatasetError
-
-__all__ = ["Record", "csv_line", "csv_records", "csv_rows", "json_rows", "with_formulas", "without_formulas"]
 
 _DELIMITERS: Final[tuple[str, ...]] = (",", ";", "\t")
 _DECLARED: Final = re.compile(r""""?sep=(\t|[^\s\w"'])"?""")

@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from code_worker.store.models.audit import AuditRow, RemovalRow
 from code_worker.store.models.base import Base, UtcDateTime, db_now, db_now_plus, time_plus
-from code_worker.store.models.deployed import AliasMoveRow, AliasRow, PolicyRecord, ReleaseRow
-from code_worker.store.models.erasing import (
-    CopyToDropRow,
-    ErasedDigestRow,
-    ErasureRow,
-    ErasureTargetRow,
-    ImageOriginRow,
-)
-from code_worker.store.models.fleet import DeadLetterRow, LeaseRow, PluginSeenRow, SourcePauseRow, WorkerRow
 from code_worker.store.models.learning import (
     GateComparisonRow,
     ImageGroupRow,
@@ -26,7 +16,29 @@ from code_worker.store.models.learning import (
     ShadowScoreRow,
     SnapshotRow,
 )
-from code_worker.store.models.ledger import EmbeddingRow, JobRow, VerdictRow
+from code_worker.store.models.ledger import (
+    AliasMoveRow,
+    AliasRow,
+    EmbeddingRow,
+    JobRow,
+    PolicyRecord,
+    ReleaseRow,
+    VerdictRow,
+)
+from code_worker.store.models.upkeep import (
+    AuditRow,
+    CopyToDropRow,
+    DeadLetterRow,
+    ErasedDigestRow,
+    ErasureRow,
+    ErasureTargetRow,
+    ImageOriginRow,
+    LeaseRow,
+    PluginSeenRow,
+    RemovalRow,
+    SourcePauseRow,
+    WorkerRow,
+)
 
 __all__ = [
     "AliasMoveRow",

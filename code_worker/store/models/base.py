@@ -14,18 +14,6 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
-__all__ = [
-    "BIG_KEY",
-    "JSON_OBJECT",
-    "PERSONAL",
-    "Base",
-    "UtcDateTime",
-    "db_now",
-    "db_now_plus",
-    "partial_index",
-    "time_plus",
-]
-
 JSON_OBJECT: Final = JSON().with_variant(JSONB(), "postgresql")
 BIG_KEY: Final = BigInteger().with_variant(Integer(), "sqlite")
 """A counted key: SQLite counts up only in a column of type INTEGER."""

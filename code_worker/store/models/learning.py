@@ -23,20 +23,6 @@ from sqlalchemy.orm import Mapped, mapped_column
 from code_worker.store.ids import uuid7
 from code_worker.store.models.base import BIG_KEY, JSON_OBJECT, PERSONAL, Base, UtcDateTime, db_now, partial_index
 
-__all__ = [
-    "GateComparisonRow",
-    "ImageGroupRow",
-    "ImportedRow",
-    "KeptImageRow",
-    "LabelRow",
-    "RunMetricsRow",
-    "RunRow",
-    "ScheduleSlotRow",
-    "SecretRow",
-    "ShadowScoreRow",
-    "SnapshotRow",
-]
-
 _RUNNING = "state = 'running'"
 
 

@@ -1,25 +1,23 @@
-"""Two releases on the very same images: what the second gains and loses, group by group."""
+"""Compares two reports on the same images, group by group, and a report with the bounds it must keep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from code_worker.errors import DatasetError
-from code_worker.training.evaluation.groups import group_images
-from code_worker.training.metrics import Threshold, figures
-from code_worker.training.paired import Difference, paired_difference
+from code_worker.training.evaluation.metrics import Threshold, figures
+from code_worker.training.evaluation.robustness import group_images
+from code_worker.training.gate.paired import Difference, paired_difference
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from code_worker.data.examples import Example
+    from code_worker.data.datasets.examples import Example
     from code_worker.training.evaluation.evaluate import Evaluation, Scored
-
-__all__ = ["Compared", "Regression", "compare", "compare_scores", "regressions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,3 +163,43 @@ def _shared(first: Scored, second: Scored) -> tuple[NDArray[np.int64], NDArray[n
     ]
     shared = np.array(rows, np.int64).reshape(-1, 2)
     return shared[:, 0], shared[:, 1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Bounds of the figures at the deployed thresholds over all images; None: no bound."""
+
+    min_balanced_accuracy: float | None = None
+    max_fpr: float | None = None
+
+
+def missed_bounds(report: Mapping[str, Any], bounds: Bounds, heads: Iterable[str]) -> list[str]:
+    """A line for each bound that one of the heads misses under one of the conditions.
+
+    A figure that the data cannot give, such as the false alarms where there are no reals, misses its bound.
+    """
+    wanted = set(heads)
+    lines = []
+    for row in report["results"]:
+        if row["kind"] != "overall" or row["head"] not in wanted:
+            continue
+        where = f"under {row['condition']}, head {row['head']}"
+        lines += _below(row["deployed"]["balanced_accuracy"], bounds.min_balanced_accuracy, where)
+        lines += _above(row["deployed"]["fpr"], bounds.max_fpr, where)
+    return lines
+
+
+def _below(figure: Mapping[str, float] | None, bound: float | None, where: str) -> list[str]:
+    if bound is None or (figure is not None and figure["value"] >= bound):
+        return []
+    if figure is None:
+        return [f"balanced accuracy {where} cannot be told: it takes real and generated images"]
+    return [f"balanced accuracy {where} is {figure['value']:.4f}, below {bound:g}"]
+
+
+def _above(figure: Mapping[str, float] | None, bound: float | None, where: str) -> list[str]:
+    if bound is None or (figure is not None and figure["value"] <= bound):
+        return []
+    if figure is None:
+        return [f"false alarms {where} cannot be told: it takes real images"]
+    return [f"false alarms {where} are {figure['value']:.4f} of real images, above {bound:g}"]

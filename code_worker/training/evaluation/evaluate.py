@@ -1,7 +1,9 @@
-"""Measures a release on labelled images: every head, under every condition, for every group of images."""
+"""Measures a release on labelled images: every head, under every condition, for every group; and describes both."""
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -11,25 +13,92 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from code_worker._version import __version__
-from code_worker.data.examples import losses, passed_over
-from code_worker.data.names import PUBLISHED_GENERATORS, PUBLISHED_VARIANTS
+from code_worker.data.datasets.examples import (
+    FAKE,
+    PUBLISHED_GENERATORS,
+    PUBLISHED_VARIANTS,
+    REAL,
+    losses,
+    passed_over,
+)
 from code_worker.errors import DatasetError, UnknownHeadError
-from code_worker.releases.golden import checked_scores
+from code_worker.releases.reference_scores import checked_scores
 from code_worker.training.embed import Embedded, Keep, Known, embed_examples
-from code_worker.training.evaluation.describe import describe_data, describe_release, nothing_usable
-from code_worker.training.evaluation.groups import group_images, labels_of
-from code_worker.training.metrics import DECISIONS, FIGURES, LEVEL, RANKINGS, Threshold, figures, intervals
-from code_worker.training.robustness import Condition, Transform, conditions, make_crop
+from code_worker.training.evaluation.metrics import DECISIONS, FIGURES, LEVEL, RANKINGS, Threshold, figures, intervals
+from code_worker.training.evaluation.robustness import (
+    UNNAMED,
+    Condition,
+    Transform,
+    conditions,
+    group_images,
+    labels_of,
+    make_crop,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from code_worker.data.examples import Example, Skipped
+    from code_worker.data.datasets.examples import Example, Skipped
     from code_worker.moderation.policy import Policy
     from code_worker.moderation.runtime import Runtime
     from code_worker.settings import LimitSettings
 
-__all__ = ["FORMAT", "PUBLISHED", "Evaluation", "Plan", "Scored", "evaluate", "measure", "published_table"]
+
+def describe_release(runtime: Runtime, heads: Sequence[str], *, toy: bool) -> dict[str, Any]:
+    """Ids and hashes of what was measured."""
+    return {
+        "id": runtime.release,
+        "manifest_sha256": runtime.manifest_sha256,
+        "encoder_sha256": runtime.encoder_sha256,
+        "precision": runtime.precision,
+        "heads": {name: runtime.head_sha256.get(name) for name in heads},
+        "default_head": runtime.default_head,
+        "toy": toy,
+    }
+
+
+def describe_data(source: str, examples: Sequence[Example]) -> dict[str, Any]:
+    """Counts, and a digest: equal digests are the same images with the same labels."""
+    lines = sorted(f"{one.sha256} {one.label} {one.generator} {one.collection} {one.variant}\n" for one in examples)
+    generators = Counter(one.generator or UNNAMED for one in examples if one.label == FAKE)
+    collections = Counter(one.collection or UNNAMED for one in examples if one.label == REAL)
+    return {
+        "source": source,
+        "digest": hashlib.sha256("".join(lines).encode()).hexdigest(),
+        "images": len(examples),
+        "distinct": len({one.sha256 for one in examples}),
+        "real": sum(one.label == REAL for one in examples),
+        "fake": sum(one.label == FAKE for one in examples),
+        "generators": dict(sorted(generators.items())),
+        "collections": dict(sorted(collections.items())),
+    }
+
+
+def learned_lines(data: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What a report says of images that a release learned from: in passing, and in red."""
+    if not (learned := data.get("learned")):
+        return [], []
+    said: list[str] = []
+    warned: list[str] = []
+    if count := learned["left_out"]:
+        line = f"{count} images left out: a release, or one that it was trained from, learned from them"
+        (warned if data["source"] == "holdout:" else said).append(line)
+    if learned["unknown"]:
+        warned.append(
+            f"nothing here says what {' and '.join(learned['unknown'])} learned from (imported, or made elsewhere): "
+            "these images may be among it, and figures on what was learned are too good"
+        )
+    return said, warned
+
+
+def nothing_usable(source: str, skipped: Sequence[Skipped]) -> str:
+    """Why there is nothing to measure on."""
+    if not skipped:
+        return f"{source or 'the data'} holds no labelled image"
+    reasons = Counter(one.reason for one in skipped).most_common(3)
+    said = "; ".join(f"{count} × {reason}" for reason, count in reasons)
+    return f"{source or 'the data'}: none of {len(skipped)} images can be used: {said}"
+
 
 FORMAT: Final = 1
 """Of `metrics.json`; raised when a reader of it would have to change."""
@@ -38,7 +107,7 @@ PUBLISHED: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class EvaluationPlan:
     """What to measure, and how.
 
     Attributes:
@@ -110,7 +179,7 @@ def evaluate(
     examples: Iterable[Example],
     runtime: Runtime,
     limits: LimitSettings,
-    plan: Plan,
+    plan: EvaluationPlan,
     *,
     source: str = "",
     toy: bool = False,
@@ -205,7 +274,7 @@ def _score(runtime: Runtime, condition: str, head: str, embedded: Embedded) -> S
     return Scored(condition, head, embedded.examples, scores.astype(np.float32))
 
 
-def measure(scored: Scored, plan: Plan, deployed: tuple[float, float]) -> list[dict[str, Any]]:
+def measure(scored: Scored, plan: EvaluationPlan, deployed: tuple[float, float]) -> list[dict[str, Any]]:
     """A row per group: counts, ranking figures, and decisions at the published and at the deployed thresholds.
 
     A figure is `{"value", "low", "high"}` with the 95 % interval (None without a bootstrap), or None where the group
@@ -237,7 +306,11 @@ def measure(scored: Scored, plan: Plan, deployed: tuple[float, float]) -> list[d
 
 
 def _figures(
-    labels: NDArray[np.int8], scores: NDArray[np.float32], threshold: Threshold, plan: Plan, names: Sequence[str]
+    labels: NDArray[np.int8],
+    scores: NDArray[np.float32],
+    threshold: Threshold,
+    plan: EvaluationPlan,
+    names: Sequence[str],
 ) -> dict[str, dict[str, float | None] | None]:
     values = figures(labels, scores, threshold=threshold)
     bounds: dict[str, tuple[float, float] | None] = {}
@@ -277,12 +350,12 @@ def _published_pair(condition: str, generator: str) -> tuple[int, str]:
     return place, f"{condition}_gen_{number}" if number else f"{condition}_gen0_and_real"
 
 
-def _deployed(plan: Plan, runtime: Runtime) -> tuple[float, float]:
+def _deployed(plan: EvaluationPlan, runtime: Runtime) -> tuple[float, float]:
     policy = plan.deployed or runtime.default_policy
     return policy.low, policy.high
 
 
-def _describe_plan(plan: Plan, runtime: Runtime, keys: Sequence[str]) -> dict[str, Any]:
+def _describe_plan(plan: EvaluationPlan, runtime: Runtime, keys: Sequence[str]) -> dict[str, Any]:
     policy = plan.deployed or runtime.default_policy
     return {
         "presets": list(plan.presets),

@@ -1,24 +1,96 @@
-"""The report as one HTML page that needs nothing else: no script, no font, no picture from anywhere."""
+"""The report as one HTML page that needs nothing else, with the worst mistakes; also written for each retrain."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 import jinja2
+import numpy as np
+from PIL import Image
 
+from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.errors import DatasetError, ImageRejectedError, TransientError
+from code_worker.images.decode import decode_crop
+from code_worker.logs import get_logger
+from code_worker.moderation.runtime import start_runtime
 from code_worker.training.evaluation import plots
-from code_worker.training.evaluation.describe import learned_lines
-from code_worker.training.evaluation.evaluate import published_table
-from code_worker.training.evaluation.thumbnails import worst_mistakes
+from code_worker.training.evaluation.evaluate import EvaluationPlan, evaluate, learned_lines, published_table
+from code_worker.training.snapshot_embeddings import example_of
 
 if TYPE_CHECKING:
+    from code_worker.data.datasets.examples import Example
+    from code_worker.releases.loading import LoadedRelease
     from code_worker.settings import LimitSettings
     from code_worker.training.evaluation.compare import Compared
     from code_worker.training.evaluation.evaluate import Evaluation, Scored
+    from code_worker.training.run_context import RunContext
+    from code_worker.training.snapshot import Snapshot
 
-__all__ = ["render_page"]
+_MOST: Final = 12
+_SIDE: Final = 112
+_QUALITY: Final = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """An image on the wrong side of a threshold.
+
+    Attributes:
+        key: what a person finds it by.
+        score: what the head gave it.
+        origin: its generator or collection.
+        sha256: of its bytes.
+        picture: a data URI of the pixels that were judged; None without thumbnails, or where it cannot be read again.
+    """
+
+    key: str
+    score: float
+    origin: str
+    sha256: str
+    picture: str | None
+
+
+def worst_mistakes(
+    scored: Scored, thresholds: tuple[float, float], limits: LimitSettings, *, thumbnails: bool
+) -> tuple[list[Mistake], list[Mistake]]:
+    """False alarms (reals from `high` on) and misses (generated ones below `low`), worst first, at most 12 each."""
+    low, high = thresholds
+    labels, scores = scored.labels, scored.scores
+    alarms = np.flatnonzero((labels == REAL) & (scores >= high))
+    misses = np.flatnonzero((labels == FAKE) & (scores < low))
+    alarms = alarms[np.argsort(-scores[alarms], kind="stable")][:_MOST]
+    misses = misses[np.argsort(scores[misses], kind="stable")][:_MOST]
+    picture = (lambda example: _thumbnail(example, limits)) if thumbnails else (lambda _: None)
+    return _mistakes(scored, alarms.tolist(), picture), _mistakes(scored, misses.tolist(), picture)
+
+
+def _mistakes(scored: Scored, rows: list[int], picture: Callable[[Example], str | None]) -> list[Mistake]:
+    found = []
+    for row in rows:
+        one = scored.examples[row]
+        origin = (one.collection if one.label == REAL else one.generator) or ""
+        found.append(Mistake(one.key, float(scored.scores[row]), origin, one.sha256 or "", picture(one)))
+    return found
+
+
+def _thumbnail(example: Example, limits: LimitSettings) -> str | None:
+    try:
+        crop = decode_crop(example.read(), limits)
+    except (DatasetError, ImageRejectedError, TransientError):
+        # It was readable a moment ago; the page says what it can without the picture.
+        return None
+    buffer = io.BytesIO()
+    small = Image.fromarray(crop).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    small.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
 
 _TEMPLATE: Final = "page.html.j2"
 _MOST_SKIPPED: Final = 500
@@ -221,3 +293,46 @@ def _cell(name: str, figure: Mapping[str, float | None] | None) -> _Cell:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.2f}"
+
+
+METRICS: Final = "metrics.json"
+PAGE: Final = "report.html"
+log = get_logger(__name__)
+
+
+def write_report(
+    attempt: RunContext, release: LoadedRelease, taken: Snapshot, progress: Callable[[int], object]
+) -> None:
+    """Writes `report/metrics.json` and, where pictures can be drawn, `report/report.html` into the run's directory.
+
+    The page shows no image: it lies on a disk where nobody expects any.
+
+    Raises:
+        DatasetError, ArtifactError: it cannot be computed.
+    """
+    directory = attempt.place.path / "report"
+    if (directory / METRICS).is_file():
+        return
+    settings = attempt.settings
+    runtime = start_runtime(release, settings, lazy=True)
+    with closing(runtime.embedder):
+        evaluation = evaluate(
+            (example_of(member, attempt.parts.kept) for member in taken.holdout),
+            runtime,
+            settings.limits,
+            EvaluationPlan(
+                presets=("delivery",), resamples=settings.gate.bootstrap, threads=settings.worker.fetch_threads
+            ),
+            source=f"hold-out of snapshot {taken.id}",
+            toy=release.manifest.toy,
+            progress=progress,
+        )
+    directory.mkdir(exist_ok=True)
+    if find_spec("matplotlib") and find_spec("jinja2"):
+        page = render_page(evaluation, settings.limits, thumbnails=False)
+        (directory / PAGE).write_text(page, encoding="utf-8")
+    else:
+        log.info("no_report_page", hint="pip install 'code-worker[training]'")
+    # Last: a report that has figures is complete.
+    figures = json.dumps(evaluation.report, indent=1, sort_keys=True)
+    (directory / METRICS).write_text(f"{figures}\n", encoding="utf-8")

@@ -5,20 +5,16 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from code_worker.data.examples import FAKE, REAL
-from code_worker.telemetry import import_without_home
-from code_worker.training.evaluation.groups import UNNAMED
-from code_worker.training.metrics import calibration
-from code_worker.training.pictures import project
-
-with import_without_home():
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.system.telemetry import import_without_home
+from code_worker.training.evaluation.metrics import calibration
+from code_worker.training.evaluation.robustness import UNNAMED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,7 +22,45 @@ if TYPE_CHECKING:
     from code_worker.training.embed import Embedded
     from code_worker.training.evaluation.evaluate import Scored
 
-__all__ = ["calibration_plot", "histogram_plot", "map_plot", "precision_recall_plot", "roc_plot"]
+_MOST: Final = 1500
+
+
+def project(embeddings: NDArray[np.float32], *, seed: int = 0) -> NDArray[np.float32]:
+    """`(n, 2) float32`: t-SNE (van der Maaten & Hinton 2008) of `(n, d)` embeddings by cosine distance."""
+    from sklearn.manifold import TSNE  # seconds to import, and only some epochs draw
+
+    perplexity = min(30.0, max(2.0, (len(embeddings) - 1) / 3))
+    plane = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(embeddings)
+    return np.asarray(plane, dtype=np.float32)
+
+
+def draw_embeddings(
+    path: Path, embeddings: NDArray[np.float32], groups: Sequence[str], *, title: str, seed: int = 0
+) -> None:
+    """Writes a PNG with a dot per image, a colour per generator and grey for real ones.
+
+    Of more than 1,500 images a seeded choice is drawn.
+    """
+    with import_without_home():
+        from matplotlib.figure import Figure
+
+    chosen = np.random.default_rng(seed).permutation(len(groups))[:_MOST]
+    plane, names = project(embeddings[chosen], seed=seed), np.array(groups)[chosen]
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for name in sorted(set(names), key=lambda name: (name != "real", name)):
+        points = plane[names == name]
+        axes.scatter(
+            points[:, 0], points[:, 1], s=9, label=f"{name} ({len(points)})", color="0.6" if name == "real" else None
+        )
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.legend(fontsize=8, markerscale=2, framealpha=0.9)
+    figure.savefig(path, dpi=110)
+
+
+with import_without_home():
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
 # After Okabe and Ito: colours that colour-blind readers tell apart too; both themes of the page bear them.
 _COLOURS: Final = ("#1f83c6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b8a000", "#7b5ea7")

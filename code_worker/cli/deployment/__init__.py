@@ -1,0 +1,1 @@
+"""Commands of what judges: releases, heads, policies, and how good they are."""

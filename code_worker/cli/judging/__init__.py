@@ -1,0 +1,1 @@
+"""Commands of the main job: enqueue, look, scan, judge again, erase."""

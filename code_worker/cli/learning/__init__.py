@@ -1,0 +1,1 @@
+"""Commands of the learning loop: labels, data sets, runs, schedules."""

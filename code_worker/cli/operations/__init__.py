@@ -1,0 +1,1 @@
+"""Commands of an installation: database, processes, plugins, checks, audit."""

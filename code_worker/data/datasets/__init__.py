@@ -1,0 +1,1 @@
+"""Data sets in every published form: one labelled image at a time."""

@@ -1,0 +1,1 @@
+"""Erasure: everything that is kept of jobs and images goes, and a receipt stays."""

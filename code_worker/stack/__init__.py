@@ -1,0 +1,1 @@
+"""The processes of an installation: worker, trainer and scheduler under a supervisor, and the embedded broker."""

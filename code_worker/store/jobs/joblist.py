@@ -1,0 +1,207 @@
+"""Looking at jobs, and asking for another verdict of finished ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import RowMapping, Select, func, literal, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from code_worker.errors import StoreError
+from code_worker.store.ids import as_uuid, uuid7_floor, valid_uuids
+from code_worker.store.jobs.claims import ACCEPT_GRACE_S
+from code_worker.store.models import JobRow, VerdictRow, db_now, db_now_plus
+from code_worker.store.sql import IN_LIST, among, table_of, unindexed
+from code_worker.types import JobState, RejectReason
+from code_worker.wire import chunks
+
+_JOBS = table_of(JobRow)
+_VERDICTS = table_of(VerdictRow)
+_CLOCKS_DIFFER: Final = timedelta(minutes=5)
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """Everything the ledger knows of one job; times in UTC."""
+
+    id: str
+    uri: str
+    state: JobState
+    head: str | None
+    tenant: str | None
+    content_type: str | None
+    priority: int
+    queue: str
+    metadata: Mapping[str, Any]
+    key: str | None
+    attempts: int
+    faults: int
+    revision: int
+    owner: str | None
+    last_fault: str | None
+    created_at: datetime
+    due_at: datetime | None
+    not_before: datetime | None
+    published_at: datetime | None
+    claimed_at: datetime | None
+    finished_at: datetime | None
+    retried_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs to list; what is None does not matter."""
+
+    state: JobState | None = None
+    tenant: str | None = None
+    queue: str | None = None
+    uri: str | None = None
+
+
+_COLUMNS = tuple(_JOBS.c[name] for name in JobInfo.__dataclass_fields__)
+
+
+def _info(row: RowMapping) -> JobInfo:
+    return JobInfo(**{**row, "state": JobState(row["state"])})
+
+
+def get(session: Session, job_id: str) -> JobInfo | None:
+    """One job, or None."""
+    if (known := as_uuid(job_id)) is None:
+        return None
+    row = session.execute(select(*_COLUMNS).where(_JOBS.c.id == known)).mappings().one_or_none()
+    return None if row is None else _info(row)
+
+
+def list_jobs(
+    session: Session,
+    wanted: JobFilter | None = None,
+    *,
+    after: str | None = None,
+    limit: int,
+    newest_first: bool = True,
+) -> list[JobInfo]:
+    """A page in the order of acceptance, after the job `after` of the page before.
+
+    Raises:
+        StoreError: `after` names no job.
+    """
+    statement = _filtered(select(*_COLUMNS), wanted or JobFilter())
+    order = tuple_(_JOBS.c.created_at, _JOBS.c.id)
+    if after is not None:
+        last = _position(session, after)
+        statement = statement.where(order < last if newest_first else order > last)
+    by = (_JOBS.c.created_at, _JOBS.c.id)
+    statement = statement.order_by(*(column.desc() if newest_first else column for column in by)).limit(limit)
+    return [_info(row) for row in session.execute(statement).mappings()]
+
+
+def _position(session: Session, job_id: str) -> Any:
+    job = get(session, job_id)
+    if job is None:
+        raise StoreError(f"no job {job_id} to continue the list after")
+    return tuple_(literal(job.created_at, _JOBS.c.created_at.type), literal(job.id, _JOBS.c.id.type))
+
+
+def _filtered(statement: Select[Any], wanted: JobFilter) -> Select[Any]:
+    for name in JobFilter.__dataclass_fields__:
+        if (value := getattr(wanted, name)) is not None:
+            statement = statement.where(_JOBS.c[name] == value)
+    return statement
+
+
+def counts(session: Session, *, finished: bool = True) -> dict[JobState, int]:
+    """Jobs by state, every state named. Finished ones are many: without them the answer is quick at any size."""
+    statement = select(_JOBS.c.state, func.count()).group_by(_JOBS.c.state)
+    if not finished:
+        statement = statement.where(_JOBS.c.due_at.is_not(None))
+    found = {JobState(state): number for state, number in session.execute(statement)}
+    return {state: found.get(state, 0) for state in JobState}
+
+
+def waiting(session: Session) -> dict[str, tuple[int, float]]:
+    """By queue, how many published jobs no worker has claimed, and the seconds for which the oldest has waited."""
+    rows = session.execute(
+        select(_JOBS.c.queue, func.count(), func.min(_JOBS.c.published_at), func.max(db_now()))
+        .where(_JOBS.c.due_at.is_not(None), unindexed(_JOBS.c.state) == "accepted", _JOBS.c.published_at.is_not(None))
+        .group_by(_JOBS.c.queue)
+    )
+    return {queue: (number, max(0.0, (now - first).total_seconds())) for queue, number, first, now in rows}
+
+
+def unpublished(session: Session) -> tuple[int, float]:
+    """How many jobs are due for a message and have none, and for how many seconds the first of them has been.
+
+    The sweeper publishes them at its next pass; those that wait for another attempt are due later.
+    """
+    number, first, now = session.execute(
+        select(func.count(), func.min(_JOBS.c.due_at), func.max(db_now())).where(
+            _JOBS.c.due_at <= db_now(), unindexed(_JOBS.c.state) == "accepted", _JOBS.c.published_at.is_(None)
+        )
+    ).one()
+    return number, 0.0 if first is None else max(0.0, (now - first).total_seconds())
+
+
+def oldest_unfinished_s(session: Session) -> float | None:
+    """Age of the job that waits longest for a verdict; what an alarm should watch. None when there is none.
+
+    Of a job that is judged again the age counts from the retry. Reads every unfinished job, as `counts` does.
+    """
+    since = func.min(func.coalesce(_JOBS.c.retried_at, _JOBS.c.created_at))
+    first, now = session.execute(select(since, db_now()).where(_JOBS.c.due_at.is_not(None))).one()
+    return None if first is None else max(0.0, (now - first).total_seconds())
+
+
+def retry(session: Session, ids: Sequence[str]) -> list[str]:
+    """Finished and quarantined jobs are accepted again, for a verdict of the next revision; others are left alone.
+
+    Returns the ids that are to be published, in the order given.
+    """
+    again: set[str] = set()
+    wanted = valid_uuids(ids)
+    for some in chunks(sorted(wanted), IN_LIST):
+        statement = (
+            update(_JOBS)
+            .where(among(session, _JOBS.c.id, some), _JOBS.c.due_at.is_(None))
+            .values(
+                state="accepted",
+                revision=_JOBS.c.revision + 1,
+                attempts=0,
+                faults=0,
+                last_fault=None,
+                owner=None,
+                not_before=None,
+                published_at=None,
+                claimed_at=None,
+                finished_at=None,
+                retried_at=db_now(),
+                due_at=db_now_plus(ACCEPT_GRACE_S),
+            )
+            .returning(_JOBS.c.id)
+        )
+        again.update(session.scalars(statement))
+    return [job_id for job_id in wanted if job_id in again]
+
+
+def retry_denied(session: Session, source: str, *, since: datetime, limit: int = 10_000) -> list[str]:
+    """Has the jobs judged again whose live verdict, given since then, says that the source denied their image.
+
+    Returns their ids; the sweeper publishes them.
+    """
+    prefix = f"{source}/"
+    denied = (
+        select(_VERDICTS.c.job_id)
+        .join(_JOBS, (_JOBS.c.id == _VERDICTS.c.job_id) & (_JOBS.c.revision == _VERDICTS.c.revision))
+        .where(
+            _VERDICTS.c.reason == RejectReason.ACCESS_DENIED.value,
+            # For the index; ids are in the order of time, as near as clocks agree.
+            _VERDICTS.c.id >= uuid7_floor(since - _CLOCKS_DIFFER),
+            _VERDICTS.c.created_at >= since,
+            func.substr(_VERDICTS.c.uri, 1, len(prefix)) == prefix,
+        )
+        .limit(limit)
+    )
+    return retry(session, list(session.scalars(denied)))

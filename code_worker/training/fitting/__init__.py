@@ -1,0 +1,1 @@
+"""Trains an encoder: views, objective, optimiser steps, and the process that runs them."""

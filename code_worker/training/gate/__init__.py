@@ -1,0 +1,1 @@
+"""Decides whether a candidate replaces the champion."""
