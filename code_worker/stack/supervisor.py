@@ -122,7 +122,7 @@ class Supervisor:
         self._backoff = backoff or Backoff()
         self._new: queue.SimpleQueue[Child] = queue.SimpleQueue()
         self._running: list[_Running] = []
-        self._mourners: list[threading.Thread] = []
+        self._exit_threads: list[threading.Thread] = []
         # Plain flags, polled: setting an Event inside a signal handler can deadlock with the wait it interrupts.
         self._stopping = False
         self._killing = False
@@ -190,8 +190,8 @@ class Supervisor:
         for each in reversed(self._running):
             self._end(each)
         deadline = time.monotonic() + _REPORTS_S
-        for mourner in self._mourners:
-            mourner.join(max(0.0, deadline - time.monotonic()))
+        for exit_thread in self._exit_threads:
+            exit_thread.join(max(0.0, deadline - time.monotonic()))
 
     def _start_due(self) -> None:
         while not self._new.empty():
@@ -243,6 +243,6 @@ class Supervisor:
         if status == 0 or each.child.on_death is None:
             return
         # On a thread: a database that does not answer must delay neither the restart nor the stop.
-        mourner = threading.Thread(target=each.child.on_death, args=(each.owner, status), daemon=True)
-        mourner.start()
-        self._mourners = [*(thread for thread in self._mourners if thread.is_alive()), mourner]
+        exit_thread = threading.Thread(target=each.child.on_death, args=(each.owner, status), daemon=True)
+        exit_thread.start()
+        self._exit_threads = [*(thread for thread in self._exit_threads if thread.is_alive()), exit_thread]

@@ -25,7 +25,7 @@ from code_worker.worker.app_configuration import (
     warn_of_idle,
 )
 from code_worker.worker.app_state import AppState
-from code_worker.worker.kombu_redis import add_waker, report_unreadable_to
+from code_worker.worker.kombu_redis import add_waker, on_unreadable
 from code_worker.worker.launch_checks import Bystander, check_content, refuse_to_start, refusing, threads_of
 from code_worker.worker.schedule import beat_entries
 from code_worker.worker.tasks import register_learning, register_tasks
@@ -236,7 +236,7 @@ def _start_background(sender: Any, **_: Any) -> None:
     if queues & _JUDGING:
         host.start_sweeping()
     if queues & frozenset(QUEUES):
-        report_unreadable_to(host.bury)
+        on_unreadable(host.keep_unreadable)
     if TRAIN_QUEUE in queues:
         host.start_watching()
 

@@ -38,7 +38,7 @@ def take_message(store: Store, message: object, message_id: str) -> list[str]:
     try:
         job_ids, items = parse_message(message)
     except MessageError as error:
-        bury(store, message, str(error))
+        dead_letter(store, message, str(error))
         return []
     return [*job_ids, *(Recorder.outlast(lambda: accept_items(store, items, message_id)) if items else ())]
 
@@ -112,20 +112,22 @@ def accept_items(store: Store, items: Sequence[object], message_id: str) -> list
             refused.append((item, f"{type(error).__name__}: {error}", "internal"))
     # Last, so that an item is not kept once more by each try that ends before this.
     for item, reason, kind in refused:
-        bury(store, {"items": [item]}, reason, kind=kind)
+        dead_letter(store, {"items": [item]}, reason, kind=kind)
     return accepted
 
 
-def bury(store: Store, message: object, error: str, *, kind: str = "message") -> None:
+def dead_letter(store: Store, message: object, error: str, *, kind: str = "message") -> None:
     """Keeps a message that cannot be read, for somebody to look at.
 
     The log has the id under which it is kept and the kind of fault: message and error may name an image or a tenant,
     and an erasure does not reach the log.
     """
     body = json.dumps(_writable(message), default=repr)
-    letter = store.new_id()
-    store.run(lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error, letter_id=letter))
-    log.error("message_refused", letter=letter, kind=kind)
+    letter_id = store.new_id()
+    store.run(
+        lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error, letter_id=letter_id)
+    )
+    log.error("message_refused", letter=letter_id, kind=kind)
 
 
 def _writable(value: object, levels: int = _MAX_LEVELS) -> object:

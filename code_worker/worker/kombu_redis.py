@@ -30,19 +30,19 @@ from code_worker.wire import QUEUES
 log = get_logger(__name__)
 # What kombu calls a transport in the URL of a connection: monitors choose by it how to ask the broker.
 Connection.resolve_aliases.update({ours: scheme for scheme, ours in TRANSPORTS.items()})
-Undertaker = Callable[[str, str], object]
+UnreadableCallback = Callable[[str, str], object]
 _SILENCE_LOOK_S = 5.0
 _LOOK_AT_CLOCK_S = 60.0
 _SILENCE_S = 10.0
 """How much later than it promised Redis may answer."""
-_undertakers: list[Undertaker] = []
+_unreadable_callbacks: list[UnreadableCallback] = []
 _listeners: list[Callable[[], None]] = []
 _lost: deque[Any] = deque(maxlen=1000)
 
 
-def report_unreadable_to(undertaker: Undertaker) -> None:
-    """From now on this process calls `undertaker(raw text, error)` with each message that is none."""
-    _undertakers[:] = [undertaker]
+def on_unreadable(call: UnreadableCallback) -> None:
+    """From now on this process calls `call(raw text, error)` with each message that is none."""
+    _unreadable_callbacks[:] = [call]
 
 
 def call_when_lost(tell: Callable[[], None]) -> None:
@@ -175,8 +175,8 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no typ
         except (_UnreadableError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             text = str(getattr(error, "doc", "") or getattr(error, "object", ""))
             log.error("message_unreadable", error=str(error)[:500])  # noqa: TRY400 - a traceback would not help
-            for undertaker in _undertakers:
-                undertaker(text, str(error))
+            for call in _unreadable_callbacks:
+                call(text, str(error))
             return True
 
 

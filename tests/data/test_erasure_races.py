@@ -26,7 +26,7 @@ from code_worker.store.ids import uuid7
 from code_worker.store.learning import kept_images, labels
 from code_worker.store.models import Base
 from code_worker.types import ImageFacts, Job, RejectReason
-from code_worker.worker.intake import bury
+from code_worker.worker.intake import dead_letter
 from code_worker.worker.judging.recorder import Recorder
 from code_worker.worker.retention import Retention
 from tests.image_files import encoded, pixels
@@ -259,7 +259,9 @@ def test_letters_are_read_and_not_searched(place: Place) -> None:
     letters += [{"v": 9, "items": [{"uri": "s3://b/never-accepted.png", "tenant": "acme", "bogus": 1}, *kept]}]
     letters += [{"v": 9, "items": [{"uri": odd[2].replace(" ", "%20")}]}, {"v": 9, "jobs": [ids[0], "x"]}]
     for letter in letters:
-        bury(place.store, letter, f"id_conflict: key 'k' of tenant 'acme' already names another job ({ids[0]})")
+        dead_letter(
+            place.store, letter, f"id_conflict: key 'k' of tenant 'acme' already names another job ({ids[0]})"
+        )
     cut = '{"v":9,"items":[{"uri":"s3://b/never.png","tenant":"acme"},{"uri":"s3'
     place.store.run(lambda session: workers.dead_letter(session, task="t", body=cut, error="e") and None)
     place.store.run(lambda session: workers.dead_letter(session, task="t", body="acme", error="e") and None)

@@ -15,7 +15,7 @@ from code_worker.store.engine import Store
 from code_worker.store.erasure import receipts
 from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
-from code_worker.worker.intake import bury
+from code_worker.worker.intake import dead_letter
 from tests.data.test_erasure import erase, judge
 from tests.store.acts import accept, claim, judged, write
 from tests.training.learning import learning_settings
@@ -70,7 +70,9 @@ def test_what_an_unreadable_message_alone_names_is_kept_and_erased(
     sqlite_store: Store, settings: Settings, scope: dict[str, str]
 ) -> None:
     ((name, value),) = scope.items()
-    bury(sqlite_store, {"v": 9, "items": [{"uri": "s3://b/a.png", "tenant": "other"}, {name: value}]}, "no form")
+    dead_letter(
+        sqlite_store, {"v": 9, "items": [{"uri": "s3://b/a.png", "tenant": "other"}, {name: value}]}, "no form"
+    )
     assert erase(settings, sqlite_store, **scope).counts["dead_letters"] == 1
     (letter,) = sqlite_store.run(workers.list_dead_letters)
     assert (value in letter.body, "other" in letter.body) == (False, True)

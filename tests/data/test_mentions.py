@@ -14,7 +14,7 @@ from code_worker.store.engine import Store
 from code_worker.store.erasure import dead_letters
 from code_worker.store.erasure.receipts import Receipt
 from code_worker.store.learning import labels
-from code_worker.worker.intake import bury
+from code_worker.worker.intake import dead_letter
 from tests.data.test_erasure_races import Place, sha256_of
 
 
@@ -29,7 +29,7 @@ def quick(tmp_path: Path, sqlite_store: Store) -> Place:
 
 
 def send(place: Place, name: str = "acme") -> None:
-    bury(place.store, {"v": 9, "items": [{"uri": "s3://b/never-accepted.png", "tenant": name}]}, "no form")
+    dead_letter(place.store, {"v": 9, "items": [{"uri": "s3://b/never-accepted.png", "tenant": name}]}, "no form")
 
 
 def test_nobody_waits_for_an_eraser_that_reads_messages(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

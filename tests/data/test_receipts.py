@@ -13,7 +13,7 @@ from code_worker.store import audit
 from code_worker.store.engine import Session, Store, T
 from code_worker.store.erasure.scopes import Scope
 from code_worker.training import snapshot as snapshots
-from code_worker.worker.intake import bury
+from code_worker.worker.intake import dead_letter
 from code_worker.worker.judging.rescore_run import _record as record_rescoring
 from tests.data.test_erasure_races import Place
 
@@ -36,7 +36,7 @@ def test_each_thing_is_counted_and_said_once(sqlite_store: Store, tmp_path: Path
     for job_id in ids:
         place.labeller.label(job_id, "fake", by="rob")
     place.labeller.label(str(place.root / "0.png"), "real", by="rosa")
-    bury(sqlite_store, {"v": 1, "items": [{"uri": "s3://b/n.png", "tenant": "acme", "bogus": 1}]}, "unknown")
+    dead_letter(sqlite_store, {"v": 1, "items": [{"uri": "s3://b/n.png", "tenant": "acme", "bogus": 1}]}, "unknown")
     taken = sqlite_store.run(lambda session: snapshots.take(session, place.settings.labels), write=False)
     sqlite_store.run(lambda session: snapshots.freeze(session, taken))
     store = kind(sqlite_store.engine)

@@ -297,5 +297,5 @@ def test_a_process_opens_as_many_connections_as_it_has_threads_that_judge(
     install(app, settings)
     app.WorkController(queues=list(QUEUES), **options)
     with closing(host_of(app).store()) as opened:
-        spare = 2
-        assert opened.connections == threads + settings.worker.fetch_threads + spare
+        background, spare = 4, 2
+        assert opened.connections == threads + settings.worker.fetch_threads + background + spare, "as the page says"

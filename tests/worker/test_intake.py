@@ -241,7 +241,7 @@ def test_what_came_off_a_queue_is_kept_once_the_database_is_back(
         closing(Away(app, lambda: settings)) as host,
     ):
         for number in range(2):
-            host.bury(f"{{unreadable {number}", "JSONDecodeError")
+            host.keep_unreadable(f"{{unreadable {number}", "JSONDecodeError")
         assert tried.wait(30)
     kept = sorted(json.loads(letter.body)["unreadable"] for letter in _letters(sqlite_store))
     assert kept == ["{unreadable 0", "{unreadable 1"]
