@@ -127,14 +127,14 @@ def rounds(settings: Settings, store: Store, chosen: argparse.Namespace) -> list
     """Kills and finishes so many runs."""
     rng, trainers = random.Random(chosen.seed), Trainers(chosen.directory / "log")
     found: list[dict[str, Any]] = []
-    with closing(Publisher.for_producer(settings)) as bell, closing(trainers):
-        usual_s = measured_s(chosen.kind, settings, store, trainers, bell)
+    with closing(Publisher.for_producer(settings)) as publisher, closing(trainers):
+        usual_s = measured_s(chosen.kind, settings, store, trainers, publisher)
         print(f"a {chosen.kind} takes {usual_s:.1f} s undisturbed", flush=True)
         for moments in plan(found, rng, usual_s, chosen):
             known = count(store)
             crown(settings, store, len(found) + 1)
             trainers.start(moments[0])
-            ask(bell, chosen.kind)
+            ask(publisher, chosen.kind)
             began = wait_for(partial(newest, store, known))
             found.append({"round": len(found) + 1, **killed(settings, store, trainers, began.id, moments)})
             if (more := count(store)) != known + 1:
@@ -205,11 +205,11 @@ def count(store: Store) -> int:
     return len(store.run(lambda session: runs.list_runs(session, limit=1000), write=False))
 
 
-def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, bell: Publisher) -> float:
+def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, publisher: Publisher) -> float:
     """Seconds of an undisturbed run; kills come at any moment within them."""
     crown(settings, store, 0)
     trainers.start()
-    ask(bell, kind)
+    ask(publisher, kind)
     first = wait_for(partial(newest, store, 0))
     run = wait_for(partial(ended, store, first.id))
     trainers.kill()
@@ -218,9 +218,9 @@ def measured_s(kind: str, settings: Settings, store: Store, trainers: Trainers, 
     return (run.finished_at - run.created_at).total_seconds() if run.finished_at else 0.0
 
 
-def ask(bell: Publisher, kind: str) -> None:
+def ask(publisher: Publisher, kind: str) -> None:
     """As `code-worker retrain --force --enqueue`: every round has a run, whatever was learned before."""
-    bell.call({"retrain": RETRAIN, "refit": REFIT}[kind], TRAIN_QUEUE, arguments={"by": "bench", "force": True})
+    publisher.call({"retrain": RETRAIN, "refit": REFIT}[kind], TRAIN_QUEUE, arguments={"by": "bench", "force": True})
 
 
 def newest(store: Store, known: int) -> runs.Run | None:

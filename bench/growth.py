@@ -210,7 +210,7 @@ def statements(ids: list[str], size: int) -> dict[str, Callable[[Session], objec
         for queue in QUEUES:
             jobs.queue_wait_s(session, queue)
         jobs.due(session, limit=1000, min_wait_s=WAITS_S)
-        jobs.ring_empty(session, [NORMAL], older_than_s=1e6, limit=1000)
+        jobs.with_lost_messages(session, [NORMAL], older_than_s=1e6, limit=1000)
 
     again = [jobs.NewJob(f"s3://waiting/{number}", tenant="waiting", key=str(number)) for number in range(BATCH)]
     middle = ID.format(kind=9).replace("n", str(size // 2))

@@ -4,7 +4,7 @@
     python -m bench.ledger verdicts [--jobs 8000] [--rounds 5] [--json FILE]
 
 `intake` enqueues into PostgreSQL and Redis; beside it, SQLAlchemy writes rows of an id and a URI with `executemany`
-and rings for nobody. `verdicts` claims jobs and records their verdicts, in batches as messages bring them, beside
+and publishes nothing. `verdicts` claims jobs and records their verdicts, in batches as messages bring them, beside
 `executemany` of rows that are as wide. Both commit per batch. PostgreSQL waits for its disk, as it does by default.
 """
 

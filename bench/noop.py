@@ -129,7 +129,7 @@ def main() -> None:
     with postgres() as server, RedisServer() as broker, tempfile.TemporaryDirectory() as data:
 
         def measure(name: str, images: int) -> dict[str, Any]:
-            # A database each: a sweeper would ring for jobs that another contestant left.
+            # A database each: a sweeper would publish jobs that another contestant left.
             url = server.new_database()
             settings = Settings(data_dir=Path(data), database_url=url, broker_url=broker.url)
             return measured(settings, name, images, chosen.distinct)
@@ -178,12 +178,12 @@ def measured(settings: Settings, name: str, images: int, distinct: int) -> dict[
 
 
 def fill(settings: Settings, images: int) -> None:
-    """Accepts so many jobs and rings for them in messages of 64."""
-    with ledger(settings.resolved_database_url) as store, closing(Publisher.for_producer(settings)) as bell:
+    """Accepts so many jobs and publishes them in messages of 64."""
+    with ledger(settings.resolved_database_url) as store, closing(Publisher.for_producer(settings)) as publisher:
         for some in chunks(range(images), 1024):
             ids = store.run(partial(jobs.accept, jobs=[jobs.NewJob(f"s3://memory/{number}") for number in some]))
             for group in chunks(ids):
-                bell.ring(NORMAL, group)
+                publisher.publish(NORMAL, group)
 
 
 class Worker:

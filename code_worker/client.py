@@ -61,7 +61,7 @@ class Client:
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings or (Settings.of_app or load_settings)()
         self._store = migrate.open_current(self._settings.resolved_database_url)
-        self._bell: Publisher | None = None
+        self._publisher: Publisher | None = None
         self._labelling: Labeller | None = None
         self._rest_until = 0.0
         self._heads: tuple[str, ...] = ()
@@ -230,28 +230,28 @@ class Client:
         by_queue: dict[str, list[str]] = {}
         for job_id, job in zip(ids, new, strict=True):
             by_queue.setdefault(queue_for(job.priority), []).append(job_id)
-        rung: list[str] = []
+        published: list[str] = []
         try:
             for queue, members in by_queue.items():
                 for group in chunks(members):
-                    self._doorbell().ring(queue, group)
-                    rung += group
+                    self._open_publisher().publish(queue, group)
+                    published += group
         except (BrokerUnavailableError, ConfigurationError) as error:
-            # The rows are safe, the sweeper of any worker rings for them; in bulk, waiting each time takes hours.
+            # The rows are safe, the sweeper of any worker publishes them; in bulk, waiting each time takes hours.
             self._rest_until = time.monotonic() + _REST_S
-            log.warning("publish_postponed", error=str(error), jobs=len(ids) - len(rung))
+            log.warning("publish_postponed", error=str(error), jobs=len(ids) - len(published))
         try:
-            self._store.run(lambda session: jobs.mark_published(session, rung))
+            self._store.run(lambda session: jobs.mark_published(session, published))
         except StoreUnavailableError as error:
-            # Accepted all the same: unmarked, the sweeper rings once more, and a claim is taken only once.
-            log.warning("publish_not_noted", error=str(error), jobs=len(rung))
+            # Accepted all the same: unmarked, the sweeper publishes once more, and a claim is taken only once.
+            log.warning("publish_not_noted", error=str(error), jobs=len(published))
 
-    def _doorbell(self) -> Publisher:
-        if self._bell is None:
+    def _open_publisher(self) -> Publisher:
+        if self._publisher is None:
             from code_worker.publisher import Publisher
 
-            self._bell = Publisher.for_producer(self._settings)
-        return self._bell
+            self._publisher = Publisher.for_producer(self._settings)
+        return self._publisher
 
     def _labeller(self) -> Labeller:
         if self._labelling is None:
@@ -262,14 +262,14 @@ class Client:
 
     def _forget(self) -> None:
         """In a forked child: the parent's connections are not ours to use, nor to close."""
-        _INHERITED.extend((self._bell, self._labelling))
-        self._bell = self._labelling = None
+        _INHERITED.extend((self._publisher, self._labelling))
+        self._publisher = self._labelling = None
         self._store.engine.dispose(close=False)
 
     def close(self) -> None:
         """Closes the connections."""
-        if self._bell is not None:
-            self._bell.close()
+        if self._publisher is not None:
+            self._publisher.close()
         if self._labelling is not None:
             self._labelling.close()
         self._store.close()

@@ -46,7 +46,7 @@ class _Straight:
 
 
 class Publisher:
-    """Rings for jobs; safe to share between threads."""
+    """Publishes messages that name jobs; safe to share between threads."""
 
     _installed: ClassVar[Celery | None] = None
 
@@ -56,12 +56,12 @@ class Publisher:
 
     @classmethod
     def adopt(cls, app: Celery) -> None:
-        """Makes `for_producer` ring through this app from now on: our tasks are installed in it."""
+        """Makes `for_producer` publish through this app from now on: our tasks are installed in it."""
         cls._installed = app
 
     @classmethod
     def for_producer(cls, settings: Settings) -> Publisher:
-        """A doorbell for a producer: through the app that we are installed in, else by an app of our own.
+        """A publisher for a producer: through the app that we are installed in, else by an app of our own.
 
         Raises:
             ConfigurationError: no broker is configured.
@@ -72,7 +72,7 @@ class Publisher:
         app.config_from_object(celery_config(settings))
         return cls(app, own=True)
 
-    def ring(self, queue: str, job_ids: Sequence[str]) -> None:
+    def publish(self, queue: str, job_ids: Sequence[str]) -> None:
         """Publishes one message that lists the jobs.
 
         Raises:

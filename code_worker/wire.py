@@ -148,7 +148,7 @@ def chunks(values: Iterable[T], size: int = MAX_JOBS_PER_MESSAGE) -> Iterator[li
 
 
 def jobs_message(job_ids: Sequence[str]) -> dict[str, Any]:
-    """The doorbell: names of jobs whose rows are in SQL already."""
+    """The message that names jobs whose rows are in SQL already."""
     return {"v": MESSAGE_VERSION, "jobs": list(job_ids)}
 
 

@@ -124,7 +124,7 @@ def logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_installed() -> Iterator[None]:
-    """Whoever installs us in an app of a test's must not have the doorbells of later tests ring through it."""
+    """Whoever installs us in an app of a test's must not have the messages of later tests go through it."""
     yield
     Publisher._installed = Settings.of_app = None
 

@@ -137,9 +137,9 @@ def test_an_endpoint_keeps_its_path() -> None:
 def test_every_client_gets_in_with_a_raw_password(locked: LockedRedis, tmp_path: Path) -> None:
     url = f"redis://:{locked.password}@127.0.0.1:{locked.port}/0"
     settings = Settings(data_dir=tmp_path, broker_url=url)  # type: ignore[arg-type]  # pydantic wraps it
-    with closing(Publisher.for_producer(settings)) as bell:
-        bell.ring("code_worker.normal", ["019ad000-0000-7000-8000-000000000000"])
-        assert bell.depth("code_worker.normal") == 1
+    with closing(Publisher.for_producer(settings)) as publisher:
+        publisher.publish("code_worker.normal", ["019ad000-0000-7000-8000-000000000000"])
+        assert publisher.depth("code_worker.normal") == 1
     with create_app(settings) as app:
         assert get_redis(app).ping()
         get_redis(app).close()

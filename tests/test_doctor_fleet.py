@@ -258,7 +258,7 @@ def test_messages_that_no_worker_saw_are_told_wherever_doctor_runs(
     ago = "update jobs set published_at = datetime('now', '-60 seconds') || '.000000'"
     with sqlite_store.engine.begin() as connection:
         connection.exec_driver_sql(ago)
-    assert host.sweep().rung == 1
+    assert host.sweep().published == 1
     assert Publisher(create_app(make())).depth(NORMAL) == 1
     wait_until(lambda: any(part.info["unheard"] for part in parts(sqlite_store)), 120, "what the sweeper saw")
     (unseen,) = found("queues")
@@ -278,7 +278,7 @@ def test_messages_that_a_worker_took_and_has_not_judged_yet_are_not_lost(
         assert bound_queue(NORMAL)(connection.default_channel).get() is not None
         with sqlite_store.engine.begin() as there:
             there.exec_driver_sql("update jobs set published_at = datetime('now', '-60 seconds') || '.000000'")
-        assert host.sweep().rung == 1, "its worker may have died"
+        assert host.sweep().published == 1, "its worker may have died"
     assert "messages_lost" not in caplog.text
     assert [check.status for check in found("queues")] == [Status.OK]
 

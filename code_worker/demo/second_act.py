@@ -225,7 +225,7 @@ class Stage:
 
     def retrain(self, bar: Bar) -> Run:
         """Asks the trainer for a retrain, as `code-worker retrain --enqueue` does, and waits for its end."""
-        with closing(Publisher.for_producer(self.settings)) as bell:
-            bell.call(RETRAIN, TRAIN_QUEUE, arguments={"by": "demo"})
+        with closing(Publisher.for_producer(self.settings)) as publisher:
+            publisher.call(RETRAIN, TRAIN_QUEUE, arguments={"by": "demo"})
         with bar("epochs", int(SETTINGS["CODE_WORKER_TRAINING__EPOCHS"])) as advance:
             return await_run(self.store, advance, self.place.log)

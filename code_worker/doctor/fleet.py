@@ -171,8 +171,8 @@ def _bystanders(settings: Settings) -> Iterator[Check]:
     from code_worker.publisher import Publisher
 
     try:
-        with closing(Publisher.for_producer(settings)) as doorbell:
-            names = doorbell.bystanders(within_s=_NOTED_S)
+        with closing(Publisher.for_producer(settings)) as publisher:
+            names = publisher.bystanders(within_s=_NOTED_S)
     except (BrokerUnavailableError, ConfigurationError):
         return  # the part `broker` says it
     if names:
@@ -187,8 +187,8 @@ def _elsewhere(settings: Settings, alive: Sequence[WorkerInfo]) -> Iterator[Chec
     from code_worker.publisher import Publisher
 
     try:
-        with closing(Publisher.for_producer(settings)) as doorbell:
-            here = doorbell.identity()
+        with closing(Publisher.for_producer(settings)) as publisher:
+            here = publisher.identity()
     except (BrokerUnavailableError, ConfigurationError):
         return  # the part `broker` says it
     others = [_named(part) for name, part in theirs.items() if name != here]

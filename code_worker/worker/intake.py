@@ -1,4 +1,4 @@
-"""Reads a message: which jobs it rings for, which it brings along, and what to do with one that cannot be read."""
+"""Reads a message: which jobs it names, which it brings along, and what to do with one that cannot be read."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def judge_jobs(node: Node, job_ids: Sequence[str]) -> bool:
     if not (rest := [job_id for job_id in job_ids if job_id not in taken]):
         return True
     attempts = node.store.look(lambda session: jobs.attempts_of(session, rest))
-    # A claim passes a locked row over; most often its producer is noting at this very moment that it rang.
+    # A claim passes a locked row over; most often its producer is noting at this very moment that it published.
     for pause_s in _LOCKED_FOR_S:
         if not (fresh := [job_id for job_id, tried in attempts.items() if not tried and job_id not in taken]):
             break

@@ -188,7 +188,7 @@ class Bystander:
 
     def __init__(self, app: Celery, *, every_s: float = _EVERY_S) -> None:
         self._app = app
-        self._doorbell = Publisher(app)
+        self._publisher = Publisher(app)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._waited: dict[str, int] = {}
         self._warned = self._noted = False
@@ -205,17 +205,17 @@ class Bystander:
         self._repeater.stop()
         if self._noted:
             with suppress(BrokerUnavailableError):
-                self._doorbell.note_bystander(self._name, gone=True)
+                self._publisher.note_bystander(self._name, gone=True)
 
     def look(self) -> None:
         """One look at the queues; warns of those that hold no fewer messages than at the last."""
         try:
             # For `doctor`, which sees this worker nowhere else.
-            self._doorbell.note_bystander(self._name)
+            self._publisher.note_bystander(self._name)
             self._noted = True
             if self._warned:
                 return
-            waiting = {queue: self._doorbell.depth(queue) for queue in QUEUES}
+            waiting = {queue: self._publisher.depth(queue) for queue in QUEUES}
         except BrokerUnavailableError:
             # Celery says that itself.
             return

@@ -64,19 +64,19 @@ def calibration_due(session: Session, settings: Settings) -> datetime | None:
 
 
 class Watcher:
-    """Rings for a trainer when something is due: a run that was left behind, or a time that beat did not see.
+    """Sends a trainer a message when something is due: a run that was left behind, or a time that beat did not see.
 
     Args:
         settings: which schedules there are.
         store: gives the ledger at each look; one that is away, or not migrated yet, fails that look alone.
-        doorbell: where to publish.
+        publisher: where to publish.
     """
 
-    def __init__(self, settings: Settings, store: Callable[[], Store], doorbell: Publisher) -> None:
+    def __init__(self, settings: Settings, store: Callable[[], Store], publisher: Publisher) -> None:
         self.interval_s = min(_LOOK_EVERY_S, settings.training.lease_s)
         self._settings = settings
         self._store = store
-        self._doorbell = doorbell
+        self._publisher = publisher
 
     def look(self) -> None:
         """One look; the message expires before the next one, so that none pile up."""
@@ -85,7 +85,7 @@ class Watcher:
             return
         log.info("learning_due", what=found)
         try:
-            self._doorbell.call(WATCH, TRAIN_QUEUE, expires_s=self.interval_s)
+            self._publisher.call(WATCH, TRAIN_QUEUE, expires_s=self.interval_s)
         except BrokerUnavailableError as error:
             log.warning("broker_unavailable", error=str(error))
 

@@ -1,4 +1,4 @@
-"""Rings again for jobs that nobody holds: whatever happened to their message, the ledger still has them."""
+"""Publishes again the jobs that nobody holds: their messages may be lost, the ledger still has them."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _LOOK_AT_BROKER_S = 60.0
 class Swept:
     """What one pass did."""
 
-    rung: int = 0
+    published: int = 0
     quarantined: int = 0
 
 
 class Sweeper:
     """One pass at a time in the whole deployment, by a lease in the database."""
 
-    def __init__(self, ledger: Recorder, doorbell: Publisher, settings: Settings) -> None:
+    def __init__(self, ledger: Recorder, publisher: Publisher, settings: Settings) -> None:
         self._ledger = ledger
-        self._doorbell = doorbell
+        self._publisher = publisher
         self._settings = settings
         self._broker: str | None = None
         self._look_at = 0.0
@@ -54,7 +54,7 @@ class Sweeper:
         return {"broker": self._broker, "unheard": self._unheard_last}
 
     def sweep(self) -> Swept:
-        """Quarantines what killed too many workers and rings for what waits unheard."""
+        """Quarantines what killed too many workers and publishes what waits unclaimed."""
         mine = self._take_turn(_PASS_S)
         self._see_broker(make=mine)
         if not mine:
@@ -70,7 +70,7 @@ class Sweeper:
         if time.monotonic() < self._look_at:
             return
         try:
-            self._broker = self._doorbell.identity(make=make)
+            self._broker = self._publisher.identity(make=make)
         except BrokerUnavailableError as error:
             log.warning("broker_unavailable", error=str(error))
             self._broker = None
@@ -84,52 +84,52 @@ class Sweeper:
     def _sweep(self) -> Swept:
         store = self._ledger.store
         quarantined = self._ledger.quarantine(_LIMIT)
-        rung = 0
+        published = 0
         try:
             self._look_for_losses()
             waits = self._waits()
             for _ in range(_PASSES):
                 due = store.run(lambda session: jobs.due(session, limit=_LIMIT, min_wait_s=waits))
-                rung += self._ring(due, waits)
+                published += self._publish(due, waits)
                 if len(due) < _LIMIT:
                     break
-            rung += self._ring_unheard(waits)
+            published += self._publish_unheard(waits)
         except BrokerUnavailableError as error:
             log.warning("broker_unavailable", error=str(error))
-        if rung or quarantined:
-            log.info("swept", rung=rung, quarantined=quarantined)
-        return Swept(rung, quarantined)
+        if published or quarantined:
+            log.info("swept", published=published, quarantined=quarantined)
+        return Swept(published, quarantined)
 
-    def _ring_unheard(self, waits: dict[str, float]) -> int:
+    def _publish_unheard(self, waits: dict[str, float]) -> int:
         """Publishes what an empty queue no longer holds; what no worker holds either was lost, and is said."""
         due = self._unheard()
         if not due:
             return 0
         # A worker that loads its model, or died, has messages that it took and claimed no job of.
-        held = self._doorbell.held(job.id for job in due)
+        held = self._publisher.held(job.id for job in due)
         if lost := sum(job.id not in held for job in due):
             self._unheard_last = {"jobs": lost, "at": datetime.now(UTC).isoformat(timespec="seconds")}
             log.warning("messages_lost", jobs_rung_again=lost)
-        return self._ring(due, waits)
+        return self._publish(due, waits)
 
     def _waits(self) -> dict[str, float]:
-        """Seconds after which a job that was published and not claimed is rung for again, by queue.
+        """Seconds after which a job that was published and not claimed is published again, by queue.
 
-        Three times what jobs waited lately. Where messages lie and nobody takes any, ringing again would only add to
-        them.
+        Three times what jobs waited lately. Where messages lie and nobody takes any, publishing again would only add
+        to them.
         """
         store = self._ledger.store
         seen = store.run(lambda session: {queue: jobs.queue_wait_s(session, queue) for queue in QUEUES}, write=False)
         return {
             queue: _MAX_WAIT_S
-            if wait is None and self._doorbell.depth(queue)
+            if wait is None and self._publisher.depth(queue)
             else min(_MAX_WAIT_S, max(_MIN_WAIT_S, 3 * (wait or 0.0)))
             for queue, wait in seen.items()
         }
 
     def _look_for_losses(self) -> None:
         """A broker without our mark came back empty: everything it was told of is due again."""
-        if self._doorbell.marked():
+        if self._publisher.marked():
             return
         store, lost = self._ledger.store, 0
         while (count := store.run(lambda session: jobs.unpublish(session, limit=_UNPUBLISH))) == _UNPUBLISH:
@@ -137,7 +137,7 @@ class Sweeper:
             self._take_turn(_PASS_S)
         lost += count
         # Last, so that a sweeper that dies before this is followed by one that does it again.
-        self._doorbell.mark()
+        self._publisher.mark()
         self._look_at = 0.0
         if lost:
             # Before the first verdict no worker has been here, and nothing can have been lost.
@@ -146,25 +146,25 @@ class Sweeper:
 
     def _unheard(self) -> Sequence[jobs.DueJob]:
         """Jobs that were published and not claimed although their queue is empty: somebody deleted their messages."""
-        empty = [queue for queue in QUEUES if self._doorbell.depth(queue) == 0]
+        empty = [queue for queue in QUEUES if self._publisher.depth(queue) == 0]
         if not empty:
             return []
         return self._ledger.store.run(
-            lambda session: jobs.ring_empty(session, empty, older_than_s=_LOST_AFTER_S, limit=_LIMIT)
+            lambda session: jobs.with_lost_messages(session, empty, older_than_s=_LOST_AFTER_S, limit=_LIMIT)
         )
 
-    def _ring(self, due: Sequence[jobs.DueJob], waits: dict[str, float]) -> int:
-        rung = 0
+    def _publish(self, due: Sequence[jobs.DueJob], waits: dict[str, float]) -> int:
+        published = 0
         for queue in QUEUES:
             mine = [job for job in due if job.queue == queue]
             fresh = [job.id for job in mine if not job.attempts]
             # Suspects in short messages, so that several workers can look at them.
             suspects = [job.id for job in mine if job.attempts]
             for group in [*chunks(fresh), *chunks(suspects, SUSPECTS_PER_MESSAGE)]:
-                self._publish(queue, group, waits[queue])
-                rung += len(group)
-        return rung
+                self._publish_group(queue, group, waits[queue])
+                published += len(group)
+        return published
 
-    def _publish(self, queue: str, group: list[str], wait_s: float) -> None:
-        self._doorbell.ring(queue, group)
+    def _publish_group(self, queue: str, group: list[str], wait_s: float) -> None:
+        self._publisher.publish(queue, group)
         self._ledger.store.run(lambda session: jobs.mark_published(session, group, wait_s=wait_s))

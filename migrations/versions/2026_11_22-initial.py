@@ -113,7 +113,7 @@ def create_jobs() -> None:
             comment="When the sweeper must look: end of the lease or of the wait; null once finished.",
         ),
         sa.Column("not_before", TIME, nullable=True, comment="No claim before this."),
-        sa.Column("published_at", TIME, nullable=True, comment="Last time the doorbell was rung."),
+        sa.Column("published_at", TIME, nullable=True, comment="Last time a message for it was published."),
         sa.Column("claimed_at", TIME, nullable=True, comment="Last claim."),
         sa.Column("finished_at", TIME, nullable=True, comment="When the verdict was written."),
         sa.Column("created_at", TIME, nullable=False, comment="When it was accepted."),

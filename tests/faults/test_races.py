@@ -29,7 +29,7 @@ def _skipped(deployment: FaultDeployment) -> int:
 
 
 def _race(deployment: FaultDeployment, count: int, processes: int, concurrency: int) -> dict[str, int]:
-    """Rings for each job as often as there are takers, at once; returns figures."""
+    """Publishes each job as often as there are takers, at once; returns figures."""
     for _ in range(processes):
         deployment.worker("--concurrency", str(concurrency))
     deployment.started(processes)
@@ -38,10 +38,10 @@ def _race(deployment: FaultDeployment, count: int, processes: int, concurrency: 
     ids = deployment.ledger.run(lambda session: jobs.accept(session, new))
     deployment.accepted += ids
     deployment.ledger.run(lambda session: jobs.mark_published(session, ids))
-    with closing(Publisher.for_producer(deployment.settings)) as bell:
+    with closing(Publisher.for_producer(deployment.settings)) as publisher:
         for job in ids:
             for _ in range(_TIMES):
-                bell.ring(NORMAL, [job])
+                publisher.publish(NORMAL, [job])
     wait_until(lambda: deployment.decided(ids) == count, 120, f"{count} verdicts")
     wait_until(lambda: _skipped(deployment) >= count * (_TIMES - 1), 120, "every loser to step back")
     operations = deployment.operations()
@@ -79,13 +79,13 @@ def test_a_row_that_is_locked_while_its_message_is_taken_is_not_left_to_the_swee
     deployment = deploy(migrated_postgres_url, CODE_WORKER_WORKER__SWEEP_INTERVAL_S="300")
     deployment.worker()
     deployment.started()
-    with closing(Publisher.for_producer(deployment.settings)) as bell:
-        bell.depth(NORMAL)
+    with closing(Publisher.for_producer(deployment.settings)) as publisher:
+        publisher.depth(NORMAL)
         # The worker tries for a third of a second; on a busy machine the lock may be held for longer than that.
-        assert any(_judged_though_locked(deployment, bell) for _ in range(10))
+        assert any(_judged_though_locked(deployment, publisher) for _ in range(10))
 
 
-def _judged_though_locked(deployment: FaultDeployment, bell: Publisher) -> bool:
+def _judged_though_locked(deployment: FaultDeployment, publisher: Publisher) -> bool:
     """Whether a job was judged whose row was locked as its message was taken; one left behind gets a new one."""
     claims, skipped = len(deployment.events("jobs_claimed")), _skipped(deployment)
     (uri,) = deployment.images(1)
@@ -94,12 +94,12 @@ def _judged_though_locked(deployment: FaultDeployment, bell: Publisher) -> bool:
     with deployment.ledger.engine.begin() as connection:
         # As a producer does that notes that it rang.
         connection.execute(text("update jobs set published_at = now() where due_at is not null"))
-        bell.ring(NORMAL, ids)
+        publisher.publish(NORMAL, ids)
         wait_until(lambda: len(deployment.events("jobs_claimed")) > claims, 120, "a claim that passes it over")
     wait_until(lambda: deployment.decided(ids) or _skipped(deployment) > skipped, 120, "the worker's answer")
     if deployment.decided(ids):
         return True
-    bell.ring(NORMAL, ids)
+    publisher.publish(NORMAL, ids)
     wait_until(lambda: deployment.decided(ids), 120, "the verdict")
     return False
 

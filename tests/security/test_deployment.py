@@ -109,15 +109,15 @@ def test_producer_worker_and_scheduler_do_with_their_rights(
     )
     with closing(broker.admin()) as admin:
         wait_until(lambda: admin.exists(f"{PREFIX}redbeat:{REFIT}"), 120, "the schedule is written")
-    with closing(Publisher.for_producer(as_role(deployment, broker, "beat"))) as bell:
-        bell.call(SWEEP, SWEEP_QUEUE)
+    with closing(Publisher.for_producer(as_role(deployment, broker, "beat"))) as publisher:
+        publisher.call(SWEEP, SWEEP_QUEUE)
     assert beat.alive
     assert beat.terminate() == 0
-    with closing(Publisher.for_producer(deployment.settings)) as bell:
-        bell.mark()
-        assert bell.marked()
-        bell.call(REFIT, TRAIN_QUEUE)
-        assert bell.depth(TRAIN_QUEUE) == 1
+    with closing(Publisher.for_producer(deployment.settings)) as publisher:
+        publisher.mark()
+        assert publisher.marked()
+        publisher.call(REFIT, TRAIN_QUEUE)
+        assert publisher.depth(TRAIN_QUEUE) == 1
     assert broker.denied() == []
 
 
@@ -253,8 +253,10 @@ def test_no_secret_leaves_the_settings(
     assert {uri: wait_for(producer, producer.enqueue(uri)).reason for uri in uris} == uris
     with pytest.raises(ValueError, match="carries a password or a signature"):
         producer.enqueue(LEAKY)
-    with closing(Publisher.for_producer(as_role(deployment, broker, "producer"))) as bell:
-        bell._app.send_task(MODERATE, args=({"v": 1, "items": [{"uri": LEAKY}]},), queue=NORMAL, serializer="json")
+    with closing(Publisher.for_producer(as_role(deployment, broker, "producer"))) as publisher:
+        publisher._app.send_task(
+            MODERATE, args=({"v": 1, "items": [{"uri": LEAKY}]},), queue=NORMAL, serializer="json"
+        )
     wait_until(lambda: deployment.events("message_refused"), 120, "the message is set aside")
     said = everything_said(deployment, broker)
     assert {what for what, text in said.items() if not text.strip()} == set()

@@ -38,7 +38,7 @@ QUERIES: dict[str, Callable[[Session], object]] = {
     "release_owner": lambda session: jobs.release_owner(session, "me"),
     "renew": lambda session: jobs.renew(session, owner="me", lease_s=1),
     "retry": lambda session: jobs.retry(session, IDS),
-    "ring_empty": lambda session: jobs.ring_empty(session, [NORMAL], older_than_s=5, limit=9),
+    "with_lost_messages": lambda session: jobs.with_lost_messages(session, [NORMAL], older_than_s=5, limit=9),
     "unfinished_counts": lambda session: jobs.counts(session, finished=False),
     **{
         f"list_verdicts_of_{name}": lambda session, name=name, value=value: verdicts.list_verdicts(

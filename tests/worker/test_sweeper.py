@@ -1,4 +1,4 @@
-"""The sweeper: what nobody holds is rung for again, whatever became of its message."""
+"""The sweeper: what nobody holds is published for again, whatever became of its message."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def settings(tmp_path: Path, redis_server: RedisServer) -> Settings:
 
 
 @pytest.fixture
-def bell(settings: Settings) -> Iterator[Publisher]:
-    bell = Publisher.for_producer(settings)
-    yield bell
-    bell.close()
+def publisher(settings: Settings) -> Iterator[Publisher]:
+    publisher = Publisher.for_producer(settings)
+    yield publisher
+    publisher.close()
 
 
 @pytest.fixture
-def sweeper(store: Store, bell: Publisher, settings: Settings) -> Sweeper:
-    return Sweeper(Recorder(store, settings.worker, "sweeper-1"), bell, settings)
+def sweeper(store: Store, publisher: Publisher, settings: Settings) -> Sweeper:
+    return Sweeper(Recorder(store, settings.worker, "sweeper-1"), publisher, settings)
 
 
 def _accept(store: Store, count: int, *, priority: int = 4, publish: bool = True) -> list[str]:
@@ -58,19 +58,19 @@ def _age(store: Store, seconds: int) -> None:
 
 
 def test_a_broker_that_lost_everything_is_told_again(
-    sweeper: Sweeper, store: Store, bell: Publisher, redis_server: RedisServer
+    sweeper: Sweeper, store: Store, publisher: Publisher, redis_server: RedisServer
 ) -> None:
-    assert sweeper.sweep().rung == 0
+    assert sweeper.sweep().published == 0
     ids = _accept(store, 200)
     _age(store, -600)
-    assert sweeper.sweep().rung == 0, "just published: not yet anybody's business"
+    assert sweeper.sweep().published == 0, "just published: not yet anybody's business"
     _age(store, 600)
     with redis.Redis.from_url(redis_server.url) as server:
         server.flushall()
-    bell.ring(NORMAL, ["somebody-else"])
-    assert sweeper.sweep().rung == len(ids)
-    assert bell.depth(NORMAL) == 1 + 4
-    assert sweeper.sweep().rung == 0, "once is enough"
+    publisher.publish(NORMAL, ["somebody-else"])
+    assert sweeper.sweep().published == len(ids)
+    assert publisher.depth(NORMAL) == 1 + 4
+    assert sweeper.sweep().published == 0, "once is enough"
 
 
 def test_a_first_start_is_no_loss_to_warn_of(
@@ -78,7 +78,7 @@ def test_a_first_start_is_no_loss_to_warn_of(
 ) -> None:
     def level(count: int) -> int:
         caplog.clear()
-        assert sweeper.sweep().rung == count
+        assert sweeper.sweep().published == count
         (found,) = (each for each in caplog.records if "broker_without_mark" in each.getMessage())
         return found.levelno
 
@@ -93,31 +93,31 @@ def test_a_first_start_is_no_loss_to_warn_of(
 
 
 def test_messages_that_were_deleted_are_sent_again_once_their_queue_is_empty(
-    sweeper: Sweeper, store: Store, bell: Publisher
+    sweeper: Sweeper, store: Store, publisher: Publisher
 ) -> None:
     sweeper.sweep()
     _accept(store, 70, priority=1)
     _age(store, 20)
-    assert bell.depth(BACKFILL) == 0
-    assert sweeper.sweep().rung == 70
-    assert bell.depth(BACKFILL) == 2
+    assert publisher.depth(BACKFILL) == 0
+    assert sweeper.sweep().published == 70
+    assert publisher.depth(BACKFILL) == 2
 
 
-def test_a_long_queue_is_not_rung_for_twice(sweeper: Sweeper, store: Store, bell: Publisher) -> None:
+def test_a_long_queue_is_not_rung_for_twice(sweeper: Sweeper, store: Store, publisher: Publisher) -> None:
     sweeper.sweep()
     _accept(store, 10)
-    bell.ring(NORMAL, ["ten jobs"])
+    publisher.publish(NORMAL, ["ten jobs"])
     _age(store, 30)
-    assert sweeper.sweep().rung == 0
+    assert sweeper.sweep().published == 0
 
 
 def test_accepted_but_unpublished_jobs_are_published(sweeper: Sweeper, store: Store) -> None:
     sweeper.sweep()
     _accept(store, 5, publish=False)
     _age(store, -600)
-    assert sweeper.sweep().rung == 0, "their producer has ten seconds"
+    assert sweeper.sweep().published == 0, "their producer has ten seconds"
     _age(store, 611)
-    assert sweeper.sweep().rung == 5
+    assert sweeper.sweep().published == 5
 
 
 def test_a_job_that_used_up_its_attempts_is_quarantined_unseen(sweeper: Sweeper, store: Store) -> None:
@@ -137,28 +137,28 @@ def test_a_job_that_used_up_its_attempts_is_quarantined_unseen(sweeper: Sweeper,
     assert sweeper.sweep().quarantined == 0
 
 
-def test_suspects_go_in_short_messages(sweeper: Sweeper, store: Store, bell: Publisher) -> None:
+def test_suspects_go_in_short_messages(sweeper: Sweeper, store: Store, publisher: Publisher) -> None:
     sweeper.sweep()
     ids = _accept(store, 20)
     store.run(lambda session: jobs.claim(session, ids[:16], owner="dead", lease_s=60, max_attempts=3))
     store.run(lambda session: jobs.release_owner(session, "dead"))
-    assert sweeper.sweep().rung == 16
-    assert bell.depth(NORMAL) == 2
+    assert sweeper.sweep().published == 16
+    assert publisher.depth(NORMAL) == 2
 
 
-def test_only_one_sweeper_sweeps(sweeper: Sweeper, store: Store, bell: Publisher, settings: Settings) -> None:
+def test_only_one_sweeper_sweeps(sweeper: Sweeper, store: Store, publisher: Publisher, settings: Settings) -> None:
     sweeper.sweep()
     _accept(store, 3, publish=False)
     _age(store, 11)
-    other = Sweeper(Recorder(store, settings.worker, "sweeper-2"), bell, settings)
-    assert other.sweep().rung == 0
-    assert sweeper.sweep().rung == 3
+    other = Sweeper(Recorder(store, settings.worker, "sweeper-2"), publisher, settings)
+    assert other.sweep().published == 0
+    assert sweeper.sweep().published == 3
 
 
 def test_a_broker_that_is_away_is_survived(store: Store, tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path, broker_url=f"redis://127.0.0.1:{free_port()}/0")
-    bell = Publisher.for_producer(settings)
+    publisher = Publisher.for_producer(settings)
     _accept(store, 3, publish=False)
     _age(store, 11)
-    assert Sweeper(Recorder(store, settings.worker, "sweeper-1"), bell, settings).sweep().rung == 0
-    bell.close()
+    assert Sweeper(Recorder(store, settings.worker, "sweeper-1"), publisher, settings).sweep().published == 0
+    publisher.close()

@@ -139,14 +139,14 @@ def _enqueue(kind: str, settings: Settings, asked: dict[str, Any]) -> None:
     from code_worker.wire import REFIT, RETRAIN, TRAIN_QUEUE
 
     require(settings.roles, who(), Role.OPERATOR, f"start a {kind}")
-    bell = Publisher.for_producer(settings)
+    publisher = Publisher.for_producer(settings)
     try:
         task = {"retrain": RETRAIN, "refit": REFIT}[kind]
         # A trainer of before an option was there does what it can, as long as nobody asks for the option.
         given = {name: value for name, value in asked.items() if value not in (None, False)}
-        bell.call(task, TRAIN_QUEUE, arguments={"by": who(), **given})
+        publisher.call(task, TRAIN_QUEUE, arguments={"by": who(), **given})
     finally:
-        bell.close()
+        publisher.close()
     click.echo(f"{kind} is queued for the trainer; see `code-worker runs list`")
 
 

@@ -16,7 +16,7 @@ from code_worker.store.jobs.claims import (
     release_owner,
     renew,
 )
-from code_worker.store.jobs.due import DueJob, due, mark_published, queue_wait_s, ring_empty, unpublish
+from code_worker.store.jobs.due import DueJob, due, mark_published, queue_wait_s, unpublish, with_lost_messages
 from code_worker.store.jobs.joblist import (
     JobFilter,
     JobInfo,
@@ -53,6 +53,6 @@ __all__ = [
     "renew",
     "retry",
     "retry_denied",
-    "ring_empty",
     "unpublish",
+    "with_lost_messages",
 ]

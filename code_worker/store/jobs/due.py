@@ -31,7 +31,7 @@ class DueJob:
 
 
 def mark_published(session: Session, ids: Sequence[str], *, wait_s: float = 60.0) -> None:
-    """The doorbell rang for these jobs; the sweeper looks again after `wait_s`. Claimed ones are left alone."""
+    """Notes that these jobs were published; the sweeper looks again after `wait_s`. Claimed ones are left alone."""
     for some in chunks(sorted(valid_uuids(ids)), IN_LIST):
         session.execute(
             update(_JOBS)
@@ -41,9 +41,9 @@ def mark_published(session: Session, ids: Sequence[str], *, wait_s: float = 60.0
 
 
 def due(session: Session, *, limit: int, min_wait_s: Mapping[str, float]) -> list[DueJob]:
-    """Jobs to ring for, longest due first, locked until commit.
+    """Jobs to publish, longest due first, locked until commit.
 
-    What was published less than its queue's wait ago is put off instead: a long queue is not rung for twice.
+    What was published less than its queue's wait ago is put off instead: a long queue is not published twice.
     Running jobs whose lease lapsed become accepted. All stay due until `mark_published`: should the caller die
     before it has published, the next one finds them again.
     """
@@ -89,8 +89,8 @@ def _put_off(session: Session, queue: str, wait_s: float) -> None:
     )
 
 
-def ring_empty(session: Session, queues: Sequence[str], *, older_than_s: float, limit: int) -> list[DueJob]:
-    """Published, unclaimed jobs of queues whose list in the broker is empty: their messages are gone, ring at once.
+def with_lost_messages(session: Session, queues: Sequence[str], *, older_than_s: float, limit: int) -> list[DueJob]:
+    """Published, unclaimed jobs of queues whose list in the broker is empty: their messages are lost.
 
     Only those published more than `older_than_s` ago: a worker may hold a message that it has not claimed yet.
     """
@@ -110,7 +110,7 @@ def ring_empty(session: Session, queues: Sequence[str], *, older_than_s: float, 
 
 
 def unpublish(session: Session, *, limit: int) -> int:
-    """The broker lost its messages: some published, unclaimed jobs become due as if never rung for; returns how many.
+    """The broker lost its messages: makes some published, unclaimed jobs due again; returns how many.
 
     Called again until it returns 0, so that no transaction grows with the backlog.
     """
@@ -126,7 +126,7 @@ def unpublish(session: Session, *, limit: int) -> int:
 
 
 def queue_wait_s(session: Session, queue: str) -> float | None:
-    """99th percentile of the seconds from doorbell to claim, of up to 500 claims in the last ten minutes."""
+    """99th percentile of the seconds from publishing to claim, of up to 500 claims in the last ten minutes."""
     rows = session.execute(
         select(_JOBS.c.claimed_at, _JOBS.c.published_at)
         .where(

@@ -59,7 +59,9 @@ class JobRow(Base):
         UtcDateTime, comment="When the sweeper must look: end of the lease or of the wait; null once finished."
     )
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="No claim before this.")
-    published_at: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="Last time the doorbell was rung.")
+    published_at: Mapped[datetime | None] = mapped_column(
+        UtcDateTime, comment="Last time a message for it was published."
+    )
     claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="Last claim.")
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="When the verdict was written.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was accepted.")

@@ -107,7 +107,7 @@ class Recorder:
             else judged them first.
 
         Raises:
-            StoreUnavailableError: it stayed away; the leases lapse and the sweeper rings again.
+            StoreUnavailableError: it stayed away; the leases lapse and the sweeper publishes again.
         """
         worn_out, again = self._split(judged.faults)
         seen = self._see_sources(judged)

@@ -26,31 +26,31 @@ from tests.servers import RedisServer
 
 
 @pytest.fixture
-def doorbell(redis_server: RedisServer, tmp_path: Path) -> Iterator[Publisher]:
-    bell = Publisher.for_producer(Settings(data_dir=tmp_path, broker_url=redis_server.url))
-    yield bell
-    bell.close()
+def publisher(redis_server: RedisServer, tmp_path: Path) -> Iterator[Publisher]:
+    publisher = Publisher.for_producer(Settings(data_dir=tmp_path, broker_url=redis_server.url))
+    yield publisher
+    publisher.close()
 
 
-def test_depth_counts_what_was_rung(doorbell: Publisher) -> None:
-    assert doorbell.depth(NORMAL) == 0
+def test_depth_counts_what_was_rung(publisher: Publisher) -> None:
+    assert publisher.depth(NORMAL) == 0
     for number in range(5):
-        doorbell.ring(NORMAL, [f"job-{number}"])
-    assert (doorbell.depth(NORMAL), doorbell.depth(LIVE)) == (5, 0)
+        publisher.publish(NORMAL, [f"job-{number}"])
+    assert (publisher.depth(NORMAL), publisher.depth(LIVE)) == (5, 0)
 
 
 def test_a_broker_that_is_gone_is_reported_and_a_new_one_is_used(
-    doorbell: Publisher, redis_server: RedisServer
+    publisher: Publisher, redis_server: RedisServer
 ) -> None:
-    doorbell.ring(NORMAL, ["a"])
+    publisher.publish(NORMAL, ["a"])
     redis_server.kill()
     with pytest.raises(BrokerUnavailableError):
-        doorbell.ring(NORMAL, ["b"])
+        publisher.publish(NORMAL, ["b"])
     with pytest.raises(BrokerUnavailableError):
-        doorbell.depth(NORMAL)
+        publisher.depth(NORMAL)
     redis_server.start()
-    doorbell.ring(NORMAL, ["c"])
-    assert doorbell.depth(NORMAL) == 1
+    publisher.publish(NORMAL, ["c"])
+    assert publisher.depth(NORMAL) == 1
 
 
 @pytest.mark.parametrize("compression", [None, "gzip"])
@@ -65,20 +65,20 @@ def test_what_a_worker_took_and_did_not_acknowledge_is_held(
     settings = Settings(data_dir=tmp_path, broker_url=redis_server.url, broker=BrokerSettings(key_prefix=prefix))
     app = create_app(settings)
     app.conf.task_compression = compression
-    bell = Publisher(app)
-    bell.ring(NORMAL, ["taken", "and its neighbour"])
-    assert bell.held(["taken"]) == set(), "it waits"
+    publisher = Publisher(app)
+    publisher.publish(NORMAL, ["taken", "and its neighbour"])
+    assert publisher.held(["taken"]) == set(), "it waits"
     with app.connection_for_read() as connection:
         channel = connection.default_channel
         message = bound_queue(NORMAL)(channel).get()
-        bell.ring(NORMAL, ["waiting"])
-        assert bell.depth(NORMAL) == 1
-        assert bell.held(["taken", "waiting", "unknown"]) == {"taken"}
+        publisher.publish(NORMAL, ["waiting"])
+        assert publisher.depth(NORMAL) == 1
+        assert publisher.held(["taken", "waiting", "unknown"]) == {"taken"}
         with monkeypatch.context() as few:
             few.setattr("code_worker.publisher._MOST_HELD", 0)
-            assert bell.held(["waiting"]) == {"waiting"}, "nobody looked at all of them"
+            assert publisher.held(["waiting"]) == {"waiting"}, "nobody looked at all of them"
         message.ack()
-        assert bell.held(["taken"]) == set()
+        assert publisher.held(["taken"]) == set()
     app.close()
 
 
@@ -109,10 +109,10 @@ def test_what_we_publish_goes_to_our_queues_whatever_an_app_sets_for_its_own(
 ) -> None:
     app = install(Celery("theirs", broker=redis_server.url, backend=redis_server.url, set_as_current=False))
     app.conf.update(conf)
-    bell = Publisher(app)
-    bell.ring(NORMAL, ["a", "b"])
-    bell.call(RETRAIN, TRAIN_QUEUE, arguments={"by": "me"})
-    assert (bell.depth(NORMAL), bell.depth(TRAIN_QUEUE)) == (1, 1)
+    publisher = Publisher(app)
+    publisher.publish(NORMAL, ["a", "b"])
+    publisher.call(RETRAIN, TRAIN_QUEUE, arguments={"by": "me"})
+    assert (publisher.depth(NORMAL), publisher.depth(TRAIN_QUEUE)) == (1, 1)
     with app.connection() as connection:
         message = bound_queue(NORMAL)(connection.default_channel).get()
         assert message.content_type == "application/json"
@@ -135,10 +135,10 @@ def test_bindings_that_an_earlier_version_left_are_taken_away(prefix: str, redis
         channel = connection.default_channel
         for name in ("theirs", NORMAL, LIVE):
             Queue(name, exchange, "task.default")(channel).declare()
-        bell = Publisher(app)
-        assert bell.unbind("tasks", [NORMAL, TRAIN_QUEUE]) == [NORMAL]
+        publisher = Publisher(app)
+        assert publisher.unbind("tasks", [NORMAL, TRAIN_QUEUE]) == [NORMAL]
         assert {binding[-1] for binding in channel.get_table("tasks")} == {"theirs", LIVE}
-        assert bell.unbind("tasks", [NORMAL, TRAIN_QUEUE]) == []
+        assert publisher.unbind("tasks", [NORMAL, TRAIN_QUEUE]) == []
         connection.Producer(auto_declare=False).publish({}, exchange="tasks", routing_key="task.default")
         assert [Queue(name)(channel).queue_declare().message_count for name in ("theirs", NORMAL)] == [1, 0]
     app.close()
@@ -148,10 +148,10 @@ def test_a_worker_that_takes_none_of_our_queues_says_once_that_jobs_wait(
     redis_server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = install(Celery("theirs", broker=redis_server.url, set_as_current=False))
-    bell, bystander = Publisher(app), Bystander(app)
+    publisher, bystander = Publisher(app), Bystander(app)
     for _ in range(2):
         bystander.look()
-    bell.ring(NORMAL, ["a"])
+    publisher.publish(NORMAL, ["a"])
     bystander.look()
     assert "jobs_not_taken" not in caplog.text, "somebody else may be about to take them"
     for _ in range(3):
@@ -169,25 +169,25 @@ def test_a_producer_elsewhere_reaches_an_app_without_a_key_prefix(
 ) -> None:
     monkeypatch.setenv("CODE_WORKER_BROKER__KEY_PREFIX", "null")
     settings = load_settings(data_dir=tmp_path, broker_url=redis_server.url)
-    bell = Publisher.for_producer(settings)
-    bell.ring(NORMAL, ["a"])
+    publisher = Publisher.for_producer(settings)
+    publisher.publish(NORMAL, ["a"])
     app = install(Celery("theirs", broker=redis_server.url, set_as_current=False))
     assert Publisher(app).depth(NORMAL) == 1
-    bell.close()
+    publisher.close()
     app.close()
 
 
 def test_workers_that_were_killed_long_ago_are_forgotten(redis_server: RedisServer) -> None:
     app = install(Celery("theirs", broker=redis_server.url, set_as_current=False))
     app.conf.broker_transport_options = {"global_keyprefix": "theirs:"}
-    bell, key = Publisher(app), "theirs:code_worker.bystanders"
+    publisher, key = Publisher(app), "theirs:code_worker.bystanders"
     with redis.Redis.from_url(redis_server.url) as client:
         now = time.time()
         client.hset(key, mapping={"killed": str(now - 4000), "ahead": str(now + 4000), "lately": str(now - 600)})
-        bell.note_bystander("here")
+        publisher.note_bystander("here")
         assert set(client.hkeys(key)) == {b"lately", b"here"}
         client.hset(key, "killed", str(now - 4000))
-        assert bell.bystanders(within_s=300) == ["here"]
+        assert publisher.bystanders(within_s=300) == ["here"]
         assert set(client.hkeys(key)) == {b"lately", b"here"}
     app.close()
 
@@ -227,16 +227,16 @@ def test_our_queues_are_declared_as_workers_of_their_app_declare_them(conf: dict
     # By a name of its own: kombu remembers for each what it declared.
     app = install(Celery("theirs", broker=f"memory://{uuid4().hex}", set_as_current=False))
     app.conf.update(conf, broker_transport=StrictTransport)
-    bell = Publisher(app)
+    publisher = Publisher(app)
 
     def declared_by_a_worker() -> None:
         app.amqp.queues.select([NORMAL])
         with app.connection_for_read() as connection:
             app.amqp.TaskConsumer(connection.default_channel).close()
 
-    for step in [declared_by_a_worker, lambda: bell.ring(NORMAL, ["a"])][:: 1 if first == "worker" else -1]:
+    for step in [declared_by_a_worker, lambda: publisher.publish(NORMAL, ["a"])][:: 1 if first == "worker" else -1]:
         step()
-    assert bell.depth(NORMAL) == 1
+    assert publisher.depth(NORMAL) == 1
     assert StrictChannel.declared[NORMAL]["arguments"], "as theirs, and not bare"
     with app.connection_for_read() as connection:
         message = app.amqp.queues[NORMAL](connection.default_channel).get()
@@ -252,7 +252,7 @@ def test_a_queue_that_others_declared_otherwise_is_a_broker_that_does_not_take_t
     with app.connection_for_read() as connection:
         Queue(NORMAL, Exchange(NORMAL), queue_arguments={"x-queue-type": "quorum"})(connection.channel()).declare()
     with pytest.raises(BrokerUnavailableError, match="inequivalent arg"):
-        Publisher(app, own=True).ring(NORMAL, ["a"])
+        Publisher(app, own=True).publish(NORMAL, ["a"])
     with pytest.raises(BrokerUnavailableError, match="inequivalent arg"):
         Publisher(app, own=True).depth(NORMAL)
     app.close()

@@ -1,4 +1,4 @@
-"""Which jobs are rung for again, and which are left to wait."""
+"""Which jobs are published for again, and which are left to wait."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def age(store: Store, ids: list[str], *, seconds: float) -> None:
     store.run(work)
 
 
-def ring_empty(store: Store, *queues: str, older_than_s: float = 60.0, limit: int = 100) -> list[str]:
-    found = store.run(lambda session: jobs.ring_empty(session, queues, older_than_s=older_than_s, limit=limit))
+def with_lost_messages(store: Store, *queues: str, older_than_s: float = 60.0, limit: int = 100) -> list[str]:
+    found = store.run(
+        lambda session: jobs.with_lost_messages(session, queues, older_than_s=older_than_s, limit=limit)
+    )
     return [job.id for job in found]
 
 
@@ -98,14 +100,14 @@ def test_publishing_leaves_claimed_and_finished_jobs_alone(store: Store) -> None
 def test_jobs_of_an_emptied_queue_are_rung_for_at_once(store: Store) -> None:
     ids = accept(store, "s3://b/a", "s3://b/b", jobs.NewJob("s3://b/live", priority=9), "s3://b/unpublished")
     publish(store, ids[:3], wait_s=600)
-    assert ring_empty(store, NORMAL) == []
+    assert with_lost_messages(store, NORMAL) == []
     age(store, ids, seconds=100)
     claim(store, ids[1:2])
-    assert ring_empty(store, NORMAL) == ids[:1]
-    assert len(ring_empty(store, NORMAL, "code_worker.live", limit=1)) == 1
-    assert sorted(ring_empty(store, NORMAL, "code_worker.live")) == sorted([ids[0], ids[2]])
+    assert with_lost_messages(store, NORMAL) == ids[:1]
+    assert len(with_lost_messages(store, NORMAL, "code_worker.live", limit=1)) == 1
+    assert sorted(with_lost_messages(store, NORMAL, "code_worker.live")) == sorted([ids[0], ids[2]])
     publish(store, ids[:1])
-    assert ring_empty(store, NORMAL) == []
+    assert with_lost_messages(store, NORMAL) == []
 
 
 def test_what_one_sweeper_looks_at_a_second_passes_over(postgres_store: Store) -> None:
