@@ -271,8 +271,8 @@ def test_listing_walks_in_order_and_not_through_links(sources: Sources, tree: Pa
 LIST_AS_NOBODY = """
 import os, sys
 from pathlib import Path
-from code_worker.images.listing import LeftOut, images_under
-from code_worker.images.source import Sources
+from code_worker.images.listing import LeftOut
+from code_worker.images.source import Sources, images_under
 from code_worker.settings import FileSettings, Settings
 left_out = LeftOut()
 sources = Sources(Settings(files=FileSettings(roots=(Path(sys.argv[1]),))))

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from code_worker.encoder.openvino_engine import OpenVinoEngine
 from code_worker.encoder.torch_engine import CUDA_BATCH, Engine, resolve_device
 from code_worker.errors import ConfigurationError
 from code_worker.logs import get_logger
 from code_worker.types import EMBEDDING_TOLERANCE
 
 if TYPE_CHECKING:
+    from code_worker.encoder.openvino_engine import OpenVinoEngine
     from code_worker.encoder.weights import EncoderWeights
 
 ENGINES: Final = ("auto", "torch", "openvino")
@@ -57,6 +57,8 @@ def open_engine(
     if engine == "openvino" and find_spec("openvino") is None:
         raise ConfigurationError("engine 'openvino' is not installed: pip install 'code-worker[openvino]'")
     if engine == "openvino" or (engine == "auto" and fits and find_spec("openvino") is not None):
+        from code_worker.encoder.openvino_engine import OpenVinoEngine  # an extra
+
         chosen = OpenVinoEngine(weights, streams=streams)
         if (difference := _difference(chosen, weights)) <= EMBEDDING_TOLERANCE:
             return chosen

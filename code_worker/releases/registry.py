@@ -128,7 +128,7 @@ class Registry:
 
         def register(session: Session) -> tuple[bool, str | None]:
             if heads_of is not None:
-                snapshots.check(session, heads_of)
+                snapshots.check_kept_heads(session, heads_of)
             added = releases.add(
                 session, id=id_, manifest_sha256=sha256, location=location, manifest=plain, source=source, by=by
             )
@@ -163,7 +163,7 @@ class Registry:
             raise UnknownHeadError(head, known)
         loaded = self.load(release, leave_out=head)
         kept, facts = without_head(loaded, self.directory(release), head, default_head)
-        note = partial(snapshots.note, run_id=self._store.new_id(), base=release, by=by)
+        note = partial(snapshots.note_kept_heads, run_id=self._store.new_id(), base=release, by=by)
         with tempfile.TemporaryDirectory(prefix="code-worker-release-") as directory:
             built = Path(directory) / "release"
             build_from_parts(built, loaded.weights, {}, self._plugins, facts, kept=kept)

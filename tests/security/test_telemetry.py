@@ -173,8 +173,8 @@ def test_a_trainer_that_trains_tells_nobody(
 IMPORTS = """
 import numpy as np
 from pathlib import Path
-from code_worker.data import hub as data_hub
-from code_worker.encoder import hub
+from code_worker.data.datasets import hub as data_hub
+from code_worker.encoder import download as hub
 from code_worker.encoder.architecture import VitConfig
 from code_worker.training.evaluation import plots
 from code_worker.training.fitting.network import build_vit

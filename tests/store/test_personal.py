@@ -27,15 +27,15 @@ SHA, ENCODER = "c" * 64, "e" * 64
 ASKS = {"left", "keep_out"}
 INSERTS = {"insert_new", "insert_into", "insert"}
 OTHERWISE = {
-    "accepting.accept": "it makes the job that all others ask for",
-    "erasing._restate": "the same statements as before, without what leads to a job",
-    "erasures.add_targets": "the erasure's own list, deleted when it is done",
-    "erasures.begin": "the erasure itself",
-    "erasures.turn_targets": "the erasure's own list",
-    "kept_heads.note": "check, which its caller asks first, asks",
+    "claims.accept": "it makes the job that all others ask for",
+    "rows._restate": "the same statements as before, without what leads to a job",
+    "receipts.add_targets": "the erasure's own list, deleted when it is done",
+    "receipts.begin": "the erasure itself",
+    "receipts.turn_targets": "the erasure's own list",
+    "snapshots.note_kept_heads": "check_kept_heads, which its caller calls first, asks",
     "kept_images.to_drop": "what is about to be deleted",
-    "origins.note_labelled": "of a job for which its caller has asked",
-    "origins.note_origins": "of jobs that its caller has locked",
+    "personal.note_labelled": "of a job for which its caller has asked",
+    "personal.note_origins": "of jobs that its caller has locked",
     "runs.start": "a run begins with an empty report; erasing ends it before it has another",
     "snapshots.add": "training.snapshot.freeze, which alone calls it, asks",
 }
@@ -54,7 +54,7 @@ def personal_tables() -> dict[str, set[str]]:
 def functions() -> Iterator[tuple[str, ast.FunctionDef, dict[str, str]]]:
     """Each function of the store as `module.name`, and its module's names for tables and rows, with the table."""
     rows = {mapper.class_.__name__: str(mapper.local_table) for mapper in Base.registry.mappers}
-    for path in sorted(Path(code_worker.store.__file__).parent.glob("*.py")):
+    for path in sorted(Path(code_worker.store.__file__).parent.rglob("*.py")):
         tree = ast.parse(path.read_text())
         named = dict(rows)
         for node in tree.body:

@@ -63,14 +63,14 @@ def test_a_process_without_a_stderr_is_ended_all_the_same(before: str) -> None:
 
 
 def test_a_log_that_raises_keeps_nobody_from_ending_the_process() -> None:
-    before = "from code_worker.worker import watchdog; watchdog.log = None"
+    before = "from code_worker.worker.judging import watchdog; watchdog.log = None"
     assert ended(before)[0] == STUCK_STATUS
 
 
 def test_a_process_whose_interpreter_is_held_is_ended_by_pythons_own_watchdog() -> None:
     before = (
         "import logging; sys.stderr = LoggingProxy(logging.getLogger('celery.redirected'))\n"
-        "import ctypes; from code_worker.worker import watchdog; watchdog._GRACE_S = 0.2"
+        "import ctypes; from code_worker.worker.judging import watchdog; watchdog._GRACE_S = 0.2"
     )
     status, said = ended(before, "dog._limit_s = 1; dog.look(); ctypes.PyDLL(None).sleep(100)")
     assert status == 1

@@ -107,7 +107,7 @@ def unpack(packed: bytes) -> list[dict[str, Any]]:
         raise StoreError(f"the members of a snapshot cannot be read: {error}") from error
 
 
-def check(session: Session, base: str) -> None:
+def check_kept_heads(session: Session, base: str) -> None:
     """Makes sure that nothing is erased that heads of `base` learned from, and nothing will be in this transaction.
 
     To be asked before the first write.
@@ -117,8 +117,7 @@ def check(session: Session, base: str) -> None:
     """
     line = runs.ancestry(session, [base])
     taught = {run.snapshot_id or "" for made in line.values() for run in made}
-    members = (unpack(members(session, one)) for one in sorted(taught))
-    images = {row["sha256"] for rows in members for row in rows}
+    images = {row["sha256"] for one in sorted(taught) for row in unpack(members(session, one))}
     if personal.left(session, images=images).images != images or base in receipts.releases_owed(session):
         raise ArtifactError(
             f"heads of {base} learned from what was erased, and must not be taken over: fit every head again with "
@@ -126,8 +125,8 @@ def check(session: Session, base: str) -> None:
         )
 
 
-def note(session: Session, release: str, *, run_id: str, base: str, by: str) -> None:
-    """Records that a release has heads of another one: it learned what that one did. For whoever asked `check`.
+def note_kept_heads(session: Session, release: str, *, run_id: str, base: str, by: str) -> None:
+    """Records that a release has heads of another one: it learned what that one did. After `check_kept_heads`.
 
     Nothing is recorded of a base that no run here made.
     """
