@@ -29,7 +29,7 @@ _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", None, ""})
 
 
 def is_redis(url: str) -> bool:
-    """Whether the URL names a Redis server reached by TCP or TLS."""
+    """Returns whether the URL names a Redis server reached by TCP or TLS."""
     return urlsplit(url).scheme in TRANSPORTS
 
 
@@ -89,7 +89,7 @@ class _Masked(str):
 
 
 def tls_options(url: str) -> dict[str, Any] | None:
-    """What makes kombu speak TLS to a `rediss://` server, with its certificate checked; None for other URLs.
+    """Returns what makes kombu speak TLS to a `rediss://` server, with its certificate checked; None for other URLs.
 
     kombu derives TLS from the transport's name, which is ours and not `rediss`. `ssl_…` parameters of the URL win.
     """

@@ -1,4 +1,4 @@
-"""What producers import: enqueue images, look verdicts up, label; no model code, and no boto3 or numpy to enqueue."""
+"""The producer's side: enqueue images, look verdicts up, label; no model code, and no boto3 or numpy to enqueue."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Client:
         return [job for accepted in self.enqueue_stream(items, **common) for job in accepted]
 
     def enqueue_stream(self, items: Iterable[str | Mapping[str, Any]], **common: Any) -> Iterator[list[str]]:
-        """As `enqueue_many`, but yields the ids of each transaction, in memory constant in their number.
+        """Like `enqueue_many`, but yields the ids of each transaction, in memory constant in their number.
 
         Ids come as soon as they are safe in SQL; their messages go out meanwhile, one transaction behind.
         """

@@ -1,4 +1,4 @@
-"""What the author of a head subclasses, and the description a plugin hands back for it."""
+"""The base class of heads, and the description that a plugin hands back for one."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ class HeadSpec:
 
 
 def options_problem(error: ValidationError) -> str:
-    """What a head's options refuse, in one line: `n_neighbors: Input should be greater than 0`."""
+    """Returns what a head's options refuse, in one line: `n_neighbors: Input should be greater than 0`."""
     return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'options'}: {one['msg']}" for one in error.errors())
 
 

@@ -169,7 +169,7 @@ class Repeats:
         self._said: dict[Hashable, tuple[float, int]] = {}
 
     def due(self, kind: Hashable) -> int | None:
-        """How often this kind came since it was last said, if it is to be said now; else None."""
+        """Returns how often this kind came since it was last said, if it is to be said now; else None."""
         with self._lock:
             now = self._clock()
             at, passed_over = self._said.pop(kind, (None, 0))

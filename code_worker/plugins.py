@@ -93,7 +93,7 @@ class FoundPlugin:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """What may be a plugin: how to import it, or why that is not done."""
+    """A possible plugin: how to import it, or why that is not done."""
 
     origin: InstalledPlugin
     load: Callable[[], object] = object
@@ -238,7 +238,9 @@ class Plugins:
         return self._installed[self._providers[name]]
 
     def select_head(self, job: Job, names: Sequence[str]) -> str | None:
-        """What the first plugin with an opinion says; the one registered last is asked first, files before packages.
+        """Returns what the first plugin with an opinion says.
+
+        The one registered last is asked first, files before packages.
 
         Raises:
             PluginError: a plugin failed, or its answer is no text; the text names the plugin where that is known.
@@ -284,7 +286,7 @@ def _call_all(offer: Callable[..., Any]) -> list[HeadSpec]:
 
 
 def _named(found: object) -> str:
-    """What somebody's code gave where something else is expected; a class by its name."""
+    """Returns what somebody's code gave where something else is expected; a class by its name."""
     return f"the class {found.__qualname__}" if isinstance(found, type) else f"a value of type {type(found).__name__}"
 
 
@@ -307,7 +309,7 @@ def _installed_candidates(names: Sequence[str] | None) -> Iterator[_Candidate]:
 
 
 def _canonical(distribution: str) -> str:
-    """As package indexes compare names."""
+    """Returns the name as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 

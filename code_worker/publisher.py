@@ -148,7 +148,9 @@ class Publisher:
             return sorted({binding[-1] for binding in bound})
 
     def marked(self) -> bool:
-        """Whether the broker still holds the mark of an earlier `mark`; a broker that is not Redis is trusted to.
+        """Returns whether the broker still holds the mark of an earlier `mark`.
+
+        A broker that is not Redis is trusted to.
 
         The mark lies beside the messages and is lost with them: a Redis that came back empty has none.
 

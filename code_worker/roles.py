@@ -1,4 +1,4 @@
-"""Who may do what: labeller < reviewer < operator, by the names that the settings list."""
+"""Roles: labeller < reviewer < operator, by the names that the settings list."""
 
 from __future__ import annotations
 

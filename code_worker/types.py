@@ -50,7 +50,7 @@ another processor before it counts as another head. It is 17 units of float32's 
 
 
 class Label(StrEnum):
-    """What a judged image is held to be; never a bare number."""
+    """The label of a judged image; never a bare number."""
 
     REAL = "real"
     FAKE = "fake"
@@ -58,14 +58,14 @@ class Label(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a job ended."""
+    """The outcome of a job."""
 
     JUDGED = "judged"
     REJECTED = "rejected"
 
 
 class JobState(StrEnum):
-    """Where a job stands; `done` covers judged and rejected, the live verdict tells which."""
+    """The state of a job; `done` covers judged and rejected, the live verdict tells which."""
 
     ACCEPTED = "accepted"
     RUNNING = "running"
@@ -101,7 +101,7 @@ class RejectReason(StrEnum):
 
     @property
     def retryable(self) -> bool:
-        """Whether the same job may end differently when tried again unchanged."""
+        """True if the same job may end differently when tried again unchanged."""
         return self in _RETRYABLE
 
 
@@ -144,7 +144,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What was judged: content hash and header facts, plus the source's own version of the object."""
+    """Facts of the judged image: content hash and header, plus the source's own version of the object."""
 
     sha256: str
     size_bytes: int
@@ -211,7 +211,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class ShadowScore:
-    """What a challenger says of an image beside what the champion's verdict said; it never acts."""
+    """A challenger's score of an image beside the champion's verdict; it never acts."""
 
     job_id: str
     revision: int
@@ -230,7 +230,7 @@ class ShadowScore:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """What was labelled: content hash, where the image was, and whether that said anything new."""
+    """A labelled image: content hash, where it was, and whether the label said anything new."""
 
     sha256: str
     uri: str

@@ -77,7 +77,7 @@ _Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH), AfterVal
 
 
 class JobItem(BaseModel):
-    """What may be asked of a job, in whatever way it comes: a call, a message, a line of a list.
+    """The fields of a job, the same in a call, a message and a line of a list.
 
     Attributes:
         uri: `s3://bucket/key[?versionId=…]`, `file://…` or a path that the workers can read, without credentials.

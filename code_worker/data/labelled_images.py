@@ -33,7 +33,7 @@ class Placed(Protocol):
 
     @property
     def split(self) -> Split | None:
-        """As the snapshot recorded it; None: by the rule of releases before groups."""
+        """The part that the snapshot recorded; None: by the rule of releases before groups."""
 
 
 def refuse_holdout(items: Iterable[Placed]) -> None:

@@ -46,7 +46,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """How many statements said something new, and images of which none was written: they were erased meanwhile."""
+    """Counts of labels that said something new, and images without one: they were erased meanwhile."""
 
     added: int
     erased: frozenset[str] = frozenset()
@@ -54,7 +54,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class LabelFile:
-    """Where statements were read, for the audit: the file's name, and the hash of its bytes if that is known."""
+    """The file that labels were read from, for the audit: its name, and the hash of its bytes if that is known."""
 
     name: str
     sha256: str | None = None
@@ -299,7 +299,7 @@ class Labeller:
 
 
 def erased_meanwhile(sha256: str) -> DatasetError:
-    """Why nothing was said of an image."""
+    """Returns why nothing was said of an image."""
     return DatasetError(
         f"image {sha256} or the job that judged it was erased while it was being labelled, or its copy is just being "
         "deleted: nothing was written; what is still there can be labelled again in a minute"

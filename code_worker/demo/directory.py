@@ -1,4 +1,4 @@
-"""Where a demonstration lives: a directory and settings of its own, whatever the person who runs it has set."""
+"""The directory and settings of a demonstration, independent of the settings of the person who runs it."""
 
 from __future__ import annotations
 

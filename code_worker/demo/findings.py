@@ -1,4 +1,4 @@
-"""What a demonstration found: figures counted from its database, and whether everything is as it must be."""
+"""Results of a demonstration: figures counted from its database, and whether everything is as it must be."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """How the images of one source were judged; `right` is the share that got the label they should."""
+    """Verdicts on the images of one source; `right` is the share that got the right label."""
 
     source: str
     images: int

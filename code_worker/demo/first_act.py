@@ -45,7 +45,7 @@ _PAIRS: Final = range(24, 151)
 
 @dataclass(slots=True)
 class Result:
-    """What was asked and what came of it: the first act; `lesson` is the second."""
+    """Questions and answers of the first act; `lesson` is the second."""
 
     release: str
     trained_on: int

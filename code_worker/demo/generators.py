@@ -66,7 +66,10 @@ def _sharpened(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
 
 
 def _quantised(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
-    """What differs from a blurred picture, quantised in blocks of 8×8: the residual of a learned codec or decoder."""
+    """Returns what differs from a blurred picture, quantised in blocks of 8×8.
+
+    The residual of a learned codec or decoder.
+    """
     from PIL import Image, ImageFilter
 
     image = Image.fromarray(pixels)

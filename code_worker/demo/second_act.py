@@ -130,7 +130,7 @@ _SECRET: Final = (1074).to_bytes(32, "big")
 
 @dataclass(slots=True)
 class Lesson:
-    """What was labelled, what the run made of it, and what is said of the same images before and after.
+    """The labels, the run that learned from them, and the verdicts on the same images before and after.
 
     Attributes:
         labelled: jobs of the second act whose images were labelled, every other one real.

@@ -25,7 +25,7 @@ _THREAD_PREFIX: Final = "doctor-"
 
 
 class Status(StrEnum):
-    """How bad it is: `warn` works for now, `fail` does not."""
+    """Severity of a finding: `warn` works for now, `fail` does not."""
 
     OK = "ok"
     WARN = "warn"
@@ -34,7 +34,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was found, and for a fault what to do: a command or a setting."""
+    """One finding, and for a fault what to do: a command or a setting."""
 
     name: str
     status: Status
@@ -43,7 +43,7 @@ class Check:
 
 
 def hung() -> bool:
-    """Whether a probe that was given up is still running."""
+    """Returns whether a probe that was given up is still running."""
     return any(thread.name.startswith(_THREAD_PREFIX) for thread in threading.enumerate())
 
 

@@ -1,4 +1,4 @@
-"""What the running parts say of themselves, compared with the settings; why jobs have no verdict yet."""
+"""Checks of the running parts by what they report of themselves; reasons why jobs have no verdict yet."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def _unheard(alive: Sequence[WorkerInfo]) -> Iterator[Check]:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What the ledger says of everything that a job may wait for.
+    """The ledger's state of everything that a job may wait for.
 
     Attributes:
         champion: the release that judges.
@@ -259,7 +259,7 @@ def why_waiting(settings: Settings, store: Store, job_ids: Sequence[str]) -> dic
 
 
 def _why(job: JobInfo, seen: _Seen) -> Iterator[str]:
-    """What holds the job up, the first of it before what would come after."""
+    """Yields what holds the job up, the first of it before what would come after."""
     if job.state is JobState.RUNNING:
         yield f"{job.owner} is judging it"
     if seen.champion is None:
@@ -281,7 +281,7 @@ def _why(job: JobInfo, seen: _Seen) -> Iterator[str]:
 
 
 def _refusal(job: JobInfo, seen: _Seen) -> str | None:
-    """Why workers do not load the champion, where all that take from the job's queue have none."""
+    """Returns why workers do not load the champion, where all that take from the job's queue have none."""
     takers = [part for part in seen.alive if job.queue in part.info.get("queues", ())]
     refused = [part.info.get("refused", ("", "")) for part in takers if part.release is None]
     if not takers or len(refused) < len(takers) or any(release != seen.champion for release, _ in refused):

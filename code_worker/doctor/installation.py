@@ -1,4 +1,4 @@
-"""What this machine must offer: settings, Python, disk, image directories, plugins, device."""
+"""Checks of this machine: settings, Python, disk, image directories, plugins, device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _version(distribution: str) -> str:
 
 
 def environment(_settings: Settings) -> Iterator[Check]:
-    """Where the settings come from; loading them has refused what is none."""
+    """Yields where the settings come from; loading them has refused what is none."""
     found = sum(is_setting_variable(name, text) for name, text in os.environ.items())
     yield Check("settings", Status.OK, f"{found} from the environment, {config_file() or 'no file'}")
 
@@ -127,7 +127,7 @@ def plugins(settings: Settings) -> Iterator[Check]:
 
 
 def _head_settings(settings: Settings, loaded: Plugins) -> Iterator[Check]:
-    """What is wrong with `CODE_WORKER_HEADS`."""
+    """Yields what is wrong with `CODE_WORKER_HEADS`."""
     heads = sorted(loaded.heads())
     for wrong in unknown_head_settings(settings.heads, heads):
         yield Check(
@@ -151,7 +151,7 @@ def _meant(name: str, names: Sequence[str]) -> str:
 
 
 def decoding(_settings: Settings) -> Iterator[Check]:
-    """Whether photographs are decoded whole or where the model looks."""
+    """Yields whether photographs are decoded whole or where the model looks."""
     from code_worker.images.region import region_decoder
 
     works, text = region_decoder()

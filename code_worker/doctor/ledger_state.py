@@ -1,4 +1,4 @@
-"""What the ledger says: release, policies, unfinished jobs, paused sources."""
+"""Checks of the ledger: release, policies, unfinished jobs, paused sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others must offer: broker, database, object store, and clocks that agree."""
+"""Checks of services: broker, database, object store, and clocks that agree."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def _redis(url: str) -> Iterator[Check]:
 
 
 def is_vulnerable(name: str, version: str) -> bool:
-    """Whether this server is known to lack the fix of CVE-2025-49844; one of another kind or form is not known."""
+    """Returns whether this server is known to lack the fix of CVE-2025-49844.
+
+    One of another kind or form is not known.
+    """
     series = _FIXED.get(name)
     numbers = [int(part) for part in version.split(".")[:3] if part.isdecimal()]
     if series is None or len(numbers) != 3:
@@ -103,7 +106,7 @@ def _other_broker(url: str) -> Check:
 
 
 def clock(whose: str, there_s: float, asked_s: float, answered_s: float) -> Check:
-    """Whether a server's clock agrees with ours: message timeouts are reckoned by both.
+    """Returns whether a server's clock agrees with ours: message timeouts are reckoned by both.
 
     Args:
         whose: The server.
@@ -170,7 +173,7 @@ def _bucket(sources: Sources, prefix: str) -> Check:
 
 
 def _read(sources: Sources, prefix: str, first: str | None, unlisted: str = "") -> Check:
-    """Whether the first object can be read; where none is known, what is said of one that cannot be there."""
+    """Returns whether the first object can be read; where none is known, what is said of one that cannot be there."""
     try:
         sources.fetch(first or f"{prefix}/{_NO_OBJECT}")
     except ImageRejectedError as error:

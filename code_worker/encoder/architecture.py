@@ -69,7 +69,7 @@ class VitConfig:
 
     @property
     def patches(self) -> int:
-        """How many patches a crop is cut into."""
+        """Returns how many patches a crop is cut into."""
         return (self.image_size // self.patch_size) ** 2
 
     def to_json(self) -> str:

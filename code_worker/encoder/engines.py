@@ -1,4 +1,4 @@
-"""Which engine runs the encoder: torch, or OpenVINO where it is installed and agrees with torch."""
+"""Chooses the engine that runs the encoder: torch, or OpenVINO where it is installed and agrees with torch."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class BatchEncoder(Protocol):
-    """What the loop drives: `Engine`, or anything that embeds a batch and names its device."""
+    """An engine that the loop drives: it embeds a batch and names its device."""
 
     device: str
 
@@ -44,7 +44,7 @@ class BatchEncoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoopStats:
-    """What a loop has done since it was built; `busy_s` is summed over its streams."""
+    """Counts of a loop since it was built; `busy_s` is summed over its streams."""
 
     crops: int
     batches: int
@@ -168,7 +168,7 @@ class EncoderLoop:
 
     @property
     def busy(self) -> bool:
-        """Whether crops wait or are being embedded at this moment."""
+        """True if crops wait or are being embedded at this moment."""
         with self._filled:
             return self.failure is None and (bool(self._heap) or self._running > 0)
 

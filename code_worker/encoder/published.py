@@ -141,7 +141,7 @@ def _older_name(name: str) -> str:
 
 
 def _published_names(name: str) -> tuple[str, ...]:
-    """Where the timm tensor comes from; three names are stacked in their order."""
+    """Returns where the timm tensor comes from; three names are stacked in their order."""
     if not name.startswith("blocks."):
         return _OUTSIDE[name]
     _, block, rest = name.split(".", 2)

@@ -1,4 +1,4 @@
-"""What a file that Pillow refuses suffers from: cut short, damaged, of a kind that is not read, or a bomb."""
+"""Diagnosis of files that Pillow refuses: cut short, damaged, of a kind that is not read, or a bomb."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reason_for(error: BaseException, kind: str, data: bytes, *, ran_out: bool) -
 
 
 def is_cut_short(kind: str, data: bytes) -> bool:
-    """Whether the structure of a file that could not be read says that its end is missing."""
+    """Returns whether the structure of a file that could not be read says that its end is missing."""
     if kind == "png":
         return _PNG_END not in data
     if kind == "jpeg":

@@ -112,7 +112,7 @@ def _inside(
 
 
 def inspect(data: bytes, limits: LimitSettings, *, sha256: str | None = None) -> ImageFacts:
-    """What `decode` says of a file beside its pixels, from the header alone, under the same limits.
+    """Returns what `decode` says of a file beside its pixels, from the header alone, under the same limits.
 
     Raises:
         ImageRejectedError: as `decode`, as far as the header tells.
@@ -178,7 +178,10 @@ def _opened(data: bytes, limits: LimitSettings) -> Iterator[ImageFile.ImageFile]
 
 
 def _is_short(size: int) -> bool:
-    """Whether it is memory that is missing; where it is not, a damaged length has asked for too much of it."""
+    """Returns whether it is memory that is missing.
+
+    Where it is not, a damaged length has asked for too much of it.
+    """
     try:
         bytearray(size)
     except MemoryError:

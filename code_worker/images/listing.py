@@ -66,7 +66,7 @@ _LOOKS_AT_ONCE: Final = 8
 
 
 class LeftOut:
-    """What a walk left out: files that are no images by reason, and places that could not be looked into.
+    """Counts of what a walk left out: files that are no images, by reason, and unreadable directories.
 
     Attributes:
         lost: places and why: links to directories, directories that cannot be listed.
@@ -112,24 +112,24 @@ def unjudged_format(prefix: bytes) -> str | None:
 
 
 def why_no_image(prefix: bytes) -> str:
-    """Why a file is passed over that does not look like an image that is judged."""
+    """Returns why a file is passed over that does not look like an image that is judged."""
     return NO_IMAGE if (kind := unjudged_format(prefix)) is None else UNJUDGED.format(kind)
 
 
 def looks_like_image(prefix: bytes) -> bool:
-    """Whether a file whose name says nothing is an image, by its first `PREFIX_BYTES` bytes."""
+    """Returns whether a file whose name says nothing is an image, by its first `PREFIX_BYTES` bytes."""
     kind = signature_of(prefix)
     # Two letters make no BMP: behind them stand its size and four reserved bytes, which are 0.
     return kind is not None and (kind != "bmp" or prefix[6:10] == bytes(4))
 
 
 def has_image_suffix(name: str) -> bool:
-    """Whether a name ends as those of images that are judged do, in any case."""
+    """Returns whether a name ends as those of images that are judged do, in any case."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def is_hidden(part: str) -> bool:
-    """Whether a part of a path is of the system: `.DS_Store`, `._photo.jpg`, `__MACOSX`."""
+    """Returns whether a part of a path is of the system: `.DS_Store`, `._photo.jpg`, `__MACOSX`."""
     return part.startswith((".", "__MACOSX")) and part not in {".", ".."}
 
 
@@ -142,7 +142,10 @@ def _told(looked: Iterable[tuple[str, str | None]], left_out: LeftOut) -> Iterat
 
 
 def _possible(listed: Iterable[tuple[str, int | None]], place: str, left_out: LeftOut) -> Iterator[str]:
-    """What may be an image by what a list says of it; whatever stays takes a request, unless its name says so."""
+    """Yields what may be an image by what a list says of it.
+
+    Whatever stays takes a request, unless its name says so.
+    """
     start = place[: place.rindex("/") + 1]
     for uri, size in listed:
         if any(map(is_hidden, uri.removeprefix(start).split("/"))):

@@ -1,4 +1,4 @@
-"""What decoding takes, told from the header, and one process's share of it: large images wait for each other."""
+"""The memory that decoding takes, told from the header; large images of a process wait for each other."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def pillow_bytes(image: ImageFile.ImageFile, data: bytes) -> int:
 
 
 def _tiff_bytes(image: ImageFile.ImageFile, stored: int) -> int:
-    """What libtiff needs for a strip or a tile, and Pillow to turn the image by its orientation."""
+    """Returns what libtiff needs for a strip or a tile, and Pillow to turn the image by its orientation."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return 0
     turned = stored if image.tag_v2.get(_ORIENTATION, 1) != 1 else 0
@@ -88,7 +88,7 @@ class _Room:
         self.empty()
 
     def empty(self) -> None:
-        """As nobody had asked; a forked child begins so, whose parent's threads it does not have."""
+        """Forgets all reservations: a forked child does not have the threads that made them."""
         self._changed = threading.Condition()
         self._taken = 0
         self._asking: deque[object] = deque()

@@ -64,7 +64,7 @@ class _Directory:
 
     @property
     def end(self) -> int:
-        """Where it ends, the link to the next one included."""
+        """Returns where it ends, the link to the next one included."""
         return int(self.begin + self._entries * self._step + self.word_bytes)
 
     @property
@@ -110,7 +110,7 @@ def tiff_tile_size(tags: Mapping[int, Any]) -> tuple[int, int]:
 
 
 def tiff_ends(data: bytes) -> Iterator[int]:
-    """Where each part that the first directory names would end."""
+    """Yields where each part that the first directory names would end."""
     directory = _Directory(data)
     yield directory.begin
     if directory.begin > len(data):
@@ -189,11 +189,11 @@ class ImageBytes(io.BytesIO):
 
     @property
     def ran_out(self) -> bool:
-        """Whether Pillow wanted bytes that would have to follow the last one."""
+        """True if Pillow wanted bytes that would have to follow the last one."""
         return self._ran_out
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As any file's, within the bounds above."""
+        """Reads like any file, within the bounds of the class."""
         found = super().read(size)
         self._steps -= 1
         if found.startswith(_PHOTOSHOP):
@@ -214,7 +214,7 @@ class ImageBytes(io.BytesIO):
         return found
 
     def header_is_read(self) -> None:
-        """What follows may be read as often as decoding wants it: that is bounded by the pixels."""
+        """Ends the bound on reading: from here on decoding is bounded by the pixels."""
         self._steps = _MOST_STEPS_OF_DECODING
         self._left = 1 << 62
         self._in_header = False
@@ -236,7 +236,7 @@ def _photoshop_items(segment: bytes, most: int) -> int:
 
 
 class _Reader(ImageFile.ImageFile):
-    """What the readers share: of a header that Pillow refuses its type says whether another reader might take it."""
+    """The shared part of the readers; the type of a refusal says whether another reader might take the header."""
 
     def _open(self) -> None:
         try:
@@ -249,7 +249,7 @@ class _Reader(ImageFile.ImageFile):
             raise UnsupportedImageError(f"{self.width}×{self.height} pixels of a kind that is not read")
 
     def _is_of_unknown_kind(self) -> bool:
-        """Whether a header that was refused has told its size, and then a kind of pixels without a mode in Pillow."""
+        """Returns whether a refused header has told its size, and then a kind of pixels without a mode in Pillow."""
         return self.size != (0, 0) and not self.mode
 
 
@@ -357,7 +357,10 @@ def open_image(kind: str, file: ImageBytes) -> ImageFile.ImageFile:
 
 
 def scans_of(image: ImageFile.ImageFile, data: bytes) -> int:
-    """How many times an opened JPEG goes through its pixels: 1, unless it is progressive or in separate colours."""
+    """Returns how many times an opened JPEG goes through its pixels.
+
+    1, unless it is progressive or in separate colours.
+    """
     at = image.fp.tell() if image.fp is not None else 0
     colours = len(getattr(image, "layer", ()))
     # Pillow has just read the first scan's header. One with all colours is the only one, unless it is progressive.

@@ -43,7 +43,7 @@ _decoder, _described = _load()
 
 
 def region_decoder() -> tuple[bool, str]:
-    """Whether the JPEG extension is at work, and its version or why not."""
+    """Returns whether the JPEG extension is at work, and its version or why not."""
     return _decoder is not None, _described
 
 
@@ -104,7 +104,7 @@ def _extents(tile: Any) -> Box:
 
 
 def _is_whole_raw(image: ImageFile.ImageFile, size: int) -> bool:
-    """Whether all tiles are plain rows from the top down that the file holds, and nothing turns the image later."""
+    """Returns whether all tiles are plain rows from the top down in the file, and nothing turns the image later."""
     for tile in image.tile:
         name, _, offset, args = tile
         left, top, right, bottom = _extents(tile)

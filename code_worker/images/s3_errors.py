@@ -1,4 +1,4 @@
-"""What every error of S3 and of botocore means for an image: one table, no default that hides a row."""
+"""Errors of S3 and botocore, and what each means for an image: one table, no default that hides a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Fault(Enum):
-    """What went wrong, and what becomes of the job: a verdict, another try, or a pause of the whole source."""
+    """One kind of error, and what becomes of the job: a verdict, another try, or a pause of the whole source."""
 
     NOT_FOUND = (ImageRejectedError, RejectReason.NOT_FOUND, "no such object")
     DENIED = (ImageRejectedError, RejectReason.ACCESS_DENIED, "denied, or missing where listing is not permitted")

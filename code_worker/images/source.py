@@ -1,4 +1,4 @@
-"""Where images come from: one door for all sources, chosen by the scheme of the URI."""
+"""Sources of images, chosen by the scheme of the URI."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def images_under(sources: Sources, place: str, left_out: LeftOut, *, unjudged: b
 
 
 def _why_not(sources: Sources, uri: str, *, unjudged: bool) -> str | None:
-    """Why a file is no image; None for one that is."""
+    """Returns why a file is no image; None for one that is."""
     if has_image_suffix(_key(uri)):
         return None
     try:
@@ -126,7 +126,9 @@ class Sources:
         raise _not_allowed(prefix)
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int | None]]:
-        """As `list`, of an `s3://bucket/prefix` alone; each object with its size in bytes, where the server says it.
+        """Like `list`, of an `s3://bucket/prefix` alone.
+
+        Each object with its size in bytes, where the server says it.
 
         That costs no request beside those of the list.
         """
@@ -156,7 +158,7 @@ class Sources:
 
 
 def source_name(uri: str) -> str:
-    """What fails together: `s3://bucket`, `file`, or the scheme of a source that is not known."""
+    """Returns what fails together: `s3://bucket`, `file`, or the scheme of a source that is not known."""
     scheme = _scheme(uri)
     return f"s3://{uri.removeprefix('s3://').partition('/')[0]}" if scheme == "s3" else scheme
 

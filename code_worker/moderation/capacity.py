@@ -1,4 +1,4 @@
-"""What this machine can judge: decoding, the forward pass, and both together, in alternating rounds."""
+"""Measures what this machine can judge: decoding, the forward pass, and both, in alternating rounds."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What was measured.
+    """The measured figures.
 
     Attributes:
         decode_one: decoding in one thread, from memory.

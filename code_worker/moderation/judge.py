@@ -58,7 +58,7 @@ class JobFault:
 
 
 def judged_by(head: str, policy: Policy, runtime: Runtime) -> Provenance:
-    """What the verdicts of a head under a policy have in common."""
+    """Returns what the verdicts of a head under a policy have in common."""
     return Provenance(
         release=runtime.release,
         manifest_sha256=runtime.manifest_sha256,
@@ -181,7 +181,7 @@ SelectHead = Callable[[Job, Sequence[str]], str | None]
 
 @dataclass(slots=True)
 class Judged:
-    """What became of a batch: each job is in exactly one of `verdicts` and `faults`."""
+    """Result of a batch: each job is in exactly one of `verdicts` and `faults`."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     faults: list[JobFault] = field(default_factory=list)
@@ -198,7 +198,10 @@ def wanted_head(job: Job, policy: Policy, runtime: Runtime, select_head: SelectH
 
 
 def selection_fault(error: BaseException) -> Hashable:
-    """What makes two faults of a plugin's choice one of a kind: type and line of what it raised, not its text."""
+    """Returns what makes two faults of a plugin's choice one of a kind.
+
+    Type and line of what it raised, not its text.
+    """
     raised = error.__cause__ if isinstance(error, PluginError) else error
     if raised is None:
         return str(error)

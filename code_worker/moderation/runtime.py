@@ -33,22 +33,22 @@ KnownEmbeddings = Callable[[str, Sequence[str]], Mapping[str, bytes]]
 
 
 class Fetcher(Protocol):
-    """Where bytes come from."""
+    """A source of bytes."""
 
     def fetch(self, uri: str) -> Fetched:
         """The bytes of one object; raises ImageRejectedError or TransientError."""
 
 
 class Embedder(Protocol):
-    """What turns crops into embeddings; in a worker the process's one encoder loop."""
+    """Turns crops into embeddings; in a worker the process's one encoder loop."""
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the device for good; the process should then be replaced."""
+        """Returns what ended the device for good; the process should then be replaced."""
 
     @property
     def busy(self) -> bool:
-        """Whether crops wait or are being embedded at this moment."""
+        """True if crops wait or are being embedded at this moment."""
 
     def submit(self, crop: NDArray[np.uint8], priority: int = 4, turn: int = 0) -> Future[NDArray[np.float32]]:
         """Queues one `(224, 224, 3) uint8` crop; the future yields its `(192,) float32` embedding.

@@ -26,7 +26,7 @@ WAITS_S: Final = (0.5, 2.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanOptions:
-    """How a scan asks, and how much of it is under way at a time.
+    """Options of a scan, and how much of it is under way at a time.
 
     Attributes:
         head: head for every image; unset: what plugins, policy and settings say.

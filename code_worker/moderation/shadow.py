@@ -1,4 +1,4 @@
-"""What a challenger would have said while the champion judged, and how often the two agree."""
+"""Scores of a challenger beside the champion's verdicts, and how often the two agree."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _OVERHEAD_BYTES: Final = 4096
 
 
 def in_share(sha256: str, share: float) -> bool:
-    """Whether an image belongs to a share of all: a pure function of its content hash, for every worker the same.
+    """Returns whether an image belongs to a share of all.
+
+    A pure function of its content hash, for every worker the same.
 
     The last digits decide; the first ones choose the hold-out, and the two must not go together.
     """
@@ -33,7 +35,7 @@ def in_share(sha256: str, share: float) -> bool:
 
 
 class Budget:
-    """How many bytes may wait at a time; safe to share between threads."""
+    """A budget of bytes that may wait at a time; safe to share between threads."""
 
     def __init__(self, limit: int) -> None:
         self._left = limit
@@ -54,7 +56,7 @@ class Budget:
 
 
 class Sight:
-    """What a challenger gets to see of one batch; a `Observer` of the champion's work.
+    """The images of one batch that a challenger scores; an `Observer` of the champion's work.
 
     With the champion's encoder it needs embeddings alone, with another one crops, or bytes where the champion decoded
     nothing. What the budget does not hold is not kept, and counted in `dropped`.
@@ -124,7 +126,7 @@ def shadow_scores(
     challenger: Runtime,
     failed: Callable[[str, BaseException, int], None],
 ) -> list[ShadowScore]:
-    """What the challenger says of the judged images whose embeddings by its encoder are given, by content hash.
+    """Returns the challenger's scores of judged images whose embeddings by its encoder are given, by content hash.
 
     It scores with the head that the verdict names, or its own default if it has none of that name, under the policy
     of the verdict; where none covers the job, under the thresholds that it brings along itself. Images that its head
@@ -207,7 +209,7 @@ class WhoWasRight:
 
 @dataclass(frozen=True, slots=True)
 class ShadowReport:
-    """What a challenger said beside the champion.
+    """Comparison of a challenger with the champion.
 
     Attributes:
         release: the challenger.
@@ -232,7 +234,7 @@ class ShadowReport:
     disagreements: Sequence[Disagreement]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Returns plain values."""
         return asdict(self)
 
 

@@ -1,1 +1,1 @@
-"""What is deployed as one: encoder, heads, preprocessing, thresholds, with a manifest of hashes."""
+"""Releases: encoder, heads, preprocessing and thresholds deployed as one, with a manifest of hashes."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseFacts:
-    """What a manifest says beside the files.
+    """Facts of a manifest beside its files.
 
     Attributes:
         source: what the release was made from.
@@ -88,7 +88,7 @@ class KeptHeads:
 def without_head(
     loaded: LoadedRelease, directory: Path, head: str, default_head: str | None
 ) -> tuple[KeptHeads, ReleaseFacts]:
-    """What a release like this one is made of that lacks one of its heads.
+    """Returns what a release like this one is made of that lacks one of its heads.
 
     Raises:
         UnknownHeadError: the release lacks the head, or the default head.

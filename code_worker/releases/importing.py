@@ -141,7 +141,7 @@ _HUB = "hf:"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """How a source is imported.
+    """Options of an import.
 
     Attributes:
         heads_dir: directory of head files; unset: `sklearn/` beside the checkpoint.

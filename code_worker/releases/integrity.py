@@ -80,7 +80,7 @@ _PURPOSE: Final = b"code_worker release manifest 1\0"
 
 
 def signature_in(directory: Path) -> bytes | None:
-    """What stands in a release directory's `manifest.sig`, or None."""
+    """Returns what stands in a release directory's `manifest.sig`, or None."""
     path = directory / SIGNATURE_NAME
     if path.is_symlink() or not path.is_file():
         return None
@@ -135,7 +135,7 @@ def _bytes(key: SecretStr) -> bytes:
 
 
 def _name(key: bytes) -> str:
-    """What a key is called; says nothing of the key itself."""
+    """Returns what a key is called; says nothing of the key itself."""
     return hashlib.sha256(b"code_worker key name\0" + key).hexdigest()[:16]
 
 

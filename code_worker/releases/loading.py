@@ -79,7 +79,7 @@ class LoadedHeads:
 
 
 def head_directory(directory: Path, name: str) -> Path:
-    """Where a release directory keeps the files of the head `name`."""
+    """Returns where a release directory keeps the files of the head `name`."""
     return directory / "heads" / name
 
 
@@ -181,7 +181,7 @@ def _changed_heads(
 
 
 def _refuse_or_warn(changed: Changed, release: str, entry: HeadEntry, loaded_by: str, if_changed: IfChanged) -> str:
-    """What is wrong with a head that is used all the same."""
+    """Returns what is wrong with a head that is used all the same."""
     made_by = f"{entry.distribution} {entry.distribution_version}".strip()
     problem = (
         f"head {changed.head!r} of {release} does not score as it did when the release was made: by up to "
@@ -207,7 +207,7 @@ def _refuse_or_warn(changed: Changed, release: str, entry: HeadEntry, loaded_by:
 
 
 def _refuse_swapped(directory: Path, found: str, expected: str) -> None:
-    """What was compared with the database or a signature must be what is loaded, whoever writes to the directory."""
+    """Refuses a manifest that changed after it was compared with the database or a signature."""
     if found != expected:
         raise IntegrityError(
             f"{directory}: the manifest is not the expected one ({found[:16]}…, not {expected[:16]}…)"

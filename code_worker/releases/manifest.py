@@ -45,14 +45,14 @@ class _Entry(BaseModel):
 
 
 class Source(_Entry):
-    """What a release was made from; `files` holds the hashes of the files that were read."""
+    """The source of a release; `files` holds the hashes of the files that were read."""
 
     uri: str
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
 
 class Preprocessing(_Entry):
-    """How bytes become the encoder's input: the published inference transform."""
+    """The way from bytes to the encoder's input: the published inference transform."""
 
     crop: int = IMAGE_SIZE
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -146,7 +146,9 @@ class Manifest(_Entry):
 
 
 def essence(manifest: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """What makes a release another one: all of a manifest but its time, and hashes of what was computed for it here.
+    """Returns what makes a release another one.
+
+    All of a manifest but its time, and hashes of what was computed for it here.
 
     The probes are of this machine's arithmetic, and with them the list of all files.
     """

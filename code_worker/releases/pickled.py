@@ -87,7 +87,7 @@ _ALWAYS_ALLOWED: Final = _MAKE_DTYPE | _RECONSTRUCT | _SCALAR | _FROM_BUFFER | {
 
 
 def read_pickle(data: bytes, classes: Collection[Name]) -> object:
-    """What the pickle describes, as plain values, `Instance`s of `classes` and `Array`s.
+    """Returns what the pickle describes, as plain values, `Instance`s of `classes` and `Array`s.
 
     Time and memory are linear in the size of `data`: an array that claims more than the file holds is refused, and
     arrays are views.

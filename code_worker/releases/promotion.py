@@ -1,4 +1,4 @@
-"""What is said where a release cannot be made the champion: which one, which stays, and which others could be."""
+"""Messages where a release cannot be made the champion: which one, which stays, and which others could be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OFFERED: Final = 3
 
 
 class _Releases(Protocol):
-    """What is asked of the registry, which uses this module."""
+    """The part of the registry that is needed here; the registry uses this module."""
 
     def champion(self) -> str | None: ...
 
@@ -55,7 +55,7 @@ def _what_stays(target: str, registry: _Releases, plugins: Plugins) -> str:
 
 
 def _could_judge(release: Registered, plugins: Plugins) -> bool:
-    """As far as can be told without loading it."""
+    """Returns whether it could judge, as far as can be told without loading it."""
     heads = release.info.manifest.get("heads", {}).values()
     needed = {entry["plugin_head"] for entry in heads}
     return release.info.status == releases.READY and bool(needed) and needed <= plugins.heads().keys()

@@ -54,7 +54,7 @@ def _pink(rng: Generator, slope: float) -> NDArray[np.float64]:
 
 
 def _synthetic(rng: Generator) -> NDArray[np.uint8]:
-    """What cameras do not make: flat areas, ramps, white noise, black padding."""
+    """Returns what cameras do not make: flat areas, ramps, white noise, black padding."""
     kind = rng.integers(4)
     shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
     if kind == 0:
@@ -144,7 +144,7 @@ class Changed:
 
     @property
     def is_rounding(self) -> bool:
-        """Whether unchanged code may differ so much on another processor."""
+        """True if unchanged code may differ so much on another processor."""
         return self.difference <= SCORE_ROUNDING and not self.flipped
 
 

@@ -1,4 +1,4 @@
-"""Which releases there are and which one is live: the store's rows and the artifact store's files, kept in step."""
+"""The registry of releases: the store's rows and the artifact store's files, kept in step; which one is live."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Registry:
         return next((one.id for one in alike if one.status == releases.READY and self._is_whole(one.id)), None)
 
     def _is_whole(self, release: str) -> bool:
-        """Whether its files are kept, undamaged, and signed where keys are configured."""
+        """Returns whether its files are kept, undamaged, and signed where keys are configured."""
         try:
             # A cached copy alone is on this machine only.
             if self._artifacts.exists(release):
@@ -252,7 +252,7 @@ class Registry:
         log.info("release_signed", release=release, by=by)
 
     def directory(self, release: str) -> Path:
-        """Where the verified files of a registered release are, to be read alone; raises as `load` does."""
+        """Returns where the verified files of a registered release are, to be read alone; raises as `load` does."""
         return self._verified(release)[0]
 
     def _verified(self, release: str) -> tuple[Path, bytes, bytes | None]:
@@ -263,7 +263,7 @@ class Registry:
         return directory, manifest, signature
 
     def _fetch(self, release: str) -> tuple[Path, bytes]:
-        """Where the verified files are, and the manifest, which is the registered one."""
+        """Returns where the verified files are, and the manifest, which is the registered one."""
         registered = self.show(release).info
         directory = self._artifacts.fetch(release)
         _, sha256 = read_manifest(directory)
@@ -366,7 +366,7 @@ class Registry:
 
 
 def _before(tries: Sequence[str | None], now: str | None) -> str | None:
-    """Where an alias that points to `now` pointed before, by what each try of its move found.
+    """Returns where an alias that points to `now` pointed before, by what each try of its move found.
 
     A try whose commit's answer was lost did move it, and the next one found it moved.
     """

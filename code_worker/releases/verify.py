@@ -1,4 +1,4 @@
-"""How far a release on this device is from the reference: float32 on the CPU, nothing folded."""
+"""Measures how far a release on this device is from the reference: float32 on the CPU, nothing folded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class HeadReport:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify` measured.
+    """Measurements of `verify`.
 
     Attributes:
         release: release id.
@@ -74,7 +74,7 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every head is deterministic and flipped at most 1 label in 10,000 of the crops compared."""
+        """True if every head is deterministic and flipped at most 1 label in 10,000 of the crops compared."""
         return all(head.deterministic and head.flips_per_10000 <= MAX_FLIPS_PER_10000 for head in self.heads.values())
 
     def to_dict(self) -> dict[str, Any]:

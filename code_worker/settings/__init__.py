@@ -65,7 +65,7 @@ _BELOW: ContextVar[Mapping[str, object]] = ContextVar("_BELOW", default={})  # n
 
 
 class BrokerSettings(Section):
-    """How the broker is used."""
+    """Settings of the broker."""
 
     key_prefix: str | None = Field(
         "cw:",
@@ -85,7 +85,7 @@ class BrokerSettings(Section):
 
 
 class WorkerSettings(Section):
-    """How one worker process uses its machine."""
+    """Settings of one worker process."""
 
     concurrency: int = Field(4, ge=1, le=MANY_THREADS, description="Messages judged at the same time.")
     fetch_threads: int = Field(8, ge=1, le=MANY_THREADS, description="Objects fetched and decoded at the same time.")
@@ -138,7 +138,7 @@ class WorkerSettings(Section):
 
 
 class RetentionSettings(Section):
-    """How many days things are kept; unset: for ever. What an appeal or the learning rests on is kept unless told."""
+    """Days for which things are kept; unset: for ever. Appeals and the learning rest on what is kept."""
 
     jobs_days: float | None = Field(
         None,
@@ -177,7 +177,7 @@ class RetentionSettings(Section):
 
 
 class RoleSettings(Section):
-    """Who may do what; while all three are empty, everybody may do everything."""
+    """Names with roles; while all three are empty, everybody may do everything."""
 
     labellers: tuple[str, ...] = Field(
         (), description="Who may label: names as `by` or as users of the command line; `*` is everybody."
@@ -386,7 +386,7 @@ def load_settings(*, below: Mapping[str, object] | None = None, **overrides: obj
 
 
 def _described(problem: ErrorDetails, written: Sequence[Layer], overrides: Mapping[str, object]) -> str:
-    """Which setting is wrong, where it stands, and what is expected there."""
+    """Returns which setting is wrong, where it stands, and what is expected there."""
     names = tuple(str(part) for part in problem["loc"] if not isinstance(part, int))
     layer = None if names[0] in overrides else next((each for each in written if each.holds(names)), None)
     place = ".".join(names) if layer is None else layer.place(names)

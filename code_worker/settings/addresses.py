@@ -99,7 +99,7 @@ def _split(url: str) -> _Parts:
 
 
 def _reads(tail: str, *, parameters: bool) -> bool:
-    """Whether this is host, port, path and parameters of a URL, and not the rest of a password.
+    """Returns whether this is host, port, path and parameters of a URL, and not the rest of a password.
 
     With `parameters`, their values may hold an @.
     """

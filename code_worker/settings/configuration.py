@@ -57,13 +57,13 @@ _Names = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one place sets: `values` nested as the sections are, `place` names where a setting stands there."""
+    """The settings of one place: `values` nested as the sections are, `place` names where a setting stands there."""
 
     values: dict[str, Any]
     place: Callable[[_Names], str]
 
     def holds(self, names: Sequence[object]) -> bool:
-        """Whether this layer sets that setting, or a part of it."""
+        """Returns whether this layer sets that setting, or a part of it."""
         found: Any = self.values
         for name in names:
             if not isinstance(found, Mapping):
@@ -99,7 +99,10 @@ def config_file() -> Path | None:
 
 
 def is_setting_variable(name: str, text: str) -> bool:
-    """Whether a variable sets something: it has our prefix, is not empty, and is not there for another purpose."""
+    """Returns whether a variable sets something.
+
+    It has our prefix, is not empty, and is not there for another purpose.
+    """
     if not name.upper().startswith(PREFIX) or name in _OTHERS or not text.strip():
         return False
     return _SERVICE_LINK.fullmatch(f"{name}={text}") is None
@@ -141,7 +144,7 @@ class _Reader:
         return value
 
     def _text(self, field: FieldInfo, text: str, names: _Names) -> Any:
-        """What a text stands for; pydantic reads numbers and the like itself."""
+        """Returns what a text stands for; pydantic reads numbers and the like itself."""
         types = _types(field.annotation)
         if not text.strip():
             return _UNSET
@@ -175,7 +178,7 @@ class _Reader:
         return _UNSET
 
     def unknown(self, names: _Names) -> str:
-        """That there is no such setting, and what it may have been meant to be."""
+        """Returns that there is no such setting, and what it may have been meant to be."""
         last = names[-1].upper()
         if last.startswith(PREFIX) and self.written is not _variable:
             return f"{self.place(names)} is no setting{self._without_prefix(last)}"
@@ -281,7 +284,7 @@ def _dotted(text: str) -> _Names:
 
 
 def expected(model: type[BaseModel], names: _Names, kind: str) -> str | None:
-    """What a setting takes, in words; None where the error itself says it better.
+    """Returns what a setting takes, in words; None where the error itself says it better.
 
     Args:
         model: the settings.
@@ -328,7 +331,7 @@ def _bounds(field: FieldInfo) -> str:
 
 
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    """Whether a field is a table of settings."""
+    """Returns whether a field is a table of settings."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

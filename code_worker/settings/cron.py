@@ -53,7 +53,7 @@ def cron_line(text: str) -> str:
 
 
 def _read(field: str, name: str, least: int, most: int) -> set[int]:
-    """What a field stands for: `*`, numbers and ranges, which may go round; `*` and ranges may have steps."""
+    """Returns what a field stands for: `*`, numbers and ranges, which may go round; `*` and ranges may have steps."""
     found: set[int] = set()
     for part in field.lower().split(","):
         match = _PART.fullmatch(part)

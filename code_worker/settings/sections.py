@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 
 class LabelSettings(Section):
-    """How labels of people and systems become one truth per image."""
+    """Settings by which labels of people and systems become one truth per image."""
 
     rule: Literal["latest", "majority", "unanimous", "trusted"] = Field(
         "latest",
@@ -54,7 +54,7 @@ class LabelSettings(Section):
 
 
 class TrainingSettings(Section):
-    """How a retrain trains the encoder, and on what."""
+    """Settings of the encoder's training."""
 
     epochs: int | None = Field(
         None, ge=1, le=1_000_000, description="Epochs at most; unset: 20 on CUDA, 10 on a CPU."
@@ -134,7 +134,7 @@ class TrainingSettings(Section):
 
 
 class GateSettings(Section):
-    """What a candidate must prove before it replaces the champion."""
+    """Settings of the gate: what a candidate must prove before it replaces the champion."""
 
     max_regression: float = Field(
         0.02, gt=0, le=1, description="Loss of accuracy that must be excluded, for the reals and for all old fakes."
@@ -174,7 +174,7 @@ class GateSettings(Section):
 
 
 class ScheduleSettings(Section):
-    """When the detector learns by itself; unset: only when told to."""
+    """Times at which the detector learns by itself; unset: only when told to."""
 
     retrain: str | None = Field(None, description="Cron line in UTC, such as `0 3 * * sun`.")
     refit: str | None = Field(None, description="Cron line in UTC for refitting the heads alone.")
@@ -199,7 +199,7 @@ class ScheduleSettings(Section):
 
 
 class ShadowSettings(Section):
-    """How a challenger is watched."""
+    """Settings by which a challenger is compared with the champion."""
 
     share: float = Field(1.0, ge=0, le=1, description="Share of judged images that it scores too, by content hash.")
 
@@ -209,7 +209,7 @@ _BUCKET: Final = re.compile(r"[A-Za-z0-9._\-]{1,255}|arn:[^/]+")
 
 
 class S3Settings(Section):
-    """Where `s3://` objects come from and how long one may take."""
+    """Settings of the object store."""
 
     endpoint_url: str | None = Field(None, description="S3 endpoint; unset means AWS.")
     region: str | None = Field(None, description="Region; unset leaves it to the AWS configuration chain.")
@@ -257,7 +257,7 @@ class S3Settings(Section):
 
 
 class FileSettings(Section):
-    """Which local files may be read."""
+    """Local files that may be read."""
 
     roots: tuple[Path, ...] = Field(
         (), description="Directories under which `file://` and paths may be read. Empty means none."
@@ -265,7 +265,7 @@ class FileSettings(Section):
 
 
 class LimitSettings(Section):
-    """What an image may cost before it is refused."""
+    """Limits on what an image may cost before it is refused."""
 
     max_bytes: int = Field(50 * 2**20, gt=0, le=2**34, description="Largest file, enforced while it streams in.")
     max_pixels: int = Field(50_000_000, gt=0, le=2**40, description="Largest width x height, read from the header.")

@@ -59,7 +59,7 @@ class KeptScheduler(RedBeatScheduler):  # type: ignore[misc]  # redbeat ships no
 
 
 def _definition(entry: Any) -> str:
-    """As redbeat stores it."""
+    """Returns a schedule entry as redbeat stores it."""
     names = ("name", "task", "args", "kwargs", "options", "schedule", "enabled")
     return json.dumps({name: getattr(entry, name) for name in names}, cls=RedBeatJSONEncoder)
 

@@ -156,7 +156,7 @@ class Supervisor:
 
     @property
     def stopping(self) -> bool:
-        """Whether it was told to stop, or a child refused its configuration."""
+        """True if it was told to stop, or a child refused its configuration."""
         return self._stopping
 
     def pids(self) -> dict[str, int]:

@@ -45,7 +45,7 @@ class Entry:
     hash: str
 
     def digest(self) -> str:
-        """What `hash` must be: sha256 of the JSON list of all the other fields."""
+        """Returns what `hash` must be: sha256 of the JSON list of all the other fields."""
         at = self.at.astimezone(UTC).isoformat(timespec="microseconds")
         fields = [self.seq, at, self.actor, self.action, self.subject, self.details, self.previous]
         return hashlib.sha256(json.dumps(fields, separators=(",", ":")).encode()).hexdigest()
@@ -53,7 +53,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """Which entries to list; what is None does not matter. `since` is included, `until` is not.
+    """A filter of entries; what is None does not matter. `since` is included, `until` is not.
 
     An action that ends with a dot means all that begin so: `release.`.
     """
@@ -67,7 +67,7 @@ class AuditFilter:
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """Where the chain does not hold, and why."""
+    """A place where the chain does not hold, and why."""
 
     seq: int
     problem: str
@@ -75,7 +75,7 @@ class Flaw:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What a walk along the chain found; `hash` is that of the last entry, to be noted elsewhere."""
+    """Result of a walk along the chain; `hash` is that of the last entry, to be noted elsewhere."""
 
     entries: int
     hash: str

@@ -94,7 +94,7 @@ def undone(present: Path, copy: Path) -> Iterator[Undone]:
 
 
 def _named(copy: sqlite3.Connection, scope: str, salt: str, digests: Collection[str]) -> dict[str, Any]:
-    """What of the copy the erasure named: a receipt holds digests alone, but the copy has the names."""
+    """Returns what of the copy the erasure named: a receipt holds digests alone, but the copy has the names."""
     if scope.startswith(_BEFORE):
         return {"before": scope.removeprefix(_BEFORE)}
     for kind, values in ((JOB, _jobs(copy)), (TENANT, _tenants(copy))):
@@ -128,7 +128,10 @@ def _command(kind: str, value: str, why: str) -> str:
 
 
 def aside_of(url: str, at: datetime) -> Path:
-    """Where `db restore` leaves the database that it replaces at that moment; not used for other databases."""
+    """Returns where `db restore` leaves the database that it replaces at that moment.
+
+    Not used for other databases.
+    """
     file = file_of(url) or Path("none")
     return file.with_name(f"{file.name}{_ASIDE}{at:%Y%m%dT%H%M%S%f}")
 
@@ -260,7 +263,7 @@ def _copy(source: Path, target: Path, *, keep_log: bool = False) -> None:
 
 
 def _give_up_after(seconds: float) -> Callable[[int, int, int], None]:
-    """What SQLite's backup asks after each try; by itself it tries a locked database for ever."""
+    """Returns what SQLite's backup asks after each try; by itself it tries a locked database for ever."""
     deadline = time.monotonic() + seconds
 
     def look(status: int, _remaining: int, _total: int) -> None:

@@ -1,4 +1,4 @@
-"""What a database error means: try the transaction again, wait, give up, or report a broken rule."""
+"""Classifies database errors: try the transaction again, wait, give up, or report a broken rule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POOLER_HINT: Final = "a pooler in transaction mode is in between: set CODE_WORK
 
 
 class DbFault(Enum):
-    """What to do about a database error."""
+    """The dispositions of a database error."""
 
     RETRY = auto()
     """Passes by itself: the whole transaction again, at once."""
@@ -116,7 +116,9 @@ def _classify_postgresql(error: DBAPIError) -> DbFault:
 
 
 def loses_connection(error: SQLAlchemyError) -> bool:
-    """Whether it leaves open what the server did with the statement: no answer came, or that of a server that ends.
+    """Returns whether it leaves open what the server did with the statement.
+
+    No answer came, or that of a server that ends.
 
     A server that is told to end may have committed before it says so (57P01 while it waits for a replica).
     """
@@ -131,7 +133,10 @@ def loses_connection(error: SQLAlchemyError) -> bool:
 
 
 def is_read_only(error: SQLAlchemyError) -> bool:
-    """Whether this connection's server only reads; after a failover a new connection may reach one that writes."""
+    """Returns whether this connection's server only reads.
+
+    After a failover a new connection may reach one that writes.
+    """
     return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) == "25006"
 
 
@@ -147,7 +152,10 @@ _ERRORS: Final[Mapping[DbFault, tuple[type[StoreError], str]]] = {
 
 
 def _meets_pooler(error: SQLAlchemyError) -> bool:
-    """Whether a pooler is in between that the settings do not name; it knows few parameters of a connection."""
+    """Returns whether a pooler is in between that the settings do not name.
+
+    It knows few parameters of a connection.
+    """
     cause = getattr(error, "orig", None)
     return getattr(cause, "sqlstate", None) in _POOLER_STATES or "unsupported startup parameter" in str(cause)
 

@@ -84,12 +84,12 @@ class Store:
 
     @property
     def url(self) -> str:
-        """Where it is, as `open_store` was told, password included: never log it."""
+        """Returns where it is, as `open_store` was told, password included: never log it."""
         return self._url.render_as_string(hide_password=False)
 
     @property
     def connections(self) -> int:
-        """How many it opens at most; a thread more waits for one."""
+        """Returns how many it opens at most; a thread more waits for one."""
         return int(self.engine.pool.size())  # type: ignore[attr-defined]  # of the pool that `_make_engine` makes
 
     def new_id(self) -> str:
@@ -105,7 +105,7 @@ class Store:
         self._clock.agree(there_s)
 
     def look(self, work: Callable[[Session], T]) -> T:
-        """As `run`, for work that reads, with one statement: it needs no transaction.
+        """Like `run`, for work that reads, with one statement: it needs no transaction.
 
         Raises:
             StoreError: as `run`.

@@ -26,7 +26,7 @@ def server_time(session: Session) -> datetime:
 
 
 def place(url: str) -> str:
-    """Where a database is, without user and password."""
+    """Returns where a database is, without user and password."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return f"SQLite at {parsed.database}"
@@ -34,7 +34,7 @@ def place(url: str) -> str:
 
 
 def is_missing(url: str) -> bool:
-    """Whether it is a file that is not there yet; opening the store would make an empty one."""
+    """Returns whether it is a file that is not there yet; opening the store would make an empty one."""
     parsed = make_url(url)
     return parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").expanduser().exists()
 
@@ -134,7 +134,7 @@ def head() -> str:
 
 
 def is_newer(revision: str | None) -> bool:
-    """Whether a revision of a database is one that a later version of the code made."""
+    """Returns whether a revision of a database is one that a later version of the code made."""
     return revision is not None and revision not in _known()
 
 

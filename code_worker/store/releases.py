@@ -51,7 +51,7 @@ class Registered:
         return tuple(sorted(self.info.manifest.get("heads", ())))
 
     def summary(self) -> dict[str, Any]:
-        """What a list shows."""
+        """Returns what a list shows."""
         manifest, info = self.info.manifest, self.info
         return {
             "id": info.id,
@@ -285,7 +285,10 @@ def moves(session: Session, name: str, *, limit: int | None = None) -> list[Alia
 
 
 def _locked(session: Session, name: str, release_id: str, by: str) -> str | None:
-    """Where the alias points, its row locked until commit; a new alias is made, pointing to the release already."""
+    """Returns where the alias points, its row locked until commit.
+
+    A new alias is made, pointing to the release already.
+    """
     made = insert_into(session, AliasRow).on_conflict_do_nothing(index_elements=["name"]).returning(_ALIASES.c.name)
     if session.scalar(made.values(name=name, release_id=release_id, updated_by=by)) is not None:
         return None

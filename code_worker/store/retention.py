@@ -1,4 +1,4 @@
-"""What is too old to be kept, deleted in bounded batches, and overwritten in the database's files."""
+"""Deletes what is too old to be kept, in bounded batches, and overwrites it in the database's files."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ PRUNERS: Final[Mapping[str, Prune]] = {
 
 
 def rowcount(result: Any) -> int:
-    """How many rows a DELETE or UPDATE touched."""
+    """Returns how many rows a DELETE or UPDATE touched."""
     assert isinstance(result, CursorResult)  # noqa: S101 - such a statement always gives one
     return result.rowcount
 

@@ -29,7 +29,7 @@ def table_of(row: type[Base]) -> Table:
 
 
 def among(session: Session, column: ColumnElement[str], ids: Iterable[str]) -> ColumnElement[bool]:
-    """Whether a UUID column is one of the ids, which must be spelt canonically.
+    """Returns whether a UUID column is one of the ids, which must be spelt canonically.
 
     On PostgreSQL they go as one parameter: the statement is the same whatever their number, so it stays prepared.
     """
@@ -165,7 +165,7 @@ def _is_sqlite(session: Session) -> bool:
 
 
 def is_plain(text: str) -> bool:
-    """Whether both databases can store this text: no NUL, no lone surrogate."""
+    """Returns whether both databases can store this text: no NUL, no lone surrogate."""
     if text.isascii():
         return "\0" not in text
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)

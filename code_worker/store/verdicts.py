@@ -33,7 +33,7 @@ _MAX_DETAIL: Final = 2000
 
 @dataclass(frozen=True, slots=True)
 class VerdictFilter:
-    """Which verdicts to list; what is None does not matter. `since` is included, `until` is not."""
+    """A filter of verdicts; what is None does not matter. `since` is included, `until` is not."""
 
     outcome: Outcome | None = None
     label: Label | None = None
@@ -169,7 +169,7 @@ def get(session: Session, verdict_id: str) -> Verdict | None:
 
 
 def any_given(session: Session) -> bool:
-    """Whether any job has ever had a verdict that is still kept."""
+    """Returns whether any job has ever had a verdict that is still kept."""
     return session.execute(select(_VERDICTS.c.id).limit(1)).first() is not None
 
 
@@ -236,7 +236,7 @@ _OF_JOB: Final = ("head", "priority", "key", "state", "created_at", "id")
 
 @dataclass(frozen=True, slots=True)
 class RescoreFilter:
-    """Which jobs to look at: accepted from `since` on and before `until`; what is None does not matter.
+    """A filter of jobs, accepted from `since` on and before `until`; what is None does not matter.
 
     By the time of acceptance, not of the verdict, so that judging again does not change what is found.
     """

@@ -42,7 +42,7 @@ _FORGOTTEN_AFTER_S: Final = 7 * 86_400.0
 
 
 class Plugin(Protocol):
-    """What is recorded of an installed plugin."""
+    """The record of an installed plugin."""
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class WorkerInfo:
 
     @property
     def role(self) -> str:
-        """What it does: `worker`, `consumer`, `trainer`, `sweeper` or `beat`."""
+        """Returns what it does: `worker`, `consumer`, `trainer`, `sweeper` or `beat`."""
         return str(self.info.get("role", JUDGES))
 
 

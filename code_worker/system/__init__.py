@@ -1,1 +1,1 @@
-"""What this process may use of its machine: files, processes, cores and memory, the terminal."""
+"""The machine of this process: files, processes, cores and memory, the terminal."""

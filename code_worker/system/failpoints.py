@@ -28,7 +28,7 @@ NAMES: Final = frozenset(
 
 
 class FailpointError(Exception):
-    """What `name:raise` raises: no error of ours, so that it is met as a bug is."""
+    """Raised by `name:raise`: no error of ours, so that it is met as a bug is."""
 
 
 def _exit(_: str) -> NoReturn:
@@ -51,7 +51,7 @@ def _nothing(_: str) -> None:
 
 
 def armed(specification: str) -> Callable[[str], None]:
-    """What to call at each failpoint.
+    """Returns what to call at each failpoint.
 
     Raises:
         ValueError: a name or an action that there is not.

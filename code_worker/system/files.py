@@ -1,4 +1,4 @@
-"""What files and directories are beside their bytes: a place, private, on disk, or a stand-in for another file."""
+"""Files and directories: whole writes, locks, private directories, and stand-ins for other files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_private(directory: Path) -> None:
 
 
 def forbidden(path: Path) -> str:
-    """That this process may not use what is in the data directory, for an error."""
+    """Returns that this process may not use what is in the data directory, for an error."""
     user = f"user {os.getuid()}" if hasattr(os, "getuid") else "this user"
     return f"{user} has no rights on {path}: give them, or set CODE_WORKER_DATA_DIR to a directory of that user"
 
@@ -179,7 +179,10 @@ def locked(
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether Git left the name of a large file here and not its content; False also where nothing can be read."""
+    """Returns whether Git left the name of a large file here and not its content.
+
+    False also where nothing can be read.
+    """
     try:
         with path.open("rb") as file:
             return file.read(len(_LFS_POINTER)) == _LFS_POINTER

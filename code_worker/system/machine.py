@@ -1,4 +1,4 @@
-"""What this process may use of its machine, and clocks that do not lie when it is stopped or set.
+"""Cores and memory that this process may use, and clocks that stay right when it is stopped or they are set.
 
 A container's limits stand in the files of its control groups: of version 2, or of version 1 with a directory for each
 controller; every group above a process's own limits it, too.

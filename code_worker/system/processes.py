@@ -49,7 +49,7 @@ def raise_if_stop(error: BaseException) -> None:
 
 
 def _handlers() -> Iterator[CodeType]:
-    """What runs when a signal comes: functions, methods, or objects that can be called."""
+    """Yields what runs when a signal comes: functions, methods, or objects that can be called."""
     for number in signal.valid_signals():
         handler: object = signal.getsignal(number)
         if isinstance(handler, signal.Handlers):  # what the system does; its class is called for every enum

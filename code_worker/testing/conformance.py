@@ -25,7 +25,7 @@ _PICKLE_STARTS: Final = tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 
 
 
 def check_save_and_load(subject: Subject) -> None:
-    """What `load` gives scores bit by bit as the head that was saved."""
+    """Checks that what `load` gives scores bit by bit as the head that was saved."""
     directory = subject.saved("reload")
     if not any(path.is_file() for path in directory.rglob("*")):
         raise NotConformingError("save writes files", "an empty directory", "write the fitted state in save")
@@ -40,7 +40,7 @@ def check_save_and_load(subject: Subject) -> None:
 
 
 def load_again(subject: Subject, directory: Path, head: Head) -> Head:
-    """What the class loads from a directory that `head` was saved into, with its options."""
+    """Returns what the class loads from a directory that `head` was saved into, with its options."""
     if isinstance(inspect.getattr_static(subject.head_class, "load"), FunctionType):
         raise NotConformingError(
             "load is a classmethod", "a method of a head that there is not yet", "write @classmethod above load"

@@ -83,7 +83,7 @@ class FakeClient:
         return [job for accepted in self.enqueue_stream(items, **common) for job in accepted]
 
     def enqueue_stream(self, items: Iterable[str | Mapping[str, Any]], **common: Any) -> Iterator[list[str]]:
-        """As `enqueue_many`, but yields the ids of each 1,024 items."""
+        """Like `enqueue_many`, but yields the ids of each 1,024 items."""
         for group in chunks(enumerate(items), _PER_CALL):
             checked = [self._checked(place, item, common) for place, item in group]
             yield [self._accept(item) for item in checked]

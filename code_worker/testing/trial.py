@@ -72,7 +72,7 @@ def hard_queries(
 
 
 class NotConformingError(Exception):
-    """What a check found."""
+    """Raised with what a check found."""
 
     def __init__(self, expected: str, seen: str, fix: str) -> None:
         super().__init__(seen)
@@ -80,7 +80,7 @@ class NotConformingError(Exception):
 
 
 def raised(error: BaseException, head_class: type[Head]) -> str:
-    """What a head raised and where in its code, in one line: `KeyError: 'k' (texture.py:12 in fit)`."""
+    """Returns what a head raised and where in its code, in one line: `KeyError: 'k' (texture.py:12 in fit)`."""
     said = options_problem(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     classes = [one for one in head_class.__mro__ if one not in Head.__mro__]
@@ -109,7 +109,7 @@ class Subject:
 
     @property
     def tolerance(self) -> float:
-        """How far two scores of one embedding may be apart, by the head's own word."""
+        """Returns how far two scores of one embedding may be apart, by the head's own word."""
         return min(float(self.head_class.tolerance), MAX_TOLERANCE)
 
     def fitted(self) -> Head:

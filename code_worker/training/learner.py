@@ -57,7 +57,7 @@ class DueSlot:
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What somebody who starts a run asks for beside its kind.
+    """Options of a run beside its kind.
 
     Attributes:
         force: run although fewer images are labelled than the minimum numbers want.
@@ -76,14 +76,14 @@ class RunRequest:
         return {"force": self.force or self.challenge, "challenge": self.challenge, "heads": heads}
 
     def is_of(self, run: runs.Run) -> bool:
-        """Whether the run does what is asked for."""
+        """Returns whether the run does what is asked for."""
         wanted = self.to_config()
         return (run.config.get("heads"), bool(run.config.get("challenge"))) == (wanted["heads"], self.challenge)
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run would do now.
+    """The plan of a run that would start now.
 
     Attributes:
         kind: retrain or refit.
@@ -201,7 +201,7 @@ class Learner:
         return self._finish(taken)
 
     def plan(self, kind: str, **asked: Any) -> RunPlan:
-        """What `learn` would do; writes nothing, and encodes none of the images.
+        """Returns what `learn` would do; writes nothing, and encodes none of the images.
 
         What only their embeddings tell (floods of near copies), and a golden set's images, are not left out yet.
         """

@@ -49,7 +49,7 @@ class HeadPlan:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a candidate comes from.
+    """The origin of a candidate.
 
     Attributes:
         kind: retrain or refit.
@@ -263,7 +263,7 @@ def cross_fitted(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Fit:
-    """How one side's deciding head is fitted without a fold."""
+    """The way to fit one side's deciding head without a fold."""
 
     plan: HeadPlan
     plugins: Plugins

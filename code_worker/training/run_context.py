@@ -1,4 +1,4 @@
-"""What a process works with on a run: its services, the lease it holds, and the directory it works in."""
+"""The context of a run in a process: its services, the lease it holds, and the directory it works in."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """How a run ended that moved no alias."""
+    """The outcome of a run that moved no alias."""
 
     state: str
     reasons: Sequence[str]
@@ -45,7 +45,7 @@ Listener = Callable[[str, Mapping[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class RunServices:
-    """What every run of a process works with."""
+    """Services that every run of a process works with."""
 
     settings: Settings
     store: Store
@@ -189,7 +189,7 @@ class RunDirectory:
 
     @property
     def job(self) -> Path:
-        """Where the training process works."""
+        """Returns where the training process works."""
         return self.path / "job"
 
     @property

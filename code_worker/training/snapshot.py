@@ -96,7 +96,7 @@ class Member:
 
     @property
     def holdout(self) -> bool:
-        """Whether it is only measured on."""
+        """True if it is only measured on."""
         return self.split == HOLDOUT
 
 
@@ -125,22 +125,22 @@ class Snapshot:
 
     @property
     def train(self) -> list[Member]:
-        """What is learned from."""
+        """Returns what is learned from."""
         return [member for member in self.members if member.split == TRAIN]
 
     @property
     def validation(self) -> list[Member]:
-        """What chooses among what was learned: epoch, patience, share, thresholds."""
+        """Returns what chooses among what was learned: epoch, patience, share, thresholds."""
         return [member for member in self.members if member.split == VALIDATION]
 
     @property
     def training_share(self) -> list[Member]:
-        """What is not held out: `train` and `validation`."""
+        """Returns what is not held out: `train` and `validation`."""
         return [member for member in self.members if not member.holdout]
 
     @property
     def holdout(self) -> list[Member]:
-        """What is only measured on."""
+        """Returns what is only measured on."""
         return [member for member in self.members if member.holdout]
 
     def of_training_share(self) -> Snapshot:
@@ -184,7 +184,7 @@ def _counted(members: Sequence[Member]) -> dict[str, Any]:
 
 
 def take(session: Session, settings: LabelSettings) -> Snapshot:
-    """What is labelled now, resolved by the rule, as far as copies are kept; nothing is written."""
+    """Returns what is labelled now, resolved by the rule, as far as copies are kept; nothing is written."""
     resolved = labels.resolve(
         session, rule=settings.rule, trusted=settings.trusted, ignored=frozenset(settings.ignored)
     )
@@ -286,7 +286,7 @@ def _member(row: Mapping[str, Any]) -> Member:
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What releases learned from, and those that their encoders go back to.
+    """The images that releases learned from, and the releases that their encoders go back to.
 
     Attributes:
         images: content hashes that one of them learned from or was chosen on.
@@ -298,7 +298,7 @@ class Learned:
 
 
 def learned_by(session: Session, named: Iterable[str]) -> Learned:
-    """What these releases learned from, as far as the runs that made them are recorded."""
+    """Returns what these releases learned from, as far as the runs that made them are recorded."""
     line = runs.ancestry(session, named)
     taught = {run.snapshot_id or "" for made in line.values() for run in made}
     images = {one.sha256 for snapshot_id in sorted(taught) for one in load(session, snapshot_id).training_share}
@@ -306,7 +306,7 @@ def learned_by(session: Session, named: Iterable[str]) -> Learned:
 
 
 def check_classes(snapshot: Snapshot) -> None:
-    """What no minimum number could excuse.
+    """Refuses a snapshot that lacks a class.
 
     Raises:
         DatasetError: nothing is labelled, or nothing to learn from is of one of the two classes.
@@ -324,7 +324,7 @@ def check_classes(snapshot: Snapshot) -> None:
 
 
 def shortages(snapshot: Snapshot, settings: ScheduleSettings, *, min_labellers: int = 1) -> list[str]:
-    """What is missing to the minimum numbers, one sentence each; empty when a run is due."""
+    """Returns what is missing to the minimum numbers, one sentence each; empty when a run is due."""
     counts = snapshot.counts()
     new = {name: sum(counts[split][name] for split in SPLITS) for name in ("new_real", "new_fake")}
     wanted = [
@@ -341,7 +341,7 @@ def shortages(snapshot: Snapshot, settings: ScheduleSettings, *, min_labellers: 
 def reasons_to_wait(
     session: Session, taken: Snapshot, *, kind: str, champion: str | None, settings: Settings
 ) -> list[str]:
-    """Why no run is due, one sentence each; empty when one is.
+    """Returns why no run is due, one sentence each; empty when one is.
 
     For a champion that learned from what was erased one always is.
     """

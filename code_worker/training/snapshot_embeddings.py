@@ -181,7 +181,7 @@ def open_encoder(
 
 
 def check_readable(members: Sequence[Member], seen: SnapshotEmbeddings) -> None:
-    """Whether enough of a snapshot is still there to speak for all of it.
+    """Checks that enough of a snapshot is still there to speak for all of it.
 
     Raises:
         DatasetError: less than half of its images can be read; the text quotes one reason.
@@ -215,7 +215,7 @@ class LabelledEmbeddings:
 def labelled_embeddings(
     release: str | None = None, *, settings: Settings | None = None, holdout: bool = False
 ) -> LabelledEmbeddings:
-    """What the encoder of a release makes of the labelled images that a run would learn from, or of the hold-out.
+    """Returns embeddings, by a release's encoder, of labelled images that a run would learn from, or of the hold-out.
 
     Embeddings that are kept are read, the others computed and kept. Images that cannot be read are left out.
 

@@ -147,7 +147,7 @@ class Stages:
         return self._golden_set
 
     def _owed(self, champion: str | None) -> bool:
-        """Whether the champion learned from what was erased, so that its files wait to be deleted."""
+        """Returns whether the champion learned from what was erased, so that its files wait to be deleted."""
         return champion in self.attempt.parts.store.run(receipts.releases_owed, write=False)
 
     def _why_wait(self, taken: Snapshot) -> list[str]:
@@ -170,7 +170,7 @@ class Stages:
         return self.attempt.add_candidate()
 
     def _lacks(self, base: LoadedRelease, taken: Snapshot) -> MissedGenerators:
-        """What the training should dwell on; the gate will want the same embeddings of the champion."""
+        """Returns what the training should dwell on; the gate will want the same embeddings of the champion."""
         side = self._side(base, taken, like=None)
         learned = taken.of_training_share()
         lacks = MissedGenerators(
@@ -256,7 +256,7 @@ class Stages:
         return views
 
     def _more(self, taken: Snapshot) -> list[Member]:
-        """What a refit judges beside the hold-out; a retrain's encoder learns from all of it."""
+        """Returns what a refit judges beside the hold-out; a retrain's encoder learns from all of it."""
         if self.attempt.run.kind != "refit" or self.attempt.run.base_release is None:
             return []
         known = self._taught(self.attempt.run.base_release)

@@ -103,7 +103,7 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
 
 
 def host_of(app: Celery) -> AppState:
-    """What `install` put beside the app.
+    """Returns what `install` put beside the app.
 
     Raises:
         ConfigurationError: `install` was not called on it.
@@ -209,7 +209,7 @@ class _Installed:
 
 
 def _celery_starts_worker_or_beat() -> bool:
-    """Whether this process is Celery's command for one of them, which says what is wrong itself when it starts."""
+    """Returns whether this process is Celery's command for one of them: it says itself what is wrong."""
     context = click.get_current_context(silent=True)
     if context is None or context.find_root().command.name != "celery":
         return False

@@ -1,4 +1,4 @@
-"""What stands in the configuration of an app: settings of ours, our queues and routes, remote control."""
+"""Configuration of an app: settings of ours, our queues and routes, remote control."""
 
 from __future__ import annotations
 
@@ -96,7 +96,10 @@ class _KnowsOurs:
 
     @property
     def consume_from(self) -> Mapping[str, Queue]:
-        """What a worker takes from: in Celery 5.6 all that is known, which leaves out what was only asked for."""
+        """Returns what a worker takes from.
+
+        In Celery 5.6 all that is known, which leaves out what was only asked for.
+        """
         known: Any = self
         found = super().consume_from  # type: ignore[misc]  # as above
         if found is not known:
@@ -162,7 +165,10 @@ def add_routes(app: Celery) -> list[str]:
 
 
 def _patterns(route: object) -> Iterable[str]:
-    """What a route is for: names and globs of a mapping or of its list of pairs; nobody can say it of a function."""
+    """Returns what a route is for.
+
+    Names and globs of a mapping or of its list of pairs; nobody can say it of a function.
+    """
     if isinstance(route, Mapping):
         return [name for name in route if isinstance(name, str)]
     if isinstance(route, list | tuple):

@@ -1,4 +1,4 @@
-"""What a Celery app holds of us: settings, and the parts that are made when a worker first needs them."""
+"""The state that a Celery app holds for us: settings, and parts that are made when a worker first needs them."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class AppState:
             return self._parts.node
 
     def learning(self) -> Learning:
-        """What runs retrains and refits, made at the first call.
+        """Returns what runs retrains and refits, made at the first call.
 
         Raises:
             ConfigurationError: a plugin or setting that cannot work.

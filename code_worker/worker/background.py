@@ -122,7 +122,10 @@ def silence_s(settings: Settings) -> float:
 
 
 def facts(settings: Settings, role: str) -> dict[str, Any]:
-    """What every part says: its role, digests of the settings that all parts should share, schedules, what fails."""
+    """Returns what every part says.
+
+    Its role, digests of the settings that all parts should share, schedules, what fails.
+    """
     return {
         "role": role,
         "settings": {name: _digest(settings, name) for name in _COMPARED},

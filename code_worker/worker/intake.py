@@ -69,7 +69,9 @@ def judge_jobs(node: Node, job_ids: Sequence[str]) -> bool:
 
 
 def _suspects(node: Node, attempts: Mapping[str, int]) -> Iterator[tuple[list[str], int, bool]]:
-    """What to judge together: ids, the number of attempts they must be below, and whether with nothing beside them.
+    """Yields what to judge together.
+
+    Ids, the number of attempts they must be below, and whether with nothing beside them.
 
     A job that was under way when a worker died may have killed it: such jobs go in small groups, and each by itself
     in its last attempt, so that a file that ends processes is found out and its neighbours are not.
@@ -131,7 +133,9 @@ def dead_letter(store: Store, message: object, error: str, *, kind: str = "messa
 
 
 def _writable(value: object, levels: int = _MAX_LEVELS) -> object:
-    """What JSON can hold of a value that came as JSON or in another form; what is nested too deeply is cut off.
+    """Returns what JSON can hold of a value that came as JSON or in another form.
+
+    What is nested too deeply is cut off.
 
     Reading takes less depth than writing: some of what could be read could not be written, and would be lost.
     """

@@ -72,7 +72,7 @@ def _noting_loss(channel: Any) -> Iterator[None]:
 
 
 class _UnreadableError(Exception):
-    """What came off a queue is no message of Celery's; `doc` is its text."""
+    """Raised for what came off a queue and is no message of Celery's; `doc` is its text."""
 
     def __init__(self, payload: object, error: object) -> None:
         super().__init__(f"{type(error).__name__}: {error}")
@@ -120,7 +120,7 @@ class _QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
         self._look_at_s = 0.0
 
     def append(self, message: Any, delivery_tag: str) -> None:
-        """As kombu's, with the time of Redis."""
+        """Overrides kombu's, with the time of Redis."""
         delivery = message.delivery_info
         kept = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])  # noqa: SLF001 - as kombu does
         now_s = self._now_s()
@@ -130,7 +130,10 @@ class _QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
         virtual.QoS.append(self, message, delivery_tag)
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
-        """As kombu's, which takes the timeout off this machine's time; what that is ahead goes into the timeout."""
+        """Overrides kombu's, which takes the timeout off this machine's time.
+
+        What that is ahead goes into the timeout.
+        """
         self.visibility_timeout = self.channel.visibility_timeout + time.time() - self._now_s()
         super().restore_visible(*args, **kwargs)
 
@@ -169,7 +172,7 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no typ
         super()._brpop_start(timeout)
 
     def _brpop_read(self, **options: Any) -> Any:
-        """As kombu's, but what is no message is put aside; from kombu's own the error would end the worker."""
+        """Overrides kombu's: what is no message is put aside, where kombu's error would end the worker."""
         try:
             return super()._brpop_read(**options)
         except (_UnreadableError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -186,7 +189,7 @@ class RedisTransport(kombu_redis.Transport):  # type: ignore[misc]  # kombu ship
     Channel = _Channel
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        """As kombu's; 5.7 looks after silent connections by itself."""
+        """Overrides kombu's; 5.7 looks after silent connections by itself."""
         super().register_with_event_loop(connection, loop)
         if not hasattr(self.cycle, "maybe_check_brpop_health"):
             loop.call_repeatedly(_SILENCE_LOOK_S, self.give_up_silent)

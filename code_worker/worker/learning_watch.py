@@ -1,4 +1,4 @@
-"""What is due to be learned, by the ledger and the schedules, and whoever learns it."""
+"""Watches what is due to be learned, by the ledger and the schedules, and learns it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def due_slot(session: Session, kind: str, cron: crontab, now: datetime) -> datet
 
 
 def due(session: Session, settings: Settings, now: datetime) -> list[str]:
-    """What a trainer should turn to now: `resume`, else kinds of run and `calibrate`; nothing while a run runs."""
+    """Returns what a trainer should turn to now.
+
+    `resume`, else kinds of run and `calibrate`; nothing while a run runs.
+    """
     if runs.lapsed(session, lapse_s=settings.training.lease_s):
         return ["resume"]
     if runs.running(session) is not None:

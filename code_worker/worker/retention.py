@@ -70,7 +70,7 @@ class Retention:
             log.warning("erased_releases_wait", error=str(error))
 
     def _finish_erasures(self) -> None:
-        """What a dead process left of an erasure, and files of releases that are not in use any more."""
+        """Finishes erasures that a dead process left, and deletes files of releases that are not in use any more."""
         left = self._store.run(
             lambda session: bool(receipts.still_open(session) or receipts.releases_owed(session)), write=False
         )
@@ -112,7 +112,7 @@ class Retention:
         return not self._stopped.is_set() and time.monotonic() < deadline and self._take_turn(_LEASE_S)
 
     def _steps(self) -> Mapping[str, Callable[[], int]]:
-        """What deletes one batch of each kind that has an age; 0 when nothing is left."""
+        """Returns what deletes one batch of each kind that has an age; 0 when nothing is left."""
         ages = {name: getattr(self._settings.retention, f"{name}_days") for name in (*retention.PRUNERS, "labels")}
         steps = {
             name: partial(self._prune, prune, days)

@@ -1,4 +1,4 @@
-"""When the detector learns by itself: cron lines, the times they mean, and entries for beat."""
+"""Schedules of learning: cron lines, the times they mean, and entries for beat."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _LOOK_AT_BROKER_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What one pass did."""
+    """Result of one pass."""
 
     published: int = 0
     quarantined: int = 0
@@ -50,7 +50,10 @@ class Sweeper:
         self._unheard_last: dict[str, object] | None = None
 
     def said(self) -> dict[str, Any]:
-        """What `doctor` asks of it: the broker's identity, and when it last published what no worker had seen."""
+        """Returns what `doctor` asks of it.
+
+        The broker's identity, and when it last published what no worker had seen.
+        """
         return {"broker": self._broker, "unheard": self._unheard_last}
 
     def sweep(self) -> Swept:

@@ -1,4 +1,4 @@
-"""What the built-in heads share: checked input, scores that keep their side of 0.5, and plain files."""
+"""The shared part of the built-in heads: checked input, scores that keep their side of 0.5, and plain files."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class MahalanobisHead(Head):
     """`score` is `d / (d + border)`: 0.5 on the border, rising with the distance `d`, and never flat."""
 
     class Options(Head.Options):
-        """What can be set; the values go into the release's manifest."""
+        """Options of the head; the values go into the release's manifest."""
 
         outliers: float = Field(0.05, gt=0, lt=1, description="Share of the real images that lie outside the border.")
         shrinkage: float = Field(0.1, gt=0, le=1, description="Weight of the sphere in the covariance.")

@@ -37,13 +37,13 @@ def has_database(settings: Settings) -> bool:
 
 
 def missing_database(settings: Settings) -> str:
-    """Where there is no database."""
+    """Returns where there is no database."""
     where = f"in {settings.data_path}" if settings.database_url is None else f"at {settings.database_file}"
     return f"no database {where}"
 
 
 def no_database(settings: Settings) -> str:
-    """That there is no database where the settings say, and what to do."""
+    """Returns that there is no database where the settings say, and what to do."""
     return (
         f"{missing_database(settings)}: start `code-worker up`, run `code-worker db upgrade`, "
         "or name another with CODE_WORKER_DATA_DIR or CODE_WORKER_DATABASE_URL"

@@ -1,4 +1,4 @@
-"""What a scan is to look at: files, directories and buckets named on the command line."""
+"""Images named on the command line: files, directories and buckets."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _is_collection(path: str) -> bool:
 
 
 def local_name(path: str) -> str | None:
-    """What a path or a `file:` URI is called on this machine; None for what is elsewhere."""
+    """Returns what a path or a `file:` URI is called on this machine; None for what is elsewhere."""
     if not path.startswith("file:/"):
         return None if _is_uri(path) else path
     try:
@@ -84,7 +84,7 @@ def _root(path: str) -> Path:
 
 
 def say_left_out(left_out: LeftOut, *, but: str = "") -> None:
-    """What a walk left out, on stderr; `but` says what would take it all the same."""
+    """Prints what a walk left out, on stderr; `but` says what would take it all the same."""
     for place, reason in left_out.lost:
         say(f"{place}: {reason}", err=True)
     for reason, count, names in left_out.passed_over:

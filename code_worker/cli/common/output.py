@@ -1,4 +1,4 @@
-"""What commands print and write: tables for people, JSON lines for programs, files that are whole or not there."""
+"""Output of commands: tables for people, JSON lines for programs, files that are whole or not there."""
 
 from __future__ import annotations
 

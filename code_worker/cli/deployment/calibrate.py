@@ -92,7 +92,7 @@ _MAX_FNR: Final = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """What the command line asks for."""
+    """Arguments of the command line."""
 
     source: str
     max_fpr: float
@@ -205,7 +205,7 @@ def _calibrated(asked: _Asked, settings: Settings, store: Store | None) -> Calib
 
 
 def _low_is_of_another(store: Store, policy: str, release: str) -> bool:
-    """Whether a policy's lower border was drawn by another release's scores."""
+    """Returns whether a policy's lower border was drawn by another release's scores."""
     from code_worker.store import policies
 
     stale = store.run(lambda session: policies.stale(session, release), write=False)

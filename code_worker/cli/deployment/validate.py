@@ -30,7 +30,7 @@ PRESETS: Final = ("clean", "d3", "delivery", "sidbench")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """What the command line asks for."""
+    """Arguments of the command line."""
 
     source: str
     release: str | None
@@ -52,7 +52,7 @@ class _Asked:
 
     @property
     def is_own(self) -> bool:
-        """Whether the images are of the labelled store, from which releases are taught."""
+        """True if the images are of the labelled store, from which releases are taught."""
         return self.source in {"labels:", "holdout:"}
 
 

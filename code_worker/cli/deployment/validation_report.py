@@ -1,4 +1,4 @@
-"""What `code-worker validate` prints and writes: tables, metrics.json, and the page."""
+"""Output of `code-worker validate`: tables, metrics.json, and the page."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Accepted:
 
 @dataclass(slots=True)
 class Done:
-    """What became of some lines: jobs, and the places of bad lines with what is wrong."""
+    """Result of some lines: jobs, and the places of bad lines with what is wrong."""
 
     accepted: list[Accepted] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -186,7 +186,7 @@ def _lines(lines: Iterable[str]) -> Iterator[Line]:
 
 
 def _is_csv_header(text: str) -> bool:
-    """Whether a line holds names of fields, and one of them that of an address."""
+    """Returns whether a line holds names of fields, and one of them that of an address."""
     names = {name.strip().strip('"').lower() for name in re.split("[,;\t]", text)}
     return names <= _COLUMNS and bool(names & _ADDRESSES) and not os.path.exists(text)  # noqa: PTH110 - as below
 

@@ -134,7 +134,7 @@ def _say_facts(receipt: Receipt) -> None:
 
 
 def _last_look(receipt: Receipt) -> str | None:
-    """What the look over all tables and the storage found before the receipt was closed."""
+    """Returns what the look over all tables and the storage found before the receipt was closed."""
     if (look := receipt.last_look) is None:
         return None
     late = f" ({look['late']} came late, and were erased)" if look.get("late") else ""

@@ -141,7 +141,7 @@ def _ask(count: int) -> None:
 
 
 def _left_alone(store: Store, ids: Sequence[str]) -> list[str]:
-    """Which of the jobs cannot be retried, and why."""
+    """Returns which of the jobs cannot be retried, and why."""
     from code_worker.store.jobs import get
 
     found = store.run(lambda session: {id_: get(session, id_) for id_ in ids}, write=False)

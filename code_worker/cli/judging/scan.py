@@ -36,7 +36,7 @@ _VERDICT_WIDTH = 18
 
 
 class Form(Enum):
-    """How rows are printed."""
+    """Forms in which rows are printed."""
 
     TABLE = auto()
     JSON = auto()
@@ -74,7 +74,7 @@ class Tally:
 
 
 def printer(form: Form, *, raw: bool = False) -> Callable[[Verdict], None]:
-    """What prints one verdict; a header, where there is one, is printed now."""
+    """Returns what prints one verdict; a header, where there is one, is printed now."""
     if form is Form.JSON:
         return lambda verdict: print_json(_record(verdict))
     if form is Form.CSV:

@@ -45,7 +45,7 @@ def data() -> None:
 
 
 def _source(command: F) -> F:
-    """What both commands take."""
+    """Options of both commands."""
     options = (
         click.argument("source"),
         click.option("--limit", type=click.IntRange(1), help="At most so many images."),

@@ -71,7 +71,7 @@ def _sentence(stage: str, said: Mapping[str, Any]) -> str:
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """What both commands take."""
+    """Options of both commands."""
     for decorate in (
         json_option,
         click.option("--enqueue", is_flag=True, help="Let the trainer do it, and return at once."),

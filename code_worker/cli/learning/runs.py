@@ -78,7 +78,7 @@ def run_record(run: Run) -> dict[str, Any]:
 
 
 def say_run(run: Run) -> None:
-    """How a run stands, in a few lines."""
+    """Prints how a run stands, in a few lines."""
     say(f"{run.kind} {run.id}: {_standing(run)}")
     if heads := run.report.get("heads"):
         say(f"  heads fitted: {', '.join(_head(name, options) for name, options in heads.items())}")
@@ -149,7 +149,7 @@ def _print_comparison(run: Run) -> None:
 
 
 def _print_evidence(run: Run) -> None:
-    """What may have been lost unseen, and what the champion's reign has left to err."""
+    """Prints what may have been lost unseen, and how much chance of error the champion has left."""
     gate = run.report.get("gate", {})
     rows = [
         {

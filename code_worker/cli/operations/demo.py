@@ -106,7 +106,7 @@ def _print_lesson(lesson: Lesson) -> None:
 
 
 def _print_knowledge(gate: Mapping[str, Any]) -> None:
-    """What the gate could know of each group; a small hold-out hides much."""
+    """Prints what the gate could know of each group; a small hold-out hides much."""
     rows = {
         # What gained is in it twice: first as a gain, then among the groups that must not lose.
         change["group"]: {
@@ -187,7 +187,7 @@ def demo(*, images: int, directory: Path, learning: bool) -> None:
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
-    """As Ctrl-C does: every `with` on the way stops what it started."""
+    """Stops like Ctrl-C: every `with` on the way stops what it started."""
     raise KeyboardInterrupt
 
 

@@ -119,7 +119,7 @@ def select_head(*, heads: str, timeout_s: float, as_json: bool, **job: Any) -> N
 
 
 def _chosen(loaded: Plugins, job: Job, names: tuple[str, ...], timeout_s: float) -> str | None:
-    """What the plugins choose, on a thread that is left behind when it does not answer."""
+    """Returns what the plugins choose, on a thread that is left behind when it does not answer."""
     answer: Future[str | None] = Future()
 
     def ask() -> None:

@@ -1,4 +1,4 @@
-"""What every form of data set yields: labelled images, names of their generators, and how bytes are read."""
+"""The elements of every form of data set: labelled images, names of generators, and how bytes are read."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Skipped:
 
     @property
     def is_loss(self) -> bool:
-        """Whether an image may be missing."""
+        """True if an image may be missing."""
         return not self.files
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ def allow(settings: Settings, root: Path) -> Settings:
 
 
 def disguise(head: bytes) -> str | None:
-    """What a file is that has another content than its name promises, by its first bytes; and what to do."""
+    """Returns what a file is that has another content than its name promises, by its first bytes; and what to do."""
     if head.startswith(LFS_POINTER):
         return "it is a Git LFS pointer: `git lfs pull` fetches the file"
     if head.startswith(b"\x1f\x8b"):

@@ -34,14 +34,14 @@ _IMAGE_COLUMN: Final = re.compile(r"image_gen_?(\d{1,4})")
 
 
 class RealUrls:
-    """How many real images may still be fetched by their URL, and by what."""
+    """A budget of real images that may still be fetched by their URL, and what fetches them."""
 
     def __init__(self, source: UrlSource, most: int) -> None:
         self._source = source
         self._left = most
 
     def take(self, url: str) -> partial[bytes] | None:
-        """What reads the image, unless the number allowed is used up."""
+        """Returns what reads the image, unless the number allowed is used up."""
         if self._left <= 0:
             return None
         self._left -= 1
@@ -74,7 +74,7 @@ def hub_examples(
 def parquet_examples(
     paths: Sequence[Path], *, max_bytes: int, skipped: list[Skipped], real_urls: RealUrls | None = None
 ) -> Iterator[Example]:
-    """As `hub_examples`, of parquet files that were downloaded; of one that is damaged, what comes before is used.
+    """Like `hub_examples`, of parquet files that were downloaded; a damaged one is read up to the damage.
 
     Raises:
         ConfigurationError: the `datasets` library is not installed.
@@ -209,7 +209,10 @@ def _identity(row: Mapping[str, Any], index: int) -> str:
 
 
 def _image(value: object, max_bytes: int) -> Held | str:
-    """What reads the image of a column, or why there is none; a path in it names a place on somebody else's disk."""
+    """Returns what reads the image of a column, or why there is none.
+
+    A path in it names a place on somebody else's disk.
+    """
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes) or not data:
         return "its bytes are not in the data set"

@@ -39,7 +39,7 @@ _FORMS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a form needs beside the source's name."""
+    """Arguments of a form beside the source's name."""
 
     settings: Settings
     skipped: list[Skipped]
@@ -51,7 +51,7 @@ class _Asked:
         return self.settings.limits.max_bytes
 
     def real(self) -> RealUrls | None:
-        """What fetches real images, if any may be fetched."""
+        """Returns what fetches real images, if any may be fetched."""
         return RealUrls(UrlSource(max_bytes=self.max_bytes), self.real_urls) if self.real_urls else None
 
 
@@ -92,7 +92,7 @@ def open_examples(
 
 
 def siblings_are_neighbours(source: str) -> bool:
-    """Whether the images of one record follow each other; where not, the whole list can be held in memory.
+    """Returns whether the images of one record follow each other; where not, the whole list can be held in memory.
 
     Raises:
         DatasetError: as `open_examples`.
@@ -143,7 +143,7 @@ def _visible(directory: Path) -> list[Path]:
 
 
 def _beside(names: Sequence[Path], read: Sequence[Path]) -> list[Skipped]:
-    """What may hold images and lies beside the files that are read."""
+    """Returns what may hold images and lies beside the files that are read."""
     left = [entry for entry in names if entry not in set(read) and (entry.is_dir() or _is_image(entry))]
     kind = "parquet files" if _is_parquet(read[0]) else "shards"
     return [Skipped(printable(str(one)), f"it lies beside {kind} and is not read: name it") for one in left]

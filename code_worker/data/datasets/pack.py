@@ -39,7 +39,7 @@ _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_-]+")
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What was written."""
+    """Summary of the shards that were written."""
 
     images: int
     records: int
@@ -108,7 +108,7 @@ class _Packing:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def takes(self, example: Example) -> bool:
-        """Whether the image belongs to this record and finds room in it."""
+        """Returns whether the image belongs to this record and finds room in it."""
         if example.group is None or (example.group, example.variant) != (self.group, self.variant):
             return False
         return len(self.images) < _MOST_IN_RECORD and not (example.label == REAL and "real" in self.images)

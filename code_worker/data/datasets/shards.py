@@ -64,7 +64,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What a person finds it by."""
+        """Returns what a person finds it by."""
         return f"{printable(str(self.shard))}:{printable(self.key)}"
 
     def examples(self) -> Iterator[Example]:
@@ -147,7 +147,7 @@ def read_records(path: Path, *, max_bytes: int, skipped: list[Skipped]) -> Itera
 
 
 def _refusal(name: str, first: Callable[[], bytes]) -> str | None:
-    """Why a member is none of a record; images are told as in directories."""
+    """Returns why a member is none of a record; images are told as in directories."""
     if any(map(is_hidden, PurePosixPath(name).parts)):
         return "hidden"
     is_text = _IMAGE.fullmatch(name) is None and _TEXT.fullmatch(name) is not None

@@ -205,7 +205,7 @@ def _refusal(info: tarfile.TarInfo, max_bytes: int) -> str | None:
 
 
 def _end(block: bytes) -> str | None:
-    """What is wrong with the block that ended the list; tarfile takes any that is no header for the end."""
+    """Returns what is wrong with the block that ended the list; tarfile takes any that is no header for the end."""
     if not block:
         return "ends without an end mark: it may be cut short"
     if len(block) < tarfile.BLOCKSIZE:

@@ -72,7 +72,7 @@ def tree_examples(root: Path, sources: Sources, *, skipped: list[Skipped]) -> It
 
 
 def bucket_examples(prefix: str, sources: Sources, *, skipped: list[Skipped]) -> Iterator[Example]:
-    """As `tree_examples`, of the objects under `s3://bucket/prefix/`.
+    """Like `tree_examples`, of the objects under `s3://bucket/prefix/`.
 
     Raises:
         DatasetError: the prefix cannot be listed.
@@ -114,7 +114,7 @@ def _example(
 
 
 def _place(root: str, directories: Sequence[str], name: str) -> _Place | str:
-    """What directories say of a file, or why they say nothing."""
+    """Returns what directories say of a file, or why they say nothing."""
     lower = [part.lower() for part in directories]
     labels = _labels(lower)
     # Somebody may point right at a directory `real` or `gen_2`.

@@ -28,7 +28,10 @@ _HEADERS: Final = {"Accept-Encoding": "identity", "Connection": "close", "User-A
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is of the open internet: not this machine's, a private network's, a cloud's inner one."""
+    """Returns whether an IP address is of the open internet.
+
+    Not this machine's, a private network's, a cloud's inner one.
+    """
     parsed = ip_address(address.partition("%")[0])
     if isinstance(parsed, IPv6Address):
         # Some IPv6 addresses are ways of writing an IPv4 one.

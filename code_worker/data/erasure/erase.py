@@ -45,7 +45,7 @@ Say = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What an erasure would erase.
+    """Counts of what an erasure would erase.
 
     Attributes:
         jobs: how many.
@@ -85,7 +85,7 @@ class Eraser:
         self._mentions = Mentions(store, self._turn)
 
     def preview(self, scope: Scope) -> Preview:
-        """What `erase` would do; writes nothing.
+        """Returns what `erase` would do; writes nothing.
 
         Raises:
             StoreError: nothing is kept of the job, image or tenant, and nothing was ever erased of it.
@@ -306,7 +306,7 @@ class Eraser:
         return done.busy
 
     def _erase_strays(self, receipt: Receipt, scope: Scope) -> None:
-        """What jobs in scope left that are gone themselves; and images of which only was spoken."""
+        """Erases what jobs in scope left that are gone themselves, and images that only labels name."""
 
         def erase(session: Session, found: list[tuple[str, str]]) -> None:
             done = erasing.erase_strays(session, receipt.id, found, scope=scope)

@@ -1,4 +1,4 @@
-"""What this machine's data directory may still hold of what was erased, here or from elsewhere."""
+"""Remains of erased images and runs in this machine's data directory, erased here or from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What else names something erased: rows of others, and what was learned from it."""
+"""References to what is erased: rows of others, and what was learned from it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Mentions:
         return done.counts["addresses"], following
 
     def is_named(self, kind: str, value: str) -> bool:
-        """Whether an unreadable message or, of an image, a snapshot of the labelled ones names it."""
+        """Returns whether an unreadable message or, of an image, a snapshot of the labelled ones names it."""
         if kind == receipts.IMAGE and self._read(partial(rows.snapshots_with, hashes={value})):
             return True
         after: str | None = ""
@@ -102,7 +102,7 @@ ALL: Final = "*"
 
 
 class Unlearning:
-    """What an erasure does about learning, while the turn is this process's."""
+    """The steps of an erasure that concern learning, while this process holds the lease."""
 
     def __init__(self, store: Store, turn: Turn) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""Which form a label file has, and from its rows to labels: each row answered for by its place."""
+"""Import of label files: recognises the form, and turns rows into labels, each answered for by its place."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ _FATAL: Final = (StorageError, SourceCredentialsError)
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What became of some rows.
+    """Result of some rows.
 
     Attributes:
         rows: how many.
@@ -115,7 +115,7 @@ class _Draft:
 
     @property
     def target(self) -> tuple[str, str | None]:
-        """Where the image is, or its hash; and the hash that it must have."""
+        """Returns where the image is, or its hash; and the hash that it must have."""
         return self.row.uri or self.label.sha256, self.row.sha256
 
 

@@ -1,4 +1,4 @@
-"""What every form of label file yields: lines, rows, and what their words mean."""
+"""Lines and rows of label files, and the meaning of their words."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Line:
 
     @property
     def place(self) -> str:
-        """How a person finds it."""
+        """Returns how a person finds it."""
         return f"line {self.number}"
 
 
@@ -114,7 +114,7 @@ _SHOWN: Final = 60
 
 
 class RowError(ValueError):
-    """What is wrong with one row."""
+    """One row that cannot be read; the text says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a word of a file stands for."""
+    """The meaning of a word in a file."""
 
     label: str
     generator: str | None = None
@@ -174,11 +174,11 @@ class Words:
             self._meanings.setdefault(word, Meaning(label))
 
     def known(self, word: object) -> Meaning | None:
-        """What the word means, or None."""
+        """Returns what the word means, or None."""
         return self._meanings.get(_folded(word))
 
     def meaning(self, word: object) -> Meaning:
-        """What the word means.
+        """Returns what the word means.
 
         Raises:
             RowError: nobody said.
@@ -191,7 +191,7 @@ class Words:
         raise RowError(f"label {shown!r}: say what it means with --map {shown}=real or --map {shown}=fake")
 
     def joint(self, words: Iterable[object]) -> Meaning:
-        """What several answers about one image mean together; those that are not about it are passed over.
+        """Returns what several answers about one image mean together; those that are not about it are passed over.
 
         Raises:
             RowError: none of them is known, or they contradict each other.

@@ -92,7 +92,7 @@ def naming(
 
 
 def is_named(session: Session, kind: str, value: str, *, after: str, limit: int) -> tuple[bool, str | None]:
-    """Whether an unreadable message of a page names a job, an image or a tenant, as an erasure would find it.
+    """Returns whether an unreadable message of a page names a job, an image or a tenant, as an erasure would find it.
 
     Returns:
         The answer, and the id after which the next page begins; None after the last page.
@@ -137,7 +137,7 @@ def _asker(session: Session, erasure_id: str, texts: list[str], *, of_a_tenant: 
 
 
 def _spelt(value: str) -> Iterator[tuple[str, str]]:
-    """What a value may be, as it would be spelt."""
+    """Yields what a value may be, as it would be spelt."""
     if 32 <= len(value) <= 45 and (job_id := as_uuid(value)) is not None:
         yield receipts.JOB, job_id
     elif len(value) == 64:
@@ -182,7 +182,7 @@ def _strings(value: Any, depth: int = 0) -> Iterator[str]:
 
 
 def _unescaped(text: str) -> str:
-    """What a part of JSON says that cannot be parsed, because the message was cut."""
+    """Returns what a part of JSON says that cannot be parsed, because the message was cut."""
 
     def character(match: re.Match[str]) -> str:
         try:
@@ -217,7 +217,7 @@ def _is_tenant(value: str, body: str, erased: Erased) -> bool:
 
 
 def _entries(left: Any) -> Iterator[Any]:
-    """What a message that was pruned still lists."""
+    """Yields what a message that was pruned still lists."""
     if isinstance(left, dict):
         yield from (each for each in left.values() if isinstance(each, list | dict) and each)
     elif isinstance(left, list):

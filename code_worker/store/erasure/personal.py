@@ -110,7 +110,7 @@ class Left:
 def left(
     session: Session, *, jobs: Iterable[str] = (), images: Iterable[str] = (), since: datetime | None = None
 ) -> Left:
-    """Which of these jobs and images are not erased; until the transaction ends, none of them will be.
+    """Returns which of these jobs and images are not erased; until the transaction ends, none of them will be.
 
     Args:
         session: a unit of work that writes; ask before the first write.

@@ -66,7 +66,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What a receipt says of runs and releases that learned from what was erased."""
+    """Runs and releases of a receipt that learned from what was erased."""
 
     id: str
     releases: Mapping[str, Mapping[str, str]]
@@ -181,7 +181,7 @@ def digests_among(session: Session, erasure_id: str, digests: Collection[str]) -
 
 
 def targets(session: Session, erasure_id: str, kind: str, *, after: str = "", limit: int) -> list[str]:
-    """What is still to be erased, sorted."""
+    """Returns what is still to be erased, sorted."""
     statement = select(_TARGETS.c.value).where(
         _TARGETS.c.erasure_id == erasure_id, _TARGETS.c.kind == kind, _TARGETS.c.value > after
     )
@@ -306,7 +306,7 @@ def open_with(session: Session, target: Mapping[str, str]) -> Receipt | None:
 
 
 def learned(session: Session) -> Iterator[Learned]:
-    """What receipts say of runs and releases, of those alone that name any."""
+    """Yields what receipts say of runs and releases, of those alone that name any."""
     columns = (_ERASURES.c[name] for name in Learned.__dataclass_fields__)
     statement = select(*columns).where(text("erasures.learned")).order_by(_ERASURES.c.id)
     return (Learned(**row) for row in session.execute(statement).mappings())

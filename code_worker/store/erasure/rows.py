@@ -1,4 +1,4 @@
-"""What rows there are of jobs and images that must be forgotten, and how they go."""
+"""Finds and deletes the rows of jobs and images that must be forgotten."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _UNKNOWN: Final = "erased"
 
 @dataclass(slots=True)
 class Erased:
-    """What one transaction did: how many rows of which kind went, and jobs that a worker is judging now."""
+    """Result of one transaction: deleted rows by kind, and jobs that a worker is judging now."""
 
     counts: Counter[str] = field(default_factory=Counter)
     busy: list[str] = field(default_factory=list)
@@ -98,7 +98,7 @@ def erase_jobs(session: Session, erasure_id: str, job_ids: Sequence[str], *, sco
 
 
 def _note(session: Session, erasure_id: str, job_ids: Sequence[str], uris: set[str], scope: Scope) -> None:
-    """What is to be erased beside these jobs: an image that was named by its hash is meant alone."""
+    """Notes what is to be erased beside these jobs: an image that was named by its hash is meant alone."""
     if scope.sha256 is None:
         images = scopes.images_of(session, job_ids)
     else:
@@ -227,7 +227,9 @@ def erase_images(session: Session, erasure_id: str, hashes: Sequence[str], *, sc
 def rows_left(
     session: Session, erasure_id: str, *, scope: Scope, hashes: Sequence[str], job_ids: Sequence[str]
 ) -> int:
-    """How many rows name these images or jobs, which were erased; what of an image came back is to be erased again.
+    """Returns how many rows name these images or jobs, which were erased.
+
+    What of an image came back is to be erased again.
 
     An image that others had judged since is theirs.
     """
@@ -273,7 +275,7 @@ def snapshots_with(session: Session, hashes: Collection[str]) -> dict[str, dict[
 
 
 def counted(session: Session, job_ids: Collection[str], hashes: Collection[str]) -> tuple[int, int]:
-    """How many statements there are of these jobs and images, and how many kept copies."""
+    """Returns how many statements there are of these jobs and images, and how many kept copies."""
     said, copies = set[str](), 0
     for some in chunks(sorted(hashes), IN_LIST):
         said.update(session.scalars(select(_LABELS.c.id).where(_LABELS.c.sha256.in_(some))))

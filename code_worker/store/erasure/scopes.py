@@ -1,4 +1,4 @@
-"""What an erasure is asked to forget: which jobs and images that is, and what of it others share."""
+"""Scopes of erasures: the jobs and images that one covers, and what of it others share."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SCANNED: Final = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What to forget; exactly one of the first four is given.
+    """The scope of an erasure; exactly one of the first four is given.
 
     Attributes:
         job: its id; the image is forgotten as well, unless another job judged it.
@@ -64,14 +64,14 @@ class Scope:
     until: datetime | None = None
 
     def __str__(self) -> str:
-        """As a receipt may say it: without what it names."""
+        """Returns the scope as a receipt may say it: without what it names."""
         if self.before is not None:
             return f"before {self.before.isoformat(timespec='seconds')}"
         return next((name for name in ("job", "sha256", "tenant") if getattr(self, name) is not None), "unknown")
 
     @property
     def is_unknown(self) -> bool:
-        """Whether it is that of an erasure which did not keep its own."""
+        """True if it is that of an erasure which did not keep its own."""
         return not self.target()
 
     @property
@@ -81,7 +81,7 @@ class Scope:
         return next(((kind, value) for kind, value in named.items() if value is not None), ("", ""))
 
     def target(self) -> dict[str, str]:
-        """As whoever resumes the erasure must know it; when it was asked for, its receipt says."""
+        """Returns the scope as a process that resumes the erasure must know it."""
         named = {name: getattr(self, name) for name in ("job", "sha256", "tenant")}
         if self.before is not None:
             named["before"] = self.before.isoformat()
@@ -96,7 +96,7 @@ class Scope:
 
 
 def _of(scope: Scope, job_id: Any, tenant: Any, accepted_at: Any) -> ColumnElement[bool]:
-    """Whether a row is of a job in scope, by columns that say so."""
+    """Returns whether a row is of a job in scope, by columns that say so."""
     in_time = _not_after(scope, accepted_at)
     if scope.job is not None:
         return and_(job_id == as_uuid(scope.job), in_time)
@@ -109,7 +109,7 @@ def _of(scope: Scope, job_id: Any, tenant: Any, accepted_at: Any) -> ColumnEleme
 
 
 def _not_after(scope: Scope, at: Any) -> ColumnElement[bool]:
-    """Whether it was there when the erasure was asked for."""
+    """Returns whether it was there when the erasure was asked for."""
     there: ColumnElement[bool] = true() if scope.until is None else at <= scope.until
     return there
 
@@ -134,7 +134,7 @@ def job_page(session: Session, scope: Scope, *, after: str | None, limit: int) -
 
 
 def jobs_left(session: Session, scope: Scope) -> int:
-    """How many jobs and origins are in scope now."""
+    """Returns how many jobs and origins are in scope now."""
     return len(job_page(session, scope, after=None, limit=1)) + len(origin_page(session, scope, limit=1))
 
 
@@ -150,7 +150,7 @@ def accepted_since(session: Session, scope: Scope, job_ids: Collection[str]) -> 
 
 
 def is_known(session: Session, scope: Scope) -> bool:
-    """Whether a row is kept that is found by the scope's job, image or tenant; a moment may find nothing.
+    """Returns whether a row is kept that is found by the scope's job, image or tenant; a moment may find nothing.
 
     What an erasure under way is to erase counts as kept.
     """
@@ -173,7 +173,10 @@ def is_known(session: Session, scope: Scope) -> bool:
 
 
 def _has_image(session: Session, sha256: str) -> bool:
-    """Whether a row has the hash, or may have it in a moment: of a job that is being judged nobody knows it yet."""
+    """Returns whether a row has the hash, or may have it in a moment.
+
+    Of a job that is being judged nobody knows it yet.
+    """
     if session.scalar(select(_JOBS.c.id).where(_JOBS.c.state == "running").limit(1)) is not None:
         return True
     tables = (_VERDICTS, _LABELS, _KEPT, _SHADOW, _ROWS)

@@ -70,7 +70,7 @@ class NewJob:
 
 
 def accepted_before(session: Session, ids: Sequence[str]) -> set[str]:
-    """Which of these jobs are in the ledger; an id that a key makes says so of that key."""
+    """Returns which of these jobs are in the ledger; an id that a key makes says so of that key."""
     return {
         job_id
         for some in chunks(ids, IN_LIST)

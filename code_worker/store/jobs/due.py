@@ -1,4 +1,4 @@
-"""Which jobs the broker must be told of, again or for the first time."""
+"""Jobs that must be published, again or for the first time."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs to list; what is None does not matter."""
+    """A filter of jobs; what is None does not matter."""
 
     state: JobState | None = None
     tenant: str | None = None
@@ -133,7 +133,7 @@ def waiting(session: Session) -> dict[str, tuple[int, float]]:
 
 
 def unpublished(session: Session) -> tuple[int, float]:
-    """How many jobs are due for a message and have none, and for how many seconds the first of them has been.
+    """Returns how many jobs are due for a message and have none, and for how many seconds the first of them has been.
 
     The sweeper publishes them at its next pass; those that wait for another attempt are due later.
     """

@@ -1,4 +1,4 @@
-"""What challengers said beside the champion, and how often they disagree."""
+"""Scores of challengers beside the champion's, and how often they disagree."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PAGE: Final = 5000
 
 @dataclass(frozen=True, slots=True)
 class ShadowFilter:
-    """Which scores to look at: of one challenger; the rest does not matter when None. `since` is included."""
+    """A filter of one challenger's scores; what is None does not matter. `since` is included."""
 
     release: str
     since: datetime | None = None
@@ -34,7 +34,7 @@ class ShadowFilter:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How many images of one scope the champion called one thing and the challenger another.
+    """A count of images of one scope by the champion's label and the challenger's.
 
     `shift` is the sum of the challenger's scores minus the champion's.
     """
@@ -110,7 +110,7 @@ def disagreements(session: Session, wanted: ShadowFilter, *, limit: int) -> list
 
 
 def labelled(session: Session, wanted: ShadowFilter) -> dict[str, tuple[Label, Label]]:
-    """What champion and challenger said last of each image that somebody labelled, by content hash."""
+    """Returns what champion and challenger said last of each image that somebody labelled, by content hash."""
     said = select(_LABELS.c.id).where(_LABELS.c.sha256 == _SHADOW.c.sha256).exists()
     statement = (
         select(_SHADOW.c.sha256, _SHADOW.c.champion_label, _SHADOW.c.label)

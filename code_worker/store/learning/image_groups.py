@@ -60,7 +60,7 @@ class _Group:
 
 
 def places(session: Session, hashes: Iterable[str]) -> dict[str, Place]:
-    """Where kept images belong, by content hash; what has no copy is absent.
+    """Returns where kept images belong, by content hash; what has no copy is absent.
 
     An image that was labelled before there were groups, and that no run has looked at since, is in a group of its
     own: held out as it always was, else in training or validation.

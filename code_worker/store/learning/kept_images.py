@@ -1,4 +1,4 @@
-"""Which images the dataset storage keeps a copy of, what their headers say, and which of them look alike."""
+"""Images of which the dataset storage keeps a copy, what their headers say, and which of them look alike."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def note_hash(session: Session, sha256: str, phash: str | None) -> None:
 
 
 def near(phash: str) -> ColumnElement[bool]:
-    """Whether a copy's hash shares a band of 16 bits with this one, but for one bit at most.
+    """Returns whether a copy's hash shares a band of 16 bits with this one, but for one bit at most.
 
     Of hashes that differ in seven bits or fewer this is true of all, since one of four bands then differs in at most
     one (multi-index hashing: Norouzi, Punjani and Fleet, CVPR 2012); each band is found by an index. It is also true
@@ -169,7 +169,7 @@ def near(phash: str) -> ColumnElement[bool]:
 
 
 def is_near(first: str, second: str) -> bool:
-    """Whether two perceptual hashes are those of near-duplicates."""
+    """Returns whether two perceptual hashes are those of near-duplicates."""
     return (int(first, 16) ^ int(second, 16)).bit_count() <= NEAR_BITS
 
 

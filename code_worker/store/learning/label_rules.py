@@ -16,7 +16,7 @@ REVIEW: Final = "review"
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What a rule looks at of one statement; `at` is when it was said, `created_at` when it was written here."""
+    """The part of a label that a rule looks at; `at` is when it was said, `created_at` when it was written here."""
 
     sha256: str
     label: str
@@ -30,7 +30,7 @@ class Said:
 
     @property
     def content(self) -> tuple[str, str | None, str | None]:
-        """What is said."""
+        """Returns what is said."""
         return self.label, self.generator, self.collection
 
 

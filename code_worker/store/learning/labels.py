@@ -105,7 +105,7 @@ class NewLabel:
 
     @property
     def content(self) -> tuple[str, str | None, str | None]:
-        """What is said."""
+        """Returns what is said."""
         return self.label, self.generator, self.collection
 
 
@@ -144,7 +144,7 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class LabelFilter:
-    """Which statements to list; what is None does not matter. Times are of writing: `since` included, `until` not."""
+    """A filter of labels; what is None does not matter. Times are of writing: `since` included, `until` not."""
 
     label: str | None = None
     generator: str | None = None
@@ -164,7 +164,7 @@ class Conflict:
     statements: tuple[Statement, ...]
 
     def resolved(self, rule: str, trusted: Sequence[str] = ()) -> ResolvedLabel | None:
-        """What a rule makes of it, as `resolve` would; None where it leaves it undecided."""
+        """Returns what a rule makes of it, as `resolve` would; None where it leaves it undecided."""
         names = [name for name in Said.__dataclass_fields__ if name != "id"]
         said = [Said(*(getattr(statement, name) for name in names)) for statement in self.statements]
         return resolve_image(said, rule, trusted)

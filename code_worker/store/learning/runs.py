@@ -52,7 +52,7 @@ class Run:
 
     @property
     def lease(self) -> Lease:
-        """What its process writes with."""
+        """Returns what its process writes with."""
         return Lease(self.id, self.token, self.owner or "")
 
 
@@ -67,7 +67,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class RunMetrics:
-    """What a run measured at one step."""
+    """The figures of a run at one step."""
 
     epoch: int
     step: int
@@ -264,7 +264,7 @@ def running(session: Session) -> Run | None:
 
 
 def lapsed(session: Session, *, lapse_s: float) -> bool:
-    """Whether a run waits to be taken over."""
+    """Returns whether a run waits to be taken over."""
     waits = select(_RUNS.c.id).where(_RUNS.c.state == "running", _RUNS.c.heartbeat_at <= db_now_plus(-lapse_s))
     return session.scalar(waits) is not None
 

@@ -1,4 +1,4 @@
-"""What a run learned from and was measured on, which heads it took over, and what the gate compared."""
+"""Snapshots that runs learned from and were measured on, heads that were taken over, and comparisons of the gate."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def add(
 
 
 def get(session: Session, snapshot_id: str) -> SnapshotInfo | None:
-    """What a snapshot is, or None."""
+    """Returns what a snapshot is, or None."""
     if (known := as_uuid(snapshot_id)) is None:
         return None
     row = session.execute(select(*_COLUMNS).where(_SNAPSHOTS.c.id == known)).mappings().one_or_none()

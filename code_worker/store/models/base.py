@@ -1,4 +1,4 @@
-"""What all tables share: constraint names, UTC times, JSON, and the database's own clock in SQL."""
+"""The shared part of all tables: constraint names, UTC times, JSON, and the database's own clock in SQL."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ class GateComparisonRow(Base):
 
 
 class RunMetricsRow(Base):
-    """What a run measured at one moment."""
+    """The figures of a run at one moment."""
 
     __tablename__ = "run_metrics"
 
@@ -246,7 +246,7 @@ class ScheduleSlotRow(Base):
 
 
 class ShadowScoreRow(Base):
-    """What a challenger says of an image that the champion judged; it never acts."""
+    """A challenger's score of an image that the champion judged; it never acts."""
 
     __tablename__ = "shadow_scores"
 

@@ -154,7 +154,7 @@ class VerdictRow(Base):
 
 
 class EmbeddingRow(Base):
-    """What an encoder made of some bytes, kept so that equal bytes are not encoded twice."""
+    """An embedding of some bytes, kept so that equal bytes are not encoded twice."""
 
     __tablename__ = "embeddings"
 

@@ -24,7 +24,7 @@ from code_worker.store.models.base import BIG_KEY, JSON_OBJECT, PERSONAL, Base, 
 
 
 class AuditRow(Base):
-    """Who changed what; triggers refuse UPDATE and DELETE, and nothing ever removes a row."""
+    """An entry of the audit; triggers refuse UPDATE and DELETE, and nothing ever removes a row."""
 
     __tablename__ = "audit"
 

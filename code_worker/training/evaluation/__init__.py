@@ -1,1 +1,1 @@
-"""How good a release is: measured, compared with another, and shown."""
+"""Evaluation of releases: measured, compared with another, and shown."""

@@ -52,7 +52,7 @@ Labelled = Callable[[Sequence[str]], AbstractSet[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """What thresholds are to achieve.
+    """The goal that thresholds are to achieve.
 
     Attributes:
         max_fpr: share of reals that may be called fake.
@@ -197,7 +197,7 @@ def _embed(
 
 
 def _tool(runtime: Runtime, head: str, goal: Goal) -> dict[str, Any]:
-    """What drew the thresholds, and to what end."""
+    """Returns what drew the thresholds, and to what end."""
     return {
         "release": runtime.release,
         "manifest_sha256": runtime.manifest_sha256,
@@ -247,7 +247,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Redrawn:
-    """What became of one policy.
+    """The result for one policy.
 
     Attributes:
         policy: the version that was stale.

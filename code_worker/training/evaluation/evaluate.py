@@ -75,7 +75,7 @@ def describe_data(source: str, examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def learned_lines(data: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What a report says of images that a release learned from: in passing, and in red."""
+    """Returns what a report says of images that a release learned from: in passing, and in red."""
     if not (learned := data.get("learned")):
         return [], []
     said: list[str] = []
@@ -92,7 +92,7 @@ def learned_lines(data: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def nothing_usable(source: str, skipped: Sequence[Skipped]) -> str:
-    """Why there is nothing to measure on."""
+    """Returns why there is nothing to measure on."""
     if not skipped:
         return f"{source or 'the data'} holds no labelled image"
     reasons = Counter(one.reason for one in skipped).most_common(3)
@@ -108,7 +108,7 @@ PUBLISHED: Final = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationPlan:
-    """What to measure, and how.
+    """The measurements to make, and how.
 
     Attributes:
         heads: which; none named: all of the release.
@@ -129,7 +129,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What one head says of the images under one condition.
+    """Scores of one head for the images under one condition.
 
     Attributes:
         condition: key of the condition.
@@ -151,7 +151,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What was measured.
+    """The measured figures.
 
     Attributes:
         report: plain values, the content of `metrics.json`.
@@ -254,7 +254,7 @@ class _Embeddings:
 
     @property
     def skipped(self) -> list[Skipped]:
-        """What no condition could use, each image once."""
+        """Returns what no condition could use, each image once."""
         return list({one.key: one for made in self._made.values() for one in made.skipped}.values())
 
 

@@ -312,7 +312,7 @@ def _curve_figures(counts: _Counts) -> dict[str, Floats]:
 
 
 def _equal_error(tpr: Floats, fpr: Floats) -> Floats:
-    """Where fpr = 1 - tpr on the polygon through the points, which lead from (0, 0) to (1, 1)."""
+    """Returns where fpr = 1 - tpr on the polygon through the points, which lead from (0, 0) to (1, 1)."""
     excess = fpr + tpr - 1
     after = np.maximum(1, np.argmax(excess >= 0, axis=1))
     rows = np.arange(len(excess))

@@ -130,7 +130,10 @@ def precision_recall_plot(scored: Sequence[Scored]) -> str:
 
 
 def calibration_plot(scored: Sequence[Scored]) -> str:
-    """How many of the images of about one score are generated, a line per head; area of a dot as its images."""
+    """Returns how many of the images of about one score are generated, a line per head.
+
+    Area of a dot as its images.
+    """
     with mpl.rc_context(_RC):
         figure, axes = _figure("calibration", width=3.9, height=3.2)
         axes.plot([0, 1], [0, 1], color=_INK, alpha=0.35, linewidth=0.8)

@@ -181,5 +181,5 @@ def _of(preset: str, variants: Collection[str]) -> tuple[Condition, ...]:
 
 
 def make_crop(transform: Transform, limits: LimitSettings) -> Callable[[bytes], NDArray[np.uint8]]:
-    """What turns a file into the crop that is judged under a transform; raises ImageRejectedError as `decode`."""
+    """Returns a function from a file to the crop under a transform; it raises ImageRejectedError like `decode`."""
     return lambda data: centre(transform(decode_whole(data, limits), data))

@@ -28,7 +28,7 @@ _NEXT_TO_NOTHING: Final = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What thresholds do to the images at hand; intervals are Wilson's, 95 %; None without such images.
+    """Effects of thresholds on the images at hand; intervals are Wilson's, 95 %; None without such images.
 
     Attributes:
         fpr: reals called fake.
@@ -69,7 +69,10 @@ class Thresholds:
 
     @property
     def warning(self) -> str:
-        """Why these thresholds are of little use, or empty: most images stay uncertain, or most fakes are real."""
+        """Returns why these thresholds are of little use, or empty.
+
+        Most images stay uncertain, or most fakes are real.
+        """
         real, fake = _value(self.shares.uncertain_real), _value(self.shares.uncertain_fake)
         if self.shares.fnr is not None and (real + fake) / 2 >= _NEXT_TO_NOTHING:
             return (
@@ -85,7 +88,7 @@ class Thresholds:
 
 
 def needed(share: float) -> int:
-    """How many images a bound takes: with fewer, only calling none of them so keeps it.
+    """Returns how many images a bound takes: with fewer, only calling none of them so keeps it.
 
     Raises:
         ValueError: not 0 < share < 1.
@@ -142,7 +145,7 @@ def draw_thresholds(
 
 
 def shares_at(reals: NDArray[np.float32], fakes: NDArray[np.float32], low: float, high: float) -> Shares:
-    """What any thresholds do to these images."""
+    """Returns what any thresholds do to these images."""
     real, fake = reals.astype(np.float64), fakes.astype(np.float64)
     return Shares(
         fpr=_share(real >= high),

@@ -46,7 +46,7 @@ _WHOLE_WINDOW = 1.5
 
 @dataclass(frozen=True, slots=True)
 class ViewSettings:
-    """How views are made.
+    """Settings of the views.
 
     Attributes:
         size: side of a view in pixels, 16 or more.
@@ -113,7 +113,7 @@ def _native_views(image: Image.Image, rng: Generator, size: int, views: NDArray[
 
 
 def _random_resized_crop(image: Image.Image, size: int, scale: tuple[float, float], rng: Generator) -> Image.Image:
-    """As torchvision's `RandomResizedCrop(size, scale)`, bicubic."""
+    """Crops like torchvision's `RandomResizedCrop(size, scale)`, bicubic."""
     part = _reduced(image.crop(_random_box(image.size, scale, rng)), size)
     return Image.fromarray(_stretched(part, size, size))
 
@@ -135,7 +135,10 @@ def _random_box(sides: tuple[int, int], scale: tuple[float, float], rng: Generat
 
 
 def _stretched_centre(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """As torchvision's `Resize(floor(size / 0.9))`, bicubic, and `CenterCrop(size)`; of a strip only the middle."""
+    """Crops like torchvision's `Resize(floor(size / 0.9))`, bicubic, and `CenterCrop(size)`.
+
+    A strip in its middle.
+    """
     most = _LONGEST * min(image.size)
     if max(image.size) > most:
         spare_x, spare_y = max(0, image.width - most), max(0, image.height - most)

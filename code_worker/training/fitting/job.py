@@ -1,4 +1,4 @@
-"""What a training process is told: a directory with the job, the images to learn from, those that validate it."""
+"""The input of a training process: a directory with the job, the images to learn from, those that validate it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class TrainingJob(_Part):
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much a training computes."""
+    """The amount that a training computes."""
 
     epochs: int
     steps_per_epoch: int
@@ -110,7 +110,7 @@ def for_device(settings: TrainingSettings, device: str) -> Scale:
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How an encoder is trained, nothing left unset.
+    """The parameters of an encoder's training, nothing left unset.
 
     Attributes:
         learning_rate: peak.

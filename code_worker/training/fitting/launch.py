@@ -252,7 +252,7 @@ def write_training_job(
 
 
 def validation_parts(taken: Snapshot) -> tuple[list[Member], list[Member]]:
-    """What the encoder learns from, and what chooses its epoch and how far to go; neither is of the hold-out.
+    """Returns what the encoder learns from, and what chooses its epoch and how far to go; neither is of the hold-out.
 
     Where the validation part has too few images of a class to choose by, it is at most an eighth of each class of the
     training share: whole groups, in the order of a hash of their names. One that is larger stays to be learned from.
@@ -350,7 +350,7 @@ def make_items(members: Sequence[Member], attempt: RunContext, missed: frozenset
 
 
 def _digest(place: RunDirectory, weights: EncoderWeights) -> str:
-    """What a manifest will call this encoder, so that its embeddings are found again."""
+    """Returns what a manifest will call this encoder, so that its embeddings are found again."""
     config = weights.config
     root = place.job / RESULT
     files = {f"encoder/{path.name}": hash_file(path) for path in sorted((root / "encoder").iterdir())}

@@ -126,7 +126,7 @@ class Measurer:
         return {**of_groups, "fake": float(right[labels].mean())}
 
     def images(self) -> Mapping[str, int]:
-        """How many images of the validation part each group has."""
+        """Returns how many images of the validation part each group has."""
         return Counter(_group(item) for item in self._validation)
 
     def _right(self, called_fake: NDArray[np.bool_]) -> dict[str, float]:

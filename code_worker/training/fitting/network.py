@@ -252,7 +252,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process measures, writes and reports."""
+        """True if this process measures, writes and reports."""
         return self.rank == 0
 
 

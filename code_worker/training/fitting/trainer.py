@@ -66,7 +66,7 @@ def write_checkpoint(directory: Path, step: int, state: dict[str, Any]) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` wrote, on the CPU.
+    """Returns what `write_checkpoint` wrote, on the CPU.
 
     Raises:
         TrainingError: the file is damaged.
@@ -279,7 +279,7 @@ class Trainer:
         log.info("weights_interpolated", share=share, linear=round(measured[share].linear, 4))
 
     def _is_patience_over(self) -> bool:
-        """Whether the linear head has not become better for too many epochs; the leading process knows."""
+        """Returns whether the linear head has not become better for too many epochs; the leading process knows."""
         epoch = self.step // self._scale.steps_per_epoch
         return lead_decides(epoch - self._best["epoch"] >= self._settings.patience, self._world)
 

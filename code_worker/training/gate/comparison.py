@@ -158,7 +158,7 @@ def _old_generators(snapshot: Snapshot, champion: Side) -> frozenset[str]:
 
 
 def golden_scores(golden: GoldenSet, candidate: Side, champion: Side | None) -> GoldenScores:
-    """What both say of the golden set; its images are rows of the sides' first condition.
+    """Returns what both say of the golden set; its images are rows of the sides' first condition.
 
     Raises:
         TrainingError: an image that a release cannot judge.

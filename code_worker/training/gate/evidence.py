@@ -1,4 +1,4 @@
-"""What a comparison proves: gains, harm to a group, and losses that it could not exclude."""
+"""Evidence of a comparison: gains, harm to a group, and losses that it could not exclude."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What the reals, or the old fakes of all generators, may have lost.
+    """A possible loss of the reals, or of the old fakes of all generators.
 
     Attributes:
         condition: as the images are, or after a transform.
@@ -107,7 +107,7 @@ class Loss:
 
     @property
     def excluded(self) -> bool:
-        """Whether a loss of the margin is excluded."""
+        """True if a loss of the margin is excluded."""
         return self.low > -self.margin
 
     def __str__(self) -> str:
@@ -222,7 +222,7 @@ class Evidence:
 
     @property
     def gained(self) -> list[Change]:
-        """What got better."""
+        """Returns what got better."""
         return [change for change in self.gains if change.gains and change.p <= self.gain_level]
 
     @property
@@ -237,7 +237,7 @@ class Evidence:
 
     @cached_property
     def losses(self) -> list[Loss]:
-        """What the reals and the old fakes may have lost under each condition.
+        """Returns what the reals and the old fakes may have lost under each condition.
 
         Both must exclude the margin. A release that loses it on both passes with a chance of at most `error`, by
         what their images have in common (`joint_error`); if there are images of one only, its limit errs with

@@ -1,4 +1,4 @@
-"""What the gate decides by: scores of both releases, the error it may spend, and what the champion learned."""
+"""Inputs of the gate: scores of both releases, the error it may spend, and what the champion learned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GoldenScores:
-    """What both releases say of the golden set, as its images are.
+    """Scores of both releases for the golden set, its images as they are.
 
     Attributes:
         digest: what pins it.
@@ -59,7 +59,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """What one comparison may err, and what is left for those that follow.
+    """The chance of error of one comparison, and what is left for those that follow.
 
     Attributes:
         level: of this comparison.
@@ -104,7 +104,7 @@ def spend(before: Sequence[Comparison], images: int, error: float) -> Spending:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReleaseScores:
-    """What one release says of the hold-out.
+    """Scores of one release for the hold-out.
 
     Attributes:
         release: its id.
@@ -125,7 +125,7 @@ class ReleaseScores:
 
 @dataclass(frozen=True, slots=True)
 class PolicyRule:
-    """Where production decides: a head and thresholds that a policy in force names.
+    """A head and thresholds by which production decides: those that a policy in force names.
 
     Attributes:
         name: for reports, such as `tenant acme`.
@@ -207,7 +207,7 @@ class GateInputs:
     unrecorded: bool = False
 
     def spends(self, error: float) -> Spending:
-        """What this comparison may err."""
+        """Returns what this comparison may err."""
         return self.spending or spend((), len(self.labels), error)
 
     def names(self) -> NDArray[np.object_]:
@@ -238,7 +238,7 @@ def generator_names(labels: NDArray[np.int8], generators: tuple[str | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class TrainedOn:
-    """What a release learned here.
+    """The data that a release learned from here.
 
     Attributes:
         heads: images that its heads were fitted on, or the one that was asked about; None where one of them was
@@ -269,7 +269,10 @@ def trained_on(session: Session, release: str, head: str | None = None) -> Train
 def _fitted_on(
     session: Session, release: str, asked: frozenset[str], line: Mapping[str, Sequence[Run]]
 ) -> tuple[Member, ...] | None:
-    """What these heads of a release were fitted on, those that it keeps of others too; None if nobody recorded it."""
+    """Returns what these heads of a release were fitted on, those that it keeps of others too.
+
+    None if nobody recorded it.
+    """
     found: dict[str, Member] = {}
     waiting, seen = [(release, asked)], set[tuple[str, frozenset[str]]]()
     while waiting:
@@ -292,7 +295,7 @@ def _heads_of(session: Session, release: str) -> frozenset[str]:
 
 
 def _kept(run: Run, heads: frozenset[str]) -> frozenset[str]:
-    """Which of these heads the run did not fit: they are those of the release before."""
+    """Returns which of these heads the run did not fit: they are those of the release before."""
     fitted = run.config.get("heads")
     # Names of variables have `_` where a head's may have `-`, and a run has them as they were asked for.
     asked = {name.replace("-", "_") for name in (heads if fitted is None else fitted)}
@@ -304,7 +307,7 @@ def _learned_in(session: Session, run: Run) -> list[Member]:
 
 
 def compared_on(session: Session, taken: Snapshot, *, candidate: str, champion: str | None) -> Snapshot:
-    """What both are compared on: of the hold-out what neither learned, and `new` as the champion has it."""
+    """Returns what both are compared on: of the hold-out what neither learned, and `new` as the champion has it."""
     both = [candidate] if champion is None else [candidate, champion]
     return unlearned(session, snapshots.as_new_to(session, taken, champion), both)
 
@@ -340,7 +343,7 @@ def stale_scopes(session: Session, release: str) -> list[str]:
 
 
 def policy_rules(rows: Sequence[PolicyRow], head: str, thresholds: tuple[float, float]) -> tuple[PolicyRule, ...]:
-    """Where production decides otherwise than the champion by itself, each head and thresholds once.
+    """Returns where production decides otherwise than the champion by itself, each head and thresholds once.
 
     Args:
         rows: policies in force.

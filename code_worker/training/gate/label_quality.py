@@ -66,7 +66,9 @@ def label_noise(
 
 
 def unseen(embeddings: NDArray[np.float32], labels: NDArray[np.int8], group: NDArray[np.bool_]) -> bool:
-    """Whether neighbours cannot tell the fakes of a group from reals: then they cannot check their labels either.
+    """Returns whether neighbours cannot tell the fakes of a group from reals.
+
+    Then they cannot check their labels either.
 
     Args:
         embeddings: `(n, 192) float32`.
@@ -121,7 +123,7 @@ _HISTORY: Final = 5000
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """How much a labeller's new labels disagree with what lies around their images.
+    """A measure of how much a labeller's new labels disagree with what lies around their images.
 
     Attributes:
         by: who labelled them.
@@ -137,7 +139,7 @@ class Suspicion:
 
     @property
     def ratio(self) -> float:
-        """How many times as much as history."""
+        """Returns how many times as much as history."""
         return self.share / self.history
 
 

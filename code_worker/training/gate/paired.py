@@ -254,7 +254,7 @@ def paired_difference(
     threshold_a: Threshold = 0.5,
     threshold_b: Threshold = 0.5,
 ) -> dict[str, Difference | None]:
-    """How much better b decides than a on the very same images, with 95 % intervals (`difference_limits`).
+    """Returns how much better b decides than a on the very same images, with 95 % intervals (`difference_limits`).
 
     Returns:
         `accuracy`, `balanced_accuracy`, `real_accuracy`, `fake_accuracy`; None where a class is lacking.

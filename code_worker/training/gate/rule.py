@@ -23,7 +23,7 @@ _KINDS: Final = {REAL: "real", FAKE: "fake"}
 
 @dataclass(frozen=True, slots=True)
 class GateDecision:
-    """Whether to promote, why or why not, and every figure that was looked at, as plain JSON."""
+    """The decision: promote or not, the reasons, and every figure that was looked at, as plain JSON."""
 
     promote: bool
     reasons: tuple[str, ...]
@@ -105,7 +105,7 @@ def _compared(inputs: GateInputs, settings: GateSettings) -> tuple[list[str], li
 
 
 def _unknown(proven: Mapping[str, Any]) -> Iterator[str]:
-    """What the comparison could not know, in the words of a person who promotes."""
+    """Yields what the comparison could not know, in the words of a person who promotes."""
     compared = {loss["group"] for loss in proven.get("losses", ())}
     if compared and OLD_FAKES not in compared:
         yield "not known: whether it is worse on generated images that the champion knows: none was compared"

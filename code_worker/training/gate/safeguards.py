@@ -1,4 +1,4 @@
-"""What a candidate must withstand beside being better: enough labellers, a pinned golden set, no unexpected drift."""
+"""Checks of a candidate beside being better: enough labellers, a pinned golden set, no unexpected drift."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def measure_drift(
     champion_at: Threshold,
     candidate_at: Threshold,
 ) -> Drift | None:
-    """How far apart the two are; None without canaries.
+    """Returns how far apart the two are; None without canaries.
 
     Where the champion is wrong, or in doubt, a candidate may well differ: only what it gets right can be broken.
 

@@ -32,7 +32,7 @@ _READABLE: Final = frozenset({RejectReason.TOO_LARGE_BYTES, RejectReason.ARCHIVE
 
 @dataclass(slots=True)
 class _Breaker:
-    """How one source did of late."""
+    """The recent history of one source."""
 
     failures: int = 0
     rest_s: float = 0.0
@@ -57,7 +57,7 @@ class GuardedSources:
         self._breakers: dict[str, _Breaker] = {}
 
     def fetch(self, uri: str) -> Fetched:
-        """As `Sources.fetch`.
+        """Fetches like `Sources.fetch`.
 
         Raises:
             SourcePausedError: nothing was tried.
@@ -143,7 +143,7 @@ class Denials:
         self._rows: dict[str, _Row] = {}
 
     def look(self, verdicts: Sequence[Verdict], suspected: Collection[str]) -> tuple[list[Denied], set[str]]:
-        """What a batch says of its buckets.
+        """Returns what a batch says of its buckets.
 
         Args:
             verdicts: the batch's, denied ones not yet written.

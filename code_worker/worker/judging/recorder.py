@@ -1,4 +1,4 @@
-"""How a batch's outcome gets into the ledger: verdicts, jobs put back, embeddings, in one transaction."""
+"""Records a batch's outcome in the ledger: verdicts, jobs put back, embeddings, in one transaction."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ERASED = "its image was erased while it was judged"
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a batch says of its sources.
+    """Findings of a batch on its sources.
 
     Attributes:
         to_pause: name, why, and for how many seconds it has been so.

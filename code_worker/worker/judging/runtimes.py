@@ -88,12 +88,12 @@ class Runtimes:
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the device of the release in use, if anything did."""
+        """Returns what ended the device of the release in use, if anything did."""
         return self._current.runtime.embedder.failure if self._current else None
 
     @property
     def encoding(self) -> bool:
-        """Whether the encoder of the release in use has work at this moment."""
+        """True if the encoder of the release in use has work at this moment."""
         held = self._current
         return held is not None and held.runtime.embedder.busy
 

@@ -84,7 +84,10 @@ class HnswHead(NearestNeighbourHead):
         return self
 
     def _held_out(self, references: int) -> NDArray[np.bool_]:
-        """Which references the graphs are first built without, `(references,) bool`: at most a tenth, at random."""
+        """Returns which references the graphs are first built without, `(references,) bool`.
+
+        At most a tenth, at random.
+        """
         held = np.zeros(references, dtype=bool)
         chosen = np.random.default_rng(0).choice(references, min(_QUERIES, references // 10), replace=False)
         held[chosen] = True
