@@ -83,7 +83,7 @@ class NoEncoder:
     def __init__(self) -> None:
         self._row = np.full(EMBEDDING_DIM, 0.5, np.float32)
 
-    def submit(self, crop: NDArray[np.uint8], priority: int = 4, turn: int = 0) -> Future[NDArray[np.float32]]:  # noqa: ARG002 - as the protocol has it
+    def submit(self, crop: NDArray[np.uint8], priority: int = 4, turn: int = 0) -> Future[NDArray[np.float32]]:
         """A future that is done."""
         future: Future[NDArray[np.float32]] = Future()
         future.set_result(self._row)

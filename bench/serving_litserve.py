@@ -28,7 +28,7 @@ class Moderation(litserve.LitAPI):  # type: ignore[misc]  # not typed
         super().__init__(max_batch_size=MAX_BATCH, batch_timeout=BATCH_TIMEOUT_S)
         self.model = model
 
-    def setup(self, device: str) -> None:  # noqa: ARG002 - of LitServe's interface
+    def setup(self, device: str) -> None:
         """Loads the model in the worker process."""
         self.loaded = PublishedModel(self.model)
 

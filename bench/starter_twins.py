@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from torch.nn import functional as F
 
 from bench.starter import HOME, MINIATURE
 from code_worker.encoder.architecture import VitConfig

@@ -134,7 +134,7 @@ class Head(ABC):
         """
 
     @classmethod
-    def from_estimator(cls, estimator: EstimatorState) -> Self | None:  # noqa: ARG003 - for subclasses
+    def from_estimator(cls, estimator: EstimatorState) -> Self | None:
         """The head that predicts as this published estimator does; None if it is not of a kind this head stands for.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from torch.nn import functional as F
 
 from code_worker.errors import ArtifactError
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE

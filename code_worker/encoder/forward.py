@@ -9,7 +9,7 @@ from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from torch.nn import functional as F
 
 from code_worker.encoder.architecture import Block, VitConfig
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE

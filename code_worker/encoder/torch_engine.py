@@ -54,9 +54,9 @@ class Lane:
         self._staged = torch.zeros(crops, dtype=torch.uint8, device="cpu", pin_memory=cuda)
         self._answer = torch.zeros((shapes[-1], EMBEDDING_DIM), dtype=torch.float32, device="cpu", pin_memory=cuda)
         self._crops = torch.zeros(crops, dtype=torch.uint8, device=device)
-        self._stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]  # torch has no types here
+        self._stream = torch.cuda.Stream(device) if cuda else None
         # A blocking event lets the waiting thread sleep; the stream's own wait would spin on a core that decodes.
-        self._done = torch.cuda.Event(blocking=True) if cuda else None  # type: ignore[no-untyped-call]  # as above
+        self._done = torch.cuda.Event(blocking=True) if cuda else None
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         if cuda:
             torch.cuda.synchronize(device)  # the buffers were filled on the current stream, not on the lane's

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 
-class KeptScheduler(RedBeatScheduler):  # type: ignore[misc]  # redbeat ships no types
+class KeptScheduler(RedBeatScheduler):
     """redbeat's scheduler, which puts back what Redis lost or somebody changed of the entries that settings name.
 
     redbeat stores them once, at its start. One that then waits for the lock of a dead predecessor, while Redis loses
@@ -74,10 +74,10 @@ def main() -> int:
         signals.setup_logging.connect(_keep_logging, weak=False)
         app = create_app(settings)
     except ConfigurationError as error:
-        log.error("configuration_error", error=redact(str(error)))  # noqa: TRY400 - a traceback would not help
+        log.error("configuration_error", error=redact(str(error)))
         return 2
     except CodeWorkerError as error:
-        log.error("beat_failed", error=redact(str(error)))  # noqa: TRY400 - as above
+        log.error("beat_failed", error=redact(str(error)))
         return 1
     stop_reporting = _start_reporting(settings)
     try:

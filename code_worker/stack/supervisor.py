@@ -204,7 +204,7 @@ class Supervisor:
         try:
             each.start()
         except (FileNotFoundError, PermissionError) as error:
-            log.error("child_cannot_start", child=each.child.name, error=str(error))  # noqa: TRY400 - no trace wanted
+            log.error("child_cannot_start", child=each.child.name, error=str(error))
             self._refuse()
         except OSError as error:  # out of processes or memory: that passes
             log.warning("child_start_failed", child=each.child.name, error=str(error))

@@ -51,17 +51,17 @@ def run_to_end(work: Callable[[Settings], int]) -> int:
         signals.setup_logging.connect(_keep_logging, weak=False)
         return work(settings)
     except ConfigurationError as error:
-        log.error("configuration_error", error=redact(str(error)))  # noqa: TRY400 - a traceback would not help
+        log.error("configuration_error", error=redact(str(error)))
         return 2
     except StoreUnavailableError as error:
-        log.error("worker_failed", error=redact(str(error)))  # noqa: TRY400 - as above
+        log.error("worker_failed", error=redact(str(error)))
         return 1
     except StoreError as error:
         # Tables that are missing do not come by starting again.
-        log.error("database_not_ready", error=redact(str(error)))  # noqa: TRY400 - as above
+        log.error("database_not_ready", error=redact(str(error)))
         return 2
     except CodeWorkerError as error:
-        log.error("worker_failed", error=redact(str(error)))  # noqa: TRY400 - as above
+        log.error("worker_failed", error=redact(str(error)))
         return 1
 
 

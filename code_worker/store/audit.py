@@ -16,8 +16,8 @@ from sqlalchemy import RowMapping, delete, func, insert, select
 from sqlalchemy.orm import Session
 
 from code_worker.store.engine import Store
-from code_worker.store.models import AuditRow, RemovalRow, db_now
-from code_worker.store.sql import plain, table_of
+from code_worker.store.models import AuditRow, RemovalRow
+from code_worker.store.sql import database_time, plain, table_of
 
 FIRST: Final = "0" * 64
 """What stands in the first entry for the hash of the one before."""
@@ -136,9 +136,7 @@ def note_state(session: Session, *, actor: str, subject: str, state: Mapping[str
 def _now(session: Session) -> datetime:
     """The time now, not that of the transaction's start, which may lie before that of the entry before."""
     postgresql = session.get_bind().dialect.name == "postgresql"
-    now: datetime | None = session.scalar(select(func.clock_timestamp() if postgresql else db_now()))
-    assert now is not None  # noqa: S101 - the database knows the time
-    return now.astimezone(UTC)
+    return database_time(session, func.clock_timestamp() if postgresql else None)
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def champions_heads(session: Session) -> tuple[str, ...] | None:
 def add(
     session: Session,
     *,
-    id: str,  # noqa: A002 - the word of the table
+    id: str,
     manifest_sha256: str,
     location: str,
     manifest: Mapping[str, Any],

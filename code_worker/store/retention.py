@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, CursorResult, Table, delete, exists, func, select, text
@@ -32,9 +32,8 @@ from code_worker.store.models import (
     ScheduleSlotRow,
     ShadowScoreRow,
     VerdictRow,
-    db_now,
 )
-from code_worker.store.sql import among, table_of
+from code_worker.store.sql import among, database_time, table_of
 
 _TABLES: Final = (
     "jobs, verdicts, labels, embeddings, shadow_scores, kept_images, imported_rows, dead_letters, snapshots, runs, "
@@ -262,9 +261,7 @@ def rowcount(result: Any) -> int:
 
 
 def _moment(session: Session, days: float) -> datetime:
-    now: datetime | None = session.scalar(select(db_now()))
-    assert now is not None  # noqa: S101 - the database knows the time
-    return now.astimezone(UTC) - timedelta(days=days)
+    return database_time(session) - timedelta(days=days)
 
 
 def _by_id(session: Session, table: Table, days: float, limit: int) -> int:

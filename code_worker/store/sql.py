@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
 
 from code_worker.store.ids import NEW_ID, uuid7
-from code_worker.store.models import Base
+from code_worker.store.models import Base, db_now
 from code_worker.wire import chunks
 
 IN_LIST: Final = 1000
@@ -175,3 +175,9 @@ def plain(text: str, limit: int) -> str:
     """Text from outside made storable: no NUL, no lone surrogate, not longer than `limit`."""
     cut = text[:limit]
     return cut if is_plain(cut) else cut.replace("\0", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
+def database_time(session: Session, clock: ColumnElement[datetime] | None = None) -> datetime:
+    """Returns the database's own time, in UTC: that of the transaction, or of another clock that it has."""
+    now: datetime = session.execute(select(db_now() if clock is None else clock)).scalar_one()
+    return now.astimezone(UTC)

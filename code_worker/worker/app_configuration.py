@@ -128,8 +128,8 @@ def add_queues(app: Celery) -> None:
         amqp.queues_cls = type("Queues", (_KnowsOurs, amqp.queues_cls), {})
     if "queues" in vars(amqp) and not isinstance(amqp.queues, _KnowsOurs):
         # Somebody asked for them before we came; Celery 5.6 takes from all that is known unless something is chosen.
-        if not hasattr(amqp.queues, "_default_consume_from") and amqp.queues._consume_from is None:  # noqa: SLF001 - see above
-            amqp.queues._consume_from = dict(amqp.queues)  # noqa: SLF001 - see above
+        if not hasattr(amqp.queues, "_default_consume_from") and amqp.queues._consume_from is None:
+            amqp.queues._consume_from = dict(amqp.queues)
         for name in ALL_QUEUES:
             if name not in amqp.queues:
                 amqp.queues.add(_typed(amqp.queues, bound_queue(name)))
@@ -236,14 +236,14 @@ _NEVER: Final = frozenset({"conf"})
 """It would show the broker's password: Celery hides that of `broker_url`, and not of `redbeat_redis_url`."""
 
 
-class _LookingOnly(bootsteps.Step):  # type: ignore[misc]  # Celery ships no types
+class _LookingOnly(bootsteps.Step):
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         for name in Panel.data.keys() - _LOOKING:
             del Panel.data[name]
 
 
-class _WithoutPasswords(bootsteps.Step):  # type: ignore[misc]  # Celery ships no types
+class _WithoutPasswords(bootsteps.Step):
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         for name in Panel.data.keys() & _NEVER:

@@ -283,7 +283,7 @@ class AppState:
         except Exception as refused:  # noqa: BLE001 - the rest is to be closed all the same
             count = len(self._parts.unkept)
             # No traceback: its texts may name images.
-            log.error("messages_not_kept", count=count, error=type(refused).__name__)  # noqa: TRY400 - no traceback is wanted
+            log.error("messages_not_kept", count=count, error=type(refused).__name__)
 
     def stop_taking(self) -> None:
         """The worker was asked to end: batches are finished, a run is left to the next process, nothing is begun."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from traceback import format_tb
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid5
@@ -98,7 +99,7 @@ def accept_items(store: Store, items: Sequence[object], message_id: str) -> list
     for place, item in enumerate(items):
         try:
             new = jobs.NewJob.of(item, id=str(uuid5(_MESSAGES, f"{message_id} {place}")))
-            accepted += store.run(lambda session, new=new: jobs.accept(session, [new]))  # type: ignore[misc]
+            accepted += store.run(partial(jobs.accept, jobs=[new]))
         except IdConflictError as error:
             refused.append((item, f"id_conflict: {error}", "id_conflict"))
         except ValueError as error:
@@ -110,7 +111,7 @@ def accept_items(store: Store, items: Sequence[object], message_id: str) -> list
         except Exception as error:  # noqa: BLE001 - Celery acknowledges a failed task's message: it has no other place
             # What the error says may name the item, so the log has only where it was raised.
             raised = "".join(format_tb(error.__traceback__))
-            log.error("item_not_accepted", error=type(error).__name__, raised=raised)  # noqa: TRY400 - see above
+            log.error("item_not_accepted", error=type(error).__name__, raised=raised)
             refused.append((item, f"{type(error).__name__}: {error}", "internal"))
     # Last, so that an item is not kept once more by each try that ends before this.
     for item, reason, kind in refused:

@@ -79,7 +79,7 @@ class _UnreadableError(Exception):
         self.doc = repr(payload)
 
 
-class _Message(kombu_redis.Channel.Message):  # type: ignore[misc]  # kombu ships no types
+class _Message(kombu_redis.Channel.Message):
     """A message that says at once whether it can be read, before anything remembers it as unacknowledged."""
 
     def __init__(self, payload: Any, channel: Any = None, **kwargs: Any) -> None:
@@ -107,7 +107,7 @@ class _Message(kombu_redis.Channel.Message):  # type: ignore[misc]  # kombu ship
             super().requeue()
 
 
-class _QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
+class _QoS(kombu_redis.QoS):
     """Keeps account of unacknowledged messages by the clock of Redis.
 
     kombu takes this machine's: one an hour ahead would date its messages so that nobody restores them for an hour
@@ -122,7 +122,7 @@ class _QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
     def append(self, message: Any, delivery_tag: str) -> None:
         """Overrides kombu's, with the time of Redis."""
         delivery = message.delivery_info
-        kept = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])  # noqa: SLF001 - as kombu does
+        kept = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
         now_s = self._now_s()
         with self.pipe_or_acquire() as pipe:
             pipe.zadd(self.unacked_index_key, {delivery_tag: now_s}).hset(self.unacked_key, delivery_tag, kept)
@@ -146,7 +146,7 @@ class _QoS(kombu_redis.QoS):  # type: ignore[misc]  # kombu ships no types
         return self._clock.now_s()
 
 
-class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no types
+class _Channel(kombu_redis.Channel):
     """Channel that reports a lost connection as what it is.
 
     In kombu 5.7.0 a channel whose connection was collected after an error still answers late acknowledgements and
@@ -177,13 +177,13 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]  # kombu ships no typ
             return super()._brpop_read(**options)
         except (_UnreadableError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             text = str(getattr(error, "doc", "") or getattr(error, "object", ""))
-            log.error("message_unreadable", error=str(error)[:500])  # noqa: TRY400 - a traceback would not help
+            log.error("message_unreadable", error=str(error)[:500])
             for call in _unreadable_callbacks:
                 call(text, str(error))
             return True
 
 
-class RedisTransport(kombu_redis.Transport):  # type: ignore[misc]  # kombu ships no types
+class RedisTransport(kombu_redis.Transport):
     """Redis transport with the guarded channel, which on kombu 5.6 too gives up connections that fell silent."""
 
     Channel = _Channel
@@ -200,13 +200,13 @@ class RedisTransport(kombu_redis.Transport):  # type: ignore[misc]  # kombu ship
         Raises:
             redis.exceptions.ConnectionError: the connection is half open; Celery then makes a new one.
         """
-        for channel in list(self.cycle._channels):  # noqa: SLF001 - as kombu 5.7's own check does
-            connection = channel._in_poll  # noqa: SLF001 - as above
-            if not connection or not connection._sock:  # noqa: SLF001 - as above
+        for channel in list(self.cycle._channels):
+            connection = channel._in_poll
+            if not connection or not connection._sock:
                 continue
             waited_s = time.monotonic() - channel.asked_at
             overdue = waited_s > channel.brpop_timeout + _SILENCE_S
-            if overdue and not select.select([connection._sock], [], [], 0)[0]:  # noqa: SLF001 - as above
+            if overdue and not select.select([connection._sock], [], [], 0)[0]:
                 connection.disconnect()
                 raise RedisConnectionError(f"the broker gave no answer for {waited_s:.0f} s")
 
@@ -215,7 +215,7 @@ class TlsRedisTransport(RedisTransport):
     """The same, by the name under which kombu knows a server that is spoken to in TLS."""
 
 
-class QueuesInOrder(round_robin_cycle):  # type: ignore[misc]  # kombu ships no types
+class QueuesInOrder(round_robin_cycle):
     """Live before normal before backfill, then whatever else this worker consumes, in turn.
 
     BRPOP takes from the first of its keys that holds a message, so the order of keys is the priority.
@@ -227,7 +227,7 @@ class QueuesInOrder(round_robin_cycle):  # type: ignore[misc]  # kombu ships no 
         return [*ours, *(queue for queue in self.items if queue not in QUEUES)][:n]
 
 
-class _Waker(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
+class _Waker(bootsteps.StartStopStep):
     """A pipe that the consumer's event loop reads.
 
     A pool thread acknowledges a message while the loop sleeps, in Celery 5.6 for a second or more, and only the loop
@@ -273,7 +273,7 @@ def _wake() -> None:
         os.write(_pipe()[1], b"\0")
 
 
-class WakingRequest(Request):  # type: ignore[misc]  # Celery ships no types
+class WakingRequest(Request):
     """A request that wakes the loop once it is acknowledged or put back."""
 
     def acknowledge(self) -> None:

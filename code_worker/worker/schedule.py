@@ -23,7 +23,7 @@ _EXPIRES_S: Final = 3600.0
 _DAYS: Final = 366 * 40 + 1
 
 
-class UtcCrontab(crontab):  # type: ignore[misc]  # Celery ships no types
+class UtcCrontab(crontab):
     """A cron line that is meant in UTC, also in an app whose `timezone` is another or whose `enable_utc` is off."""
 
     tz = ZoneInfo("UTC")

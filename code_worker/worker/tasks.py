@@ -30,7 +30,7 @@ _NEVER_S = 10 * 366 * 86_400
 """For what learns, which may take days and comes seldom."""
 
 
-class OwnTask(Task):  # type: ignore[misc]  # Celery ships no types
+class OwnTask(Task):
     """A task whose options are our own, whatever an app that we are installed in sets for its tasks.
 
     Its limits of time would end trainings and batches, for which we have our own watchdog; its retries would
@@ -128,4 +128,4 @@ def _log_instead(work: Callable[[], None]) -> None:
     except (RunActiveError, RunStoppedError) as error:
         log.info("learning_put_off", reason=str(error))
     except CodeWorkerError as error:
-        log.error("learning_failed", error=str(error))  # noqa: TRY400 - a traceback would not help
+        log.error("learning_failed", error=str(error))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from torch.nn import functional as F
 
 from code_worker.encoder.architecture import VitConfig
 from code_worker.encoder.torch_engine import Engine

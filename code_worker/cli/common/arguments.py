@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from math import isnan
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 import click
@@ -19,7 +19,14 @@ _AGO = re.compile(r"(\d{1,6})([smhdw])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-class _Id(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    # Not generic before click 8.4.
+    ParamType = click.ParamType
+
+
+class _Id(ParamType):
     """A UUID, in its canonical spelling."""
 
     name = "id"
@@ -31,7 +38,7 @@ class _Id(click.ParamType):  # type: ignore[type-arg]  # generic only since clic
             self.fail(f"{value!r} is no id; ids look like 0198c5a2-7f31-7abc-9def-0123456789ab", param, ctx)
 
 
-class _ContentHash(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+class _ContentHash(ParamType):
     """SHA-256 of a file's bytes, in small letters."""
 
     name = "sha256"
@@ -42,7 +49,7 @@ class _ContentHash(click.ParamType):  # type: ignore[type-arg]  # generic only s
         return str(value)
 
 
-class _AgoOrDate(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+class _AgoOrDate(ParamType):
     """A moment: an ISO date or time (UTC unless it says otherwise), or so long ago (`90s`, `12h`, `7d`, `2w`)."""
 
     name = "time"
@@ -62,7 +69,7 @@ class _AgoOrDate(click.ParamType):  # type: ignore[type-arg]  # generic only sin
         return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-class _JsonObject(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+class _JsonObject(ParamType):
     """A JSON object."""
 
     name = "json"

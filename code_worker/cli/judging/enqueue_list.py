@@ -81,7 +81,7 @@ def named_lines(settings: Settings, uris: Iterable[str], left_out: LeftOut) -> G
     """
     for uri in uris:
         local = local_name(uri)
-        if local and os.path.isdir(local):  # noqa: PTH112 - Path.is_dir raises for too long a name
+        if local and os.path.isdir(local):
             yield from _in_directory(settings, uri, left_out)
         else:
             yield _line(uri or '""', uri)
@@ -188,7 +188,7 @@ def _lines(lines: Iterable[str]) -> Iterator[Line]:
 def _is_csv_header(text: str) -> bool:
     """Returns whether a line holds names of fields, and one of them that of an address."""
     names = {name.strip().strip('"').lower() for name in re.split("[,;\t]", text)}
-    return names <= _COLUMNS and bool(names & _ADDRESSES) and not os.path.exists(text)  # noqa: PTH110 - as below
+    return names <= _COLUMNS and bool(names & _ADDRESSES) and not os.path.exists(text)
 
 
 def _joined(first: str, stream: TextIOWrapper) -> Iterator[str]:
@@ -232,7 +232,7 @@ def _listed_line(place: str, uri: str) -> Line:
     """An entry of a list, which names images one by one."""
     made = _line(place, uri)
     local = None if made.problem else local_name(made.item["uri"])
-    if local and os.path.isdir(local):  # noqa: PTH112 - names may hold any bytes
+    if local and os.path.isdir(local):
         return Line(place, problem="a directory: name it as an argument, or list its files")
     return made
 
@@ -259,7 +259,7 @@ def _absolute(uri: str) -> str:
         # RFC 8089 knows file:/path too.
         if match["scheme"] == "file" and match["slash"]:
             return f"file://{uri[5:]}"
-        if not os.path.exists(uri):  # noqa: PTH110 - as above
+        if not os.path.exists(uri):
             raise ValueError(f"{uri} is no address: write {match['scheme']}://…, or ./{uri} for a file of this name")
     try:
         path = Path(uri).expanduser().absolute()

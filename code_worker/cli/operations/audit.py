@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from code_worker.cli.common.arguments import AGO_OR_DATE, json_option, limit_option
+from code_worker.cli.common.arguments import AGO_OR_DATE, ParamType, json_option, limit_option
 from code_worker.cli.common.database import open_ledger
 from code_worker.cli.common.output import plural, print_json, print_json_lines, print_table, say
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HEAD: Final = re.compile(r"(\d{1,18}):([0-9a-f]{64})")
 
 
-class _Head(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.4
+class _Head(ParamType):
     """An entry as `audit verify` names the last one: number, colon, hash."""
 
     name = "seq:hash"

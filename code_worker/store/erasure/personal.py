@@ -22,9 +22,8 @@ from code_worker.store.models import (
     KeptImageRow,
     LabelRow,
     VerdictRow,
-    db_now,
 )
-from code_worker.store.sql import IN_LIST, among, insert_into, table_of, unindexed
+from code_worker.store.sql import IN_LIST, among, database_time, insert_into, table_of, unindexed
 from code_worker.wire import chunks
 
 _JOBS = table_of(JobRow)
@@ -152,9 +151,7 @@ def keep_out(session: Session) -> None:
 
 def moment(session: Session) -> datetime:
     """The database's time, for `left`'s `since`: to be taken before the first image is read."""
-    now: datetime | None = session.scalar(select(db_now()))
-    assert now is not None  # noqa: S101 - the database knows the time
-    return now
+    return database_time(session)
 
 
 def _present(session: Session, ids: Collection[str]) -> frozenset[str]:

@@ -84,7 +84,7 @@ def new_salt() -> str:
 def begin(
     session: Session,
     *,
-    id: str,  # noqa: A002 - the table's word
+    id: str,
     scope: str,
     target: Mapping[str, str],
     by: str,

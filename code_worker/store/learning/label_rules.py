@@ -83,18 +83,18 @@ def latest_of_each(statements: Sequence[S]) -> list[S]:
     return [said for said in statements if last[said.by] is said]
 
 
-def _latest(said: Sequence[Said], trusted: Sequence[str]) -> Said | None:  # noqa: ARG001 - every rule's signature
+def _latest(said: Sequence[Said], _trusted: Sequence[str]) -> Said | None:
     return said[-1]
 
 
-def _majority(said: Sequence[Said], trusted: Sequence[str]) -> Said | None:  # noqa: ARG001 - as above
+def _majority(said: Sequence[Said], _trusted: Sequence[str]) -> Said | None:
     (first, most), *others = Counter(one.label for one in said).most_common()
     if others and others[0][1] == most:
         return None
     return next(one for one in reversed(said) if one.label == first)
 
 
-def _unanimous(said: Sequence[Said], trusted: Sequence[str]) -> Said | None:  # noqa: ARG001 - as above
+def _unanimous(said: Sequence[Said], _trusted: Sequence[str]) -> Said | None:
     return said[-1] if len({one.label for one in said}) == 1 else None
 
 

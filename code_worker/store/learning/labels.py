@@ -30,8 +30,8 @@ from code_worker.store.learning.label_rules import (
     resolve_image,
     review_of,
 )
-from code_worker.store.models import ImportedRow, LabelRow, db_now
-from code_worker.store.sql import IN_LIST, insert_new, is_plain, table_of
+from code_worker.store.models import ImportedRow, LabelRow
+from code_worker.store.sql import IN_LIST, database_time, insert_new, is_plain, table_of
 from code_worker.wire import MAX_URI_LENGTH, chunks
 
 _LABELS = table_of(LabelRow)
@@ -193,8 +193,7 @@ def add(session: Session, labels: Sequence[NewLabel]) -> int:
     known: dict[str, list[Said]] = {}
     for said in _said_of(session, {new.sha256 for new in labels}):
         known.setdefault(said.sha256, []).append(said)
-    now = session.scalar(select(db_now()))
-    assert now is not None  # noqa: S101 - the database knows the time
+    now = database_time(session)
     rows = []
     for new in labels:
         before = known.setdefault(new.sha256, [])

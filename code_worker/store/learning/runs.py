@@ -80,7 +80,7 @@ _COLUMNS = tuple(_RUNS.c[name] for name in Run.__dataclass_fields__)
 def start(
     session: Session,
     *,
-    id: str,  # noqa: A002 - the word of the table
+    id: str,
     kind: str,
     by: str,
     owner: str,

@@ -41,7 +41,7 @@ _COLUMNS = tuple(_SNAPSHOTS.c[name] for name in SnapshotInfo.__dataclass_fields_
 def add(
     session: Session,
     *,
-    id: str,  # noqa: A002 - the word of the table
+    id: str,
     digest: str,
     rule: str,
     counts: Mapping[str, Any],

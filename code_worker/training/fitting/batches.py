@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from torch.nn import functional as F
 
 from code_worker.errors import ImageRejectedError, TrainingError
 from code_worker.images.decode import decode_whole

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from torch.nn import functional as F
 
 from code_worker.errors import DivergedError
 from code_worker.training.fitting.network import average_gradients
@@ -311,7 +311,7 @@ class Stepper:
 
     def _at_once(self, views: Tensor, records: int, step: int) -> float:
         loss = self.loss(self.embed(views), records, step)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.scaler.scale(loss).backward()
         return float(loss.detach())
 
     def _in_parts(self, views: Tensor, records: int, step: int) -> float:
@@ -320,11 +320,11 @@ class Stepper:
             embeddings = torch.cat([self.embed(part) for part in parts])
         embeddings.requires_grad_()
         loss = self.loss(embeddings, records, step)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # as above
+        self.scaler.scale(loss).backward()
         assert embeddings.grad is not None  # noqa: S101 - the loss depends on every embedding
         # chunk() may give fewer parts than asked for.
         for part, gradient in zip(parts, torch.split(embeddings.grad, [len(part) for part in parts]), strict=True):
-            self.embed(part).backward(gradient)  # type: ignore[no-untyped-call]  # as above
+            self.embed(part).backward(gradient)
         return float(loss.detach())
 
     def _move(self, step: int, value: float) -> None:

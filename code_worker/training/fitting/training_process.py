@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         job = read_job(directory)
     except TrainingError as error:
-        log.error("no_training_job", error=str(error))  # noqa: TRY400 - a traceback would not help
+        log.error("no_training_job", error=str(error))
         return 2
     (directory / "failure.json").unlink(missing_ok=True)
     try:
@@ -120,7 +120,7 @@ def _fail(directory: Path, reason: str, error: BaseException) -> None:
         try:
             TrainingRecord(directory).failure(reason, step)
         except OSError as full:
-            log.error("failure_not_written", error=str(full))  # noqa: TRY400 - the reason was logged before
+            log.error("failure_not_written", error=str(full))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class Runtimes:
             self._failed = (wanted, time.monotonic())
             self._refused = (wanted, str(error) if isinstance(error, CodeWorkerError) else type(error).__name__)
             details = {} if isinstance(error, CodeWorkerError) else {"exc_info": error}
-            log.error(  # noqa: TRY400 - our own errors say it all, others come with their traceback
+            log.error(
                 "release_load_failed",
                 alias=self._alias,
                 release=wanted,

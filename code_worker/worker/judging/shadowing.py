@@ -196,7 +196,7 @@ class Shadow:
         except TransientError as error:
             # Out of memory or a lost device: what the challenger takes, the champion may need.
             self.runtimes.give_up(challenger.release)
-            log.error("challenger_given_up", release=challenger.release, error=str(error))  # noqa: TRY400 - the error says it all
+            log.error("challenger_given_up", release=challenger.release, error=str(error))
             raise
         return encoded
 

@@ -134,6 +134,6 @@ class HnswHead(NearestNeighbourHead):
         return self
 
     @classmethod
-    def from_estimator(cls, estimator: EstimatorState) -> None:  # noqa: ARG003 - none is this
+    def from_estimator(cls, estimator: EstimatorState) -> None:
         """Nothing: a published `KNeighborsClassifier` is exact, and `knn` stands for it."""
         return
