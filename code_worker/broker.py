@@ -59,7 +59,7 @@ def check_broker(settings: Settings) -> str:
         and not (parts.password or parts.scheme == "rediss" or settings.broker.allow_insecure)
     ):
         raise ConfigurationError(
-            f"broker {parts.hostname} is not on this machine and has neither password nor TLS: whoever reaches it "
+            f"broker {parts.hostname} is not on this machine and has neither password nor TLS: anyone who reaches it "
             "can feed workers; use rediss:// or a password, or set CODE_WORKER_BROKER__ALLOW_INSECURE=true"
         )
     return url
@@ -136,7 +136,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
         "worker_prefetch_multiplier": 1,
-        # Whoever can publish to the control channel could shut workers down; it is also what half-opens first.
+        # Anyone who can publish to the control channel could shut workers down; it is also what half-opens first.
         "worker_enable_remote_control": settings.worker.remote_control != "off",
         "worker_send_task_events": settings.worker.remote_control != "off",
         "worker_hijack_root_logger": False,

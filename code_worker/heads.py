@@ -56,7 +56,7 @@ def compute_device() -> str:
 
 
 def use_compute_device(device: str) -> None:
-    """Says where the encoder runs; for whoever starts it."""
+    """Says where the encoder runs; for anyone who starts it."""
     global _device  # noqa: PLW0603 - a device belongs to the process, and heads are built before the encoder starts
     _device = device
 

@@ -38,7 +38,7 @@ def bound_queue(name: str) -> Queue:
 
 
 class _Straight:
-    """A router that leaves a message where it was sent, whatever an app's own routes catch."""
+    """A router that leaves a message where it was sent, no matter what an app's own routes catch."""
 
     def route(self, options: dict[str, Any], *_: object, **__: object) -> dict[str, Any]:
         """The options as they are."""

@@ -25,7 +25,7 @@ class Role(IntEnum):
 def current_user() -> str:
     """Name of the user that this process runs as, or its number where it has none, as in many containers.
 
-    Asked of the system, not of the environment: `LOGNAME` and `USER` are whatever their owner says.
+    Asked of the system, not of the environment: `LOGNAME` and `USER` say what their owner likes.
     """
     try:
         return pwd.getpwuid(os.getuid()).pw_name

@@ -41,7 +41,7 @@ class Fetched:
 EMBEDDING_DIM = 192
 IMAGE_SIZE = 224
 EMBEDDING_TOLERANCE: Final = 2e-5
-"""The promise: no number of an fp32 embedding is further from the published pipeline's, whatever the engine, the
+"""The promise: no number of an fp32 embedding is further from the published pipeline's, with any engine, the
 processor, the number of threads or the rest of the batch. Embeddings end in a LayerNorm, so their numbers are of size
 1, and 2e-5 is 335 units of float32's rounding (2⁻²⁴)."""
 SCORE_ROUNDING: Final = 1e-6

@@ -50,7 +50,7 @@ How values are written:
 
 A variable that begins with `CODE_WORKER_` and is no setting is refused, as is an unknown key, with the nearest name
 that is known. What Kubernetes sets for services and Docker for links named `code-worker…` is passed over, by name and
-value: `…_SERVICE_HOST=10.0.0.1`, `…_PORT=tcp://10.0.0.1:80`. Whatever is wrong ends the process with status 2 and a
+value: `…_SERVICE_HOST=10.0.0.1`, `…_PORT=tcp://10.0.0.1:80`. A wrong setting ends the process with status 2 and a
 line that names the setting and where it stands, in a file with its line, and never its value.
 """
 

@@ -109,7 +109,7 @@ class Labeller:
 
         Raises:
             ValueError: an argument that cannot be stored; nothing was fetched.
-            NotAllowedError: whoever acts is no labeller, or none but a reviewer may do it; likewise.
+            NotAllowedError: the actor is no labeller, or none but a reviewer may do it; nothing was written.
             DatasetError: no such job, no copy of such a hash, or other bytes than the job judged; or job or image
                 were erased meanwhile.
             ImageRejectedError: the image may not be read, is not there, or is no image.

@@ -55,7 +55,7 @@ def bounded(
     wait_s: float = WAIT_S,
     work_s: float = WORK_S,
 ) -> list[Check]:
-    """Findings of one probe; whatever it raises, or its silence, is a finding too.
+    """Findings of one probe; what it raises, or its silence, is a finding too.
 
     A probe that waits for an answer fails after `wait_s`; one that works has `work_s` of processor time, and is then
     a warning, since a busy machine is not a broken one. Waiting is counted in ticks that this process lived through:
@@ -70,7 +70,7 @@ def bounded(
             found.extend(probe())
         except CodeWorkerError as error:
             found.append(Check(name, Status.FAIL, redact(str(error)), hint))
-        except Exception as error:  # noqa: BLE001 - whatever is broken must become a line and not end the examination
+        except Exception as error:  # noqa: BLE001 - anything that is broken must become a line and not end the examination
             found.append(Check(name, Status.FAIL, redact(f"{type(error).__name__}: {error}"), hint))
 
     # On a thread: some calls into drivers and resolvers know no time limit.

@@ -271,7 +271,7 @@ def _why(job: JobInfo, seen: _Seen) -> Iterator[str]:
     if (refusal := _refusal(job, seen)) is not None:
         yield f"no worker of its queue can use the release {seen.champion}: {refusal}"
     if (pause := seen.pauses.get(source_name(job.uri))) is not None:
-        yield f"its source {pause.source} is paused: {pause.detail or 'it refuses whatever is asked'}"
+        yield f"its source {pause.source} is paused: {pause.detail or 'it refuses all that is asked'}"
     if job.not_before is not None and job.not_before > seen.now:
         yield f"it is tried again at {job.not_before:%H:%M:%S} UTC, after {job.last_fault or 'a fault'}"
     if job.published_at is None:

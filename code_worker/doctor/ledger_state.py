@@ -135,7 +135,7 @@ def jobs(settings: Settings) -> Iterator[Check]:
 
 
 def pauses(settings: Settings) -> Iterator[Check]:
-    """Sources that are left alone because they refuse whatever is asked."""
+    """Sources that are left alone because they refuse all that is asked."""
     paused = _ask(settings, fleet.paused_sources)
     for name, pause in paused.items():
         text = f"{name} is paused since {pause.since:%Y-%m-%d %H:%M} UTC: {pause.detail}"

@@ -174,7 +174,7 @@ class OpenVinoEngine:
             # Two worker processes on one machine would otherwise be pinned to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
-        # One crop a pass: larger passes are no faster, and so a row has the same bits whatever is in its batch.
+        # One crop a pass: larger passes are no faster, and so a row has the same bits in any batch.
         graph = encoder_graph(CropEncoder(weights.config, weights.state))
         self._model = _the_core().compile_model(graph, "CPU", chosen)
         self._own = threading.local()

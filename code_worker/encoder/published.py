@@ -70,7 +70,7 @@ SHARD: Final = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 def config_from_published(published: object) -> VitConfig:
     """The configuration that `config.json` describes.
 
-    Mean and standard deviation are ImageNet's whatever the directory's `preprocessor_config.json` says: that file
+    Mean and standard deviation are ImageNet's, not those of the directory's `preprocessor_config.json`: that file
     holds the library's defaults (mean 0.5, a resize), while the method was trained and is published with ImageNet's
     and without a resize.
 

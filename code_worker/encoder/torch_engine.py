@@ -41,7 +41,7 @@ class Lane:
     """One caller's way to the device: its stream, its buffers and its recorded graphs. Not thread safe.
 
     Crops are copied into pinned memory, from there without blocking to the device, and padded up to the next shape
-    with whatever the buffer held before: a row depends on its own crop only. On a CPU there is no stream and nothing
+    with what the buffer held before: a row depends on its own crop only. On a CPU there is no stream and nothing
     is pinned or recorded; the rest is the same.
     """
 
@@ -76,7 +76,7 @@ class Lane:
         return self._answer.numpy()[:count].copy()
 
     def rehearse(self, shape: int) -> None:
-        """One pass of whatever the device holds: compiles, loads and tunes the kernels of this shape."""
+        """One pass of what the device holds: compiles, loads and tunes the kernels of this shape."""
         with torch.inference_mode(), self._on_stream():
             self._embed(shape)
         if self._stream is not None:
@@ -148,7 +148,7 @@ class Lanes:
     def prepare(self) -> None:
         """Compiles the kernels for every shape and records them per lane; call it before others use the lanes.
 
-        Whatever cannot be had is left out with a warning: without a compiler kernels are recorded as torch has
+        Anything that cannot be had is left out with a warning: without a compiler kernels are recorded as torch has
         them, without room for the graphs they are launched one by one.
 
         Raises:
@@ -301,7 +301,7 @@ class Engine:
 
 
 def check_crops(crops: NDArray[np.uint8]) -> None:
-    """Refuses whatever is not `(n, 224, 224, 3) uint8`.
+    """Refuses anything that is not `(n, 224, 224, 3) uint8`.
 
     Raises:
         ValueError: it is something else.

@@ -65,7 +65,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch_pickle(path: Path) -> Any:
-    """Whatever `torch.save` wrote, by torch's restricted unpickler: tensors, numbers, `argparse.Namespace`.
+    """Reads what `torch.save` wrote, by torch's restricted unpickler: tensors, numbers, `argparse.Namespace`.
 
     Raises:
         UnsafeArtifactError: the pickle asks for anything else, which the text names; nothing of it was executed.

@@ -51,13 +51,13 @@ def decode(data: bytes, limits: LimitSettings, *, sha256: str | None = None) -> 
     Args:
         data: The file.
         limits: What it may cost; sides and pixels are read from the header before anything is decoded.
-        sha256: Its content hash in hexadecimal, from whoever has computed it; unset: it is computed.
+        sha256: Its content hash in hexadecimal, if the caller has computed it; unset: it is computed.
 
     Returns:
         `(224, 224, 3) uint8` pixels, and what the file is: content hash, size, format, original sides and mode.
 
     Raises:
-        ImageRejectedError: for whatever these bytes are instead of an image within the limits.
+        ImageRejectedError: if these bytes are no image within the limits.
         TransientError: this machine has no memory left for an image that is within the limits.
     """
     with _opened(data, limits) as image:
@@ -141,7 +141,7 @@ def decode_whole(
     with _opened(data, limits) as image:
         if least_side is not None and image.format in _JPEG:
             image.draft(None, (least_side, least_side))
-        # Whoever works on whole images has chosen them: one that takes more than all the memory has it for itself.
+        # Whole images were chosen by the caller: one that takes more than all the memory has it for itself.
         needed = pillow_bytes(image, data) + 2 * _PIXEL_BYTES * image.width * image.height
         with taking(min(needed, limits.max_decode_bytes), limits.max_decode_bytes), _pixels_let_go(image):
             image.load()
@@ -247,7 +247,7 @@ def _padded(inner: NDArray[np.uint8], left: int, top: int) -> NDArray[np.uint8]:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    # convert("RGB") drops alpha whatever this says; it would only complain about palettes with several alphas.
+    # convert("RGB") drops alpha in any case; it would only complain about palettes with several alphas.
     image.info.pop("transparency", None)
     return image.convert("RGB")
 

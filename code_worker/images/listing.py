@@ -144,7 +144,7 @@ def _told(looked: Iterable[tuple[str, str | None]], left_out: LeftOut) -> Iterat
 def _possible(listed: Iterable[tuple[str, int | None]], place: str, left_out: LeftOut) -> Iterator[str]:
     """Yields what may be an image by what a list says of it.
 
-    Whatever stays takes a request, unless its name says so.
+    Anything that stays takes a request, unless its name says so.
     """
     start = place[: place.rindex("/") + 1]
     for uri, size in listed:

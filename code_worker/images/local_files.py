@@ -1,4 +1,4 @@
-"""Local files as a source: only regular files, only under the allowed roots, whatever links say."""
+"""Local files as a source: only regular files, only under the allowed roots, no matter what links say."""
 
 from __future__ import annotations
 

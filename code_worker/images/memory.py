@@ -112,7 +112,7 @@ class _Room:
             self._changed.notify_all()
 
 
-# Memory is the process's, whoever decodes in it and with whatever settings.
+# Memory is the process's, shared by all that decodes in it, with any settings.
 _room = _Room()
 os.register_at_fork(after_in_child=_room.empty)
 

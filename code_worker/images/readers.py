@@ -155,12 +155,12 @@ PILLOW_ERRORS: Final = (
     ValueError,  # ours, too; text and profile bombs, negative offsets, UnicodeDecodeError in a text chunk
     LookupError,  # a read past the end (IndexError), a code without a meaning (KeyError)
     TypeError,  # a tag of another type than the reader counts on, or absent
-    AttributeError,  # as above
+    AttributeError,  # a method that such a tag lacks
     ArithmeticError,  # an offset beyond a C integer, a rational with denominator zero
     AssertionError,  # readers assert what a header made them believe
     RuntimeError,  # a call in an order that only a broken file brings about; RecursionError
     SystemError,  # C code without a message
-    BufferError,  # as above
+    BufferError,  # the same, of a buffer
     MemoryError,  # a size no header within the limits can ask for: a damaged length inside the file
     struct.error,  # a field cut short
     zlib.error,  # a compressed chunk
@@ -168,11 +168,11 @@ PILLOW_ERRORS: Final = (
     Warning,  # a process may have turned warnings into errors; Pillow warns about the file, nothing else
 )
 """What reading a hostile file can raise inside Pillow. Missing on purpose: ImportError and NameError, which tell of a
-broken installation, and whatever is no Exception."""
+broken installation, and anything that is no Exception."""
 
 
 class ImageBytes(io.BytesIO):
-    """A file that refuses whoever goes through it in too many pieces, or takes more from its header than it holds.
+    """A file that refuses readers that go through it in too many pieces, or takes more from its header than it holds.
 
     Pillow walks chunks, segments and directories in Python, a few reads for each: millions of empty ones would take
     it minutes. And of a directory it keeps every value, though all of them may claim the same bytes.

@@ -97,7 +97,7 @@ class S3Source:
         self._allowed = tuple(entry.removeprefix(_SCHEME).partition("/")[::2] for entry in settings.buckets)
 
     def fetch(self, uri: str) -> Fetched:
-        """Reads one object whole, within `object_timeout_s` of wall-clock time whatever the server does.
+        """Reads one object whole, within `object_timeout_s` of wall-clock time.
 
         Raises:
             ImageRejectedError: not allowed (no request is made), missing, closed, archived, replaced, too large.
@@ -317,7 +317,7 @@ class _Download:
             # The connection may be gone, or the body complete, at this very moment. The body's own method of that
             # name would then log an error, which it is not.
             with suppress(AttributeError, OSError, ValueError):
-                set_socket_timeout(body._raw_stream, 0.001)  # type: ignore[attr-defined]  # noqa: SLF001 - see above
+                set_socket_timeout(body._raw_stream, 0.001)  # type: ignore[attr-defined]  # noqa: SLF001 - botocore's own method logs an error
 
     def _lateness(self) -> TransientError:
         return TransientError(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def images_under(sources: Sources, place: str, left_out: LeftOut, *, unjudged: bool = False) -> Iterator[str]:
     """Images under a directory or `s3://bucket/prefix/`, in the order of their names, listed as they are asked for.
 
-    An image is what has the suffix of one, whatever it holds, and what begins as one, whatever it is called; but an
+    An image is what has the suffix of one, with any content, and what begins as one, under any name; but an
     object that is called as another kind of file is not looked into, since that takes a request. Hidden files and
     directories and `__MACOSX` are passed over, links to directories not followed.
 
@@ -146,7 +146,7 @@ class Sources:
     def _s3_source(self) -> S3Source:
         with self._lock:
             if self._s3 is None:
-                # boto3 costs a third of a second: whoever reads local files only need not pay for it.
+                # boto3 costs a third of a second: a process that reads local files only need not pay for it.
                 from code_worker.images.s3 import S3Source
 
                 self._s3 = S3Source(

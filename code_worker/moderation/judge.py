@@ -231,16 +231,16 @@ class Judge:
         runtime: Runtime,
         policies: PolicyBook,
         progress: Callable[[], None] = lambda: None,
-        witness: Observer | None = None,
+        observer: Observer | None = None,
     ) -> Judged:
         """Fetches, decodes, encodes and scores a batch; one bad image never touches its neighbours.
 
         `progress` is called whenever a step of some image ended, so that a watchdog can tell slow from stuck.
-        `witness` is shown what the images turn into on the way.
+        `observer` is shown what the images turn into on the way.
         """
         result = Judged()
         ready: list[tuple[Item, Policy, str]] = []
-        for item in self._collector.embeddings(jobs, runtime, progress, witness):
+        for item in self._collector.embeddings(jobs, runtime, progress, observer):
             if item.error is not None:
                 self._record_error(item, runtime, result)
                 continue

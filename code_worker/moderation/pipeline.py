@@ -75,7 +75,7 @@ class _Task(ABC):
         self.running = True
         try:
             self.work()
-        except BaseException as error:  # noqa: BLE001 - whatever was raised belongs to the image
+        except BaseException as error:  # noqa: BLE001 - what was raised belongs to the image
             self.error = error
         self._ended.put(self)
 

@@ -324,7 +324,8 @@ def rescore(
 
     Raises:
         ArtifactError: a head fails on every image, or the encoder for good; what was written before stays.
-        SourceCredentialsError: a source refuses everything; likewise. Begun again, it goes on from there.
+        SourceCredentialsError: a source refuses everything; what was written before stays, and the next
+            call goes on from there.
     """
     tally = RescoreTally()
     for some in pages:

@@ -126,7 +126,7 @@ class LazyEmbedder:
                 try:
                     self._started = self._start()
                 except Exception as error:
-                    # Whatever a device raises: out of memory, above all.
+                    # Anything a device raises: out of memory, above all.
                     self._failure = error
                     raise TransientError(
                         RejectReason.MODEL_UNAVAILABLE, f"the encoder cannot be started: {error}"

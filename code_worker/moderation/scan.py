@@ -76,7 +76,7 @@ def _in_order(batches: Iterator[list[Job]], scan_: _Scan, ahead: int) -> Iterato
         while under_way:
             yield from under_way.popleft().result()
     finally:
-        # Whoever stops reading waits for the batches that run, not for those that have not begun.
+        # A caller that stops reading waits for the batches that run, not for those that have not begun.
         threads.shutdown(cancel_futures=True)
 
 

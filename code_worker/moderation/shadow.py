@@ -55,7 +55,7 @@ class Budget:
             self._left += size
 
 
-class Sight:
+class ShadowBatch:
     """The images of one batch that a challenger scores; an `Observer` of the champion's work.
 
     With the champion's encoder it needs embeddings alone, with another one crops, or bytes where the champion decoded
@@ -121,7 +121,7 @@ class Sight:
 
 
 def shadow_scores(
-    sight: Sight,
+    batch: ShadowBatch,
     embeddings: Mapping[str, NDArray[np.float32]],
     challenger: Runtime,
     failed: Callable[[str, BaseException, int], None],
@@ -133,7 +133,7 @@ def shadow_scores(
     cannot take are left out; `failed(head, error, images)` is told what a head raised, and over how many.
     """
     by_head: dict[str, list[tuple[str, Verdict]]] = {}
-    for sha256, verdict in sight.judged():
+    for sha256, verdict in batch.judged():
         if sha256 in embeddings:
             head = verdict.head if verdict.head in challenger.heads else challenger.default_head
             by_head.setdefault(str(head), []).append((sha256, verdict))
@@ -143,7 +143,7 @@ def shadow_scores(
         scores = score_rows(challenger.heads[head], head, matrix, partial(failed, head))
         for (sha256, verdict), score in zip(members, scores, strict=True):
             if not isinstance(score, str):
-                label = _policy(verdict, sight.own_policy, challenger).label(score)
+                label = _policy(verdict, batch.own_policy, challenger).label(score)
                 found.append(
                     _beside(verdict, sha256, release=challenger.release, head=head, score=score, label=label)
                 )

@@ -154,7 +154,7 @@ def _save_head(name: str, head: Head, directory: Path) -> None:
         head.save(directory)
     except ArtifactError:
         raise
-    except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, nothing is built
+    except (Exception, SystemExit) as error:  # a head is somebody else's code: if it raises, nothing is built
         raise_if_stop(error)
         raise ArtifactError(f"head {name!r} cannot be saved: {type(error).__name__}: {error}") from error
     if not files_below(directory):

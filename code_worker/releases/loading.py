@@ -234,7 +234,7 @@ def load_head(directory: Path, name: str, entry: HeadEntry, plugins: Plugins) ->
         return head_class.load(head_directory(directory, name), entry.options)
     except ArtifactError:
         raise
-    except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, it cannot be used
+    except (Exception, SystemExit) as error:  # a head is somebody else's code: if it raises, it cannot be used
         raise_if_stop(error)
         raise ArtifactError(
             f"head {name!r} cannot be loaded by {entry.target} (written by {entry.distribution} "

@@ -1,7 +1,7 @@
 """Interprets the few pickle instructions that fitted estimators need, over inert values.
 
 A pickle is a program for a small stack machine. Here no class is imported and nothing that a file names is called:
-names become `Name`, objects become `Instance`, arrays become views of the file's own bytes. Whatever lies outside the
+names become `Name`, objects become `Instance`, arrays become views of the file's own bytes. What lies outside the
 allow-list is refused by its name. Arrays may lie in the stream (joblib) or be pickled by numpy itself.
 """
 

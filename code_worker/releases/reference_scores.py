@@ -99,7 +99,7 @@ def checked_scores(name: str, head: Head, embeddings: NDArray[np.float32]) -> ND
     try:
         with np.errstate(all="ignore"):  # an application may have numpy raise on every underflow
             scores = np.asarray(head.score(embeddings))
-    except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, it cannot be used
+    except (Exception, SystemExit) as error:  # a head is somebody else's code: if it raises, it cannot be used
         raise_if_stop(error)
         raise ArtifactError(f"head {name!r} cannot score: {type(error).__name__}: {error}") from error
     if scores.shape != (len(embeddings),):

@@ -40,7 +40,7 @@ class Registry:
     """Imports, loads and promotes releases. Safe to share between threads.
 
     What changes which release judges, or could, takes an operator: methods raise NotAllowedError for others. What a
-    run adds and promotes is under the authority of whoever started or scheduled it.
+    run adds and promotes is under the authority of the person who started or scheduled it.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Registry:
             PluginError: a head's plugin is not installed.
         """
         directory, manifest, signature = self._verified(release)
-        # Not trusted to be still there: whoever may write to the artifact store could put another in its place.
+        # Not trusted to be still there: anyone who may write to the artifact store could put another in its place.
         expected = hashlib.sha256(manifest).hexdigest()
         return load_release(
             directory,

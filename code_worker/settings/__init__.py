@@ -129,7 +129,7 @@ class WorkerSettings(Section):
     remote_control: Literal["off", "inspect", "all"] = Field(
         "off",
         description="What `celery inspect`, Flower and other monitors may do with our workers: nothing; look at "
-        "them; or all that Celery's remote control can, such as ending them. Whoever reaches the broker may do it "
+        "them; or all that Celery's remote control can, such as ending them. Anyone who reaches the broker may do it "
         "then.",
     )
     store_embeddings: bool = Field(

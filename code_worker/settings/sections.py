@@ -237,7 +237,7 @@ class S3Settings(Section):
         (), description="Buckets that are public: requests to them are not signed. They must be in `buckets` too."
     )
     requester_pays: tuple[str, ...] = Field(
-        (), description="Buckets whose owner has whoever reads pay, which every request to them then agrees to."
+        (), description="Buckets whose readers pay, which every request to them then agrees to."
     )
 
     @field_validator("buckets", "anonymous", "requester_pays")

@@ -59,7 +59,7 @@ class EmbeddedBroker:
 
     TCP, because the schedule store and other Redis clients do not read kombu's form of a socket URL, and a socket's
     path has room for about a hundred bytes. Port and password are kept, so that a restart is found where it was.
-    Whoever holds the data directory's lock runs it; `prepare()` ends a server that an earlier holder left behind.
+    The holder of the data directory's lock runs it; `prepare()` ends a server that an earlier holder left behind.
     """
 
     def __init__(self, data_path: Path) -> None:

@@ -100,7 +100,7 @@ class _Running:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL to the child and to whatever it started."""
+        """SIGKILL to the child and to anything it started."""
         if self.process is not None and self.process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)

@@ -101,7 +101,7 @@ class Stack:
     """Everything that a data directory needs to run; what the settings name elsewhere is used there.
 
     Children read their settings from the environment of this process and from `env`, which must lead to the same
-    settings. Use it as a context manager, or call `start()` and, whatever happens, `stop()`.
+    settings. Use it as a context manager, or call `start()` and, no matter what happens, `stop()`.
     """
 
     def __init__(

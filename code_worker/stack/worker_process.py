@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_to_end(work: Callable[[Settings], int]) -> int:
     """Runs a supervised process on the settings of its environment; our own errors become its exit status."""
     die_with_parent()
-    # Until Celery has its own way to stop: whatever is being loaded is let go of, and leaves nothing half written.
+    # Until Celery has its own way to stop: what is being loaded is let go of, and nothing stays half written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = load_settings()

@@ -2,5 +2,5 @@
 
 import logging
 
-# Alembic names its own plugins, at its import, in the log of whoever imports us.
+# Alembic names its own plugins, at its import, in the log of anyone who imports us.
 logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)

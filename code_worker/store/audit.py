@@ -205,7 +205,7 @@ def stream(store: Store, *, page: int = _PAGE) -> Iterator[Entry]:
 def verify(store: Store, *, head: tuple[int, str] | None = None) -> Verified:
     """Walks along the chain: numbers without gaps, each hash right, each entry naming the hash of the one before.
 
-    Entries cut off at the end leave a chain that holds, and whoever may write to the database can compute one anew:
+    Entries cut off at the end leave a chain that holds, and who may write to the database can compute one anew:
     only `head`, number and hash of an entry noted elsewhere, shows that.
     """
     flaws: list[Flaw] = []

@@ -30,7 +30,7 @@ class DbFault(Enum):
     RETRY = auto()
     """Passes by itself: the whole transaction again, at once."""
     UNAVAILABLE = auto()
-    """Lasts longer than a retry: whoever can wait does, as for a database that is away."""
+    """Lasts longer than a retry: callers that can wait do, as for a database that is away."""
     FULL = auto()
     REFUSED = auto()
     """A rule is broken; the same row is refused again."""

@@ -93,7 +93,7 @@ class Store:
         return int(self.engine.pool.size())  # type: ignore[attr-defined]  # of the pool that `_make_engine` makes
 
     def new_id(self) -> str:
-        """A new id in the order of the database's time: whatever this machine's clock says, later ids are greater."""
+        """A new id in the order of the database's time: later ids are greater, with any clock here."""
         return uuid7(self._clock.now_s())
 
     def _read_clock(self, connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:

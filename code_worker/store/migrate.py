@@ -49,7 +49,7 @@ _log = get_logger(__name__)
 _LOCK: Final = 0x636F6465_776F726B
 """Key of PostgreSQL's advisory lock: "codework"."""
 _BEFORE: Final = (
-    # Whoever comes second waits for the first to finish; after that, tables in use are waited for only briefly.
+    # The second process waits for the first to finish; after that, tables in use are waited for only briefly.
     "SET LOCAL lock_timeout = '60s'",
     "SET LOCAL statement_timeout = 0",
     f"SELECT pg_advisory_xact_lock({_LOCK})",

@@ -164,7 +164,7 @@ def _info(row: RowMapping) -> ReleaseInfo:
 def retire(session: Session, release_id: str, status: str) -> bool:
     """Lets a release never be promoted again and says why; False while an alias points to it.
 
-    Whoever points an alias to it locks the same row first, so that no alias does when this has been committed.
+    What points an alias to it locks the same row first, so that no alias does when this has been committed.
     """
     session.execute(_lock_of(release_id))
     if session.scalar(select(_ALIASES.c.name).where(_ALIASES.c.release_id == release_id).limit(1)) is not None:

@@ -87,7 +87,7 @@ def _rewrite(store: Store) -> None:
         try:
             connection.execute("VACUUM")
             deadline = time.monotonic() + _PATIENCE_S
-            # Whoever reads holds on to the log; a busy answer is no error.
+            # A reader holds on to the log; a busy answer is no error.
             while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 if time.monotonic() > deadline:
                     raise StoreUnavailableError(
@@ -143,7 +143,7 @@ def jobs(session: Session, days: float, limit: int) -> int:
 
 
 def superseded(session: Session, days: float, limit: int) -> int:
-    """Verdicts that are that old and have a newer one of the same job; whose images they judged is noted as above."""
+    """Verdicts that are that old and have a newer one of the same job; whose images they judged is noted."""
     newer = exists().where(_NEWER.c.job_id == _VERDICTS.c.job_id, _NEWER.c.revision > _VERDICTS.c.revision)
     before = _VERDICTS.c.id < uuid7_floor(_moment(session, days))
     rows = session.execute(

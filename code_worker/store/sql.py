@@ -31,7 +31,7 @@ def table_of(row: type[Base]) -> Table:
 def among(session: Session, column: ColumnElement[str], ids: Iterable[str]) -> ColumnElement[bool]:
     """Returns whether a UUID column is one of the ids, which must be spelt canonically.
 
-    On PostgreSQL they go as one parameter: the statement is the same whatever their number, so it stays prepared.
+    On PostgreSQL they go as one parameter: the statement is the same for any number, so it stays prepared.
     """
     if _is_sqlite(session):
         return column.in_(list(ids))

@@ -54,7 +54,7 @@ def no_file(path: Path, setting: str) -> Path:
 def make_private(directory: Path) -> None:
     """Makes a directory and what is missing above it, all of it private; what is there stays as it is.
 
-    `Path.mkdir` gives its mode to the last directory alone: whatever is made first would open the data directory.
+    `Path.mkdir` gives its mode to the last directory alone: parents would open the data directory.
 
     Raises:
         OSError: it cannot be made, or something else is in its place.

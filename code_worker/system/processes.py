@@ -29,7 +29,7 @@ def call_if_alive(method: WeakMethod[Callable[[], None]]) -> None:
 
 
 _STOPPERS: Final = frozenset({"billiard", "celery", "code_worker", "kombu"})
-"""Packages whose SystemExit ends the process, whatever it was about."""
+"""Packages whose SystemExit ends the process, for any reason."""
 
 
 def raise_if_stop(error: BaseException) -> None:
@@ -37,7 +37,7 @@ def raise_if_stop(error: BaseException) -> None:
 
     To be called first where what a plugin raises is caught: a plugin that calls `sys.exit` has failed like any other.
     But the handler of a signal breaks into what runs, a plugin too. Then the innermost frame is ours or Celery's, or
-    the handler, whoever it belongs to, is among the frames.
+    the handler is among the frames.
     """
     if not isinstance(error, SystemExit):
         return

@@ -19,14 +19,14 @@ from typing import Final
 _REFUSALS: Final = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-    "DO_NOT_TRACK": "1",  # https://donottrack.sh: for whatever joins them
+    "DO_NOT_TRACK": "1",  # https://donottrack.sh: for anything that joins them
 }
 _OPENVINO: Final = ("openvino", "openvino_telemetry")
 
 
 @contextmanager
 def silent_import() -> Iterator[None]:
-    """Whatever is imported within the block is told not to report; the environment is as before afterwards.
+    """Libraries that are imported within the block are told not to report; the environment is as before afterwards.
 
     Where the package `openvino_telemetry` is not installed, OpenVINO uses a stub that does nothing. So that package
     is hidden meanwhile, and OpenVINO keeps the stub for as long as the process lives.

@@ -59,7 +59,7 @@ def check_missing_files(subject: Subject) -> None:
         subject.head_class.load(empty)
     except ArtifactError:
         return
-    except Exception as error:  # noqa: BLE001 - whatever else it raises is what this check is about
+    except Exception as error:  # noqa: BLE001 - anything else it raises is what this check is about
         seen = type(error).__name__
     else:
         seen = "a head out of nothing"
@@ -71,7 +71,7 @@ def check_missing_files(subject: Subject) -> None:
 
 
 def check_no_pickles(subject: Subject) -> None:
-    """Saved files need no unpickling: a pickle runs whatever it contains."""
+    """Saved files need no unpickling: a pickle runs anything it contains."""
     for path in sorted(subject.saved("scan").rglob("*")):
         for reason in _pickle_signs(path):
             raise NotConformingError(

@@ -233,7 +233,7 @@ def fake_client(verdicts: Mapping[str, Answer] | None = None, *, heads: Collecti
 
     Args:
         verdicts: see `FakeClient`.
-        heads: likewise.
+        heads: see `FakeClient`.
 
     Raises:
         ValueError: a verdict that is none.
@@ -246,7 +246,7 @@ def fake_client(verdicts: Mapping[str, Answer] | None = None, *, heads: Collecti
     module = sys.modules.get(_CLIENT)
     default = getattr(module, "_default", None)
     if module is not None:
-        # For whoever imported the functions themselves, before.
+        # For anyone who imported the functions themselves, before.
         vars(module)["_default"] = lambda: client
     try:
         yield client

@@ -24,7 +24,7 @@ from code_worker.types import EMBEDDING_DIM, SCORE_ROUNDING
 
 _BATCHES: Final = (7, 64, 1000)
 _THREADS: Final = 2
-"""More than one, whatever the machine has: a product is then cut into as many parts."""
+"""More than one, no matter what the machine has: a product is then cut into as many parts."""
 _FEW: Final = 64
 
 

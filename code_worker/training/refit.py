@@ -130,7 +130,7 @@ def _fit(
 ) -> Head:
     try:
         return fit_head(head_class(plan.options), embeddings, labels)
-    except (Exception, SystemExit) as error:  # a head is somebody else's code: whatever it raises, it fails by name
+    except (Exception, SystemExit) as error:  # a head is somebody else's code: if it raises, it fails by name
         raise_if_stop(error)
         images = np.count_nonzero(labels == REAL) if head_class.one_class else len(labels)
         raise TrainingError(

@@ -133,7 +133,7 @@ class RunLease:
             thread.join()
 
     def check(self) -> None:
-        """To be called often by whatever takes long.
+        """To be called often by work that takes long.
 
         Raises:
             RunLostError: another process took the run over.

@@ -144,7 +144,7 @@ class Snapshot:
         return [member for member in self.members if member.holdout]
 
     def of_training_share(self) -> Snapshot:
-        """The same without the hold-out, for whatever decides how to train."""
+        """The same without the hold-out, for anything that decides how to train."""
         return replace(self, members=tuple(self.training_share))
 
     @property

@@ -160,8 +160,8 @@ class Stages:
         weights, digest = (base.weights, base.encoder_sha256) if base is not None else (None, "")
         if self.attempt.run.kind == "retrain":
             self._enter("train")
-            lacks = MissedGenerators() if base is None else self._lacks(base, taken)
-            weights, digest = train_encoder(self.attempt, taken, base, partial(self.attempt.listen, "train"), lacks)
+            missed = MissedGenerators() if base is None else self._missed_generators(base, taken)
+            weights, digest = train_encoder(self.attempt, taken, base, partial(self.attempt.listen, "train"), missed)
         if weights is None:
             raise NoReleaseError("no champion whose encoder the heads could be fitted on: import a release first")
         self._enter("refit")
@@ -169,15 +169,15 @@ class Stages:
         self._build(weights, views, taken, base)
         return self.attempt.add_candidate()
 
-    def _lacks(self, base: LoadedRelease, taken: Snapshot) -> MissedGenerators:
-        """Returns what the training should dwell on; the gate will want the same embeddings of the champion."""
+    def _missed_generators(self, base: LoadedRelease, taken: Snapshot) -> MissedGenerators:
+        """Returns what the training should oversample; the gate will want the same embeddings of the champion."""
         side = self._side(base, taken, like=None)
         learned = taken.of_training_share()
-        lacks = MissedGenerators(
+        missed = MissedGenerators(
             missed_generators(learned.members, side), frozenset(unseen_generators(learned, side))
         )
-        self.report |= {"missed_generators": sorted(lacks.missed), "unseen_generators": sorted(lacks.unseen)}
-        return lacks
+        self.report |= {"missed_generators": sorted(missed.missed), "unseen_generators": sorted(missed.unseen)}
+        return missed
 
     def _base(self) -> LoadedRelease | None:
         if self._loaded_base is None and self.attempt.run.base_release is not None:
@@ -282,7 +282,7 @@ class Stages:
         return count
 
     def _judge(self, candidate: str, taken: Snapshot) -> RunOutcome | None:
-        """Compares with whoever is champion now, until nobody moves that alias meanwhile."""
+        """Compares with the present champion, until nobody moves that alias meanwhile."""
         loaded = self.attempt.parts.registry.load_to_judge(candidate)
         if self.attempt.run.kind == "retrain":
             self._enter("report")

@@ -101,7 +101,7 @@ class _KnowsOurs:
         In Celery 5.6 all that is known, which leaves out what was only asked for.
         """
         known: Any = self
-        found = super().consume_from  # type: ignore[misc]  # as above
+        found = super().consume_from  # type: ignore[misc]  # of Celery's Queues
         if found is not known:
             return found  # type: ignore[no-any-return]
         asked_for = self.__dict__.get("asked_for", ())
@@ -111,7 +111,7 @@ class _KnowsOurs:
         # Celery would bind one that is listed by its name alone to the default exchange, with what else goes there.
         if queue.name in ALL_QUEUES and not queue.exchange.name and queue.routing_key in (None, "", queue.name):
             queue.exchange, queue.routing_key = Exchange(queue.name, type="direct"), queue.name
-        return super()._add(_typed(self, queue) if queue.name in ALL_QUEUES else queue)  # type: ignore[misc]  # as above
+        return super()._add(_typed(self, queue) if queue.name in ALL_QUEUES else queue)  # type: ignore[misc]  # Celery's
 
 
 def _typed(queues: Any, queue: Queue) -> Queue:
@@ -145,7 +145,7 @@ def _assign(app: Celery, name: str, value: object) -> None:
 
 
 def add_routes(app: Celery) -> list[str]:
-    """Puts our routes before whatever catches all; a route that names our tasks stays. The tasks that had none."""
+    """Puts our routes before those that catch all; ones that name our tasks stay. Returns tasks without one."""
     theirs = app.conf.task_routes
     listed = list(theirs) if isinstance(theirs, list | tuple) else [theirs] if theirs else []
     patterns = {pattern for route in listed for pattern in _patterns(route)}
@@ -222,7 +222,7 @@ def add_entries(app: Celery, entries: Mapping[str, Mapping[str, Any]]) -> list[s
     return list(missing)
 
 
-# Without `hello`, with which workers greet each other: it takes a list of revoked tasks from whoever sends it, and
+# Without `hello`, with which workers greet each other: it takes a list of revoked tasks from anyone who sends it, and
 # what is revoked is acknowledged and never run.
 _LOOKING: Final = frozenset(
     {

@@ -216,7 +216,7 @@ class TlsRedisTransport(RedisTransport):
 
 
 class QueuesInOrder(round_robin_cycle):
-    """Live before normal before backfill, then whatever else this worker consumes, in turn.
+    """Live before normal before backfill, then anything else this worker consumes, in turn.
 
     BRPOP takes from the first of its keys that holds a message, so the order of keys is the priority.
     """

@@ -155,7 +155,7 @@ class Learning:
         from code_worker.training.evaluation.calibration import recalibrate
 
         registry = open_registry(self._settings, store=self._store, plugins=load_plugins(self._settings))
-        # Under the authority of whoever set the schedule, as its runs are.
+        # Under the authority of the person who set the schedule, as its runs are.
         by = f"schedule: {CALIBRATE} after the promotion of {due:%Y-%m-%d %H:%M}"
         redrawn = recalibrate(self._settings, self._store, registry, by=by)
         left = [one.policy.scope for one in redrawn if one.problem]

@@ -34,7 +34,7 @@ class UtcCrontab(crontab):
         return datetime.now(self.tz)
 
     def maybe_make_aware(self, dt: datetime, naive_as_utc: bool = True) -> datetime:
-        """In UTC: before 5.7 Celery compares the hours of whatever zone a time is in."""
+        """In UTC: before 5.7 Celery compares hours without regard to their zones."""
         aware: datetime = super().maybe_make_aware(dt, naive_as_utc=naive_as_utc)
         return aware.astimezone(self.tz)
 

@@ -31,7 +31,7 @@ _NEVER_S = 10 * 366 * 86_400
 
 
 class OwnTask(Task):
-    """A task whose options are our own, whatever an app that we are installed in sets for its tasks.
+    """A task whose options are our own, no matter what an app that we are installed in sets for its tasks.
 
     Its limits of time would end trainings and batches, for which we have our own watchdog; its retries would
     acknowledge messages that are to be delivered again; its results would be kept for nobody.
@@ -66,7 +66,7 @@ def register_tasks(app: Celery, host: AppState) -> None:
             job_ids = take_message(host.store(), message, str(task.request.id))
             node = host.node() if job_ids else None
         except Exception as error:
-            # No ledger, or no node, for whatever reason: a device out of memory is no error of ours. The message may
+            # No ledger, or no node, for any reason: a device out of memory is no error of ours. The message may
             # carry jobs that have no row yet, and Celery acknowledges one whose task fails.
             raise _put_back(error) from error
         try:

@@ -28,7 +28,7 @@ _LEAST_ON_A_DEVICE: Final = 20_000
 
 _UNIT_ROUNDOFF: Final = 2.0**-24
 _ERROR: Final = (EMBEDDING_DIM + 8) * _UNIT_ROUNDOFF
-"""Bound of a float32 similarity's error for unit vectors, whatever the order of summation (Higham 2002, eq. 3.5).
+"""Bound of a float32 similarity's error for unit vectors, in any order of summation (Higham 2002, eq. 3.5).
 
 The 8 covers rounding the two vectors to float32 and the comparison itself.
 """

@@ -132,7 +132,7 @@ def code_worker_select_head(job, heads):
 
 @row(
     "F16",
-    injection="SQLite answers SQLITE_FULL to whatever needs another page, for 15 s",
+    injection="SQLite answers SQLITE_FULL to statements that need another page, for 15 s",
     expected="nothing acknowledged or blamed, storage_full is said, goes on by itself; integrity_check ok",
 )
 @pytest.mark.nightly

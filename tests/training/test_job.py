@@ -30,10 +30,10 @@ def test_what_is_left_unset_is_what_the_device_can_do() -> None:
 
 
 def test_what_is_left_unset_follows_the_size_of_the_encoder() -> None:
-    for blind in (False, True):
-        assert for_encoder(TrainingSettings(), 224, blind=blind) == Manner(2e-4, 1.0, native=False)
+    for unseen in (False, True):
+        assert for_encoder(TrainingSettings(), 224, unseen=unseen) == Manner(2e-4, 1.0, native=False)
     assert for_encoder(TrainingSettings(), 48) == Manner(2e-4, 1.0, native=True)
-    assert for_encoder(TrainingSettings(), 48, blind=True) == Manner(1e-3, 0.5, native=True)
+    assert for_encoder(TrainingSettings(), 48, unseen=True) == Manner(1e-3, 0.5, native=True)
     asked = TrainingSettings(learning_rate=3e-4, keep=0, native=False)
     assert for_encoder(asked, 48) == Manner(3e-4, 0.0, native=False)
 

@@ -146,7 +146,7 @@ def _cache(store: Store, encoder_sha256: str, settings: Settings) -> tuple[Known
     known: Known = lambda hashes: store.run(  # noqa: E731 - a pair of one-liners that share what is above
         lambda session: embeddings.known(session, encoder_sha256, hashes), write=False
     )
-    keep: Keep = lambda vectors: store.run(  # noqa: E731 - as above
+    keep: Keep = lambda vectors: store.run(  # noqa: E731 - the other of the pair
         lambda session: embeddings.keep(session, encoder_sha256, vectors, since=since)
     )
     return known, keep if settings.worker.store_embeddings else None

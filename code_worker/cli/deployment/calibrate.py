@@ -30,7 +30,7 @@ def draw_anew(*, dry_run: bool, as_json: bool) -> None:
     """Calibrates stale policies on the champion and says what became of each; exit status 1 when one stays stale.
 
     Raises:
-        NotAllowedError: whoever runs this is no operator.
+        NotAllowedError: the caller is no operator.
         NoReleaseError: there is no champion.
     """
     from code_worker.plugins import load_plugins

@@ -280,8 +280,14 @@ def challenge(release: str | None, *, withdraw: bool, reason: str) -> None:
 @releases.command()
 @click.argument("release", required=False)
 @click.option("--device", help="Device to test; unset: that of the settings.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Arithmetic; unset: as above.")
-@click.option("--engine", type=click.Choice(["auto", "torch", "openvino"]), help="Encoder's engine; unset: as above.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Arithmetic; unset: that of the settings."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "torch", "openvino"]),
+    help="Encoder's engine; unset: that of the settings.",
+)
 @click.option(
     "--images",
     default=256,

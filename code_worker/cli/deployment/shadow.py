@@ -31,7 +31,7 @@ def shadow() -> None:
 @shadow.command()
 @click.option("--release", help="Challenger to look at; unset: that of now, else the last one.")
 @click.option("--since", type=AGO_OR_DATE, help="Scores from then on: 2026-01-31, 7d or 12h; UTC.")
-@click.option("--until", type=AGO_OR_DATE, help="Scores before then; likewise.")
+@click.option("--until", type=AGO_OR_DATE, help="Scores before then: 2026-01-31, 7d or 12h; UTC.")
 @click.option("--tenant", help="Whose images.")
 @click.option("--content-type", help="Kind of content.")
 @click.option("--limit", type=click.IntRange(0, 10_000), default=10, show_default=True, help="Disagreements to list.")

@@ -147,7 +147,7 @@ def _last_look(receipt: Receipt) -> str | None:
 @click.command()
 @click.option("--job", type=ID, help="This job; its image too, unless another job judged the same bytes.")
 @click.option("--sha256", type=SHA256, help="The image of this content hash, and every job that judged it.")
-@click.option("--tenant", help="Every job of this tenant, and their images as above.")
+@click.option("--tenant", help="Every job of this tenant, and their images, unless other jobs judged the same bytes.")
 @click.option(
     "--before", type=AGO_OR_DATE, help="All that was accepted or labelled before then, and not spoken of since."
 )

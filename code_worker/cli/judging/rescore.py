@@ -33,7 +33,7 @@ _LEFT: Final = {
 @click.option(
     "--since", type=AGO_OR_DATE, required=True, help="Images accepted from then on: 2026-01-31, 7d or 12h; UTC."
 )
-@click.option("--until", type=AGO_OR_DATE, help="Images accepted before then; likewise.")
+@click.option("--until", type=AGO_OR_DATE, help="Images accepted before then: 2026-01-31, 7d or 12h; UTC.")
 @click.option("--tenant", help="Whose images.")
 @click.option("--label", type=click.Choice([str(one) for one in Label]), help="Only what is held to be this now.")
 @click.option("--release", help="Release to judge with; unset: the champion.")

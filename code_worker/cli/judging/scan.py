@@ -134,7 +134,7 @@ def scan(
     Judges with the champion of the database, or with the release named. Nothing is written to the database.
     Buckets must be allowed by CODE_WORKER_S3__BUCKETS; what is named here of this machine's files may be read.
 
-    An image of a directory or prefix is what has the suffix of one, and what begins as one whatever it is called. The
+    An image of a directory or prefix is what has the suffix of one, and what begins as one under any name. The
     rest is passed over and listed on stderr.
 
     Exit status: 0 all judged; 1 some images were rejected, or a directory could not be listed; 2 wrong use or

@@ -79,7 +79,7 @@ _FILTERS = (
     click.option("--sha256", type=SHA256, help="Of the image's bytes."),
     click.option("--uri-prefix", help="Beginning of the URI."),
     click.option("--since", type=AGO_OR_DATE, help="From then on: 2026-01-31, 7d or 12h; UTC."),
-    click.option("--until", type=AGO_OR_DATE, help="Before then; likewise."),
+    click.option("--until", type=AGO_OR_DATE, help="Before then: 2026-01-31, 7d or 12h; UTC."),
     click.option("--score-min", type=SHARE, help="Least score."),
     click.option("--score-max", type=SHARE, help="Greatest score."),
     click.option("--superseded", is_flag=True, help="Also verdicts that a retry or a rescore has replaced."),

@@ -94,7 +94,7 @@ _FILTERS = (
     click.option("--by", help="Who says so."),
     click.option("--sha256", help="Of the image's bytes."),
     click.option("--since", type=AGO_OR_DATE, help="Written here from then on: 2026-01-31, 7d or 12h; UTC."),
-    click.option("--until", type=AGO_OR_DATE, help="Written before then; likewise."),
+    click.option("--until", type=AGO_OR_DATE, help="Written before then: 2026-01-31, 7d or 12h; UTC."),
 )
 
 
@@ -306,7 +306,7 @@ def conflicts(*, after: str | None, limit: int, as_json: bool) -> None:
 @click.option("--generator", help="What made a fake one, if you know.")
 @click.option("--note", default="", help="Why.")
 def settle(target: str, label: str, generator: str | None, note: str) -> None:
-    """Say, as a reviewer, what an image is; that holds whatever labellers say and the rule would make of it.
+    """Say, as a reviewer, what an image is; that holds against labellers and the rule.
 
     Nobody's statement is removed, and a later review settles it anew. Exit status: as `code-worker label`.
     """

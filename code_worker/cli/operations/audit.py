@@ -42,7 +42,7 @@ def audit() -> None:
 @click.option("--action", help="What was done: release.promote, label.add, …; `release.` is all that begin so.")
 @click.option("--subject", help="To what: the id of a release or policy, `file NAME`, …")
 @click.option("--since", type=AGO_OR_DATE, help="From then on: 2026-01-31, 7d or 12h; UTC.")
-@click.option("--until", type=AGO_OR_DATE, help="Before then; likewise.")
+@click.option("--until", type=AGO_OR_DATE, help="Before then: 2026-01-31, 7d or 12h; UTC.")
 @click.option("--after", type=click.IntRange(1), metavar="SEQ", help="Continue after this entry: the next page.")
 @limit_option(50)
 @json_option

@@ -147,7 +147,7 @@ def restore(file: Path, *, force: bool, as_json: bool) -> None:
     count = 0
     for count, one in enumerate(_undone(kept, file), 1):
         _say_undone(one, first=count == 1)
-    again = f"erase again as above ({plural(count, 'erasure')}), " if count else ""
+    again = f"erase again, by the commands printed here ({plural(count, 'erasure')}), " if count else ""
     say(f"next: code-worker db upgrade, {again}then start the workers")
 
 

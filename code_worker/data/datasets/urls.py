@@ -1,4 +1,4 @@
-"""Images by somebody else's URL: public hosts only, bounded in bytes and in time, whatever redirects say."""
+"""Images by somebody else's URL: public hosts only, bounded in bytes and in time, no matter what redirects say."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Erasure: everything that is kept of jobs and images goes, whatever dies on the way, and a receipt stays.
+"""Erasure: everything that is kept of jobs and images goes, even if processes die on the way, and a receipt stays.
 
-The erasure is a row with its scope. Whoever takes it up, in whichever state it was left, deletes what is in scope
+The erasure is a row with its scope. A process that takes it up, in any state, deletes what is in scope
 now, spares what others share, and looks over all tables and the storage before it is called done.
 """
 
@@ -138,7 +138,7 @@ class Eraser:
             NotAllowedError: they are no operator; nothing was done.
             StoreError: nothing is kept of the job, image or tenant nor was anything erased, and nothing was done; or
                 somebody else is erasing, or workers are still judging some of it: do the same again.
-            StorageError, ArtifactError: a copy or release cannot be deleted; likewise.
+            StorageError, ArtifactError: a copy or release cannot be deleted; do the same again.
         """
         require(self._roles, by, Role.OPERATOR, "erase")
         if (before := self.erased_before(scope)) is not None:

@@ -78,7 +78,7 @@ class Mentions:
             How many named something, of those that were there when the erasure was asked for: messages of a tenant
             that goes on sending them have no end.
         """
-        # Whoever is writing one is done after this, and it is read.
+        # A process that is writing one is done after this, and it is read.
         self._turn.write(personal.keep_out)
         count = 0
         after: str | None = ""

@@ -155,7 +155,7 @@ class Meaning:
 
 
 class Words:
-    """From the words that a file uses to `real` and `fake`, whatever their case.
+    """From the words that a file uses to `real` and `fake`, in any case.
 
     Args:
         mapping: `word=real`, `word=fake` or `word=fake:generator` each; they come before the words known anyway.

@@ -158,7 +158,7 @@ def _image_field(data: Mapping[str, Any], words: Words | None = None) -> str:
 
 
 def _plain_address(address: str) -> str:
-    """Returns what stands behind the paths under which Label Studio serves images itself, whatever host it is on."""
+    """Returns what stands behind the paths under which Label Studio serves images itself, on any host."""
     try:
         parts = urlsplit(address)
     except ValueError:  # brackets that do not match

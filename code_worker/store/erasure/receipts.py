@@ -1,4 +1,4 @@
-"""Receipts of erasures: what was erased when, why and how much, told to whoever has the original and nobody else."""
+"""Receipts of erasures: what was erased when, why and how much, told only to those who have the original."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def begin(
     why: str,
     salt: str,
 ) -> None:
-    """Opens a receipt; opening it again changes nothing. `target` is the scope as whoever resumes must know it."""
+    """Opens a receipt; opening it again changes nothing. `target` is the scope, for a process that resumes it."""
     row = {
         "id": id,
         "state": "running",

@@ -52,9 +52,9 @@ class Scope:
     Attributes:
         job: its id; the image is forgotten as well, unless another job judged it.
         sha256: an image with every job that judged it.
-        tenant: all its jobs, and their images as above.
+        tenant: all its jobs, and their images unless other jobs judged them.
         before: everything accepted or labelled before this moment, and not spoken of since.
-        until: when the erasure was asked for; what was accepted later is none of it. None: whatever is there now.
+        until: when the erasure was asked for; what was accepted later is none of it. None: all that is there now.
     """
 
     job: str | None = None
@@ -101,7 +101,7 @@ def _of(scope: Scope, job_id: Any, tenant: Any, accepted_at: Any) -> ColumnEleme
     if scope.job is not None:
         return and_(job_id == as_uuid(scope.job), in_time)
     if scope.tenant is not None:
-        # Whoever negates this means jobs without a tenant too.
+        # A negation of this means jobs without a tenant too.
         return and_(tenant.is_not_distinct_from(scope.tenant), in_time)
     if scope.before is not None:
         return and_(accepted_at < scope.before, in_time)

@@ -307,7 +307,7 @@ def _read_secret(session: Session) -> bytes | None:
 
 
 def _locked(session: Session) -> bytes:
-    """The secret, its row locked until the transaction ends; made by whoever comes first."""
+    """The secret, its row locked until the transaction ends; made by the first that comes."""
     statement = select(_SECRETS.c.value).where(_SECRETS.c.name == _NAME).with_for_update()
     if (value := session.scalar(statement)) is None:
         insert_new(session, SecretRow, [{"name": _NAME, "value": secrets.token_bytes(_BYTES)}], same=["name"])

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Final, Literal, Protocol, TypeVar, get_args
 
 REVIEW: Final = "review"
-"""Source of a statement by which a reviewer settles an image, whatever the rule."""
+"""Source of a statement by which a reviewer settles an image under any rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class ResolvedLabel:
         sha256: of the image's bytes.
         label: `real` or `fake`.
         generator: what made a fake one, as the deciding statement says, or else the last that agrees with it.
-        collection: where the image came from, likewise.
+        collection: where the image came from, by the same statement.
         labellers: how many spoke of it.
         contradicted: whether their latest statements differ.
         last_at: when the latest of these was said.

@@ -324,7 +324,7 @@ def resolve(
 ) -> list[ResolvedLabel]:
     """One label for every image that the rule decides, by content hash; the others are absent.
 
-    Of each labeller only the latest statement counts. One scan in order, whatever the number of labels.
+    Of each labeller only the latest statement counts. One scan in order, for any number of labels.
 
     Args:
         session: the unit of work.

@@ -1,4 +1,4 @@
-"""Times at which schedules fire: each is taken once, whoever else wants it."""
+"""Times at which schedules fire: each is taken once, no matter who else wants it."""
 
 from __future__ import annotations
 

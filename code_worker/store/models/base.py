@@ -19,7 +19,7 @@ BIG_KEY: Final = BigInteger().with_variant(Integer(), "sqlite")
 """A counted key: SQLite counts up only in a column of type INTEGER."""
 
 PERSONAL: Final = {"personal": True}
-"""Marks a column that may say whose image it was or what it shows: whoever writes it asks `store.personal` first."""
+"""Marks a column that may say whose image it was or what it shows: its writers ask `personal` first."""
 
 
 class Base(DeclarativeBase):

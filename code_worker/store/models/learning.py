@@ -187,7 +187,7 @@ class RunRow(Base):
         CheckConstraint("kind IN ('retrain', 'refit')", name="kind"),
         CheckConstraint("state IN ('running', 'promoted', 'rejected', 'failed', 'skipped')", name="state"),
         CheckConstraint("(state = 'running') = (finished_at IS NULL)", name="finished"),
-        # One at a time in the whole deployment, whatever starts it.
+        # One at a time in the whole deployment.
         Index("uq_runs_running", "state", unique=True, postgresql_where=text(_RUNNING), sqlite_where=text(_RUNNING)),
         Index("ix_runs_created_at", "created_at"),
         {"comment": "Retrains and refits."},

@@ -125,7 +125,7 @@ class ErasureTargetRow(Base):
 
 
 class ErasedDigestRow(Base):
-    """Salted digest of something that was erased: whoever has the original can ask, nobody can read it back."""
+    """Salted digest of something that was erased: anyone who has the original can ask, nobody can read it back."""
 
     __tablename__ = "erased_digests"
 

@@ -274,7 +274,7 @@ def recalibrate(
     """Calibrates each stale policy on the champion: by the data set, bounds and head of then, for the same scope.
 
     One that cannot be drawn, such as by too few images, stays as it is and keeps none of the others from it. Two
-    processes at once do no harm: a version that somebody put meanwhile stays. Whoever calls this made sure that `by`
+    processes at once do no harm: a version that somebody put meanwhile stays. The caller made sure that `by`
     may set thresholds.
 
     Args:
@@ -310,7 +310,7 @@ def _redraw(settings: Settings, store: Store, runtime: Runtime, row: PolicyRow, 
         made = _calibrated(settings, store, runtime, row)
         new = None if by is None else store.run(partial(_put, row=row, made=made, by=by))
     except (StorageError, StoreFullError, StoreUnavailableError):
-        # Nothing is wrong with this policy: whoever called tries all of it again later.
+        # Nothing is wrong with this policy: the caller tries all of it again later.
         raise
     except CodeWorkerError as error:
         log.warning("policy_stays_stale", policy=row.id, release=runtime.release, error=str(error))

@@ -100,7 +100,7 @@ def _recompressed(image: Image.Image, _: bytes, *, quality: int) -> Image.Image:
 
 
 def _blurred(image: Image.Image, _: bytes, *, sigma: float) -> Image.Image:
-    from scipy.ndimage import gaussian_filter  # a second, for whoever asks for other presets
+    from scipy.ndimage import gaussian_filter  # takes a second, for other presets alone
 
     # On uint8, as SIDBench has it: each of the two passes drops what is behind the point.
     return Image.fromarray(gaussian_filter(np.asarray(image), sigma=(sigma, sigma, 0)))

@@ -1,8 +1,8 @@
 """Thresholds by labelled images: where to draw the lines so that false alarms and misses stay under stated shares.
 
 Both lines are order statistics, as split conformal prediction draws them (Vovk, Gammerman & Shafer 2005; Angelopoulos
-& Bates 2021): with n real images, `high` lies just above the ⌈(n + 1)(1 - α)⌉-th lowest of their scores. Whatever the
-scores are distributed like, a further real image from the same source is then called fake with a chance of at most α,
+& Bates 2021): with n real images, `high` lies just above the ⌈(n + 1)(1 - α)⌉-th lowest of their scores. For any
+distribution of the scores, a further real image from the same source is then called fake with a chance of at most α,
 on average over the images that happened to be labelled. Of these themselves, at most α are.
 """
 

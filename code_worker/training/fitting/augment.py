@@ -242,7 +242,7 @@ class Augmenter:
         return [(augmentation, float(rng.uniform(low, high))) for augmentation, (low, high) in limits]
 
     def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
-        """The image after what `draw` says, of whatever size that leaves."""
+        """The image after what `draw` says, of the size that is left."""
         for augmentation, strength in self.draw(rng):
             image = augmentation.apply(image, strength, rng)
         return image

@@ -56,7 +56,7 @@ class TrainingJob(_Part):
         settings: the hyper-parameters; see `for_device` for those left unset.
         refuse_holdout: refuse to learn from or choose by images that the hold-out rule sets aside; False only where
             the caller's items are split otherwise, such as the starter's photographs.
-        blind: see `for_encoder`.
+        unseen: see `for_encoder`.
         device: as `Settings.device`.
         precision: `auto` is bf16 autocast on CUDA and float32 on a CPU.
         compile: `torch.compile` the encoder; unset: on CUDA.
@@ -72,7 +72,7 @@ class TrainingJob(_Part):
     start: Literal["timm", "cosine"] | None = None
     settings: TrainingSettings = TrainingSettings()
     refuse_holdout: bool = True
-    blind: bool = False
+    unseen: bool = False
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool | None = None
@@ -123,20 +123,20 @@ class Manner:
     native: bool
 
 
-def for_encoder(settings: TrainingSettings, image_size: int, *, blind: bool = False) -> Manner:
+def for_encoder(settings: TrainingSettings, image_size: int, *, unseen: bool = False) -> Manner:
     """The manner that the settings ask for; what they leave unset follows the encoder.
 
-    A small encoder that was trained to its end is blind to traces that it had no use for. Where it has to learn to
+    A small encoder that was trained to its end does not see traces that it had no use for. Where it has to learn to
     see some, it begins with half fresh weights and learns faster; what it sees already takes no more than tuning, and
     old generators lose less. It would see no trace at all in a photograph that was resized to its views.
 
     Args:
         settings: the hyper-parameters.
         image_size: side of the encoder's images, pixels.
-        blind: whether there is a generator that the champion's encoder does not tell from reals.
+        unseen: whether there is a generator that the champion's encoder does not tell from reals.
     """
     small = image_size < IMAGE_SIZE
-    usual = Manner(1e-3, 0.5, native=True) if small and blind else Manner(2e-4, 1.0, native=small)
+    usual = Manner(1e-3, 0.5, native=True) if small and unseen else Manner(2e-4, 1.0, native=small)
     return Manner(
         usual.learning_rate if settings.learning_rate is None else settings.learning_rate,
         usual.keep if settings.keep is None else settings.keep,

@@ -205,7 +205,7 @@ def train_encoder(
     taken: Snapshot,
     base: LoadedRelease | None,
     progress: Progress,
-    lacks: MissedGenerators,
+    missed: MissedGenerators,
 ) -> tuple[EncoderWeights, str]:
     """The trained encoder and its hash; what an earlier attempt left in the workplace is gone on with.
 
@@ -214,7 +214,7 @@ def train_encoder(
         taken: what to learn from and to choose by.
         base: whose encoder to begin with.
         progress: hears of the training.
-        lacks: what to dwell on.
+        missed: what to oversample.
 
     Raises:
         TrainingError, RunLostError, RunStoppedError: see `child.train`.
@@ -224,14 +224,14 @@ def train_encoder(
 
     place = attempt.place
     if not (place.job / JOB_FILE).is_file():
-        write_training_job(attempt, taken, base, lacks)
+        write_training_job(attempt, taken, base, missed)
     run_training_process(place.job, attempt.settings, attempt.held, progress, lock=place.lock)
     weights = read_weights(place.job / RESULT)
     return weights, _digest(place, weights)
 
 
 def write_training_job(
-    attempt: RunContext, taken: Snapshot, base: LoadedRelease | None, lacks: MissedGenerators
+    attempt: RunContext, taken: Snapshot, base: LoadedRelease | None, missed: MissedGenerators
 ) -> None:
     """Makes the kept copies local and describes the training, complete or not at all.
 
@@ -240,13 +240,13 @@ def write_training_job(
         DatasetError: less than half of the images can be read.
     """
     parts = validation_parts(taken)
-    learned, validation = (make_items(members, attempt, lacks.missed) for members in parts)
+    learned, validation = (make_items(members, attempt, missed.missed) for members in parts)
     refuse_holdout([*learned, *validation])
     directory = attempt.place.job
     try:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        write_job(directory, _described(attempt, base, blind=bool(lacks.unseen)), learned, validation)
+        write_job(directory, _described(attempt, base, unseen=bool(missed.unseen)), learned, validation)
     except OSError as error:
         raise TrainingError(f"the training job cannot be written to {directory}: {error.strerror}") from error
 
@@ -285,7 +285,7 @@ def validation_parts(taken: Snapshot) -> tuple[list[Member], list[Member]]:
     return parts
 
 
-def _described(attempt: RunContext, base: LoadedRelease | None, *, blind: bool) -> TrainingJob:
+def _described(attempt: RunContext, base: LoadedRelease | None, *, unseen: bool) -> TrainingJob:
     from code_worker.encoder.weights import save_weights
 
     settings = TrainingSettings.model_validate(attempt.run.config["training"])
@@ -298,7 +298,7 @@ def _described(attempt: RunContext, base: LoadedRelease | None, *, blind: bool) 
         initial=None if initial is None else str(initial),
         encoder={} if base is None else asdict(base.weights.config),
         settings=settings,
-        blind=blind,
+        unseen=unseen,
         device=attempt.settings.device,
         # Pictures need an extra, and no training should end for the lack of it.
         picture_every=TrainingJob.model_fields["picture_every"].default if find_spec("matplotlib") else 0,

@@ -89,11 +89,11 @@ def contrastive_loss(
     A matrix of similarities is `(B, B·W)`; there are four.
 
     Args:
-        views: This process's embeddings; half precision is computed in float32, whatever autocast says.
+        views: This process's embeddings; half precision is computed in float32, no matter what autocast says.
         permutation_real: `(B·W,) int64`; record i's positive is record `permutation_real[i]`'s augmented real image.
         permutation_fake: The same for generated images; see `derangement`.
         temperature: What cosines are divided by.
-        gather: False for the loss of this process's records alone (W = 1), whatever process group there is.
+        gather: False for the loss of this process's records alone (W = 1), no matter which process group there is.
 
     Raises:
         ValueError: a permutation of another length, or a temperature that is not positive.
@@ -167,7 +167,7 @@ def derangement(n: int, generator: torch.Generator) -> Tensor:
     if n < 1:
         raise ValueError(f"a permutation needs at least one element, not {n}")
     places = torch.arange(n, device=generator.device)
-    # At least every third permutation will do, whatever n: all draws fail once in 10¹¹ times.
+    # At least every third permutation will do, for any n: all draws fail once in 10¹¹ times.
     for _ in range(_DRAWS if n > 1 else 0):
         permutation = torch.randperm(n, generator=generator, device=generator.device)
         if not bool((permutation == places).any()):

@@ -73,7 +73,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler and archive reader meet
+    except Exception as error:  # torch raises anything its unpickler and archive reader meet
         raise TrainingError(f"{path}: no checkpoint: {error}") from error
     if not isinstance(state, dict):
         raise TrainingError(f"{path}: no checkpoint")
@@ -129,7 +129,7 @@ class Trainer:
         broadcast_weights(encoder, world)
         device = encoder.mean.device.type
         self._scale = for_device(job.settings, device)
-        self._manner = for_encoder(job.settings, encoder.config.image_size, blind=job.blind)
+        self._manner = for_encoder(job.settings, encoder.config.image_size, unseen=job.unseen)
         self._optimiser = make_optimiser(encoder, weight_decay=job.settings.weight_decay, fused=device == "cuda")
         self._stepper = self._make_stepper(device)
         self._average = WeightAverage(encoder, job.settings.ema_decay) if job.settings.ema_decay else None

@@ -83,7 +83,7 @@ def _train(directory: Path, job: TrainingJob) -> None:
 def _encoder(job: TrainingJob, champion: EncoderWeights | None) -> TrainableEncoder:
     config = _config(job) if champion is None else champion.config
     small = config.image_size < IMAGE_SIZE
-    keep = 0.0 if champion is None else for_encoder(job.settings, config.image_size, blind=job.blind).keep
+    keep = 0.0 if champion is None else for_encoder(job.settings, config.image_size, unseen=job.unseen).keep
     if champion is not None and keep == 1:
         return TrainableEncoder.of(champion)
     fresh = TrainableEncoder.fresh(config, seed=job.settings.seed, start=job.start or ("cosine" if small else "timm"))
@@ -107,7 +107,7 @@ def _own_device(device: str, world: World) -> str:
 
 
 def _share_cores(device: str, world: World) -> None:
-    """Processes of one machine share its cores; torchrun alone would give each one thread whatever there is."""
+    """Processes of one machine share its cores; torchrun alone would give each one thread on any machine."""
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ and world.size == 1:
         cores = usable_cores()
         torch.set_num_threads(max(1, cores // world.size))

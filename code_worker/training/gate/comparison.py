@@ -195,8 +195,8 @@ def _suspicions(
 
 def _suspicions_seen_by(labelled: Sequence[Member], side: Side, *, learned: bool) -> tuple[Suspicion, ...]:
     members = [member for member in labelled if member.sha256 in side.clean]
-    honest = np.array([member.holdout or not learned for member in members], dtype=np.bool_)
-    return suspicions(members, embedding_matrix(members, side.clean), labels_of(members), honest)
+    eligible = np.array([member.holdout or not learned for member in members], dtype=np.bool_)
+    return suspicions(members, embedding_matrix(members, side.clean), labels_of(members), eligible)
 
 
 def missed_generators(members: Sequence[Member], side: Side) -> frozenset[str]:
@@ -259,11 +259,11 @@ def unseen_generators(snapshot: Snapshot, champion: Side) -> tuple[str, ...]:
 def _noise_seen_by(labelled: Sequence[Member], side: Side, *, learned: bool) -> tuple[Noise, ...]:
     members = [member for member in labelled if member.sha256 in side.clean]
     embeddings, labels = embedding_matrix(members, side.clean), labels_of(members)
-    honest = np.array([member.holdout or not learned for member in members], dtype=np.bool_)
+    eligible = np.array([member.holdout or not learned for member in members], dtype=np.bool_)
     new = np.array([member.new for member in members], dtype=np.bool_)
     return (
-        *label_noise(embeddings, labels, honest, among="all images"),
-        *label_noise(embeddings, labels, honest & new, among="new images"),
+        *label_noise(embeddings, labels, eligible, among="all images"),
+        *label_noise(embeddings, labels, eligible & new, among="new images"),
     )
 
 

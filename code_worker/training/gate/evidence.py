@@ -226,7 +226,7 @@ class Evidence:
         return [change for change in self.gains if change.gains and change.p <= self.gain_level]
 
     @property
-    def blind(self) -> list[Change]:
+    def too_small(self) -> list[Change]:
         """Groups that are so small that not even the loss of every image would have shown."""
         return [change for change in self.groups if change.detectable is None]
 

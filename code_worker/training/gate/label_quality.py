@@ -198,7 +198,7 @@ def _unit(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def suspicions(
-    members: Sequence[Member], embeddings: NDArray[np.float32], labels: NDArray[np.int8], honest: NDArray[np.bool_]
+    members: Sequence[Member], embeddings: NDArray[np.float32], labels: NDArray[np.int8], eligible: NDArray[np.bool_]
 ) -> tuple[Suspicion, ...]:
     """Every labeller with ten or more new labels, the most suspicious first.
 
@@ -206,12 +206,12 @@ def suspicions(
         members: in any order.
         embeddings: `(n, 192) float32`, row i of `members[i]`.
         labels: `(n,) int8`.
-        honest: `(n,) bool`, images for which this encoder may speak: it did not learn their labels.
+        eligible: `(n,) bool`, images for which this encoder may speak: it did not learn their labels.
     """
     recent = np.array([member.new for member in members], dtype=np.bool_)
-    old = np.flatnonzero(honest & ~recent)
+    old = np.flatnonzero(eligible & ~recent)
     # History is the mean of a sample: each image asked is compared with all.
-    asked = np.sort(np.concatenate([np.flatnonzero(honest & recent), old[:: max(1, len(old) // _HISTORY)]]))
+    asked = np.sort(np.concatenate([np.flatnonzero(eligible & recent), old[:: max(1, len(old) // _HISTORY)]]))
     fakes = neighbour_shares(embeddings, labels, asked)
     otherwise = np.where(labels[asked] == 1, 1 - fakes, fakes)
     speakers = [members[place] for place in asked.tolist()]

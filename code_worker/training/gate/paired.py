@@ -126,7 +126,7 @@ def signed_groups(changes: Changes, weights: Weights, groups: Groups) -> list[St
     """Groups of images as strata for `better_p`, by how much the change of a whole group weighs.
 
     Images of a group are no independent witnesses: a detector that finds a picture finds its copies. Of two detectors
-    that are equally good a group's weighted sum of changes has either sign alike, whatever its images have in common
+    that are equally good a group's weighted sum of changes has either sign alike, whichever traits its images share
     (a sign test over clusters; with ranks it is that of Datta & Satten, Biometrics 64, 2008, 501-507).
     """
     sums = np.bincount(groups, weights * changes)

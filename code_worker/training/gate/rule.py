@@ -96,7 +96,7 @@ def _compared(inputs: GateInputs, settings: GateSettings) -> tuple[list[str], li
             "losses": [asdict(loss) | {"excluded": loss.excluded} for loss in found.losses],
             "levels": {"gain": found.gain_level, "harm": found.harm_level},
             "spending": inputs.spends(settings.error).to_dict(),
-            "blind": [{"group": one.group, "condition": one.condition, "n": one.n} for one in found.blind],
+            "too_small": [{"group": one.group, "condition": one.condition, "n": one.n} for one in found.too_small],
             "absent": found.absent,
             "unrecorded": inputs.unrecorded,
             "more_images": 0 if inputs.more is None else len(inputs.more.labels),
@@ -110,7 +110,7 @@ def _unknown(proven: Mapping[str, Any]) -> Iterator[str]:
     if compared and OLD_FAKES not in compared:
         yield "not known: whether it is worse on generated images that the champion knows: none was compared"
     groups = dict.fromkeys(proven.get("absent", ()), 0)
-    groups |= {one["group"]: one["n"] for one in proven.get("blind", ())}
+    groups |= {one["group"]: one["n"] for one in proven.get("too_small", ())}
     if groups:
         named = ", ".join(f"{name} ({n})" for name, n in sorted(groups.items()))
         yield f"not known: whether it is worse on groups with too few images for any loss to show: {named}"

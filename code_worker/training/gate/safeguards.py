@@ -60,7 +60,7 @@ class GoldenSet:
 
 
 def pin_of(examples: Iterable[Example]) -> str:
-    """Hash of a data set: of the content hash and label of every image, in whatever order and place they lie."""
+    """Hash of a data set: of the content hash and label of every image, in any order and place."""
     lines = sorted(f"{one.sha256} {one.label}" for one in examples)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -107,7 +107,7 @@ def load_golden(settings: Settings) -> GoldenSet | None:
 
 
 def without_golden(taken: Snapshot, golden: GoldenSet, store: Store, limits: LimitSettings) -> Snapshot:
-    """The snapshot without what the golden set holds and near-duplicates of it, whoever labelled them.
+    """The snapshot without what the golden set holds and near-duplicates of it, by any labeller.
 
     Raises:
         TransientError: as `GoldenSet.near`.

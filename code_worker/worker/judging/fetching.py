@@ -46,7 +46,7 @@ class GuardedSources:
     failures in a row one image at a time is tried, at growing distances, until one arrives.
 
     Attributes:
-        paused: sources that refuse whatever is asked, by name, and for how many seconds more; set from the ledger.
+        paused: sources that refuse all that is asked, by name, and for how many seconds more; set from the ledger.
     """
 
     def __init__(self, sources: Fetcher, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,7 +64,7 @@ class GuardedSources:
         """
         name = source_name(uri)
         if (left_s := self.paused.get(name)) is not None:
-            raise SourcePausedError(name, left_s, "it refuses whatever is asked")
+            raise SourcePausedError(name, left_s, "it refuses all that is asked")
         self._admit(name)
         try:
             fetched = self._sources.fetch(uri)

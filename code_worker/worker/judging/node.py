@@ -179,16 +179,16 @@ class Node:
                 return frozenset()
             progress = stack.enter_context(self.in_flight.batch([job.id for job in claimed]))
             # What may have killed a worker is shown to nobody else.
-            sight = None if alone else stack.enter_context(self.shadow.watch(runtime))
+            shadow_batch = None if alone else stack.enter_context(self.shadow.watch(runtime))
             try:
-                judged = self.judge.judge(claimed, runtime, self._policies, progress, sight)
+                judged = self.judge.judge(claimed, runtime, self._policies, progress, shadow_batch)
                 written = self.ledger.record(judged, runtime.encoder_sha256, progress)
             except Exception:
                 # A bug or a database that stayed away; none of the jobs has killed anything.
                 self._give_back(claimed)
                 raise
-            if sight is not None:
-                self.shadow.offer(sight, written)
+            if shadow_batch is not None:
+                self.shadow.offer(shadow_batch, written)
         log.info(
             "batch_done", jobs=len(claimed), verdicts=len(judged.verdicts), faults=len(judged.faults), alone=alone
         )

@@ -59,7 +59,7 @@ def rescore(
         NoReleaseError, ArtifactError, PluginError: the release cannot judge.
         UnknownHeadError: it has no such head.
         SourceCredentialsError: a source refuses everything; what was judged before is written.
-        StoreError: the ledger does not answer; likewise.
+        StoreError: the ledger does not answer; what was judged before is written.
     """
     by = current_user() if by is None else by
     if not dry_run:

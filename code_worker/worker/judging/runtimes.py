@@ -131,7 +131,7 @@ class Runtimes:
         began = time.monotonic()
         try:
             runtime = self._load(wanted)
-        except Exception as error:  # noqa: BLE001 - whatever a device or a plugin raises: the release in use goes on, loading rests
+        except Exception as error:  # noqa: BLE001 - anything a device or a plugin raises: the release in use goes on, loading rests
             self._failed = (wanted, time.monotonic())
             self._refused = (wanted, str(error) if isinstance(error, CodeWorkerError) else type(error).__name__)
             details = {} if isinstance(error, CodeWorkerError) else {"exc_info": error}

@@ -17,7 +17,7 @@ from code_worker.errors import CodeWorkerError, ImageRejectedError, TransientErr
 from code_worker.images.decode import decode_crop
 from code_worker.logs import get_logger
 from code_worker.moderation.pipeline import STORED
-from code_worker.moderation.shadow import Budget, Sight, shadow_scores
+from code_worker.moderation.shadow import Budget, ShadowBatch, shadow_scores
 from code_worker.store import embeddings
 from code_worker.store.learning import challenger_scores
 from code_worker.store.releases import CHALLENGER
@@ -50,7 +50,7 @@ class Shadow:
     """Follows the alias `challenger` and scores in one thread, of the lowest priority that the system has.
 
     The champion waits for nothing here: batches are handed over without blocking, what does not fit is dropped and
-    counted, and the encoder is used only while the champion's has no work. Whatever the challenger raises is logged,
+    counted, and the encoder is used only while the champion's has no work. Anything the challenger raises is logged,
     at most once a minute; one whose encoder fails for good is let go.
     """
 
@@ -77,7 +77,7 @@ class Shadow:
         self._busy = busy
         self._budget = Budget(_MAX_WAITING_BYTES)
         self._say = _Seldom()
-        self._waiting: deque[Sight] = deque()
+        self._waiting: deque[ShadowBatch] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="shadow", daemon=True)
@@ -90,32 +90,32 @@ class Shadow:
         self._follower.start()
 
     @contextmanager
-    def watch(self, champion: Runtime) -> Iterator[Sight | None]:
+    def watch(self, champion: Runtime) -> Iterator[ShadowBatch | None]:
         """What to show the champion's work to for the length of a batch; None while there is no challenger."""
-        sight = self._sight(champion)
+        batch = self._batch_for(champion)
         try:
-            yield sight
+            yield batch
         finally:
-            if sight is not None and not sight.verdicts:
-                sight.free()
+            if batch is not None and not batch.verdicts:
+                batch.free()
 
-    def _sight(self, champion: Runtime) -> Sight | None:
+    def _batch_for(self, champion: Runtime) -> ShadowBatch | None:
         share = self._settings.shadow.share
         with self.runtimes.use() as challenger:
             if challenger is None or challenger.release == champion.release or share <= 0:
                 return None
-            return Sight(challenger, champion, share, self._budget)
+            return ShadowBatch(challenger, champion, share, self._budget)
 
-    def offer(self, sight: Sight, verdicts: Sequence[Verdict]) -> None:
+    def offer(self, batch: ShadowBatch, verdicts: Sequence[Verdict]) -> None:
         """Hands over what was seen of a batch, now that its verdicts are in the ledger; never blocks."""
-        if sight.dropped:
-            self._say(log.warning, "shadow_dropped", sight.dropped, release=sight.release)
-        sight.verdicts = verdicts
-        if not sight.judged():
-            sight.verdicts = ()
+        if batch.dropped:
+            self._say(log.warning, "shadow_dropped", batch.dropped, release=batch.release)
+        batch.verdicts = verdicts
+        if not batch.judged():
+            batch.verdicts = ()
             return
         with self._changed:
-            self._waiting.append(sight)
+            self._waiting.append(batch)
             self._changed.notify()
 
     def _work(self) -> None:
@@ -123,34 +123,34 @@ class Shadow:
             # There niceness is each thread's own, and threads that this one starts (the encoder's) inherit it.
             with suppress(OSError):  # a sandbox may forbid it, and it is a courtesy
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICEST)
-        while (sight := self._next()) is not None:
+        while (batch := self._next()) is not None:
             try:
-                self._score(sight)
+                self._score(batch)
             except CodeWorkerError as error:
-                self._say(log.warning, "shadow_failed", len(sight.images), release=sight.release, error=str(error))
+                self._say(log.warning, "shadow_failed", len(batch.images), release=batch.release, error=str(error))
             except Exception as error:  # noqa: BLE001 - outermost frame: it must outlive what a plugin or a device raises
-                self._say(log.error, "shadow_broke", len(sight.images), release=sight.release, exc_info=error)
+                self._say(log.error, "shadow_broke", len(batch.images), release=batch.release, exc_info=error)
             finally:
-                sight.free()
+                batch.free()
 
-    def _next(self) -> Sight | None:
+    def _next(self) -> ShadowBatch | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._stopping)
             return None if self._stopping else self._waiting.popleft()
 
-    def _score(self, sight: Sight) -> None:
+    def _score(self, batch: ShadowBatch) -> None:
         with self.runtimes.use() as challenger:
-            if challenger is None or challenger.release != sight.release:
+            if challenger is None or challenger.release != batch.release:
                 return
-            vectors, fresh = self._embeddings(sight, challenger)
+            vectors, fresh = self._embeddings(batch, challenger)
 
             def failed(head: str, error: BaseException, images: int) -> None:
-                self._say(log.error, "shadow_head_failed", images, release=sight.release, head=head, exc_info=error)
+                self._say(log.error, "shadow_head_failed", images, release=batch.release, head=head, exc_info=error)
 
-            scores = shadow_scores(sight, vectors, challenger, failed)
+            scores = shadow_scores(batch, vectors, challenger, failed)
         keep = fresh if self._settings.worker.store_embeddings else {}
         named: dict[str, list[str]] = {}
-        for sha256, verdict in sight.judged():
+        for sha256, verdict in batch.judged():
             named.setdefault(sha256, []).append(verdict.job_id)
 
         def write(session: Session) -> None:
@@ -160,15 +160,15 @@ class Shadow:
 
         self._store.run(write)
 
-    def _embeddings(self, sight: Sight, challenger: Runtime) -> tuple[Embeddings, dict[str, bytes]]:
+    def _embeddings(self, batch: ShadowBatch, challenger: Runtime) -> tuple[Embeddings, dict[str, bytes]]:
         """By content hash, all that can be had; and those that were computed now, as they are stored."""
-        wanted = dict.fromkeys(sha256 for sha256, _ in sight.judged())
-        if sight.same_encoder:
-            return {sha256: np.asarray(sight.images[sha256]) for sha256 in wanted}, {}
+        wanted = dict.fromkeys(sha256 for sha256, _ in batch.judged())
+        if batch.same_encoder:
+            return {sha256: np.asarray(batch.images[sha256]) for sha256 in wanted}, {}
         found = self._known(challenger.encoder_sha256, list(wanted))
         fresh: dict[str, bytes] = {}
         for some in chunks((sha256 for sha256 in wanted if sha256 not in found), _TOGETHER):
-            encoded = self._encode({sha256: sight.images[sha256] for sha256 in some}, challenger)
+            encoded = self._encode({sha256: batch.images[sha256] for sha256 in some}, challenger)
             found |= encoded
             fresh |= {sha256: vector.astype(STORED).tobytes() for sha256, vector in encoded.items()}
         return found, fresh

@@ -61,7 +61,7 @@ _GRACE_S: Final = 30.0
 
 
 class Watchdog:
-    """Looks at the batches under way and at the device; whoever started the process starts another.
+    """Looks at the batches under way and at the device; the supervisor starts another.
 
     Celery's time limits do not reach the threads of a pool, so a batch that hangs would hold its slot for ever. Where
     C code holds the interpreter, no thread of Python's looks at anything: then Python's own watchdog, armed anew at
@@ -91,7 +91,7 @@ class Watchdog:
         silent_s = self._in_flight.silent_s()
         if silent_s > self._limit_s:
             self._end("batch_stuck", silent_s=round(silent_s, 1), jobs=self._in_flight.jobs())
-        # Last: whatever keeps it from being armed keeps nobody from the two looks above.
+        # Last: an error in arming it must not prevent the two looks before it.
         faulthandler.dump_traceback_later(self._limit_s + _GRACE_S, exit=True, file=self._stacks)
 
     def _end(self, event: str, **facts: object) -> None:

@@ -2,7 +2,7 @@
 
 It calls the libjpeg-turbo that Pillow has loaded, so the pixels are those of the same library. What it does not claim
 to do exactly it declines: other samplings than 4:4:4, 4:2:2, 4:2:0 and 4:4:0, CMYK, arithmetic coding, a file that is
-cut short, and whatever makes libjpeg warn.
+cut short, and anything that makes libjpeg warn.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 /* Decodes one rectangle of a JPEG with the very libjpeg-turbo that Pillow has loaded.
  *
  * Same library, same pixels: nothing is linked. `bind` looks the functions up in the shared library that Pillow's own
- * extension module depends on, and refuses it if its structures are not those of libjpeg_abi.h. Whatever is not claimed
+ * extension module depends on, and refuses it if its structures are not those of libjpeg_abi.h. Anything that is not claimed
  * to be exact is declined, and Pillow decodes it.
  */
 #define Py_LIMITED_API 0x030b0000
