@@ -105,7 +105,10 @@ def object_versions(client: Any, bucket: str, prefix: str) -> list[dict[str, str
 
 
 def _never_versioned(client: Any, bucket: str) -> bool:
-    """Whether the bucket says that it never kept versions; one in which they are suspended has those of before."""
+    """Returns whether the bucket says that it never kept versions.
+
+    One in which they are suspended has those of before.
+    """
     try:
         return not client.get_bucket_versioning(Bucket=bucket).get("Status")
     except client.exceptions.ClientError:
@@ -117,12 +120,12 @@ def _code_of(error: Any) -> str:
 
 
 def is_anonymous(settings: S3Settings, bucket: str) -> bool:
-    """Whether requests to this bucket go without a signature."""
+    """Returns whether requests to this bucket go without a signature."""
     return bucket in _names(settings.anonymous)
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """What a client raises; nothing where boto3 is not installed."""
+    """Returns what a client raises; nothing where boto3 is not installed."""
     try:
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError

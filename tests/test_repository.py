@@ -20,7 +20,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "manager", "managers", 
 def python_files(*trees: str) -> list[Path]:
     found = {path for tree in trees for path in (ROOT / tree).rglob("*.py")}
     assert found
-    return sorted(path for path in found if "__pycache__" not in path.parts)
+    return sorted(path for path in found if not {"__pycache__", "build"} & {*path.parts})
 
 
 def relative(path: Path) -> str:
@@ -79,6 +79,49 @@ def test_every_module_name_carries_a_term_of_the_field() -> None:
         if {path.stem, *path.relative_to(ROOT).parts[:-1]} & FORBIDDEN_NAMES
     ]
     assert not vague
+
+
+def documented(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        has_one = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module)
+        if has_one and (text := ast.get_docstring(node)):
+            yield text
+
+
+def test_docstrings_begin_with_what_a_thing_does_or_is() -> None:
+    turned = {"What", "How", "Whether", "Whoever", "Whatever", "Who", "Where", "Which", "Why", "When", "As", "That"}
+    found = {
+        f"{relative(path)}: {text.splitlines()[0]}"
+        for path in python_files("code_worker", "plugins")
+        for text in documented(ast.parse(path.read_text(encoding="utf-8")))
+        if text.split()[0] in turned
+    }
+    assert not found
+
+
+def test_no_private_word_stands_where_the_field_has_one() -> None:
+    private = re.compile(
+        r"(?i)\b(doorbell|undertaker|mourner|errand|witness(?!es)|whatever|whoever|likewise|as above|see above)\b"
+    )
+    files = [*python_files("code_worker", "plugins"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    found = {
+        f"{relative(path)}:{number}: {match[0]}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if (match := private.search(line))
+    }
+    assert not found
+
+
+def test_suppressed_lint_rules_stay_few() -> None:
+    marks = re.compile(r"# (?:noqa|type: ignore)")
+    found = [
+        relative(path)
+        for path in python_files("code_worker", "plugins")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if marks.search(line)
+    ]
+    assert len(found) <= 90
 
 
 def called(node: ast.Call) -> str:

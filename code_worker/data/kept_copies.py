@@ -43,7 +43,7 @@ class KeptImages(Protocol):
         """
 
     def exists(self, sha256: str) -> bool:
-        """Whether a copy is kept.
+        """Returns whether a copy is kept.
 
         Raises:
             StorageError: the storage cannot be read.
@@ -148,7 +148,7 @@ class LocalKept:
         return (path.name for path in self.root.glob("??/??/*") if _HASH.fullmatch(path.name))
 
     def place(self, sha256: str) -> Path:
-        """Where the copy lies if there is one; not compared with its hash."""
+        """Returns where the copy lies if there is one; not compared with its hash."""
         return self.root / _name(sha256)
 
 

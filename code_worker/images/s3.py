@@ -50,7 +50,7 @@ class Location:
 
     @property
     def source(self) -> str:
-        """What is paused when credentials fail."""
+        """Returns what is paused when credentials fail."""
         return f"{_SCHEME}{self.bucket}"
 
 
@@ -130,7 +130,7 @@ class S3Source:
         return (uri for uri, _ in self.sizes(prefix))
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int | None]]:
-        """As `list`, each with the object's size in bytes, or None where the server does not say it."""
+        """Like `list`, each with the object's size in bytes, or None where the server does not say it."""
         bucket, _, start = prefix.removeprefix(_SCHEME).partition("/")
         _check_form(prefix, bucket, start)
         location = Location(bucket, start)
@@ -164,7 +164,7 @@ class S3Source:
                     )
 
     def _allows(self, location: Location) -> bool:
-        """Whether an entry covers it: `bucket`, or `bucket/prefix` up to a slash."""
+        """Returns whether an entry covers it: `bucket`, or `bucket/prefix` up to a slash."""
         return any(
             location.bucket == bucket and (not prefix or f"{location.key}/".startswith(f"{prefix.rstrip('/')}/"))
             for bucket, prefix in self._allowed

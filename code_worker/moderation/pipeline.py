@@ -81,7 +81,7 @@ class _Task(ABC):
 
     @abstractmethod
     def work(self) -> None:
-        """What the pool's thread does."""
+        """Does the task, on a thread of the pool."""
 
 
 class _Fetch(_Task):
@@ -120,7 +120,7 @@ class _Decode(_Task):
 
 
 class Observer(Protocol):
-    """Who looks on: called from the batch's own thread, so it must neither wait nor raise."""
+    """An observer of a batch: called from the batch's own thread, so it must neither wait nor raise."""
 
     def saw_bytes(self, sha256: str, data: bytes) -> None:
         """The bytes of an image whose embedding was known, so that it is not decoded."""
@@ -145,10 +145,10 @@ class Collector:
         self.numbers = count()
 
     def embeddings(
-        self, jobs: Sequence[Job], runtime: Runtime, progress: Callable[[], None], witness: Observer | None = None
+        self, jobs: Sequence[Job], runtime: Runtime, progress: Callable[[], None], observer: Observer | None = None
     ) -> Iterator[Item]:
         """One item per job, in the jobs' order, each with an embedding or an error; calls `progress` on the way."""
-        batch = _Batch(self, runtime, progress, witness)
+        batch = _Batch(self, runtime, progress, observer)
         items = [Item(job) for job in jobs]
         batch.run(items)
         for item in items:
@@ -181,12 +181,12 @@ class Collector:
 
     @property
     def group(self) -> int:
-        """How many images to look up at once, where there is anything to look up."""
+        """The number of images to look up at once, where there is anything to look up."""
         return 1 if self._known is None else self._pool.size
 
     @property
     def window(self) -> int:
-        """How many objects of one batch may be on their way, so that memory does not grow with the batch."""
+        """The number of objects of a batch that may be on their way, so that memory does not grow with the batch."""
         return 2 * self._pool.size
 
     def _submit(self, batch: int, task: _SomeTask) -> _SomeTask:
@@ -202,12 +202,12 @@ class _Batch:
     """The state of one call: what is under way for which item, and what was seen twice."""
 
     def __init__(
-        self, collector: Collector, runtime: Runtime, progress: Callable[[], None], witness: Observer | None
+        self, collector: Collector, runtime: Runtime, progress: Callable[[], None], observer: Observer | None
     ) -> None:
         self._collector = collector
         self._runtime = runtime
         self._progress = progress
-        self._witness = witness
+        self._observer = observer
         self._number = next(collector.numbers)
         self._ended: SimpleQueue[_Task] = SimpleQueue()
         self._fetching: set[_Fetch] = set()
@@ -281,8 +281,8 @@ class _Batch:
         self._twins[content.sha256] = [item]
         if (stored := known.get(content.sha256)) is not None and len(stored) == EMBEDDING_DIM * STORED.itemsize:
             self._collector.reuse(item, content, np.frombuffer(stored, dtype=STORED).astype(np.float32))
-            if self._witness is not None and item.error is None:
-                self._witness.saw_bytes(content.sha256, content.fetched.data)
+            if self._observer is not None and item.error is None:
+                self._observer.saw_bytes(content.sha256, content.fetched.data)
         else:
             self._decoding.add(self._collector.decode(self._number, item, self._ended, content))
 
@@ -294,8 +294,8 @@ class _Batch:
                 twin.error = _without_frames(task.error)
             return
         crop = task.crop
-        if self._witness is not None:
-            self._witness.saw_crop(sha256, crop)
+        if self._observer is not None:
+            self._observer.saw_crop(sha256, crop)
         item.timings_ms["encode"] = time.perf_counter()
         try:
             self._encoding[item] = self._runtime.embedder.submit(crop, item.job.priority, self._number)
@@ -307,8 +307,8 @@ class _Batch:
     def finish(self, item: Item) -> None:
         """Waits for the embedding of one item; its twins (same bytes in this batch) take it over."""
         self._take_embedding(item)
-        if self._witness is not None and item.embedding is not None and item.facts is not None:
-            self._witness.saw_embedding(item.facts.sha256, item.embedding)
+        if self._observer is not None and item.embedding is not None and item.facts is not None:
+            self._observer.saw_embedding(item.facts.sha256, item.embedding)
 
     def _take_embedding(self, item: Item) -> None:
         if item.error is not None or item.embedding is not None:

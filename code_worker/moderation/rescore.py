@@ -44,7 +44,7 @@ class Copies(Protocol):
 
 @dataclass(slots=True)
 class Rejudged:
-    """What became of some verdicts.
+    """Result of judging some verdicts again.
 
     Attributes:
         pairs: old and new verdicts; the new ones name the old.
@@ -221,7 +221,7 @@ class _Unchanged:
             self._expected.setdefault(plan.job.uri, set()).add(plan.old.sha256)
 
     def fetch(self, uri: str) -> Fetched:
-        """As the source's own; other bytes are refused before anything decodes them."""
+        """Fetches like the source; other bytes are refused before anything decodes them."""
         fetched = self._sources.fetch(uri)
         if hashlib.sha256(fetched.data).hexdigest() not in self._expected[uri]:
             raise _changed()
@@ -261,7 +261,7 @@ def _no_progress() -> None:
 
 @dataclass(slots=True)
 class RescoreTally:
-    """What became of history.
+    """Counts of what became of the verdicts.
 
     Attributes:
         examined: verdicts that were looked at.
@@ -280,7 +280,7 @@ class RescoreTally:
     shift: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; `mean_shift` is None without new verdicts."""
+        """Returns plain values; `mean_shift` is None without new verdicts."""
         return {
             "examined": self.examined,
             "rescored": self.rescored,

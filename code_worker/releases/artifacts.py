@@ -1,4 +1,4 @@
-"""Where releases are kept: a directory or a prefix in S3; a release is there whole or not at all."""
+"""Artifact stores of releases: a directory or a prefix in S3; a release is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ArtifactStore(Protocol):
         """
 
     def signature(self, release: str) -> bytes | None:
-        """What stands in the release's `manifest.sig`, or None.
+        """Returns what stands in the release's `manifest.sig`, or None.
 
         Raises:
             ArtifactError: it cannot be read.
@@ -65,7 +65,7 @@ class ArtifactStore(Protocol):
         """
 
     def exists(self, release: str) -> bool:
-        """Whether a release of this id is kept here with every file at its size; no cached copy counts.
+        """Returns whether a release of this id is kept here with every file at its size; no cached copy counts.
 
         Raises:
             ArtifactError: it cannot be looked for.

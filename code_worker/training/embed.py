@@ -162,7 +162,7 @@ class _Work:
         return done
 
     def result(self) -> Embedded:
-        """What came out, in the order of the examples."""
+        """Returns what came out, in the order of the examples."""
         good = [entry for entry in self._entries if entry.sha256 in self._vectors]
         bad = [entry for entry in self._entries if entry.sha256 not in self._vectors]
         rows = [self._vectors[entry.sha256] for entry in good]

@@ -152,7 +152,10 @@ def test_a_restore_says_in_words_what_it_undoes_and_what_is_left_beside(
     assert "undone are these erasures, asked for since the copy was made:" in said
     assert f"    code-worker erase --job {full}\n" in said
     assert "(delete it later: it keeps what is erased from now on" in said
-    assert "next: code-worker db upgrade, erase again, by the commands printed here (1 erasure), then start the workers" in said
+    assert (
+        "next: code-worker db upgrade, erase again, by the commands printed here (1 erasure), then start the workers"
+        in said
+    )
     sqlite_cli("erase", "--job", full, "--yes")
     assert "nothing that it erased is in the copy" in sqlite_cli("db", "restore", copy).stdout
 

@@ -91,7 +91,7 @@ class Shadow:
 
     @contextmanager
     def watch(self, champion: Runtime) -> Iterator[ShadowBatch | None]:
-        """What to show the champion's work to for the length of a batch; None while there is no challenger."""
+        """Yields the observer of a champion's batch, or None while there is no challenger."""
         batch = self._batch_for(champion)
         try:
             yield batch
