@@ -18,7 +18,7 @@ from sqlalchemy import make_url
 
 from code_worker.errors import ConfigurationError, StoreError, StoreUnavailableError
 from code_worker.store.erasure.receipts import IMAGE, JOB, TENANT, digest
-from code_worker.store.migrate import SHARED_TABLE, VERSION_TABLE
+from code_worker.store.migrate import VERSION_TABLE
 from code_worker.system.files import whole_file
 
 _ASIDE: Final = ".before-"
@@ -292,11 +292,8 @@ def _check(path: Path) -> None:
 
 
 def _revision(connection: sqlite3.Connection) -> object:
-    """A row of the version table, or of the one in which earlier versions kept it."""
-    try:
-        return connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608 - a constant
-    except sqlite3.OperationalError:
-        return connection.execute(f"SELECT version_num FROM {SHARED_TABLE}").fetchone()  # noqa: S608 - a constant
+    """A row of the version table."""
+    return connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()  # noqa: S608 - a constant
 
 
 @contextmanager

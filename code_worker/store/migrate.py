@@ -9,7 +9,6 @@ from typing import Final
 
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, column, inspect, make_url, select, table, text
 from sqlalchemy.orm import Session
@@ -41,10 +40,10 @@ def is_missing(url: str) -> bool:
 
 VERSION_TABLE: Final = "code_worker_version"
 """Where the database's revision stands: Alembic's own name for it is every application's."""
-SHARED_TABLE: Final = "alembic_version"
-"""That name; earlier versions of this code kept the revision there."""
-_INITIAL: Final = frozenset({"aliases", "embeddings", "jobs", "policies", "releases", "verdicts"})
-"""Tables of the first migration: with all of them an unknown revision in the shared table is a newer one of ours."""
+_SHARED_TABLE: Final = "alembic_version"
+"""That name."""
+_UNRELEASED: Final = ("2026_11_", "2026_12_01_job")
+"""Beginnings of revisions from before the first release, whose migrations are gone."""
 _log = get_logger(__name__)
 _LOCK: Final = 0x636F6465_776F726B
 """Key of PostgreSQL's advisory lock: "codework"."""
@@ -75,11 +74,11 @@ def upgrade(store: Store, to: str = "head", *, beside: bool = False) -> str | No
         connection = session.connection()
         _take_lock(connection)
         before = _revision(connection)
+        _refuse_unreleased(before)
         if is_newer(before):
             return before
         if before is None:
             _refuse_foreign(connection, beside=beside)
-        _adopt(connection, before)
         command.upgrade(_config(connection), to)
         return before
 
@@ -100,11 +99,11 @@ def downgrade(store: Store, to: str) -> None:
         connection = session.connection()
         _take_lock(connection)
         before = _revision(connection)
+        _refuse_unreleased(before)
         if is_newer(before):
             raise StoreError(
                 f"revision {before} is unknown to this version: take it back with the version that made it"
             )
-        _adopt(connection, before)
         command.downgrade(_config(connection), to)
 
     store.run(work)
@@ -147,6 +146,7 @@ def require_current(store: Store) -> None:
     have, need = current(store), head()
     if have == need:
         return
+    _refuse_unreleased(have)
     if is_newer(have):
         _log.warning("database_is_newer", revision=have, known=need)
         return
@@ -179,14 +179,15 @@ def _take_lock(connection: Connection) -> None:
 
 
 def _revision(connection: Connection) -> str | None:
-    """The database's revision; while our own table is not there, that of ours which stands in the shared one."""
-    own = _rows(connection, VERSION_TABLE)
-    if own is not None:
-        return next(iter(own), None)
-    shared = _rows(connection, SHARED_TABLE) or []
-    if _tables(connection) >= _INITIAL:
-        return next(iter(shared), None)
-    return next((revision for revision in shared if not is_newer(revision)), None)
+    return next(iter(_rows(connection, VERSION_TABLE) or []), None)
+
+
+def _refuse_unreleased(revision: str | None) -> None:
+    if revision is not None and revision.startswith(_UNRELEASED):
+        raise StoreError(
+            f"the database is at revision {revision}, of a version before the first release, and cannot be upgraded: "
+            "name a new one in CODE_WORKER_DATABASE_URL, or move the old file away, and run `code-worker db upgrade`"
+        )
 
 
 def _rows(connection: Connection, name: str) -> list[str] | None:
@@ -213,22 +214,12 @@ def _refuse_foreign(connection: Connection, *, beside: bool) -> None:
             f"another application's database: it has tables {', '.join(taken)} that code_worker did not make; "
             "name a database or a schema of code_worker's own in CODE_WORKER_DATABASE_URL"
         )
-    shared = _rows(connection, SHARED_TABLE)
+    shared = _rows(connection, _SHARED_TABLE)
     if shared and not beside:
         raise StoreError(
-            f"another application's database: its {SHARED_TABLE} is at {', '.join(shared)}; name code_worker's own "
+            f"another application's database: its {_SHARED_TABLE} is at {', '.join(shared)}; name code_worker's own "
             "in CODE_WORKER_DATABASE_URL, or run `code-worker db upgrade --beside` to make its tables in this one"
         )
-
-
-def _adopt(connection: Connection, revision: str | None) -> None:
-    """Copies our revision out of the shared table, where earlier versions kept it.
-
-    What stands there stays: a version that is rolled back to reads it, and a row of another application is not ours.
-    """
-    if revision is None or _rows(connection, VERSION_TABLE) is not None:
-        return
-    MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).stamp(_scripts(), revision)
 
 
 def _known() -> frozenset[str]:

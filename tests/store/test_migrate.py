@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -112,17 +113,8 @@ def stands_in(store: Store, table: str) -> list[str]:
     return store.run(lambda session: list(session.scalars(text(f"SELECT version_num FROM {table}"))), write=False)
 
 
-# As Alembic makes it for whoever names no table of their own, ourselves in earlier versions among them.
+# As Alembic makes it for applications that name no table of their own.
 SHARED = "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"
-
-
-def as_before_the_own_table(store: Store, revision: str) -> None:
-    execute(
-        store,
-        SHARED,
-        f"INSERT INTO alembic_version VALUES ('{revision}')",
-        f"DROP TABLE {migrate.VERSION_TABLE}",
-    )
 
 
 def test_a_newer_database_serves_and_is_left_as_it_is(store: Store) -> None:
@@ -134,22 +126,46 @@ def test_a_newer_database_serves_and_is_left_as_it_is(store: Store) -> None:
         migrate.downgrade(store, "base")
 
 
-def test_a_newer_database_of_the_shared_table_is_left_as_it_is(store: Store) -> None:
-    as_before_the_own_table(store, "from_the_future")
+@pytest.mark.parametrize("revision", ["2026_11_28_audit", "2026_12_01_job_retried_at"])
+def test_a_database_from_before_the_first_release_is_told_apart(store: Store, revision: str) -> None:
+    execute(store, f"UPDATE {migrate.VERSION_TABLE} SET version_num = '{revision}'")
+    for call in (migrate.require_current, migrate.upgrade, lambda one: migrate.downgrade(one, "base")):
+        with pytest.raises(StoreError, match=f"{revision}, of a version before the first release, .* name a new one"):
+            call(store)
+    assert stands_in(store, migrate.VERSION_TABLE) == [revision]
+
+
+LATER = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "later", "{head}", None, None
+
+
+def upgrade() -> None:
+    op.create_table("later", sa.Column("id", sa.Integer(), primary_key=True))
+
+
+def downgrade() -> None:
+    op.drop_table("later")
+"""
+
+
+def test_a_migration_that_is_added_later_is_run_and_taken_back(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = migrate.head()
+    added = shutil.copytree(migrate._directory(), tmp_path / "migrations")
+    (added / "versions" / "2027_01_01-later.py").write_text(LATER.format(head=head), encoding="utf-8")
+    monkeypatch.setattr(migrate, "_directory", lambda: added)
+    with pytest.raises(StoreError, match=f"is at revision {head} and this version needs later: run `code-worker db"):
+        migrate.require_current(store)
+    assert migrate.upgrade(store) == head
     migrate.require_current(store)
-    assert migrate.upgrade(store) == "from_the_future"
-    assert stands_in(store, "alembic_version") == ["from_the_future"]
-
-
-def test_a_revision_in_the_shared_table_is_taken_over(empty: Store) -> None:
-    migrate.upgrade(empty, "2026_11_28_audit")
-    as_before_the_own_table(empty, "2026_11_28_audit")
-    with pytest.raises(StoreError, match="is at revision 2026_11_28_audit"):
-        migrate.require_current(empty)
-    assert migrate.upgrade(empty) == "2026_11_28_audit"
-    assert stands_in(empty, migrate.VERSION_TABLE) == [migrate.head()]
-    # The version before reads it there, should the deployment be rolled back.
-    assert stands_in(empty, "alembic_version") == ["2026_11_28_audit"]
+    assert "later" in tables(store)
+    migrate.downgrade(store, head)
+    assert migrate.current(store) == head
+    assert "later" not in tables(store)
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -66,7 +66,7 @@ class JobRow(Base):
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime, comment="When the verdict was written.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was accepted.")
     retried_at: Mapped[datetime | None] = mapped_column(
-        UtcDateTime, comment="When it was last accepted again; null: never, or before this was kept."
+        UtcDateTime, comment="When it was last accepted again; null: never."
     )
     last_fault: Mapped[str | None] = mapped_column(
         Text, info=PERSONAL, comment="Reason and detail of the last transient fault."
@@ -117,7 +117,7 @@ class VerdictRow(Base):
     head: Mapped[str | None] = mapped_column(Text, comment="Head that scored.")
     head_sha256: Mapped[str | None] = mapped_column(String(64), comment="Of that head's files.")
     head_plugin: Mapped[str | None] = mapped_column(
-        Text, comment="Distribution and version of the plugin that scored; null: before this was kept."
+        Text, comment="Distribution and version of the plugin that scored; null: it is not known."
     )
     policy: Mapped[str | None] = mapped_column(Text, comment="Policy that turned the score into a label.")
     low: Mapped[float | None] = mapped_column(comment="Below this: real.")
@@ -243,7 +243,7 @@ class PolicyRecord(Base):
     # Not a foreign key: one may calibrate a directory that is never registered.
     release_id: Mapped[str | None] = mapped_column(
         Text,
-        comment="Release that it was calibrated on; null: set by hand, or before this was kept.",
+        comment="Release that it was calibrated on; null: set by hand.",
     )
 
     __table_args__ = (
