@@ -12,8 +12,7 @@ from code_worker.doctor.check import Check, Status
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.images.source import source_name
 from code_worker.settings import Settings
-from code_worker.store import migrate, releases
-from code_worker.store import workers as fleet
+from code_worker.store import migrate, releases, workers
 from code_worker.store.engine import open_store
 from code_worker.store.jobs import joblist
 from code_worker.store.releases import CHAMPION
@@ -33,7 +32,7 @@ _NOTED_S: Final = 180.0
 _LATELY: Final = timedelta(minutes=10)
 
 
-def workers(settings: Settings) -> Iterator[Check]:
+def running_parts(settings: Settings) -> Iterator[Check]:
     """Somebody works, with the champion, with its plugins and with these settings, and nothing fails in it."""
     within_s = silence_s(settings)
 
@@ -41,11 +40,11 @@ def workers(settings: Settings) -> Iterator[Check]:
         champion = releases.alias(session, CHAMPION)
         info = None if champion is None else releases.get(session, champion)
         heads = {} if info is None else needed_heads(info.manifest)
-        return fleet.alive(session, within_s=within_s, role=None), champion, heads
+        return workers.alive(session, within_s=within_s, role=None), champion, heads
 
     with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:
         alive, champion, heads = store.run(read, write=False)
-    judging = [part for part in alive if part.role == fleet.JUDGES]
+    judging = [part for part in alive if part.role == workers.JUDGES]
     if not judging:
         waiting = [_named(part) for part in alive if part.role == "consumer"]
         none = f"none was heard of for {within_s:.0f} s"
@@ -120,7 +119,7 @@ def queues(settings: Settings) -> Iterator[Check]:
     """Somebody takes from each queue in which jobs wait, and producers publish where workers take from."""
 
     def read(session: Session) -> tuple[list[WorkerInfo], dict[str, tuple[int, float]], tuple[int, float]]:
-        alive = fleet.alive(session, within_s=silence_s(settings), role=None)
+        alive = workers.alive(session, within_s=silence_s(settings), role=None)
         return alive, joblist.waiting(session), joblist.unpublished(session)
 
     with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:
@@ -149,7 +148,7 @@ def _unpublished(number: int, first_s: float) -> Iterator[Check]:
 def _untaken(
     settings: Settings, alive: Sequence[WorkerInfo], waiting: Mapping[str, tuple[int, float]]
 ) -> Iterator[Check]:
-    if any("queues" not in part.info for part in alive if part.role == fleet.JUDGES):
+    if any("queues" not in part.info for part in alive if part.role == workers.JUDGES):
         return  # of an older version, or a child of a pool whose parent says it
     taken = {queue for part in alive for queue in part.info.get("queues", ())}
     left = {queue: facts for queue, facts in waiting.items() if queue not in taken and facts[1] > _UNTAKEN_S}
@@ -236,7 +235,7 @@ class _Seen:
     @property
     def queues(self) -> Collection[str] | None:
         """Queues that somebody takes from; None where a worker does not say which it takes."""
-        if any("queues" not in part.info for part in self.alive if part.role == fleet.JUDGES):
+        if any("queues" not in part.info for part in self.alive if part.role == workers.JUDGES):
             return None
         return {queue for part in self.alive for queue in part.info.get("queues", ())}
 
@@ -247,8 +246,8 @@ def why_waiting(settings: Settings, store: Store, job_ids: Sequence[str]) -> dic
     def read(session: Session) -> tuple[_Seen, list[JobInfo]]:
         seen = _Seen(
             releases.alias(session, CHAMPION),
-            fleet.alive(session, within_s=silence_s(settings), role=None),
-            fleet.paused_sources(session),
+            workers.alive(session, within_s=silence_s(settings), role=None),
+            workers.paused_sources(session),
             migrate.server_time(session),
         )
         found = (joblist.get(session, job_id) for job_id in job_ids)

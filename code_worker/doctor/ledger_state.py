@@ -13,9 +13,7 @@ from code_worker.releases.loading import load_heads
 from code_worker.releases.manifest import read_manifest
 from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings
-from code_worker.store import policies as thresholds
-from code_worker.store import releases
-from code_worker.store import workers as fleet
+from code_worker.store import policies, releases, workers
 from code_worker.store.engine import open_store
 from code_worker.store.jobs import joblist
 from code_worker.store.releases import CHAMPION
@@ -91,12 +89,12 @@ def _heads(settings: Settings, champion: str) -> tuple[Manifest, LoadedHeads | C
         return manifest, error
 
 
-def policies(settings: Settings) -> Iterator[Check]:
+def stale_policies(settings: Settings) -> Iterator[Check]:
     """The thresholds in force were drawn by the scores of the champion."""
 
-    def read(session: Session) -> tuple[str | None, int, list[thresholds.PolicyRow]]:
+    def read(session: Session) -> tuple[str | None, int, list[policies.PolicyRow]]:
         champion = releases.alias(session, CHAMPION)
-        return champion, len(thresholds.in_force(session)), thresholds.stale(session, champion)
+        return champion, len(policies.in_force(session)), policies.stale(session, champion)
 
     champion, number, stale = _ask(settings, read)
     for row in stale:
@@ -117,7 +115,7 @@ def jobs(settings: Settings) -> Iterator[Check]:
         lambda session: (
             joblist.oldest_unfinished_s(session),
             joblist.counts(session, finished=False),
-            fleet.list_dead_letters(session, limit=_LETTERS),
+            workers.list_dead_letters(session, limit=_LETTERS),
         ),
     )
     waiting = ", ".join(f"{number} {state.value}" for state, number in states.items() if number)
@@ -136,7 +134,7 @@ def jobs(settings: Settings) -> Iterator[Check]:
 
 def pauses(settings: Settings) -> Iterator[Check]:
     """Sources that are left alone because they refuse all that is asked."""
-    paused = _ask(settings, fleet.paused_sources)
+    paused = _ask(settings, workers.paused_sources)
     for name, pause in paused.items():
         text = f"{name} is paused since {pause.since:%Y-%m-%d %H:%M} UTC: {pause.detail}"
         hint = "mend what it says, see `code-worker doctor s3`; it is tried again by itself"

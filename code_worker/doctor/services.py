@@ -127,19 +127,18 @@ def clock(whose: str, there_s: float, asked_s: float, answered_s: float) -> Chec
 def database(settings: Settings) -> Iterator[Check]:
     """Reachable, migrated, and of our time."""
     from code_worker.store import migrate
-    from code_worker.store import migrate as health
     from code_worker.store.engine import open_store
 
     url = settings.resolved_database_url
-    if health.is_missing(url):
-        yield Check("database", Status.FAIL, f"{health.place(url)} is not there yet", "code-worker db upgrade")
+    if migrate.is_missing(url):
+        yield Check("database", Status.FAIL, f"{migrate.place(url)} is not there yet", "code-worker db upgrade")
         return
     with closing(open_store(url, threads=1, create=False)) as store:
         asked = time.time()
-        there = store.run(health.server_time, write=False)
+        there = store.run(migrate.server_time, write=False)
         answered = time.time()
         migrate.require_current(store)
-        yield Check("database", Status.OK, f"{health.place(url)} answers; revision {migrate.current(store)}")
+        yield Check("database", Status.OK, f"{migrate.place(url)} answers; revision {migrate.current(store)}")
     yield clock("database", there.timestamp(), asked, answered)
 
 

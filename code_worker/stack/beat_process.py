@@ -96,7 +96,6 @@ def _start_reporting(settings: Settings) -> Callable[[], None]:
     Returns what says that it ends: until a part that said nothing is heard of no more, `db restore` is refused.
     """
     from code_worker.store import migrate
-    from code_worker.store import migrate as health
 
     @cache
     def store() -> Store:
@@ -105,7 +104,7 @@ def _start_reporting(settings: Settings) -> Callable[[], None]:
     reporter = Reporter(settings, store, "beat", owner=owner_name(), more=dict)
 
     def say() -> None:
-        if health.is_missing(settings.resolved_database_url):
+        if migrate.is_missing(settings.resolved_database_url):
             return
         try:
             reporter.say()

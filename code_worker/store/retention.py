@@ -18,7 +18,6 @@ from code_worker.store import audit
 from code_worker.store.database_errors import classify, translate
 from code_worker.store.engine import Store
 from code_worker.store.erasure import personal
-from code_worker.store.erasure import personal as origins
 from code_worker.store.ids import uuid7_floor
 from code_worker.store.learning import image_groups, kept_images
 from code_worker.store.models import (
@@ -132,7 +131,7 @@ def jobs(session: Session, days: float, limit: int) -> int:
     found = list(session.scalars(old))
     if not found:
         return 0
-    origins.note_origins(session, found)
+    personal.note_origins(session, found)
     kept_images.look_again_at(session, found)
     entry = _entry(session, "jobs", days, len(found))
     with audit.removal(session, entry):
@@ -154,7 +153,7 @@ def superseded(session: Session, days: float, limit: int) -> int:
     # Held, so that no job of these is erased before its origins are there to be found. Of other bytes than the newest
     # verdict, perhaps: the object changed between two tries.
     there = sorted(personal.left(session, jobs={row.job_id for row in rows}).jobs)
-    origins.note_origins(session, there)
+    personal.note_origins(session, there)
     kept_images.look_again_at(session, there)
     with audit.removal(session, _entry(session, "superseded verdicts", days, len(found))):
         session.execute(delete(_VERDICTS).where(among(session, _VERDICTS.c.id, found)))
@@ -183,7 +182,7 @@ def embeddings(session: Session, days: float, limit: int) -> int:
         )
         for encoder, hashes in by_encoder.items()
     )
-    origins.forget_origins(session, {sha256 for _, sha256 in found})
+    personal.forget_origins(session, {sha256 for _, sha256 in found})
     return count
 
 
@@ -216,7 +215,7 @@ def forget_labels(session: Session, hashes: Sequence[str], days: float) -> int:
         session.execute(delete(_ROWS).where(_ROWS.c.sha256.in_(still)))
         session.execute(delete(_KEPT).where(_KEPT.c.sha256.in_(still)))
     kept_images.to_drop(session, still)
-    origins.forget_origins(session, still)
+    personal.forget_origins(session, still)
     return count
 
 

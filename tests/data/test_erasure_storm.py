@@ -23,7 +23,6 @@ from code_worker.errors import DatasetError, StoreError
 from code_worker.moderation.judge import Judged
 from code_worker.settings import FileSettings, Settings
 from code_worker.store import embeddings, jobs, verdicts
-from code_worker.store import verdicts as rescoring
 from code_worker.store.engine import Session, Store
 from code_worker.store.erasure import personal
 from code_worker.store.erasure import receipts as erasures
@@ -118,11 +117,11 @@ class Storm:
             self.labelled.add(job_id)
 
     def rescore(self, rng: random.Random) -> None:
-        wanted = rescoring.RescoreFilter(since=datetime(2020, 1, 1, tzinfo=UTC))
-        page = self.store.run(lambda session: rescoring.page(session, wanted, limit=8), write=False)
+        wanted = verdicts.RescoreFilter(since=datetime(2020, 1, 1, tzinfo=UTC))
+        page = self.store.run(lambda session: verdicts.page(session, wanted, limit=8), write=False)
         self.rest(rng)
         new = [replace(old, id=uuid7(), revision=job.revision, supersedes=old.id) for job, old in page.judged]
-        self.store.run(lambda session: rescoring.replace_live(session, new))
+        self.store.run(lambda session: verdicts.replace_live(session, new))
 
     def train(self, rng: random.Random) -> None:
         since = self.store.run(personal.moment)

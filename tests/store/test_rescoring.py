@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from code_worker.store import jobs, verdicts
-from code_worker.store import verdicts as rescoring
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
 from code_worker.store.verdicts import Page, RescoreFilter
@@ -29,7 +28,7 @@ def decided(store: Store, *scores: float, **fields: object) -> list[str]:
 
 
 def page(store: Store, wanted: RescoreFilter = EVER, limit: int = 100) -> Page:
-    return store.run(lambda session: rescoring.page(session, wanted, limit=limit), write=False)
+    return store.run(lambda session: verdicts.page(session, wanted, limit=limit), write=False)
 
 
 def live(store: Store, job_id: str) -> Verdict:
@@ -44,7 +43,7 @@ def again(pair: tuple[Job, Verdict], score: float = 0.25) -> Verdict:
 
 
 def replace_live(store: Store, *new: Verdict) -> set[str]:
-    return set(store.run(lambda session: rescoring.replace_live(session, new)))
+    return set(store.run(lambda session: verdicts.replace_live(session, new)))
 
 
 def test_a_page_has_finished_judged_jobs_with_what_choosing_a_head_needs(store: Store) -> None:
@@ -66,7 +65,7 @@ def test_pages_show_every_job_once_and_go_on_behind_what_does_not_match(store: S
     wanted, last, seen, pages = replace(EVER, label=Label.FAKE), None, [], 0
     while True:
         found = store.run(
-            lambda session, after=last: rescoring.page(session, wanted, after=after, limit=2),  # type: ignore[misc]
+            lambda session, after=last: verdicts.page(session, wanted, after=after, limit=2),  # type: ignore[misc]
             write=False,
         )
         seen += [job.id for job, _ in found.judged]

@@ -36,10 +36,9 @@ def _store() -> Iterator[Store]:
 def _revision() -> tuple[str | None, str]:
     """The database's revision, None while there is none, and its kind; what is not there stays so."""
     from code_worker.store import migrate
-    from code_worker.store import migrate as health
 
     # Opening SQLite's would make an empty one, and every other command would speak of its tables from then on.
-    if health.is_missing(quiet_settings().resolved_database_url):
+    if migrate.is_missing(quiet_settings().resolved_database_url):
         return None, "sqlite"
     with _store() as store:
         return migrate.current(store), store.dialect

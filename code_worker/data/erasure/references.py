@@ -11,7 +11,6 @@ from code_worker.logs import get_logger
 from code_worker.releases.manifest import parse_manifest
 from code_worker.store import releases
 from code_worker.store.erasure import dead_letters, personal, receipts, rows
-from code_worker.store.erasure import receipts as erasures
 from code_worker.store.erasure.receipts import WAITING, Receipt
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ class Unlearning:
     @staticmethod
     def _forget_in(session: Session, *, receipt: Receipt, snapshot: str, hashes: set[str]) -> None:
         forgot = rows.forget_in_snapshot(session, snapshot, hashes, actor=receipt.by, subject=receipt.id)
-        erasures.count(session, receipt.id, {"snapshots": int(forgot)})
+        receipts.count(session, receipt.id, {"snapshots": int(forgot)})
 
     def _end_runs(self, erasure_id: str, touched: set[str]) -> None:
         """Notes runs on the receipt and ends them: from then on none of them registers a release."""
@@ -137,7 +136,7 @@ class Unlearning:
 
         def note(session: Session) -> list[str]:
             known = _noted(session, erasure_id).runs
-            erasures.note(session, erasure_id, counts={"runs": len(set(runs) - set(known))}, runs=runs)
+            receipts.note(session, erasure_id, counts={"runs": len(set(runs) - set(known))}, runs=runs)
             return sorted({*known, *runs})
 
         why = "an image that it learned from was erased: begin another run"
@@ -155,7 +154,7 @@ class Unlearning:
                 for name, how in made.items()
                 if name not in known
             }
-            erasures.note(session, erasure_id, counts={"releases": len(named)}, releases=named)
+            receipts.note(session, erasure_id, counts={"releases": len(named)}, releases=named)
 
         self._turn.write(note)
 
@@ -199,9 +198,9 @@ def drop_forgotten(store: Store, artifacts: ArtifactStore) -> int:
 
 def _erased(session: Session) -> tuple[set[str], bool]:
     """Releases whose files erasures have deleted, and whether receipts name any run."""
-    receipts = list(erasures.learned(session))
-    named = ((name, facts["files"]) for receipt in receipts for name, facts in receipt.releases.items())
-    return {name for name, files in named if files == "deleted"}, any(receipt.runs for receipt in receipts)
+    found = list(receipts.learned(session))
+    named = ((name, facts["files"]) for receipt in found for name, facts in receipt.releases.items())
+    return {name for name, files in named if files == "deleted"}, any(receipt.runs for receipt in found)
 
 
 def _source(artifacts: ArtifactStore, release: str) -> str:
@@ -215,7 +214,7 @@ def _source(artifacts: ArtifactStore, release: str) -> str:
 
 def _noted(session: Session, erasure_id: str) -> Receipt:
     """The receipt, in the transaction that adds to it: repeated after a lost answer, it adds nothing twice."""
-    found = erasures.get(session, erasure_id, lock=True)
+    found = receipts.get(session, erasure_id, lock=True)
     if found is None:
         raise StoreError(f"no erasure {erasure_id}")
     return found

@@ -14,7 +14,6 @@ from sqlalchemy.orm import Session
 
 from code_worker.store import audit, releases
 from code_worker.store.erasure import personal, receipts, scopes
-from code_worker.store.erasure import personal as origins
 from code_worker.store.erasure.scopes import Scope
 from code_worker.store.learning import image_groups, kept_images, snapshots
 from code_worker.store.learning.label_rules import Split, recorded_split
@@ -103,7 +102,7 @@ def _note(session: Session, erasure_id: str, job_ids: Sequence[str], uris: set[s
         images = scopes.images_of(session, job_ids)
     else:
         images = {scope.sha256}
-        origins.note_origins(session, job_ids, but=scope.sha256)
+        personal.note_origins(session, job_ids, but=scope.sha256)
     read = select(_VERDICTS.c.uri).where(among(session, _VERDICTS.c.job_id, job_ids)).distinct()
     receipts.add_targets(session, erasure_id, receipts.JOB, job_ids)
     receipts.add_targets(session, erasure_id, receipts.IMAGE, images)
@@ -215,7 +214,7 @@ def erase_images(session: Session, erasure_id: str, hashes: Sequence[str], *, sc
     with audit.removal(session, _entry(session, erasure_id, actor, {"images": len(mine)})):
         for table in _OF_IMAGES:
             done.counts[table.name] = _delete(session, table, table.c.sha256, mine)
-    for encoder in origins.encoders(session):
+    for encoder in personal.encoders(session):
         of_encoder = _EMBEDDINGS.c.encoder_sha256 == encoder
         done.counts["embeddings"] += _delete(session, _EMBEDDINGS, _EMBEDDINGS.c.sha256, mine, of_encoder)
     done.counts["images"] = len(mine)
@@ -238,7 +237,7 @@ def rows_left(
     again: Counter[str] = Counter()
     for table in _OF_IMAGES:
         again.update(session.scalars(select(table.c.sha256).where(table.c.sha256.in_(mine))))
-    for encoder in origins.encoders(session):
+    for encoder in personal.encoders(session):
         of_encoder = (_EMBEDDINGS.c.encoder_sha256 == encoder, _EMBEDDINGS.c.sha256.in_(mine))
         again.update(session.scalars(select(_EMBEDDINGS.c.sha256).where(*of_encoder)))
     receipts.turn_targets(session, erasure_id, list(again), was=receipts.ERASED, now=receipts.IMAGE)

@@ -11,7 +11,6 @@ from sqlalchemy import ColumnElement, delete, exists, or_, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.store.erasure import personal
-from code_worker.store.erasure import personal as origins
 from code_worker.store.models import CopyToDropRow, KeptImageRow, LabelRow, VerdictRow, db_now, db_now_plus
 from code_worker.store.sql import IN_LIST, among, insert_new, table_of
 from code_worker.wire import chunks
@@ -137,7 +136,7 @@ def forget_unsaid(session: Session, *, older_s: float, limit: int) -> int:
         forgotten = delete(_KEPT).where(_KEPT.c.sha256.in_(some), *unsaid)
         gone += session.scalars(forgotten.returning(_KEPT.c.sha256))
     to_drop(session, gone)
-    origins.forget_origins(session, gone)
+    personal.forget_origins(session, gone)
     return len(gone)
 
 

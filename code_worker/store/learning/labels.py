@@ -20,7 +20,6 @@ from sqlalchemy.orm import Session
 from code_worker.errors import StoreError
 from code_worker.store.engine import Store
 from code_worker.store.erasure import personal
-from code_worker.store.erasure import personal as origins
 from code_worker.store.ids import as_uuid, uuid7
 from code_worker.store.learning.label_rules import (
     REVIEW,
@@ -202,7 +201,7 @@ def add(session: Session, labels: Sequence[NewLabel]) -> int:
             insort(before, _as_said(new, now), key=attrgetter("at", "id"))
         elif new.job_id is not None:
             # Said before, perhaps by another tenant's job: erasing that one must not take what this one says.
-            origins.note_labelled(session, new.sha256, new.job_id)
+            personal.note_labelled(session, new.sha256, new.job_id)
     rows.sort(key=lambda row: str(row["fingerprint"]))
     return len(insert_new(session, LabelRow, rows, same=["fingerprint"], fresh="id"))
 

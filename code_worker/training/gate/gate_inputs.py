@@ -11,9 +11,8 @@ import numpy as np
 
 from code_worker.data.datasets.examples import FAKE, REAL
 from code_worker.store import policies, releases
-from code_worker.store.learning import image_groups, runs
-from code_worker.store.learning import snapshots as comparisons
-from code_worker.training import snapshot as snapshots
+from code_worker.store.learning import image_groups, runs, snapshots
+from code_worker.training import snapshot
 from code_worker.training.evaluation.metrics import Threshold
 from code_worker.training.snapshot import UNNAMED
 
@@ -303,13 +302,13 @@ def _kept(run: Run, heads: frozenset[str]) -> frozenset[str]:
 
 
 def _learned_in(session: Session, run: Run) -> list[Member]:
-    return snapshots.load(session, run.snapshot_id or "").training_share
+    return snapshot.load(session, run.snapshot_id or "").training_share
 
 
 def compared_on(session: Session, taken: Snapshot, *, candidate: str, champion: str | None) -> Snapshot:
     """Returns what both are compared on: of the hold-out what neither learned, and `new` as the champion has it."""
     both = [candidate] if champion is None else [candidate, champion]
-    return unlearned(session, snapshots.as_new_to(session, taken, champion), both)
+    return unlearned(session, snapshot.as_new_to(session, taken, champion), both)
 
 
 def unlearned(session: Session, taken: Snapshot, named: Iterable[str]) -> Snapshot:
@@ -318,7 +317,7 @@ def unlearned(session: Session, taken: Snapshot, named: Iterable[str]) -> Snapsh
     Retention forgets which group an image was in: labelled again in another one, it may be held out although it was
     learned. With it go the images of its group, which are copies and siblings. `left_out` counts them as `learned`.
     """
-    learned = snapshots.learned_by(session, named).images
+    learned = snapshot.learned_by(session, named).images
     # Also by images that were learned and are no members now, such as those that labellers contradict.
     groups = {place.group for place in image_groups.places(session, sorted(learned)).values()}
     groups |= {one.group for one in taken.members if one.group is not None and one.sha256 in learned}
@@ -329,9 +328,9 @@ def unlearned(session: Session, taken: Snapshot, named: Iterable[str]) -> Snapsh
 
 def spend_on(session: Session, *, run_id: str, champion: str, candidate: str, images: int, error: float) -> Spending:
     """The chance of error of a run's comparison with a champion, written down before the comparison is made."""
-    earlier = comparisons.before(session, champion, run_id=run_id)
+    earlier = snapshots.before(session, champion, run_id=run_id)
     spending = spend([Comparison(one.images, one.level) for one in earlier], images, error)
-    comparisons.note_comparison(
+    snapshots.note_comparison(
         session, run_id=run_id, champion=champion, candidate=candidate, images=images, level=spending.level
     )
     return spending
