@@ -21,8 +21,8 @@ import numpy as np
 from bench.photographs import HELD_OUT, LEARNED_FROM, Album
 from bench.toy_data import write_records
 from code_worker.data.labelling import Labeller
-from code_worker.demo.generators import GENERATORS, NEWCOMERS
 from code_worker.demo.starter_release import build_starter_release
+from code_worker.demo.toy_images import GENERATORS, NEWCOMERS
 from code_worker.encoder.torch_engine import Engine
 from code_worker.images.decode import decode
 from code_worker.plugins import load_plugins

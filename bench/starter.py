@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.photographs import HELD_OUT, LEARNED_FROM, Album
 from bench.toy_data import write_records
-from code_worker.demo.generators import GENERATORS
+from code_worker.demo.toy_images import GENERATORS
 from code_worker.settings import TrainingSettings
 from code_worker.training.fitting.job import VALIDATION_FILE, TrainingJob, read_items, write_job
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.photographs import Album
-from code_worker.demo.generators import GENERATORS
+from code_worker.demo.toy_images import GENERATORS
 from code_worker.training.fitting.job import Item
 
 if TYPE_CHECKING:
-    from code_worker.demo.generators import Simulation
+    from code_worker.demo.toy_images import Simulation
 
 __all__ = ["encode", "random_form", "write_records"]
 

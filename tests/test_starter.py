@@ -10,8 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 import code_worker.demo.starter_release as starter
-from code_worker.demo.generators import GENERATORS
-from code_worker.demo.toy_images import REAL, crops_of, pictures, training_pictures
+from code_worker.demo.toy_images import GENERATORS, REAL, crops_of, pictures, training_pictures
 from code_worker.encoder.torch_engine import Engine
 from code_worker.encoder.weights import EncoderWeights
 from code_worker.heads import fit_head

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from code_worker.data.datasets.examples import FAKE, REAL, Example, Skipped
 from code_worker.errors import DatasetError, StorageError, TrainingError
 from code_worker.logs import get_logger
-from code_worker.store.learning.label_rules import (
-    Split,
-    recorded_split,
-)
+from code_worker.store.learning.label_rules import Split, recorded_split
 
 if TYPE_CHECKING:
     from code_worker.data.kept_copies import KeptImages

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from code_worker.demo.generators import NEWCOMER
-from code_worker.demo.toy_images import REAL, Broken, Picture
+from code_worker.demo.toy_images import NEWCOMER, REAL, Broken, Picture
 from code_worker.types import Label, Outcome
 
 if TYPE_CHECKING:

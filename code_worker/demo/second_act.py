@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from code_worker.demo.generators import NEWCOMER
-from code_worker.demo.toy_images import REAL, Picture, newcomer_pictures
+from code_worker.demo.toy_images import NEWCOMER, REAL, Picture, newcomer_pictures
 from code_worker.errors import CodeWorkerError
 from code_worker.publisher import Publisher
 from code_worker.store import jobs, releases, workers

@@ -14,7 +14,7 @@ from code_worker.images.source import source_name
 from code_worker.settings import Settings
 from code_worker.store import migrate, releases, workers
 from code_worker.store.engine import open_store
-from code_worker.store.jobs import joblist
+from code_worker.store.jobs import queries
 from code_worker.store.releases import CHAMPION
 from code_worker.types import JobState
 from code_worker.wire import QUEUES, TRAIN_QUEUE
@@ -22,7 +22,7 @@ from code_worker.worker.background import differing, silence_s
 
 if TYPE_CHECKING:
     from code_worker.store.engine import Session, Store
-    from code_worker.store.jobs.joblist import JobInfo
+    from code_worker.store.jobs.queries import JobInfo
     from code_worker.store.workers import SourcePause, WorkerInfo
 
 _UNTAKEN_S: Final = 30.0
@@ -120,7 +120,7 @@ def queues(settings: Settings) -> Iterator[Check]:
 
     def read(session: Session) -> tuple[list[WorkerInfo], dict[str, tuple[int, float]], tuple[int, float]]:
         alive = workers.alive(session, within_s=silence_s(settings), role=None)
-        return alive, joblist.waiting(session), joblist.unpublished(session)
+        return alive, queries.waiting(session), queries.unpublished(session)
 
     with closing(open_store(settings.resolved_database_url, threads=1, create=False)) as store:
         alive, waiting, unpublished = store.run(read, write=False)
@@ -250,7 +250,7 @@ def why_waiting(settings: Settings, store: Store, job_ids: Sequence[str]) -> dic
             workers.paused_sources(session),
             migrate.server_time(session),
         )
-        found = (joblist.get(session, job_id) for job_id in job_ids)
+        found = (queries.get(session, job_id) for job_id in job_ids)
         return seen, [job for job in found if job is not None and job.finished_at is None]
 
     seen, waiting = store.run(read, write=False)

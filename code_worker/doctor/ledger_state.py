@@ -15,7 +15,7 @@ from code_worker.releases.registry import open_registry
 from code_worker.settings import Settings
 from code_worker.store import policies, releases, workers
 from code_worker.store.engine import open_store
-from code_worker.store.jobs import joblist
+from code_worker.store.jobs import queries
 from code_worker.store.releases import CHAMPION
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def jobs(settings: Settings) -> Iterator[Check]:
     age_s, states, letters = _ask(
         settings,
         lambda session: (
-            joblist.oldest_unfinished_s(session),
-            joblist.counts(session, finished=False),
+            queries.oldest_unfinished_s(session),
+            queries.counts(session, finished=False),
             workers.list_dead_letters(session, limit=_LETTERS),
         ),
     )

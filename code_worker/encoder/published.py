@@ -13,13 +13,7 @@ from torch import Tensor
 
 from code_worker.encoder.architecture import VitConfig, expected_shapes
 from code_worker.encoder.download import HUB_PREFIX, download
-from code_worker.encoder.weights import (
-    EncoderWeights,
-    as_tensors,
-    check_fit,
-    read_safetensors,
-    read_torch_pickle,
-)
+from code_worker.encoder.weights import EncoderWeights, as_tensors, check_fit, read_safetensors, read_torch_pickle
 from code_worker.errors import ArtifactError, ConfigurationError
 
 # What `transformers.ViTConfig` assumes for a field that config.json lacks.

@@ -14,14 +14,7 @@ from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.damage import reason_for, webp_size
 from code_worker.images.memory import jpeg_buffer_bytes, pillow_bytes, taking
 from code_worker.images.pillow import TiffImagePlugin
-from code_worker.images.readers import (
-    PILLOW_ERRORS,
-    ImageBytes,
-    kind_of,
-    open_image,
-    scans_of,
-    tiff_tile_size,
-)
+from code_worker.images.readers import PILLOW_ERRORS, ImageBytes, kind_of, open_image, scans_of, tiff_tile_size
 from code_worker.images.region import jpeg_region, leave_out_rows_below, webp_region
 from code_worker.types import IMAGE_SIZE, ImageFacts, RejectReason
 

@@ -10,10 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from code_worker.errors import (
-    TransientError,
-    UnknownHeadError,
-)
+from code_worker.errors import TransientError, UnknownHeadError
 from code_worker.heads import Head, use_compute_device
 from code_worker.logs import get_logger
 from code_worker.moderation.policy import DEFAULT_POLICY, Policy

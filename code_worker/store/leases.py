@@ -22,15 +22,15 @@ LEASE_S: Final = 20.0
 _POLL_S: Final = 0.5
 
 
-class LostTurnError(StoreError):
+class RoleLostError(StoreError):
     """This process gave no sign of life for so long that another one took over."""
 
 
-class TakenTurnError(StoreError):
+class RoleTakenError(StoreError):
     """Another process, which lives, has the role."""
 
 
-class Turn:
+class RoleLease:
     """A role that one process of the deployment plays at a time, for as long as a block lasts.
 
     A thread gives signs of life. A role that its holder did not give back, because it died, is taken over once they
@@ -41,7 +41,7 @@ class Turn:
         store: a migrated one.
         role: its name.
         doing: what its holder is doing, for people who are refused.
-        owner: who plays it; no two turns have the same.
+        owner: who plays it; no two leases have the same.
         wait_s: how long to wait for a holder that may be dead, at most.
 
     Raises:
@@ -63,7 +63,7 @@ class Turn:
         while not self._sign(workers.take_lease):
             until = self._end()
             if time.monotonic() > deadline or (until is not None and seen is not None and until > seen):
-                raise TakenTurnError(f"another process is {self._doing}: wait until it is done")
+                raise RoleTakenError(f"another process is {self._doing}: wait until it is done")
             time.sleep(_POLL_S)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"{self._role}-heartbeat", daemon=True)
@@ -79,7 +79,7 @@ class Turn:
 
         def fenced(session: Session) -> T:
             if not workers.renew_lease(session, self._role, self._owner, LEASE_S):
-                raise LostTurnError(f"another process took over: it is {self._doing} there, or did so meanwhile")
+                raise RoleLostError(f"another process took over: it is {self._doing} there, or did so meanwhile")
             return work(session)
 
         return self._store.run(fenced)

@@ -13,12 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import uuid4
 
-from code_worker.errors import (
-    CodeWorkerError,
-    RunLostError,
-    RunStoppedError,
-    TrainingError,
-)
+from code_worker.errors import CodeWorkerError, RunLostError, RunStoppedError, TrainingError
 from code_worker.logs import get_logger
 from code_worker.store.learning import runs
 from code_worker.system.files import locked, make_private

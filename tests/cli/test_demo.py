@@ -12,7 +12,7 @@ import pytest
 
 from code_worker.cli.operations.demo import print_report
 from code_worker.demo.first_act import Result
-from code_worker.demo.generators import NEWCOMER
+from code_worker.demo.toy_images import NEWCOMER
 from tests.cli.conftest import Cli
 from tests.demo.lessons import OLD, lesson
 from tests.fork_server import CHILDREN_ENV, forking_python

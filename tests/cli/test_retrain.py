@@ -14,7 +14,8 @@ import redis
 from code_worker.settings import Settings
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
-from code_worker.store.learning import runs, schedule
+from code_worker.store.learning import runs
+from code_worker.store.learning import runs as schedule
 from code_worker.store.learning.runs import RunMetrics
 from code_worker.wire import TRAIN_QUEUE
 from tests.cli.conftest import Cli
@@ -180,7 +181,7 @@ def test_schedules_are_listed_with_their_next_and_last_times(cli: Cli, store: St
 
     def fire(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
         run = runs.start(session, id=run_id, kind="retrain", by="a", owner="a:1", config={}, base_release=None)
-        schedule.take(session, "retrain", run.created_at, run_id=run_id, outcome="started")
+        schedule.take_slot(session, "retrain", run.created_at, run_id=run_id, outcome="started")
         runs.finish(session, run.lease, "rejected")
 
     store.run(fire)
@@ -197,7 +198,7 @@ def test_a_time_that_nobody_took_is_said_to_be_overdue(cli: Cli, store: Store) -
     before = datetime.now(UTC).replace(microsecond=0) - timedelta(days=3)
     hour = (datetime.now(UTC) - timedelta(hours=2)).hour
     cli.env["CODE_WORKER_SCHEDULE__REFIT"] = f"0 {hour} * * *"
-    store.run(lambda session: schedule.take(session, "refit", before, run_id=uuid7(), outcome="started"))
+    store.run(lambda session: schedule.take_slot(session, "refit", before, run_id=uuid7(), outcome="started"))
     listed = cli("schedule", "list")
     assert "refit was due at" in listed.stderr
     assert "does a `code-worker trainer` run?" in listed.stderr

@@ -27,7 +27,7 @@ from code_worker.store.learning import challenger_scores, image_groups, kept_ima
 from code_worker.store.learning import snapshots as snapshot_table
 from code_worker.store.learning.kept_images import KeptImage
 from code_worker.store.learning.labels import NewLabel
-from code_worker.store.leases import LEASE_S, LostTurnError, Turn
+from code_worker.store.leases import LEASE_S, RoleLease, RoleLostError
 from code_worker.training.learner import Learner
 from code_worker.types import ImageFacts, ShadowScore
 from tests.store.acts import accept, claim, judged, write
@@ -284,13 +284,13 @@ def test_only_an_operator_may_erase(store: Store, settings: Settings) -> None:
 
 def test_two_do_not_erase_at_once_and_who_died_keeps_nobody_from_it(store: Store, settings: Settings) -> None:
     judge(store, "a" * 64)
-    other = Turn(store, "erasure", "somebody", doing="erasing", wait_s=0)
+    other = RoleLease(store, "erasure", "somebody", doing="erasing", wait_s=0)
     with other, pytest.raises(StoreError, match="another process is erasing"):
         erase(settings, store, sha256="a" * 64, wait_s=0)
     # Of a process that was killed: it gave no sign of life since.
     store.run(lambda session: workers.take_lease(session, "erasure", "somebody", 0.7))
     assert erase(settings, store, sha256="a" * 64).state == "done"
-    with pytest.raises(LostTurnError, match="another process took over"):
+    with pytest.raises(RoleLostError, match="another process took over"):
         store.run(lambda session: workers.take_lease(session, "erasure", "a third", 60)) and other.write(
             lambda _: None
         )

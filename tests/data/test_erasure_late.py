@@ -69,7 +69,7 @@ def test_an_eraser_that_slept_erases_nothing_after_others_took_over_and_finished
     # What another process leaves that took over, finished and gave the role back.
     sqlite_store.run(lambda session: session.execute(delete(LeaseRow)))
     sleeper.join()
-    assert found == ["LostTurnError"]
+    assert found == ["RoleLostError"]
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["under way", "done"])

@@ -29,7 +29,7 @@ from code_worker.store.erasure import receipts as erasures
 from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
 from code_worker.store.learning import challenger_scores
-from code_worker.store.leases import Turn
+from code_worker.store.leases import RoleLease
 from code_worker.store.models import Base
 from code_worker.types import ImageFacts, Label, ShadowScore, Verdict
 from code_worker.worker.judging.recorder import Recorder
@@ -142,9 +142,9 @@ class Storm:
 
     def erase(self, monkeypatch: pytest.MonkeyPatch) -> int:
         """Until it is done; returns how often the eraser died."""
-        rng, original, died = random.Random(f"{self.seed} eraser"), Turn.write, 0
+        rng, original, died = random.Random(f"{self.seed} eraser"), RoleLease.write, 0
 
-        def write(turn: Turn, work: Callable[[Session], object]) -> object:
+        def write(turn: RoleLease, work: Callable[[Session], object]) -> object:
             if rng.random() < 0.05:
                 raise DiedError
             result = original(turn, work)
@@ -152,7 +152,7 @@ class Storm:
                 raise DiedError
             return result
 
-        monkeypatch.setattr(Turn, "write", write)
+        monkeypatch.setattr(RoleLease, "write", write)
         monkeypatch.setattr(erasure, "_PAGE", 8)
         while True:
             try:

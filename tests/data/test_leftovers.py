@@ -14,7 +14,7 @@ from code_worker.errors import StoreError
 from code_worker.store import leases, workers
 from code_worker.store.engine import Store
 from code_worker.store.learning import kept_images
-from code_worker.store.leases import TakenTurnError
+from code_worker.store.leases import RoleTakenError
 from code_worker.store.models import LeaseRow
 
 
@@ -39,7 +39,7 @@ def test_files_of_dropped_copies_are_deleted_by_one_process_at_a_time(sqlite_sto
     first = threading.Thread(target=drop_copies, args=(sqlite_store, slow))
     first.start()
     assert slow.entered.wait(30)
-    with pytest.raises(TakenTurnError, match="another process is deleting files of copies"):
+    with pytest.raises(RoleTakenError, match="another process is deleting files of copies"):
         drop_copies(sqlite_store, kept)
     assert kept.exists(sha256)
     second = threading.Thread(target=drop_copies, args=(sqlite_store, kept), kwargs={"wait_s": 30})
@@ -78,5 +78,5 @@ def test_a_process_that_slept_deletes_no_file_after_another_took_over(
     assert done or sqlite_store.run(lambda session: workers.take_lease(session, "copies", "another", 60.0))
     slow.may.set()
     sleeper.join()
-    assert [type(error) for error in found] == [leases.LostTurnError]
+    assert [type(error) for error in found] == [leases.RoleLostError]
     assert [slow.exists(sha256) for sha256 in hashes] == [False, True]

@@ -27,7 +27,7 @@ from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
 from code_worker.store.learning import runs, snapshots
 from code_worker.store.learning.runs import Run
-from code_worker.store.leases import Turn
+from code_worker.store.leases import RoleLease
 from code_worker.training.refit import Origin
 from code_worker.training.run_context import RunContext, RunDirectory, RunLease, RunServices
 from code_worker.worker.retention import Retention
@@ -143,7 +143,7 @@ def test_every_release_that_a_run_registers_before_an_erasure_ends_it_is_on_the_
     run = store.run(lambda session: learns_from(session, SHA))
     made: list[str] = []
 
-    class Meddled(Turn):
+    class Meddled(RoleLease):
         """The run makes one more release before each step of the erasure, for as long as it is under way."""
 
         def write(self, work):  # type: ignore[no-untyped-def]  # as its parent's
@@ -185,7 +185,7 @@ def test_a_release_of_a_run_that_noted_it_nowhere_is_known_by_what_it_says_of_it
         register(session, "r-4", "aimagelab/CoDE")
 
     sqlite_store.run(by_hand)
-    turn = Turn(sqlite_store, "erasure", "me", doing="erasing", wait_s=0)
+    turn = RoleLease(sqlite_store, "erasure", "me", doing="erasing", wait_s=0)
     assert Unlearning(sqlite_store, turn).made_from({SHA}) == {"r-1": "learned", "r-2": "descends"}
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from code_worker.demo.generators import NEWCOMER
 from code_worker.demo.second_act import Lesson
+from code_worker.demo.toy_images import NEWCOMER
 from code_worker.store.learning.runs import Run
 from code_worker.store.releases import AliasMove
 from code_worker.types import Label, Outcome, Provenance, Verdict

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from code_worker.demo.findings import GroupRow, by_group, lesson_checks
-from code_worker.demo.generators import NEWCOMER
 from code_worker.demo.second_act import Lesson
+from code_worker.demo.toy_images import NEWCOMER
 from tests.demo.lessons import ASKED, FAKE, NEW, OLD, lesson, moves, verdict
 
 

@@ -3,8 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from code_worker.demo.generators import GENERATORS, NEWCOMER, NEWCOMERS
-from code_worker.demo.toy_images import REAL, crops_of, newcomer_pictures, pictures, training_pictures
+from code_worker.demo.toy_images import (
+    GENERATORS,
+    NEWCOMER,
+    NEWCOMERS,
+    REAL,
+    crops_of,
+    newcomer_pictures,
+    pictures,
+    training_pictures,
+)
 from code_worker.settings import Settings
 
 

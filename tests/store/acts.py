@@ -8,7 +8,7 @@ from sqlalchemy import select
 
 from code_worker.store import jobs, verdicts
 from code_worker.store.engine import Store
-from code_worker.store.learning import schedule
+from code_worker.store.learning import runs
 from code_worker.store.models import ScheduleSlotRow
 from code_worker.types import ImageFacts, Job, JobState, Label, Outcome, Provenance, RejectReason, Verdict
 
@@ -72,10 +72,8 @@ def rejected(job_id: str, reason: RejectReason = RejectReason.TRUNCATED, *, revi
     return Verdict(job_id, "s3://b/a.jpg", Outcome.REJECTED, reason=reason, detail="cut short", revision=revision)
 
 
-def slots(store: Store) -> list[schedule.Slot]:
+def slots(store: Store) -> list[runs.Slot]:
     """All times of schedules that were taken, newest first."""
-    columns = (getattr(ScheduleSlotRow, name) for name in schedule.Slot.__dataclass_fields__)
+    columns = (getattr(ScheduleSlotRow, name) for name in runs.Slot.__dataclass_fields__)
     newest = select(*columns).order_by(ScheduleSlotRow.slot.desc(), ScheduleSlotRow.name)
-    return store.run(
-        lambda session: [schedule.Slot(**row) for row in session.execute(newest).mappings()], write=False
-    )
+    return store.run(lambda session: [runs.Slot(**row) for row in session.execute(newest).mappings()], write=False)

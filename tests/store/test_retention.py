@@ -12,7 +12,8 @@ from code_worker.store import audit, embeddings, jobs, retention, workers
 from code_worker.store import verdicts as verdict_store
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7, uuid7_floor
-from code_worker.store.learning import challenger_scores, image_groups, kept_images, labels, runs, schedule
+from code_worker.store.learning import challenger_scores, image_groups, kept_images, labels, runs
+from code_worker.store.learning import runs as schedule
 from code_worker.store.learning.kept_images import KeptImage
 from code_worker.store.learning.labels import NewLabel
 from code_worker.store.models import ImageGroupRow, ImageOriginRow, KeptImageRow, db_now_plus
@@ -235,12 +236,12 @@ def test_what_only_the_running_of_the_system_left_goes_by_age(store: Store, kind
         assert run is not None
         runs.add_metrics(session, run.lease, [runs.RunMetrics(1, 1, {"loss": 1.0})])
         for day in (1, 2):
-            schedule.take(session, "refit", datetime(2026, 1, day, tzinfo=UTC), run_id=None, outcome="started")
+            schedule.take_slot(session, "refit", datetime(2026, 1, day, tzinfo=UTC), run_id=None, outcome="started")
 
     store.run(leave)
     age()
     assert prune(store, kind, days=1000) == 0
     assert [prune(store, kind), prune(store, kind)] == [1, 0]
-    last = store.run(lambda session: schedule.last(session, "refit"), write=False)
+    last = store.run(lambda session: schedule.last_slot(session, "refit"), write=False)
     assert last is not None, "by the last slot a missed one is told"
     assert last.slot.day == 2

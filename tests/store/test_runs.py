@@ -11,7 +11,8 @@ from sqlalchemy import text
 from code_worker.errors import RunLostError, StoreError
 from code_worker.store.engine import Store
 from code_worker.store.ids import uuid7
-from code_worker.store.learning import runs, schedule, snapshots
+from code_worker.store.learning import runs, snapshots
+from code_worker.store.learning import runs as schedule
 from code_worker.store.learning.runs import Run, RunMetrics
 from tests.store.acts import slots
 
@@ -225,7 +226,7 @@ def test_a_release_goes_back_through_the_runs_that_made_it_to_where_nothing_is_r
 
 
 def take(store: Store, run_id: str | None, *, slot: datetime = SLOT, name: str = "retrain") -> bool:
-    return store.run(lambda session: schedule.take(session, name, slot, run_id=run_id, outcome="started"))
+    return store.run(lambda session: schedule.take_slot(session, name, slot, run_id=run_id, outcome="started"))
 
 
 def test_a_slot_is_taken_once(store: Store) -> None:
@@ -241,11 +242,11 @@ def test_a_slot_is_taken_once(store: Store) -> None:
 
 
 def test_the_last_slots_of_a_schedule_are_known(store: Store) -> None:
-    assert store.run(lambda session: schedule.last(session, "retrain")) is None
+    assert store.run(lambda session: schedule.last_slot(session, "retrain")) is None
     for days in (7, 0):
         take(store, uuid7(), slot=SLOT + timedelta(days=days))
     take(store, uuid7(), name="refit")
-    newest = store.run(lambda session: schedule.last(session, "retrain"))
+    newest = store.run(lambda session: schedule.last_slot(session, "retrain"))
     assert newest is not None
     assert (newest.slot, newest.outcome) == (SLOT + timedelta(days=7), "started")
     assert [slot.name for slot in slots(store)] == ["retrain", "refit", "retrain"]

@@ -27,7 +27,7 @@ from code_worker.releases.loading import load_release
 from code_worker.settings import LimitSettings, RetentionSettings, Settings, TrainingSettings, WorkerSettings
 from code_worker.store import migrate
 from code_worker.store.engine import Store, open_store
-from code_worker.store.jobs import joblist
+from code_worker.store.jobs import queries
 from code_worker.types import Outcome, RejectReason
 from code_worker.wire import MODERATE, QUEUES, REFIT, RETRAIN, SWEEP, SWEEP_QUEUE, TRAIN_QUEUE, WATCH
 from code_worker.worker.app import create_app, host_of, install
@@ -175,7 +175,7 @@ def test_producers_in_the_process_go_by_the_settings_of_the_app(redis_server: Re
     app.conf.code_worker = {"database_url": store.url}
     with closing(Client()) as client:
         job = client.enqueue("s3://b/k")
-    assert store.run(lambda session: joblist.get(session, job), write=False) is not None
+    assert store.run(lambda session: queries.get(session, job), write=False) is not None
     app.close()
 
 

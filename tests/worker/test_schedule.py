@@ -19,7 +19,8 @@ from code_worker.settings.cron import cron_line
 from code_worker.store import policies, releases
 from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
-from code_worker.store.learning import runs, schedule
+from code_worker.store.learning import runs
+from code_worker.store.learning import runs as schedule
 from code_worker.wire import REFIT, RETRAIN, TRAIN_QUEUE
 from code_worker.worker.app import install
 from code_worker.worker.learning_watch import calibration_due, due
@@ -153,7 +154,7 @@ def look(store: Store, settings: Settings, now: datetime) -> list[str]:
 
 
 def take(store: Store, name: str, at: datetime) -> bool:
-    return store.run(lambda session: schedule.take(session, name, at, run_id=uuid7(), outcome="started"))
+    return store.run(lambda session: schedule.take_slot(session, name, at, run_id=uuid7(), outcome="started"))
 
 
 def test_a_time_before_the_schedule_was_first_watched_was_not_missed(store: Store) -> None:
@@ -209,7 +210,7 @@ def test_after_a_promotion_thresholds_of_another_release_are_due_once(store: Sto
     assert look(store, Settings(), WEDNESDAY) == []
     promoted = store.run(lambda session: calibration_due(session, settings))
     assert promoted is not None
-    store.run(lambda session: schedule.take(session, CALIBRATE, promoted, run_id=None, outcome="too few images"))
+    store.run(lambda session: schedule.take_slot(session, CALIBRATE, promoted, run_id=None, outcome="too few images"))
     assert look(store, settings, WEDNESDAY) == []
     store.run(lambda session: releases.move_alias(session, "champion", "r-1", by="ann", reason=""))
     assert look(store, settings, WEDNESDAY) == [], "the champion that it was calibrated on is back"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from celery.utils.log import LoggingProxy
 
-from code_worker.store.jobs import joblist
+from code_worker.store.jobs import queries
 from code_worker.wire import LIVE, NORMAL, SWEEP_QUEUE
 from code_worker.worker.judging.watchdog import STUCK_STATUS, InFlight, Watchdog
 from tests.worker.harness import Deployment, WorkerProcess, jpeg, wait_until
@@ -123,6 +123,6 @@ def test_a_batch_that_hangs_in_a_worker_of_somebodys_app_ends_the_process(
         wait_until(lambda: said(f"exitcode {STUCK_STATUS}"), 120, "the child's end")
     assert said("batch_stuck")
     assert said("in code_worker_select_head"), "the stacks name the culprit"
-    stuck = deployment.store().run(lambda session: joblist.get(session, job), write=False)
+    stuck = deployment.store().run(lambda session: queries.get(session, job), write=False)
     assert stuck is not None
     assert stuck.attempts >= 1, "in the end it is quarantined"

@@ -18,8 +18,7 @@ from code_worker.errors import StoreError
 if TYPE_CHECKING:
     from code_worker.settings import Settings
     from code_worker.store.engine import Session
-    from code_worker.store.learning.runs import Run, RunMetrics
-    from code_worker.store.learning.schedule import Slot
+    from code_worker.store.learning.runs import Run, RunMetrics, Slot
     from code_worker.store.workers import WorkerInfo
 
 _NONE = "no run yet: code-worker retrain, or set CODE_WORKER_SCHEDULE__RETRAIN"
@@ -288,10 +287,10 @@ def _last(settings: Settings, kinds: Sequence[str]) -> dict[str, tuple[Slot | No
     if not has_database(settings):
         return {}
     from code_worker.store.learning import runs
-    from code_worker.store.learning import schedule as table
+    from code_worker.store.learning import runs as table
 
     def read(session: Session) -> dict[str, tuple[Slot | None, Run | None]]:
-        slots = {kind: table.last(session, kind) for kind in kinds}
+        slots = {kind: table.last_slot(session, kind) for kind in kinds}
         return {
             kind: (slot, None if slot is None or slot.run_id is None else runs.get(session, slot.run_id))
             for kind, slot in slots.items()

@@ -27,7 +27,7 @@ from code_worker.store.erasure.receipts import ERASED, IMAGE, JOB, WAITING, Rece
 from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
 from code_worker.store.learning import kept_images
-from code_worker.store.leases import LostTurnError, Turn
+from code_worker.store.leases import RoleLease, RoleLostError
 from code_worker.store.retention import purge
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ class Eraser:
         self._kept = open_kept(settings)
         self._artifacts = open_artifacts(settings)
         self._leftovers = Leftovers(settings, store)
-        self._turn = Turn(store, _ROLE, f"eraser-{uuid7()}", doing="erasing", wait_s=wait_s)
-        self._unlearning = Unlearning(store, self._turn)
-        self._mentions = Mentions(store, self._turn)
+        self._lease = RoleLease(store, _ROLE, f"eraser-{uuid7()}", doing="erasing", wait_s=wait_s)
+        self._unlearning = Unlearning(store, self._lease)
+        self._mentions = Mentions(store, self._lease)
 
     def preview(self, scope: Scope) -> Preview:
         """Returns what `erase` would do; writes nothing.
@@ -143,7 +143,7 @@ class Eraser:
         require(self._roles, by, Role.OPERATOR, "erase")
         if (before := self.erased_before(scope)) is not None:
             return before
-        with self._turn:
+        with self._lease:
             erasure_id = self._open(scope, by=by, why=why, keep_releases=keep_releases)
             self._finish_all(say)
             self.settle()
@@ -157,7 +157,7 @@ class Eraser:
         """
         left = self._read(receipts.still_open)
         if left:
-            with self._turn:
+            with self._lease:
                 self._finish_all(lambda _done: None)
         self.settle()
         return len(left)
@@ -185,7 +185,7 @@ class Eraser:
         return self._store.run(work, write=False)
 
     def _write(self, work: Callable[[Session], T]) -> T:
-        return self._turn.write(work)
+        return self._lease.write(work)
 
     def _receipt(self, erasure_id: str) -> Receipt:
         found: Receipt | None = self._read(partial(receipts.get, erasure_id=erasure_id))
@@ -222,7 +222,7 @@ class Eraser:
         for receipt in self._read(receipts.still_open):
             try:
                 self._finish(receipt, say)
-            except (LostTurnError, StoreUnavailableError):
+            except (RoleLostError, StoreUnavailableError):
                 raise
             except (StoreError, StorageError, ArtifactError) as error:
                 first = first or error

@@ -16,7 +16,7 @@ from code_worker.releases.artifacts import LocalArtifacts
 from code_worker.store.erasure import receipts
 from code_worker.store.ids import uuid7
 from code_worker.store.learning import kept_images
-from code_worker.store.leases import TakenTurnError, Turn
+from code_worker.store.leases import RoleLease, RoleTakenError
 from code_worker.system.files import locked
 from code_worker.wire import chunks
 
@@ -132,15 +132,17 @@ def drop_copies(store: Store, kept: KeptImages, *, wait_s: float = 0.0, note: No
     deadline, count = time.monotonic() + wait_s, 0
     while _to_drop(store, limit=1):
         try:
-            with Turn(store, _ROLE, f"copies-{uuid7()}", doing="deleting files of copies", wait_s=wait_s) as turn:
+            with RoleLease(
+                store, _ROLE, f"copies-{uuid7()}", doing="deleting files of copies", wait_s=wait_s
+            ) as lease:
                 while hashes := _to_drop(store, limit=_DROPPED):
                     gone = 0
                     for sha256 in hashes:
-                        turn.check()
+                        lease.check()
                         gone += kept.drop(sha256)
-                    turn.write(partial(_dropped, hashes=hashes, gone=gone, note=note))
+                    lease.write(partial(_dropped, hashes=hashes, gone=gone, note=note))
                     count += gone
-        except TakenTurnError:
+        except RoleTakenError:
             if time.monotonic() >= deadline:
                 raise
     return count

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from code_worker.releases.artifacts import ArtifactStore
     from code_worker.store.engine import Session, Store
     from code_worker.store.erasure.scopes import Scope
-    from code_worker.store.leases import Turn
+    from code_worker.store.leases import RoleLease
 
 _SCANNED: Final = 5000
 """Rows of a table that is read through, in one transaction."""
@@ -26,11 +26,11 @@ _LETTERS: Final = 4
 
 
 class Mentions:
-    """Takes out what names something erased, while the turn is this process's; all of it may be done again."""
+    """Takes out what names something erased, while the lease is this process's; all of it may be done again."""
 
-    def __init__(self, store: Store, turn: Turn) -> None:
+    def __init__(self, store: Store, lease: RoleLease) -> None:
         self._store = store
-        self._turn = turn
+        self._lease = lease
 
     def _read(self, work: Callable[[Session], Any]) -> Any:
         return self._store.run(work, write=False)
@@ -42,12 +42,12 @@ class Mentions:
         count = 0
         after: str | None = ""
         while after is not None:
-            some, after = self._turn.write(partial(self._labels, receipt=receipt, after=after))
+            some, after = self._lease.write(partial(self._labels, receipt=receipt, after=after))
             count += some
         last: str | None = ""
         while last is not None:
             work = partial(rows.erase_copy_addresses, erasure_id=receipt.id, limit=_SCANNED)
-            some, last = self._turn.write(partial(work, after=last))
+            some, last = self._lease.write(partial(work, after=last))
             count += some
         return count
 
@@ -78,14 +78,14 @@ class Mentions:
             that goes on sending them have no end.
         """
         # A process that is writing one is done after this, and it is read.
-        self._turn.write(personal.keep_out)
+        self._lease.write(personal.keep_out)
         count = 0
         after: str | None = ""
         while after is not None:
             page = partial(dead_letters.naming, erasure_id=receipt.id, scope=scope, after=after, limit=_LETTERS)
             found, after = self._read(page)
             if found:
-                self._turn.write(partial(self._rewrite, erasure_id=receipt.id, found=found))
+                self._lease.write(partial(self._rewrite, erasure_id=receipt.id, found=found))
             count += sum(scope.until is None or one.at <= scope.until for one in found)
         return count
 
@@ -103,9 +103,9 @@ ALL: Final = "*"
 class Unlearning:
     """The steps of an erasure that concern learning, while this process holds the lease."""
 
-    def __init__(self, store: Store, turn: Turn) -> None:
+    def __init__(self, store: Store, lease: RoleLease) -> None:
         self._store = store
-        self._turn = turn
+        self._lease = lease
 
     def _read(self, work: Callable[[Session], Any]) -> Any:
         return self._store.run(work, write=False)
@@ -122,8 +122,8 @@ class Unlearning:
         self._end_runs(receipt.id, touched)
         self._note_releases(receipt.id, learned)
         for snapshot in touched:
-            self._turn.write(partial(self._forget_in, receipt=receipt, snapshot=snapshot, hashes=hashes))
-        self._turn.write(partial(rows.forget_in_runs, hashes=hashes))
+            self._lease.write(partial(self._forget_in, receipt=receipt, snapshot=snapshot, hashes=hashes))
+        self._lease.write(partial(rows.forget_in_runs, hashes=hashes))
 
     @staticmethod
     def _forget_in(session: Session, *, receipt: Receipt, snapshot: str, hashes: set[str]) -> None:
@@ -140,8 +140,8 @@ class Unlearning:
             return sorted({*known, *runs})
 
         why = "an image that it learned from was erased: begin another run"
-        for run in self._turn.write(note):
-            self._turn.write(partial(rows.end_run, run_id=run, reason=why))
+        for run in self._lease.write(note):
+            self._lease.write(partial(rows.end_run, run_id=run, reason=why))
 
     def _note_releases(self, erasure_id: str, learned: set[str]) -> None:
         made = self._read(partial(rows.learned_from, snapshot_ids=learned))
@@ -156,7 +156,7 @@ class Unlearning:
             }
             receipts.note(session, erasure_id, counts={"releases": len(named)}, releases=named)
 
-        self._turn.write(note)
+        self._lease.write(note)
 
     def made_from(self, hashes: set[str]) -> Mapping[str, str]:
         """Releases that learned from one of the images, with how: `learned` or `descends`."""

@@ -16,16 +16,21 @@ from code_worker.store.jobs.claims import (
     release_owner,
     renew,
 )
-from code_worker.store.jobs.due import DueJob, due, mark_published, queue_wait_s, unpublish, with_lost_messages
-from code_worker.store.jobs.joblist import (
+from code_worker.store.jobs.queries import (
+    DueJob,
     JobFilter,
     JobInfo,
     counts,
+    due,
     get,
     list_jobs,
+    mark_published,
     oldest_unfinished_s,
+    queue_wait_s,
     retry,
     retry_denied,
+    unpublish,
+    with_lost_messages,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Training runs: one at a time in the whole deployment, each written to by the one process that holds it."""
+"""Training runs, one at a time in the whole deployment, and the slots of schedules that started them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sqlalchemy.sql import ColumnElement
 from code_worker.errors import RunLostError, StoreError
 from code_worker.store import audit, releases
 from code_worker.store.ids import as_uuid
-from code_worker.store.models import RunMetricsRow, RunRow, SnapshotRow, db_now, db_now_plus
+from code_worker.store.models import RunMetricsRow, RunRow, ScheduleSlotRow, SnapshotRow, db_now, db_now_plus
 from code_worker.store.releases import CHAMPION
 from code_worker.store.sql import insert_into, insert_new, plain, table_of
 from code_worker.system.failpoints import failpoint
@@ -344,3 +344,36 @@ def _write(session: Session, lease: Lease, columns: Mapping[str, Any]) -> None:
         raise RunLostError(
             f"run {lease.run_id} is not this process's any more: see `code-worker runs show {lease.run_id}`"
         )
+
+
+_SLOTS = table_of(ScheduleSlotRow)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A time at which a schedule was due and what came of it."""
+
+    name: str
+    slot: datetime
+    run_id: str | None
+    outcome: str
+    created_at: datetime
+
+
+_SLOT_COLUMNS = tuple(_SLOTS.c[name] for name in Slot.__dataclass_fields__)
+
+
+def take_slot(session: Session, name: str, slot: datetime, *, run_id: str | None, outcome: str) -> bool:
+    """Takes a slot; False when it is taken. The same run takes the same slot as often as it likes."""
+    row = {"name": name, "slot": slot, "run_id": run_id, "outcome": outcome}
+    session.execute(insert_into(session, ScheduleSlotRow).on_conflict_do_nothing().values(row))
+    holder = select(_SLOTS.c.run_id, _SLOTS.c.outcome).where(_SLOTS.c.name == name, _SLOTS.c.slot == slot)
+    found = session.execute(holder).one()
+    return run_id is not None and found.run_id == run_id
+
+
+def last_slot(session: Session, name: str) -> Slot | None:
+    """The newest slot that a schedule took, or None."""
+    newest = select(*_SLOT_COLUMNS).where(_SLOTS.c.name == name).order_by(_SLOTS.c.slot.desc()).limit(1)
+    row = session.execute(newest).mappings().one_or_none()
+    return None if row is None else Slot(**row)

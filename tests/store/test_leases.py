@@ -10,13 +10,13 @@ from sqlalchemy import text
 
 from code_worker.store import leases, workers
 from code_worker.store.engine import Session, Store
-from code_worker.store.leases import LostTurnError, Turn
+from code_worker.store.leases import RoleLease, RoleLostError
 
 ROLE = "tidying"
 
 
-def turn(store: Store, owner: str = "one") -> Turn:
-    return Turn(store, ROLE, owner, doing="tidying", wait_s=0)
+def turn(store: Store, owner: str = "one") -> RoleLease:
+    return RoleLease(store, ROLE, owner, doing="tidying", wait_s=0)
 
 
 def lapse(store: Store) -> None:
@@ -38,10 +38,10 @@ def test_who_slept_while_another_had_the_role_does_not_take_it_again(
         assert store.run(partial(workers.take_lease, name=ROLE, owner="another", ttl_s=60.0))
         if gives_back:
             store.run(partial(workers.drop_lease, name=ROLE, owner="another"))
-        with pytest.raises(LostTurnError, match="another process took over: it is tidying there, or"):
+        with pytest.raises(RoleLostError, match="another process took over: it is tidying there, or"):
             first.write(lambda _: None)
         monkeypatch.setattr(leases, "LEASE_S", 0.0)
-        with pytest.raises(LostTurnError):
+        with pytest.raises(RoleLostError):
             first.check()
         assert store.run(held, write=False) == (None if gives_back else "another")
 
@@ -50,7 +50,7 @@ def test_who_slept_while_nobody_wanted_the_role_has_it_still(store: Store) -> No
     with turn(store) as first:
         lapse(store)
         assert first.write(held) == "one"
-        with pytest.raises(leases.TakenTurnError), turn(store, "another"):
+        with pytest.raises(leases.RoleTakenError), turn(store, "another"):
             pass
 
 
@@ -63,7 +63,7 @@ def test_a_holder_whose_machine_slept_asks_before_it_goes_on(
         monkeypatch.setattr(time, "monotonic", lambda: stopped)
         sqlite_store.run(partial(workers.drop_lease, name=ROLE, owner="one"))
         monkeypatch.setattr(leases, "LEASE_S", 0.0)
-        with pytest.raises(LostTurnError):
+        with pytest.raises(RoleLostError):
             first.check()
 
 
