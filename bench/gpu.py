@@ -27,7 +27,7 @@ from PIL import Image
 from bench.rounds import alternate, spread
 from code_worker.encoder.forward import CropEncoder
 from code_worker.encoder.loop import EncoderLoop
-from code_worker.encoder.torch_engine import Engine, Lanes, resolve_device
+from code_worker.encoder.torch_engine import Engine, StreamPool, resolve_device
 from code_worker.encoder.weights import random_weights
 from code_worker.errors import ConfigurationError
 from code_worker.images.decode import decode
@@ -182,7 +182,7 @@ def _forward(plan: Plan, precision: str, limit: float) -> Iterator[dict[str, Any
     reference = Engine(weights, device="cpu", fold=False).embed(crops)
     for mode in plan.modes:
         encoder = CropEncoder(weights.config, weights.state, dtype=DTYPES[precision]).to(plan.device)
-        lanes = Lanes(encoder, plan.device, lanes=2, largest_batch=plan.batches[-1])
+        lanes = StreamPool(encoder, plan.device, lanes=2, largest_batch=plan.batches[-1])
         started = time.perf_counter()
         if mode == "prepared":
             lanes.prepare()
@@ -202,7 +202,7 @@ def _forward(plan: Plan, precision: str, limit: float) -> Iterator[dict[str, Any
             }
 
 
-def _batches(plan: Plan, lanes: Lanes) -> dict[int, dict[str, list[float]]]:
+def _batches(plan: Plan, lanes: StreamPool) -> dict[int, dict[str, list[float]]]:
     rates: dict[int, dict[str, list[float]]] = {}
     for batch in plan.batches:
         crops = np.zeros((batch, 224, 224, 3), np.uint8)
@@ -214,7 +214,7 @@ def _batches(plan: Plan, lanes: Lanes) -> dict[int, dict[str, list[float]]]:
     return rates
 
 
-def _from_host(plan: Plan, lanes: Lanes, crops: NDArray[np.uint8]) -> float:
+def _from_host(plan: Plan, lanes: StreamPool, crops: NDArray[np.uint8]) -> float:
     """Images per second of two callers, whose copies and passes overlap."""
     done = [0, 0]
     lanes.run(crops)

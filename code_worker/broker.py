@@ -16,13 +16,13 @@ TRANSPORTS: Final = {"redis": REDIS_TRANSPORT, "rediss": "code_worker.worker.kom
 """Our transport by the scheme of a broker's URL."""
 ALL_QUEUES: Final = (*QUEUES, SWEEP_QUEUE, TRAIN_QUEUE)
 # What a worker takes that is told of none: training takes long, and has a worker of its own.
-_TAKEN_UNTOLD: Final = (*QUEUES, SWEEP_QUEUE)
+_DEFAULT_QUEUES: Final = (*QUEUES, SWEEP_QUEUE)
 ROUTES: Final = {
     MODERATE: {"queue": NORMAL},
     SWEEP: {"queue": SWEEP_QUEUE},
     **{task: {"queue": TRAIN_QUEUE} for task in (RETRAIN, REFIT, WATCH)},
 }
-OWN_VISIBILITY: Final = "CODE_WORKER_BROKER__VISIBILITY_TIMEOUT_S"
+VISIBILITY_SETTING: Final = "CODE_WORKER_BROKER__VISIBILITY_TIMEOUT_S"
 _OTHER_REDIS = frozenset({"redis+socket", "sentinel"})
 _BATCHES_PER_VISIBILITY = 4
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1", None, ""})
@@ -65,7 +65,7 @@ def check_broker(settings: Settings) -> str:
     return url
 
 
-def check_visibility(visibility_timeout_s: float, settings: Settings, *, setting: str = OWN_VISIBILITY) -> None:
+def check_visibility(visibility_timeout_s: float, settings: Settings, *, setting: str = VISIBILITY_SETTING) -> None:
     """Refuses a visibility timeout within which a batch may still be under way; `setting` is where it was set.
 
     Raises:
@@ -142,7 +142,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "task_routes": dict(ROUTES),
-        "task_queues": {name: _direct(name) for name in _TAKEN_UNTOLD},
+        "task_queues": {name: _direct(name) for name in _DEFAULT_QUEUES},
         # The encoder is shared by threads; a process each would load it again.
         "worker_pool": "threads",
         "worker_concurrency": settings.worker.concurrency,

@@ -65,7 +65,7 @@ def new_client(
             response_checksum_validation=checksums,
         ),
     )
-    client.meta.events.register("provide-client-params.s3", _Payer(settings.requester_pays))
+    client.meta.events.register("provide-client-params.s3", _RequesterPays(settings.requester_pays))
     return client
 
 
@@ -134,7 +134,7 @@ def storage_errors() -> tuple[type[Exception], ...]:
     return (Boto3Error, BotoCoreError, ClientError)
 
 
-class _Payer:
+class _RequesterPays:
     """Says in every request to a bucket whose reader pays that we do, in parts of an upload or a list as well."""
 
     def __init__(self, buckets: Iterable[str]) -> None:

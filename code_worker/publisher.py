@@ -37,7 +37,7 @@ def bound_queue(name: str) -> Queue:
     return Queue(name, Exchange(name, type="direct"), routing_key=name)
 
 
-class _Straight:
+class _DirectRouter:
     """A router that leaves a message where it was sent, no matter what an app's own routes catch."""
 
     def route(self, options: dict[str, Any], *_: object, **__: object) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Publisher:
             self._app.send_task(
                 task,
                 queue=self._queue(queue),
-                router=_Straight(),
+                router=_DirectRouter(),
                 ignore_result=True,
                 serializer="json",
                 delivery_mode=_PERSISTENT,

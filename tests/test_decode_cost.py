@@ -15,7 +15,7 @@ import pytest
 from code_worker.errors import ImageRejectedError
 from code_worker.images import decode as decoding
 from code_worker.images.decode import decode, decode_crop
-from code_worker.images.memory import _Room, pillow_bytes, taking
+from code_worker.images.memory import _MemoryBudget, pillow_bytes, reserved_memory
 from code_worker.images.readers import ImageBytes, kind_of, open_image
 from code_worker.settings import LimitSettings
 from code_worker.types import RejectReason
@@ -38,7 +38,7 @@ def test_a_crop_alone_is_the_one_that_comes_with_facts() -> None:
 
 
 def test_threads_share_what_there_is() -> None:
-    room = _Room()
+    room = _MemoryBudget()
     held, most, lock = 0, 0, threading.Lock()
 
     def work() -> None:
@@ -62,7 +62,7 @@ def test_threads_share_what_there_is() -> None:
 
 
 def test_a_large_image_is_not_overtaken_for_ever() -> None:
-    room = _Room()
+    room = _MemoryBudget()
     order: list[int] = []
     room.take(5, 10)
 
@@ -85,7 +85,7 @@ def test_a_large_image_is_not_overtaken_for_ever() -> None:
 
 
 def test_whoever_gives_up_waiting_leaves_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    room = _Room()
+    room = _MemoryBudget()
     room.take(10, 10)
 
     def stop(*_: object) -> None:
@@ -100,10 +100,10 @@ def test_whoever_gives_up_waiting_leaves_the_row(monkeypatch: pytest.MonkeyPatch
 def test_a_forked_child_has_all_of_it() -> None:
     program = """
 import os
-from code_worker.images.memory import _room, taking
-with taking(10, 10):
+from code_worker.images.memory import reserved_memory
+with reserved_memory(10, 10):
     if (child := os.fork()) == 0:
-        with taking(10, 10):
+        with reserved_memory(10, 10):
             os._exit(7)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -115,7 +115,7 @@ with taking(10, 10):
 def test_more_than_all_of_it_is_refused_at_once() -> None:
     with (
         pytest.raises(ImageRejectedError, match="decoding would take 11 bytes; the limit is 10") as caught,
-        taking(11, 10),
+        reserved_memory(11, 10),
     ):
         pass
     assert caught.value.reason is RejectReason.TOO_MANY_PIXELS

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from code_worker.encoder.forward import CropEncoder
-from code_worker.encoder.torch_engine import Engine, Lanes, batch_shapes
+from code_worker.encoder.torch_engine import Engine, StreamPool, batch_shapes
 from code_worker.encoder.weights import EncoderWeights, random_weights
 from code_worker.types import EMBEDDING_TOLERANCE
 from tests.fork_server import ADDRESS_ENV, forking_python
@@ -25,8 +25,8 @@ def weights() -> EncoderWeights:
     return random_weights(5, depth=2)
 
 
-def lanes_of(weights: EncoderWeights, *, lanes: int = 2, largest_batch: int = 16) -> Lanes:
-    return Lanes(CropEncoder(weights.config, weights.state), "cpu", lanes=lanes, largest_batch=largest_batch)
+def lanes_of(weights: EncoderWeights, *, lanes: int = 2, largest_batch: int = 16) -> StreamPool:
+    return StreamPool(CropEncoder(weights.config, weights.state), "cpu", lanes=lanes, largest_batch=largest_batch)
 
 
 def crops_of(count: int, seed: int = 1) -> NDArray[np.uint8]:
@@ -54,7 +54,7 @@ def test_the_encoder_sees_only_the_prepared_shapes(weights: EncoderWeights) -> N
     encoder = CropEncoder(weights.config, weights.state)
     seen: list[int] = []
     encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    lanes = Lanes(encoder, "cpu", lanes=1, largest_batch=16)
+    lanes = StreamPool(encoder, "cpu", lanes=1, largest_batch=16)
     for count in (3, 12, 21):
         lanes.run(crops_of(count))
     assert seen == [8, 16, 16, 8]
@@ -84,7 +84,7 @@ def test_more_threads_than_lanes_wait_their_turn(weights: EncoderWeights) -> Non
 
     encoder.register_forward_pre_hook(enter)
     encoder.register_forward_hook(leave)
-    lanes = Lanes(encoder, "cpu", lanes=2, largest_batch=8)
+    lanes = StreamPool(encoder, "cpu", lanes=2, largest_batch=8)
     batches = [crops_of(3, seed) for seed in range(8)]
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lanes.run, batches))
@@ -101,7 +101,7 @@ def test_a_lane_out_of_memory_is_lent_again(weights: EncoderWeights) -> None:
             raise torch.OutOfMemoryError("no room for 16")
 
     encoder.register_forward_pre_hook(exhaust)
-    lanes = Lanes(encoder, "cpu", lanes=1, largest_batch=16)
+    lanes = StreamPool(encoder, "cpu", lanes=1, largest_batch=16)
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
             lanes.run(crops_of(16))
@@ -124,10 +124,10 @@ def test_without_a_compiler_the_kernels_stay_plain_and_a_warning_says_so(tmp_pat
     code = (
         "import numpy as np\n"
         "from code_worker.encoder.forward import CropEncoder\n"
-        "from code_worker.encoder.torch_engine import Lanes\n"
+        "from code_worker.encoder.torch_engine import StreamPool\n"
         "from code_worker.encoder.weights import random_weights\n"
         "weights = random_weights(5, depth=1)\n"
-        "lanes = Lanes(CropEncoder(weights.config, weights.state), 'cpu', lanes=1, largest_batch=8)\n"
+        "lanes = StreamPool(CropEncoder(weights.config, weights.state), 'cpu', lanes=1, largest_batch=8)\n"
         "lanes.prepare()\n"
         "print('mode', lanes.mode, lanes.run(np.zeros((2, 224, 224, 3), np.uint8)).shape)\n"
     )

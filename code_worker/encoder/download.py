@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from code_worker.errors import ArtifactError, ArtifactStorageError, ConfigurationError
-from code_worker.system.telemetry import silent_import
+from code_worker.system.libraries import silent_import
 
 with silent_import():
     from huggingface_hub import constants, errors, snapshot_download

@@ -10,8 +10,8 @@ import numpy as np
 
 from code_worker.encoder.forward import CropEncoder
 from code_worker.encoder.torch_engine import check_crops
+from code_worker.system.libraries import silent_import
 from code_worker.system.machine import usable_cores
-from code_worker.system.telemetry import silent_import
 from code_worker.types import EMBEDDING_DIM, IMAGE_SIZE
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ def batch_shapes(largest: int) -> tuple[int, ...]:
     return tuple(shapes)
 
 
-class Lane:
+class DeviceStream:
     """One caller's way to the device: its stream, its buffers and its recorded graphs. Not thread safe.
 
     Crops are copied into pinned memory, from there without blocking to the device, and padded up to the next shape
@@ -115,8 +115,8 @@ class Lane:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
 
-class Lanes:
-    """Lanes that any number of threads share: each call has one for itself, further callers wait for it.
+class StreamPool:
+    """Streams that any number of threads share: each call has one for itself, further callers wait for it.
 
     Attributes:
         shapes: batch sizes; a larger batch is cut into several passes.
@@ -128,8 +128,8 @@ class Lanes:
         self.mode = "plain"
         self._encoder = encoder
         self._device = torch.device(device)
-        self._all = [Lane(encoder, self._device, self.shapes) for _ in range(lanes)]
-        self._free: queue.LifoQueue[Lane] = queue.LifoQueue()
+        self._all = [DeviceStream(encoder, self._device, self.shapes) for _ in range(lanes)]
+        self._free: queue.LifoQueue[DeviceStream] = queue.LifoQueue()
         for lane in self._all:
             self._free.put(lane)
 
@@ -189,7 +189,7 @@ class Lanes:
         return True
 
     @contextmanager
-    def _borrowed(self) -> Iterator[Lane]:
+    def _borrowed(self) -> Iterator[DeviceStream]:
         lane = self._free.get()
         try:
             yield lane
@@ -259,9 +259,9 @@ class Engine:
         encoder = CropEncoder(weights.config, weights.state, fold=fold, dtype=_DTYPES[precision])
         self._encoder = encoder.to(self.device)
         self._compile_kernels = compile_kernels
-        self._lanes: Lanes | None = None
+        self._lanes: StreamPool | None = None
         if self.device != "cpu":
-            self._lanes = Lanes(self._encoder, self.device, lanes=lanes, largest_batch=largest_batch)
+            self._lanes = StreamPool(self._encoder, self.device, lanes=lanes, largest_batch=largest_batch)
 
     def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """`(n, 224, 224, 3) uint8` to `(n, 192) float32`: the CLS token after the final LayerNorm, not normalised.
@@ -286,7 +286,7 @@ class Engine:
 
     @property
     def kernels(self) -> str:
-        """`plain`, `compiled`, `recorded` or `compiled and recorded`; see `Lanes`."""
+        """`plain`, `compiled`, `recorded` or `compiled and recorded`; see `StreamPool`."""
         return self._lanes.mode if self._lanes is not None else "plain"
 
     def warm_up(self, crops: int = 1) -> None:

@@ -23,7 +23,7 @@ from code_worker.encoder.architecture import VitConfig, expected_shapes
 from code_worker.errors import ArtifactError, UnsafeArtifactError
 from code_worker.system.files import is_lfs_pointer
 
-_ASKED_FOR = re.compile(r"GLOBAL ([\w.]+)")
+_REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 # What the restricted unpickler and the archive reader raise for bytes that are no checkpoint.
 _DAMAGE = (
     RuntimeError,
@@ -90,7 +90,7 @@ def _refuse_lfs_pointer(path: Path) -> None:
 
 
 def _refusal(path: Path, error: pickle.UnpicklingError) -> ArtifactError:
-    match = _ASKED_FOR.search(str(error))
+    match = _REFUSED_GLOBAL.search(str(error))
     asked_for = [match[1]] if match else _globals_of_bare_pickle(path)
     if not asked_for:
         return ArtifactError(f"{path}: damaged, or not written by torch.save")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.damage import reason_for, webp_size
-from code_worker.images.memory import jpeg_buffer_bytes, pillow_bytes, taking
+from code_worker.images.memory import jpeg_buffer_bytes, pillow_bytes, reserved_memory
 from code_worker.images.pillow import TiffImagePlugin
 from code_worker.images.readers import PILLOW_ERRORS, ImageBytes, kind_of, open_image, scans_of, tiff_tile_size
 from code_worker.images.region import jpeg_region, leave_out_rows_below, webp_region
@@ -70,10 +70,10 @@ def decode_crop(data: bytes, limits: LimitSettings) -> NDArray[np.uint8]:
 
 def _centre_of(data: bytes, image: ImageFile.ImageFile, limits: LimitSettings) -> NDArray[np.uint8]:
     if image.format in _JPEG:
-        with taking(jpeg_buffer_bytes(image, data), limits.max_decode_bytes):
+        with reserved_memory(jpeg_buffer_bytes(image, data), limits.max_decode_bytes):
             if (pixels := _inside(jpeg_region, data, image)) is not None:
                 return pixels
-    with taking(pillow_bytes(image, data), limits.max_decode_bytes), _pixels_let_go(image):
+    with reserved_memory(pillow_bytes(image, data), limits.max_decode_bytes), _pixels_freed(image):
         if image.format == "WEBP" and (pixels := _inside(webp_region, data, image)) is not None:
             return pixels
         leave_out_rows_below(image, len(data), _span(image.height)[1])
@@ -81,7 +81,7 @@ def _centre_of(data: bytes, image: ImageFile.ImageFile, limits: LimitSettings) -
 
 
 @contextmanager
-def _pixels_let_go(image: ImageFile.ImageFile) -> Iterator[None]:
+def _pixels_freed(image: ImageFile.ImageFile) -> Iterator[None]:
     """Frees what was decoded at the end of its share of memory; the frames of an error would keep it for longer."""
     try:
         yield
@@ -136,7 +136,7 @@ def decode_whole(
             image.draft(None, (least_side, least_side))
         # Whole images were chosen by the caller: one that takes more than all the memory has it for itself.
         needed = pillow_bytes(image, data) + 2 * _PIXEL_BYTES * image.width * image.height
-        with taking(min(needed, limits.max_decode_bytes), limits.max_decode_bytes), _pixels_let_go(image):
+        with reserved_memory(min(needed, limits.max_decode_bytes), limits.max_decode_bytes), _pixels_freed(image):
             image.load()
             pixels = np.asarray(image.convert("RGBA") if alpha and image.has_transparency_data else _as_rgb(image))
     return Image.fromarray(pixels)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -49,16 +47,7 @@ PREFIX_BYTES: Final = 17
 NO_IMAGE: Final = "neither the name nor the content is that of an image"
 UNJUDGED: Final = "an image of a format that is not judged: {}"
 OTHER_KIND: Final = "the name is that of another kind of file, and to look into it would take a request"
-_OTHER_SUFFIXES: Final = frozenset(
-    {
-        *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".toml", ".md", ".log"),
-        *(".html", ".htm", ".css", ".js", ".py", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".sql", ".md5", ".sha256"),
-        *(".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".parquet", ".npy", ".npz", ".pt"),
-        *(".safetensors", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mp3", ".m4a", ".wav", ".flac", ".ogg"),
-    }
-)
 _NAMED: Final = 10
-_LOOKS_AT_ONCE: Final = 8
 
 
 class LeftOut:
@@ -127,49 +116,3 @@ def has_image_suffix(name: str) -> bool:
 def is_hidden(part: str) -> bool:
     """Returns whether a part of a path is of the system: `.DS_Store`, `._photo.jpg`, `__MACOSX`."""
     return part.startswith((".", "__MACOSX")) and part not in {".", ".."}
-
-
-def _told(looked: Iterable[tuple[str, str | None]], left_out: LeftOut) -> Iterator[str]:
-    for uri, reason in looked:
-        if reason is None:
-            yield uri
-        else:
-            left_out.pass_over(uri, reason)
-
-
-def _possible(listed: Iterable[tuple[str, int | None]], place: str, left_out: LeftOut) -> Iterator[str]:
-    """Yields what may be an image by what a list says of it.
-
-    Anything that stays takes a request, unless its name says so.
-    """
-    start = place[: place.rindex("/") + 1]
-    for uri, size in listed:
-        if any(map(is_hidden, uri.removeprefix(start).split("/"))):
-            left_out.pass_over(uri, "hidden")
-        elif has_image_suffix(_key(uri)):
-            yield uri
-        elif size is not None and size < PREFIX_BYTES:
-            left_out.pass_over(uri, NO_IMAGE)
-        elif PurePosixPath(_key(uri)).suffix.lower() in _OTHER_SUFFIXES:
-            left_out.pass_over(uri, OTHER_KIND)
-        else:
-            yield uri
-
-
-def _key(uri: str) -> str:
-    return uri.removesuffix("?versionId=")
-
-
-def _looked_ahead(
-    look: Callable[[str], str | None], uris: Iterable[str], pool: ThreadPoolExecutor
-) -> Iterator[tuple[str, str | None]]:
-    """In the order of the list, though many objects are looked into at the same time."""
-    pending: deque[tuple[str, Future[str | None]]] = deque()
-    for uri in uris:
-        pending.append((uri, pool.submit(look, uri)))
-        if len(pending) > _LOOKS_AT_ONCE:
-            first, found = pending.popleft()
-            yield first, found.result()
-    while pending:
-        first, found = pending.popleft()
-        yield first, found.result()

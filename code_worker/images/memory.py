@@ -81,7 +81,7 @@ def _trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-class _Room:
+class _MemoryBudget:
     """Bytes that all threads of a process share, in the order in which they asked: nothing large starves."""
 
     def __init__(self) -> None:
@@ -113,12 +113,12 @@ class _Room:
 
 
 # Memory is the process's, shared by all that decodes in it, with any settings.
-_room = _Room()
-os.register_at_fork(after_in_child=_room.empty)
+_budget = _MemoryBudget()
+os.register_at_fork(after_in_child=_budget.empty)
 
 
 @contextmanager
-def taking(size: int, limit: int) -> Iterator[None]:
+def reserved_memory(size: int, limit: int) -> Iterator[None]:
     """Holds so many bytes of the process's share while its block decodes and frees; never two inside each other.
 
     Raises:
@@ -131,11 +131,11 @@ def taking(size: int, limit: int) -> Iterator[None]:
         raise ImageRejectedError(
             RejectReason.TOO_MANY_PIXELS, f"decoding would take {size} bytes; the limit is {limit}"
         )
-    _room.take(size, limit)
+    _budget.take(size, limit)
     try:
         yield
     finally:
         # Else it would be kept for this thread: eight that decode in turn would hold eight times the memory of one.
         if size >= _LARGE_BYTES and (trim := _trim()) is not None:
             trim(0)
-        _room.give_back(size)
+        _budget.give_back(size)

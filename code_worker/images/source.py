@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.listing import (
-    _LOOKS_AT_ONCE,
+    NO_IMAGE,
+    OTHER_KIND,
     PREFIX_BYTES,
-    _key,
-    _looked_ahead,
-    _possible,
-    _told,
     has_image_suffix,
+    is_hidden,
     looks_like_image,
     unjudged_format,
     why_no_image,
@@ -29,6 +29,62 @@ if TYPE_CHECKING:
     from code_worker.images.listing import LeftOut
     from code_worker.images.s3 import S3Source
     from code_worker.settings import Settings
+
+_OTHER_SUFFIXES: Final = frozenset(
+    {
+        *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".toml", ".md", ".log"),
+        *(".html", ".htm", ".css", ".js", ".py", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".sql", ".md5", ".sha256"),
+        *(".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".parquet", ".npy", ".npz", ".pt"),
+        *(".safetensors", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mp3", ".m4a", ".wav", ".flac", ".ogg"),
+    }
+)
+_CONCURRENT_LOOKS: Final = 8
+
+
+def _only_images(looked: Iterable[tuple[str, str | None]], left_out: LeftOut) -> Iterator[str]:
+    for uri, reason in looked:
+        if reason is None:
+            yield uri
+        else:
+            left_out.pass_over(uri, reason)
+
+
+def _possible_images(listed: Iterable[tuple[str, int | None]], place: str, left_out: LeftOut) -> Iterator[str]:
+    """Yields what may be an image by what a list says of it.
+
+    Anything that stays takes a request, unless its name says so.
+    """
+    start = place[: place.rindex("/") + 1]
+    for uri, size in listed:
+        if any(map(is_hidden, uri.removeprefix(start).split("/"))):
+            left_out.pass_over(uri, "hidden")
+        elif has_image_suffix(_object_key(uri)):
+            yield uri
+        elif size is not None and size < PREFIX_BYTES:
+            left_out.pass_over(uri, NO_IMAGE)
+        elif PurePosixPath(_object_key(uri)).suffix.lower() in _OTHER_SUFFIXES:
+            left_out.pass_over(uri, OTHER_KIND)
+        else:
+            yield uri
+
+
+def _object_key(uri: str) -> str:
+    return uri.removesuffix("?versionId=")
+
+
+def _look_ahead(
+    look: Callable[[str], str | None], uris: Iterable[str], pool: ThreadPoolExecutor
+) -> Iterator[tuple[str, str | None]]:
+    """In the order of the list, though many objects are looked into at the same time."""
+    pending: deque[tuple[str, Future[str | None]]] = deque()
+    for uri in uris:
+        pending.append((uri, pool.submit(look, uri)))
+        if len(pending) > _CONCURRENT_LOOKS:
+            first, found = pending.popleft()
+            yield first, found.result()
+    while pending:
+        first, found = pending.popleft()
+        yield first, found.result()
 
 
 def images_under(sources: Sources, place: str, left_out: LeftOut, *, unjudged: bool = False) -> Iterator[str]:
@@ -50,16 +106,16 @@ def images_under(sources: Sources, place: str, left_out: LeftOut, *, unjudged: b
     look = partial(_why_not, sources, unjudged=unjudged)
     if not place.startswith("s3://"):
         listed = sources.list(place, left_out)
-        yield from _told(((uri, look(uri)) for uri in listed), left_out)
+        yield from _only_images(((uri, look(uri)) for uri in listed), left_out)
         return
-    possible = _possible(sources.sizes(place), place, left_out)
-    with ThreadPoolExecutor(_LOOKS_AT_ONCE, thread_name_prefix="look") as pool:
-        yield from _told(_looked_ahead(look, possible, pool), left_out)
+    possible = _possible_images(sources.sizes(place), place, left_out)
+    with ThreadPoolExecutor(_CONCURRENT_LOOKS, thread_name_prefix="look") as pool:
+        yield from _only_images(_look_ahead(look, possible, pool), left_out)
 
 
 def _why_not(sources: Sources, uri: str, *, unjudged: bool) -> str | None:
     """Returns why a file is no image; None for one that is."""
-    if has_image_suffix(_key(uri)):
+    if has_image_suffix(_object_key(uri)):
         return None
     try:
         prefix = sources.peek(uri, PREFIX_BYTES)

@@ -317,7 +317,7 @@ class _Batch:
         if first is not item:
             self._take_embedding(first)
             item.error, item.encoding = first.error, first.encoding
-            item.embedding, item.facts = first.embedding, _as_twin(item, first)
+            item.embedding, item.facts = first.embedding, _facts_of_duplicate(item, first)
             item.timings_ms["reused"] = 1.0
             return
         encoded = self._encoding[item]
@@ -377,7 +377,7 @@ def _with_source(facts: ImageFacts, fetched: Fetched) -> ImageFacts:
     return replace(facts, etag=fetched.etag, version_id=fetched.version_id)
 
 
-def _as_twin(item: Item, first: Item) -> ImageFacts | None:
+def _facts_of_duplicate(item: Item, first: Item) -> ImageFacts | None:
     """The facts of an image whose bytes are another's: the same but for the source's own version."""
     own, facts = item.facts, first.facts
     if own is None or facts is None or (own.etag, own.version_id) == (facts.etag, facts.version_id):

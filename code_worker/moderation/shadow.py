@@ -145,7 +145,7 @@ def shadow_scores(
             if not isinstance(score, str):
                 label = _policy(verdict, batch.own_policy, challenger).label(score)
                 found.append(
-                    _beside(verdict, sha256, release=challenger.release, head=head, score=score, label=label)
+                    _shadow_score(verdict, sha256, release=challenger.release, head=head, score=score, label=label)
                 )
     return found
 
@@ -157,7 +157,9 @@ def _policy(verdict: Verdict, own_policy: str, challenger: Runtime) -> Policy:
     return Policy(by.policy, by.low, by.high)
 
 
-def _beside(verdict: Verdict, sha256: str, *, release: str, head: str, score: float, label: Label) -> ShadowScore:
+def _shadow_score(
+    verdict: Verdict, sha256: str, *, release: str, head: str, score: float, label: Label
+) -> ShadowScore:
     by = verdict.provenance
     assert verdict.label is not None and verdict.score is not None  # noqa: S101, PT018 - it was judged
     return ShadowScore(
@@ -197,7 +199,7 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
-class WhoWasRight:
+class LabelledOutcomes:
     """Of images that somebody labelled: whose label is the human one. `uncertain` is never right."""
 
     images: int
@@ -230,7 +232,7 @@ class ShadowReport:
     shift: float | None
     confusion: Mapping[Label, Mapping[Label, int]]
     scopes: Sequence[Scope]
-    labelled: WhoWasRight
+    labelled: LabelledOutcomes
     disagreements: Sequence[Disagreement]
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,7 +241,7 @@ class ShadowReport:
 
 
 def summarise(
-    release: str, tallies: Sequence[Tally], labelled: WhoWasRight, disagreements: Sequence[Disagreement]
+    release: str, tallies: Sequence[Tally], labelled: LabelledOutcomes, disagreements: Sequence[Disagreement]
 ) -> ShadowReport:
     """The report over counts by champion, scope and labels."""
     whole = _scope(None, None, tallies) if tallies else None
@@ -272,13 +274,13 @@ def _scope(tenant: str | None, content_type: str | None, tallies: Sequence[Tally
     return Scope(tenant, content_type, images, agreed / images, shift / images)
 
 
-def who_was_right(said: Mapping[str, tuple[Label, Label]], truth: Mapping[str, str]) -> WhoWasRight:
+def compare_with_labels(said: Mapping[str, tuple[Label, Label]], truth: Mapping[str, str]) -> LabelledOutcomes:
     """Compares what champion and challenger said (by content hash) with what people say, `real` or `fake`."""
     counts = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
     for sha256, (champion, challenger) in said.items():
         if (right := truth.get(sha256)) is not None:
             counts[champion == right, challenger == right] += 1
-    return WhoWasRight(
+    return LabelledOutcomes(
         images=sum(counts.values()),
         both=counts[True, True],
         only_champion=counts[True, False],

@@ -13,10 +13,10 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.*)", re.DOTALL)
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._,%\-]*)(?::([0-9]*))?")
-_ANOTHER: Final = re.compile(r";(?=[A-Za-z][A-Za-z0-9+.\-]*://)")
+_NEXT_URL: Final = re.compile(r";(?=[A-Za-z][A-Za-z0-9+.\-]*://)")
 _REDIS: Final = frozenset({"redis", "rediss"})
 _VERIFY: Final = {"cert_required": "required", "cert_optional": "optional", "cert_none": "none"}
-_TRUTH: Final = {"1": "true", "0": "false", "yes": "true", "no": "false", "true": "true", "false": "false"}
+_BOOLEANS: Final = {"1": "true", "0": "false", "yes": "true", "no": "false", "true": "true", "false": "false"}
 _TLS: Final = frozenset({"ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_keyfile"})
 _ESCAPES: Final = "in its parts write %23 for #, %2F for /, %3F for ? and %40 for @"
 
@@ -43,7 +43,7 @@ def broker_address(url: str) -> str:
     Raises:
         ValueError: it cannot be read in one way only, or has a database or parameter that one of them ignores.
     """
-    if len(several := _ANOTHER.split(url.strip())) > 1:
+    if len(several := _NEXT_URL.split(url.strip())) > 1:
         return ";".join(broker_address(one) for one in several)
     parts = _split(url)
     if parts.scheme not in _REDIS:
@@ -147,6 +147,6 @@ def _tls_value(scheme: str, name: str, value: str) -> str:
         raise ValueError("ssl_… parameters need a URL that begins with rediss://")
     if name == "ssl_cert_reqs" and (value := _VERIFY.get(value.lower(), value.lower())) not in _VERIFY.values():
         raise ValueError("ssl_cert_reqs is required, optional or none")
-    if name == "ssl_check_hostname" and (value := _TRUTH.get(value.lower(), "")) == "":
+    if name == "ssl_check_hostname" and (value := _BOOLEANS.get(value.lower(), "")) == "":
         raise ValueError("ssl_check_hostname is true or false")
     return value

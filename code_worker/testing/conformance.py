@@ -18,13 +18,13 @@ from code_worker.errors import ArtifactError
 from code_worker.heads import Head, HeadSpec, fit_head, options_problem
 from code_worker.system.processes import raise_if_stop
 from code_worker.testing.score_checks import BASIC_CHECKS, SCORE_CHECKS, check_fit, check_other_processor
-from code_worker.testing.trial import NotConformingError, Subject, largest_difference, raised
+from code_worker.testing.trial import HeadUnderTest, NotConformingError, largest_difference, raised
 
 _PICKLE_SUFFIXES: Final = frozenset({".pkl", ".pickle", ".joblib", ".sav", ".pt", ".pth"})
 _PICKLE_STARTS: Final = tuple(bytes([0x80, protocol]) for protocol in (2, 3, 4, 5))
 
 
-def check_save_and_load(subject: Subject) -> None:
+def check_save_and_load(subject: HeadUnderTest) -> None:
     """Checks that what `load` gives scores bit by bit as the head that was saved."""
     directory = subject.saved("reload")
     if not any(path.is_file() for path in directory.rglob("*")):
@@ -39,7 +39,7 @@ def check_save_and_load(subject: Subject) -> None:
         )
 
 
-def load_again(subject: Subject, directory: Path, head: Head) -> Head:
+def load_again(subject: HeadUnderTest, directory: Path, head: Head) -> Head:
     """Returns what the class loads from a directory that `head` was saved into, with its options."""
     if isinstance(inspect.getattr_static(subject.head_class, "load"), FunctionType):
         raise NotConformingError(
@@ -51,7 +51,7 @@ def load_again(subject: Subject, directory: Path, head: Head) -> Head:
     return loaded
 
 
-def check_missing_files(subject: Subject) -> None:
+def check_missing_files(subject: HeadUnderTest) -> None:
     """`load` raises ArtifactError when the files are not there."""
     empty = subject.directory / "empty"
     empty.mkdir()
@@ -70,7 +70,7 @@ def check_missing_files(subject: Subject) -> None:
     )
 
 
-def check_no_pickles(subject: Subject) -> None:
+def check_no_pickles(subject: HeadUnderTest) -> None:
     """Saved files need no unpickling: a pickle runs anything it contains."""
     for path in sorted(subject.saved("scan").rglob("*")):
         for reason in _pickle_signs(path):
@@ -108,7 +108,7 @@ def _signs_of_content(name: str, file: IO[bytes]) -> Iterator[str]:
 FILE_CHECKS: Final = (check_save_and_load, check_missing_files, check_no_pickles)
 
 
-def check_creation(subject: Subject) -> None:
+def check_creation(subject: HeadUnderTest) -> None:
     """A head is made of a mapping of its options, and of none: then each has a default."""
     options: object = subject.head_class.Options
     if not (isinstance(options, type) and issubclass(options, Head.Options)):
@@ -121,7 +121,7 @@ def check_creation(subject: Subject) -> None:
     _make(subject, subject.options, "give values that the fields of Options take")
 
 
-def _make(subject: Subject, options: Mapping[str, Any], fix: str) -> None:
+def _make(subject: HeadUnderTest, options: Mapping[str, Any], fix: str) -> None:
     try:
         made: object = getattr(subject.head_class(options), "options", None)
     except ValidationError as error:
@@ -141,7 +141,7 @@ def _make(subject: Subject, options: Mapping[str, Any], fix: str) -> None:
         )
 
 
-def check_options_after_load(subject: Subject) -> None:
+def check_options_after_load(subject: HeadUnderTest) -> None:
     """`load` keeps the options that it is given: tried with one that is not the default, where one can be derived."""
     for number, changed in enumerate(_other_options(subject)):
         directory = subject.directory / f"options-{number}"
@@ -165,7 +165,7 @@ def check_options_after_load(subject: Subject) -> None:
         return
 
 
-def _other_options(subject: Subject) -> Iterator[dict[str, Any]]:
+def _other_options(subject: HeadUnderTest) -> Iterator[dict[str, Any]]:
     """The options with one of them changed, of those that the fields take."""
     model, now = subject.head_class.Options, subject.head.options
     for name, field in model.model_fields.items():
@@ -242,7 +242,7 @@ def each_check(head: HeadSpec | type[Head], options: Mapping[str, Any] | None = 
     """
     head_class = head.head_class() if isinstance(head, HeadSpec) else head
     with tempfile.TemporaryDirectory(prefix="code_worker_check_") as directory:
-        subject = Subject(head_class, options or {}, Path(directory))
+        subject = HeadUnderTest(head_class, options or {}, Path(directory))
         checks, whole = (check_creation, *_CHECKS), True
         for number, check in enumerate(checks, 1):
             result = _run(check, subject)
@@ -269,7 +269,7 @@ def assert_head_conforms(head: HeadSpec | type[Head], options: Mapping[str, Any]
         raise AssertionError("\n".join([f"{len(failed)} checks failed", *failed]))
 
 
-def _run(check: Callable[[Subject], str | None], subject: Subject) -> CheckResult:
+def _run(check: Callable[[HeadUnderTest], str | None], subject: HeadUnderTest) -> CheckResult:
     name = check.__name__.removeprefix("check_").replace("_", "-")
     try:
         warning = check(subject)
@@ -281,7 +281,7 @@ def _run(check: Callable[[Subject], str | None], subject: Subject) -> CheckResul
     return CheckResult(name, passed=True, warning=warning or "")
 
 
-def _failed_by(error: BaseException, name: str, subject: Subject, *, rule: str) -> CheckResult:
+def _failed_by(error: BaseException, name: str, subject: HeadUnderTest, *, rule: str) -> CheckResult:
     seen = raised(error, subject.head_class)
     if isinstance(error, ValueError) and "read-only" in str(error):
         expected, fix = "embeddings and labels that are left as they were: other heads use the same arrays", _COPY

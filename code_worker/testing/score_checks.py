@@ -13,9 +13,9 @@ from threadpoolctl import threadpool_limits
 
 from code_worker.heads import MAX_TOLERANCE, Head, options_problem, tolerance_of
 from code_worker.testing.trial import (
+    HeadUnderTest,
     NotConformingError,
     NotTriedError,
-    Subject,
     largest_difference,
     sample_embeddings,
     scores_elsewhere,
@@ -28,7 +28,7 @@ _THREADS: Final = 2
 _FEW: Final = 64
 
 
-def check_fit(subject: Subject) -> None:
+def check_fit(subject: HeadUnderTest) -> None:
     """`fit` takes read-only (n, 192) float32 embeddings and (n,) int8 labels, learns, and returns self."""
     head = subject.fitted()
     if not isinstance(head, subject.head_class):
@@ -38,7 +38,7 @@ def check_fit(subject: Subject) -> None:
     subject.head = head
 
 
-def check_options(subject: Subject) -> None:
+def check_options(subject: HeadUnderTest) -> None:
     """Options can be written to a manifest as JSON, and unknown ones are refused."""
     try:
         subject.head_class({**subject.options, "no_such_option": 1})
@@ -65,7 +65,7 @@ def check_options(subject: Subject) -> None:
         )
 
 
-def check_shape_and_dtype(subject: Subject) -> None:
+def check_shape_and_dtype(subject: HeadUnderTest) -> None:
     """`score` returns one float32 per embedding."""
     scores: object = subject.head.score(subject.embeddings)
     seen = type(scores).__name__
@@ -79,7 +79,7 @@ def check_shape_and_dtype(subject: Subject) -> None:
         )
 
 
-def check_range(subject: Subject) -> None:
+def check_range(subject: HeadUnderTest) -> None:
     """Scores lie in [0, 1], for embeddings far outside of the training data too."""
     hard = subject.fitted_to_hard_data()
     tried = [
@@ -102,7 +102,7 @@ def check_range(subject: Subject) -> None:
             )
 
 
-def check_direction(subject: Subject) -> None:
+def check_direction(subject: HeadUnderTest) -> None:
     """Generated images score higher than real ones."""
     scores = subject.head.score(subject.embeddings)
     real, generated = scores[subject.labels == 0], scores[subject.labels == 1]
@@ -115,7 +115,7 @@ def check_direction(subject: Subject) -> None:
         )
 
 
-def check_border(subject: Subject) -> None:
+def check_border(subject: HeadUnderTest) -> None:
     """0.5 is the border: what the head would call generated scores at least 0.5."""
     right = (subject.head.score(subject.embeddings) >= 0.5) == (subject.labels == 1)
     if right.mean() < 0.8:
@@ -126,7 +126,7 @@ def check_border(subject: Subject) -> None:
         )
 
 
-def check_determinism(subject: Subject) -> None:
+def check_determinism(subject: HeadUnderTest) -> None:
     """The same embeddings score the same, and fitting again on the same data gives the same head."""
     scores = subject.head.score(subject.embeddings)
     if not np.array_equal(scores, subject.head.score(subject.embeddings)):
@@ -142,7 +142,7 @@ def check_determinism(subject: Subject) -> None:
         )
 
 
-def check_batch_invariance(subject: Subject) -> None:
+def check_batch_invariance(subject: HeadUnderTest) -> None:
     """A row's score does not depend on the rows beside it, nor on how many threads multiply matrices.
 
     A verdict must not change with the batch. Tried where rounding shows: on classes that overlap, labels at random,
@@ -165,7 +165,7 @@ def _in_batches(head: Head, embeddings: NDArray[np.float32], size: int) -> NDArr
     return np.concatenate([head.score(embeddings[at : at + size]) for at in range(0, len(embeddings), size)])
 
 
-def _must_agree(subject: Subject, alone: NDArray[np.float32], other: NDArray[np.float32], how: str) -> None:
+def _must_agree(subject: HeadUnderTest, alone: NDArray[np.float32], other: NDArray[np.float32], how: str) -> None:
     apart, allowed = np.abs(alone - other), subject.tolerance
     over = np.count_nonzero(apart > allowed)
     strayed = np.count_nonzero((alone >= 0.5) != (other >= 0.5))
@@ -179,7 +179,7 @@ def _must_agree(subject: Subject, alone: NDArray[np.float32], other: NDArray[np.
         )
 
 
-def check_tolerance(subject: Subject) -> None:
+def check_tolerance(subject: HeadUnderTest) -> None:
     """`tolerance` is a number from 0 to 1e-4."""
     try:
         tolerance_of(subject.head_class)
@@ -191,7 +191,7 @@ def check_tolerance(subject: Subject) -> None:
         ) from None
 
 
-def check_nan_refusal(subject: Subject) -> None:
+def check_nan_refusal(subject: HeadUnderTest) -> None:
     """An embedding that is not finite is refused with ValueError, never scored."""
     for bad in (np.nan, np.inf, -np.inf):
         spoilt = subject.embeddings.copy()
@@ -199,7 +199,7 @@ def check_nan_refusal(subject: Subject) -> None:
         _must_refuse(subject, spoilt, f"an embedding with {bad}", "begin score with a check of np.isfinite")
 
 
-def check_width_refusal(subject: Subject) -> None:
+def check_width_refusal(subject: HeadUnderTest) -> None:
     """An embedding of another width is refused with ValueError."""
     fix = f"begin score with a check of shape (n, {EMBEDDING_DIM})"
     _must_refuse(subject, subject.embeddings[:, :-1], "embeddings 191 wide", fix)
@@ -207,7 +207,7 @@ def check_width_refusal(subject: Subject) -> None:
     _must_refuse(subject, subject.embeddings[0], "a single embedding without a batch axis", fix)
 
 
-def _must_refuse(subject: Subject, embeddings: NDArray[np.float32], what: str, fix: str) -> None:
+def _must_refuse(subject: HeadUnderTest, embeddings: NDArray[np.float32], what: str, fix: str) -> None:
     try:
         subject.head.score(embeddings)
     except ValueError:
@@ -217,7 +217,7 @@ def _must_refuse(subject: Subject, embeddings: NDArray[np.float32], what: str, f
     raise NotConformingError(f"ValueError for {what}", "a score", fix)
 
 
-def check_empty_batch(subject: Subject) -> None:
+def check_empty_batch(subject: HeadUnderTest) -> None:
     """An empty batch gives an empty array."""
     scores = subject.head.score(np.empty((0, EMBEDDING_DIM), dtype=np.float32))
     if scores.shape != (0,) or scores.dtype != np.float32:
@@ -228,7 +228,7 @@ def check_empty_batch(subject: Subject) -> None:
         )
 
 
-def check_input_untouched(subject: Subject) -> None:
+def check_input_untouched(subject: HeadUnderTest) -> None:
     """`score` leaves its input as it was: other heads score the same array."""
     given = subject.embeddings.copy()
     subject.head.score(given)
@@ -240,7 +240,7 @@ def check_input_untouched(subject: Subject) -> None:
         )
 
 
-def check_thread_safety(subject: Subject) -> None:
+def check_thread_safety(subject: HeadUnderTest) -> None:
     """Many threads may score at once with one head."""
     batches = [sample_embeddings(40 + number, seed=number)[0] for number in range(24)]
     expected = [subject.head.score(batch) for batch in batches]
@@ -256,7 +256,7 @@ def check_thread_safety(subject: Subject) -> None:
                     )
 
 
-def check_other_processor(subject: Subject) -> str:
+def check_other_processor(subject: HeadUnderTest) -> str:
     """A processor with other kernels gives the same scores; returns a warning where they round differently there."""
     head, directory = subject.fitted_to_hard_data(), subject.directory / "elsewhere"
     directory.mkdir()

@@ -92,7 +92,7 @@ def raised(error: BaseException, head_class: type[Head]) -> str:
     return f"{type(error).__name__}: {said}{where}"
 
 
-class Subject:
+class HeadUnderTest:
     """The head under test and what it is tried with; inputs are read-only, so that writing to one shows."""
 
     def __init__(self, head_class: type[Head], options: Mapping[str, Any], directory: Path) -> None:

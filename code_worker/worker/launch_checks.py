@@ -15,7 +15,7 @@ from celery import signals
 from kombu.exceptions import SerializerNotInstalled
 from kombu.serialization import prepare_accept_content
 
-from code_worker.broker import ALL_QUEUES, OWN_VISIBILITY, TRANSPORTS, check_visibility, driver_of
+from code_worker.broker import ALL_QUEUES, TRANSPORTS, VISIBILITY_SETTING, check_visibility, driver_of
 from code_worker.errors import BrokerUnavailableError, ConfigurationError
 from code_worker.logs import get_logger
 from code_worker.publisher import Publisher
@@ -165,7 +165,7 @@ def _check_visibility(app: Any, settings: Settings) -> None:
     if driver == "redis" or ("visibility_timeout" in options and driver != "amqp"):
         theirs = options.get("visibility_timeout", _KOMBUS_OWN_S)
         own = theirs == settings.broker.visibility_timeout_s
-        check_visibility(float(theirs), settings, setting=OWN_VISIBILITY if own else _THEIR_VISIBILITY)
+        check_visibility(float(theirs), settings, setting=VISIBILITY_SETTING if own else _THEIR_VISIBILITY)
 
 
 def _warn_of_broker(app: Any) -> None:

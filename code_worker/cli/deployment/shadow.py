@@ -71,13 +71,13 @@ def report(
 
 
 def _report(session: Session, wanted: ShadowFilter, rule: LabelSettings, limit: int) -> ShadowReport:
-    from code_worker.moderation.shadow import summarise, who_was_right
+    from code_worker.moderation.shadow import compare_with_labels, summarise
     from code_worker.store.learning import challenger_scores as table
     from code_worker.store.learning import labels
 
     said = table.labelled(session, wanted)
     known = labels.resolve(session, rule=rule.rule, trusted=rule.trusted, ignored=rule.ignored) if said else []
-    right = who_was_right(said, {label.sha256: label.label for label in known})
+    right = compare_with_labels(said, {label.sha256: label.label for label in known})
     most = table.disagreements(session, wanted, limit=limit) if limit else []
     return summarise(wanted.release, table.tally(session, wanted), right, most)
 

@@ -22,7 +22,7 @@ from code_worker.data.datasets.examples import (
     numbered_generator,
 )
 from code_worker.errors import ConfigurationError, DatasetError
-from code_worker.system.telemetry import silent_import
+from code_worker.system.libraries import silent_import
 from code_worker.system.terminal import printable
 
 if TYPE_CHECKING:

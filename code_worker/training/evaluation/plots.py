@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from code_worker.data.datasets.examples import FAKE, REAL
-from code_worker.system.telemetry import import_without_home
+from code_worker.system.libraries import import_without_home
 from code_worker.training.evaluation.metrics import calibration
 from code_worker.training.evaluation.robustness import UNNAMED
 

@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from code_worker.encoder.architecture import VisionTransformer, VitConfig
 from code_worker.encoder.weights import EncoderWeights
-from code_worker.system.telemetry import silent_import
+from code_worker.system.libraries import silent_import
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,9 +1,4 @@
-"""Imports libraries so that they report nothing to their makers, and leave nothing in a home.
-
-The hub's client names what is installed here to the hub, and can report calls. `datasets` counts each file that is
-read, also of this disk. `import openvino` sends an event to Google Analytics, keeps a counter in `~/intel` and forks.
-Each of them decides while it is imported; what a host application imported before stays as that decided.
-"""
+"""Imports libraries so that they report nothing to their makers, and leave nothing in a home."""
 
 from __future__ import annotations
 
