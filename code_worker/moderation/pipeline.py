@@ -18,7 +18,8 @@ import numpy as np
 
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.decode import decode, inspect
-from code_worker.types import EMBEDDING_DIM, ImageFacts, Job, RejectReason
+from code_worker.moderation.vectors import pack, unpack
+from code_worker.types import ImageFacts, Job, RejectReason
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,8 +35,6 @@ _LINGER_S = 0.01
 _SMALL_BYTES = 2**16
 """Hashed in some 40 µs: for that nobody need give the interpreter away."""
 _HELD_BYTES = 2047
-STORED = np.dtype("<f4")
-"""Of an embedding as the store keeps it."""
 _SomeTask = TypeVar("_SomeTask", bound="_Task")
 
 
@@ -270,17 +269,17 @@ class _Batch:
     def _look_up(self) -> None:
         arrived, self._arrived = self._arrived, []
         hashes = sorted({task.content.sha256 for task in arrived})
-        known = self._collector.known(self._runtime.encoder_sha256, hashes)
+        known = unpack(self._collector.known(self._runtime.encoder_sha256, hashes))
         for task in arrived:
             self._reuse_or_decode(task.item, task.content, known)
 
-    def _reuse_or_decode(self, item: Item, content: _Bytes, known: Mapping[str, bytes]) -> None:
+    def _reuse_or_decode(self, item: Item, content: _Bytes, known: Mapping[str, NDArray[np.float32]]) -> None:
         if content.sha256 in self._twins:
             self._twins[content.sha256].append(item)
             return
         self._twins[content.sha256] = [item]
-        if (stored := known.get(content.sha256)) is not None and len(stored) == EMBEDDING_DIM * STORED.itemsize:
-            self._collector.reuse(item, content, np.frombuffer(stored, dtype=STORED).astype(np.float32))
+        if (embedding := known.get(content.sha256)) is not None:
+            self._collector.reuse(item, content, embedding)
             if self._observer is not None and item.error is None:
                 self._observer.saw_bytes(content.sha256, content.fetched.data)
         else:
@@ -334,7 +333,7 @@ class _Batch:
             return
         item.embedding = embedding
         item.timings_ms["encode"] = (time.perf_counter() - began) * 1000
-        item.fresh = embedding.astype(STORED).tobytes()
+        item.fresh = pack(embedding)
 
 
 class _timed:  # noqa: N801 - reads as a verb where it is used

@@ -8,13 +8,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from code_worker.errors import ArtifactError, ImageRejectedError, SourceCredentialsError, TransientError
 from code_worker.logs import Repeats, get_logger
 from code_worker.moderation.judge import judged_by, judged_verdict, score_items, selection_fault, wanted_head
-from code_worker.moderation.pipeline import STORED, Collector, Item
-from code_worker.types import EMBEDDING_DIM, Fetched, Job, Label, RejectReason, Verdict
+from code_worker.moderation.pipeline import Collector, Item
+from code_worker.moderation.vectors import unpack
+from code_worker.types import Fetched, Job, Label, RejectReason, Verdict
 
 if TYPE_CHECKING:
     from code_worker.moderation.judge import SelectHead
@@ -163,11 +162,10 @@ class Rescorer:
         )
 
     def _take_stored(self, plans: Sequence[_Plan]) -> None:
-        stored = self._known(self._runtime.encoder_sha256, sorted({plan.old.sha256 or "" for plan in plans}))
+        hashes = sorted({plan.old.sha256 or "" for plan in plans})
+        stored = unpack(self._known(self._runtime.encoder_sha256, hashes))
         for plan in plans:
-            vector = stored.get(plan.old.sha256 or "")
-            if vector is not None and len(vector) == EMBEDDING_DIM * STORED.itemsize:
-                embedding = np.frombuffer(vector, STORED).astype(np.float32)
+            if (embedding := stored.get(plan.old.sha256 or "")) is not None:
                 plan.item = Item(plan.job, plan.old.facts, embedding, timings_ms={"reused": 1.0})
 
     def _take_originals(self, plans: Sequence[_Plan], result: Rejudged) -> None:

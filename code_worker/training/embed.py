@@ -14,6 +14,7 @@ import numpy as np
 from code_worker.data.datasets.examples import Skipped
 from code_worker.errors import DatasetError, ImageRejectedError, SourceCredentialsError, StorageError, TransientError
 from code_worker.images.decode import decode_crop
+from code_worker.moderation.vectors import pack, unpack
 from code_worker.types import EMBEDDING_DIM
 from code_worker.wire import chunks
 
@@ -31,7 +32,6 @@ Keep = Callable[[Mapping[str, bytes]], object]
 MakeCrop = Callable[[bytes], "NDArray[np.uint8]"]
 """A file's bytes → `(224, 224, 3) uint8`; raises ImageRejectedError."""
 
-_STORED: Final = np.dtype("<f4")
 _PAGE: Final = 64
 """Images whose bytes are in memory together; two pages are on their way at a time."""
 
@@ -155,7 +155,7 @@ class _Work:
             fresh = {}
             for sha256, future in started.items():
                 if (vector := self._vector(sha256, future)) is not None:
-                    fresh[sha256] = vector.astype(_STORED).tobytes()
+                    fresh[sha256] = pack(vector)
             if fresh:
                 self._keep(fresh)
             done += images
@@ -177,9 +177,8 @@ class _Work:
 
     def _look_up(self, hashes: Sequence[str]) -> None:
         missing = [sha256 for sha256 in dict.fromkeys(hashes) if sha256 not in self._vectors]
-        for sha256, stored in (self._known(missing) if missing else {}).items():
-            if len(stored) == EMBEDDING_DIM * _STORED.itemsize:
-                self._vectors[sha256] = np.frombuffer(stored, dtype=_STORED).astype(np.float32)
+        if missing:
+            self._vectors |= unpack(self._known(missing))
 
     def _is_under_way(self, sha256: str) -> bool:
         return sha256 in self._problems or any(sha256 in started for _, started in self._encoding)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from code_worker.moderation.judge import Judge, Judged
-from code_worker.moderation.pipeline import STORED
 from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.pool import PriorityPool
 from code_worker.moderation.runtime import Runtime
 from code_worker.moderation.shadow import Budget, ShadowBatch, in_share, shadow_scores
+from code_worker.moderation.vectors import pack
 from code_worker.settings import LimitSettings
 from code_worker.types import Job, Label, ShadowScore
 from tests.moderation.doubles import BrokenHead, DictSources, FirstValueHead, PickyHead, png, runtime
@@ -81,7 +81,7 @@ def test_with_the_champions_encoder_every_embedding_is_seen_and_no_pixel(
     judge_seen: Callable[..., Judged],
 ) -> None:
     batch = ShadowBatch(runtime(release="r-new"), runtime(), 1.0, Budget(MIB))
-    known = {sha(png(9)): np.full(192, 0.9, STORED).tobytes()}
+    known = {sha(png(9)): pack(np.full(192, 0.9, np.float32))}
     judge_seen({"new": png(51), "twin": png(51), "old": png(9), "bad": b"no image"}, batch, known=known)
     assert {name: float(vector[0]) for name, vector in batch.images.items()} == {
         sha(png(51)): pytest.approx(0.2),
@@ -94,7 +94,7 @@ def test_with_another_encoder_crops_are_seen_and_the_bytes_of_what_was_not_decod
     judge_seen: Callable[..., Judged],
 ) -> None:
     batch = ShadowBatch(other_encoder(), runtime(), 1.0, Budget(MIB))
-    known = {sha(png(9)): np.full(192, 0.9, STORED).tobytes()}
+    known = {sha(png(9)): pack(np.full(192, 0.9, np.float32))}
     judge_seen({"new": png(51), "old": png(9)}, batch, known=known)
     assert batch.images[sha(png(9))] == png(9)
     crop = batch.images[sha(png(51))]

@@ -16,8 +16,8 @@ import numpy as np
 from code_worker.errors import CodeWorkerError, ImageRejectedError, TransientError
 from code_worker.images.decode import decode_crop
 from code_worker.logs import get_logger
-from code_worker.moderation.pipeline import STORED
 from code_worker.moderation.shadow import Budget, ShadowBatch, shadow_scores
+from code_worker.moderation.vectors import pack, unpack
 from code_worker.store import embeddings
 from code_worker.store.learning import challenger_scores
 from code_worker.store.releases import CHALLENGER
@@ -170,14 +170,13 @@ class Shadow:
         for some in chunks((sha256 for sha256 in wanted if sha256 not in found), _TOGETHER):
             encoded = self._encode({sha256: batch.images[sha256] for sha256 in some}, challenger)
             found |= encoded
-            fresh |= {sha256: vector.astype(STORED).tobytes() for sha256, vector in encoded.items()}
+            fresh |= {sha256: pack(vector) for sha256, vector in encoded.items()}
         return found, fresh
 
     def _known(self, encoder_sha256: str, hashes: Sequence[str]) -> Embeddings:
         if not self._settings.worker.store_embeddings:
             return {}
-        stored = self._store.look(lambda session: embeddings.known(session, encoder_sha256, hashes))
-        return {sha256: np.frombuffer(vector, STORED).astype(np.float32) for sha256, vector in stored.items()}
+        return unpack(self._store.look(lambda session: embeddings.known(session, encoder_sha256, hashes)))
 
     def _encode(self, images: Mapping[str, NDArray[Any] | bytes], challenger: Runtime) -> Embeddings:
         crops = {sha256: crop for sha256, image in images.items() if (crop := self._crop(image)) is not None}
