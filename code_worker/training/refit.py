@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED
 from code_worker.data.labelled_images import refuse_holdout
 from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
 from code_worker.heads import fit_head, head_spelt, read_options, unknown_head_settings
@@ -22,7 +22,7 @@ from code_worker.system.files import whole_directory
 from code_worker.system.processes import raise_if_stop
 from code_worker.training.gate.comparison import Side, groups_of, labels_of, one_of_each_group
 from code_worker.training.gate.gate_inputs import CrossFitted
-from code_worker.training.snapshot import UNNAMED, Member
+from code_worker.training.snapshot import Member
 from code_worker.training.snapshot_embeddings import embedding_matrix
 
 if TYPE_CHECKING:

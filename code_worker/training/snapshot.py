@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED
 from code_worker.errors import DatasetError
 from code_worker.store import releases
 from code_worker.store.erasure import personal, receipts
@@ -73,8 +73,6 @@ def _limit(counts: Mapping[str, int], share: float, trusted: Collection[str]) ->
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
 HOLDOUT: Final = "holdout"
-UNNAMED: Final = "unnamed"
-"""Stands for the generator of fakes that nobody named one for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ import hashlib
 import random
 from functools import partial
 
-from code_worker.data.datasets.examples import FAKE, REAL, Example
+from code_worker.data.datasets.examples import FAKE, REAL, Example, pin_of
 from code_worker.images.phash import FEATURELESS, perceptual_hash
 from code_worker.settings import LimitSettings
 from code_worker.store.learning.kept_images import KeptImage, bits, is_near
-from code_worker.training.gate.safeguards import GoldenSet, pin_of
+from code_worker.training.gate.safeguards import GoldenSet
 from tests.image_files import encoded, pixels
 
 LIMITS = LimitSettings()

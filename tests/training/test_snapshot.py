@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from code_worker.data.datasets.examples import FAKE
+from code_worker.data.datasets.examples import FAKE, UNNAMED
 from code_worker.errors import DatasetError, TrainingError
 from code_worker.plugins import load_plugins
 from code_worker.settings import LabelSettings, ScheduleSettings, Settings
@@ -47,7 +47,7 @@ def test_a_snapshot_counts_by_split_label_and_generator(store: Store, settings: 
     parts = (counts["train"], counts["holdout"])
     assert sum(part["real"] for part in parts) == 30
     assert sum(part["fake"] for part in parts) == 33
-    assert counts["train"]["generators"].keys() | counts["holdout"]["generators"].keys() == {OLD, NEW, "unnamed"}
+    assert counts["train"]["generators"].keys() | counts["holdout"]["generators"].keys() == {OLD, NEW, UNNAMED}
     assert sum(part["new_real"] + part["new_fake"] for part in parts) == 63
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 REAL: Final = 0
 FAKE: Final = 1
+UNNAMED: Final = "(unnamed)"
+"""Group of images of which nobody said what made them, or where they came from; no generator is called so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,12 @@ class Example:
     group: str | None = None
     variant: str | None = None
     sha256: str | None = None
+
+
+def pin_of(examples: Iterable[Example]) -> str:
+    """Hash of a data set: of the content hash and label of every image, in any order and place."""
+    lines = sorted(f"{one.sha256} {one.label}" for one in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from collections.abc import Set as AbstractSet
 from contextlib import closing
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from code_worker._version import __version__
-from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.data.datasets.examples import FAKE, REAL, pin_of
 from code_worker.data.datasets.open import open_examples
 from code_worker.errors import (
     CodeWorkerError,
@@ -151,7 +150,7 @@ def calibrate(
         raise DatasetError(f"{source}: {error}{_left_out(learned, embedded.skipped)}") from None
     evidence = {
         "source": source,
-        "digest": _digest(used),
+        "digest": pin_of(used),
         "real": len(reals),
         "fake": len(fakes),
         "left_out": {"learned": len(learned), "unusable": len(embedded.skipped)},
@@ -224,11 +223,6 @@ def _rows(examples: Sequence[Example], learned: AbstractSet[str]) -> list[int]:
         if one.sha256 not in learned:
             first.setdefault(one.sha256, row)
     return list(first.values())
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    lines = sorted(f"{one.sha256} {one.label}\n" for one in examples)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _left_out(learned: Sized, unusable: Sized) -> str:

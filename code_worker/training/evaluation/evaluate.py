@@ -18,6 +18,7 @@ from code_worker.data.datasets.examples import (
     PUBLISHED_GENERATORS,
     PUBLISHED_VARIANTS,
     REAL,
+    UNNAMED,
     losses,
     passed_over,
 )
@@ -26,7 +27,6 @@ from code_worker.releases.reference_scores import checked_scores
 from code_worker.training.embed import Embedded, Keep, Known, embed_examples
 from code_worker.training.evaluation.metrics import DECISIONS, FIGURES, LEVEL, RANKINGS, Threshold, figures, intervals
 from code_worker.training.evaluation.robustness import (
-    UNNAMED,
     Condition,
     Transform,
     conditions,

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED
 from code_worker.system.libraries import import_without_home
 from code_worker.training.evaluation.metrics import calibration
-from code_worker.training.evaluation.robustness import UNNAMED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from PIL import Image
 
-from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED
 from code_worker.errors import ConfigurationError
 from code_worker.images.decode import centre, decode_whole
 from code_worker.training.fitting.augment import AUGMENTATIONS
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from code_worker.data.datasets.examples import Example
     from code_worker.settings import LimitSettings
 
-UNNAMED = "(unnamed)"
 """Stands for generated images of which nobody says what made them, and real ones of no collection."""
 
 

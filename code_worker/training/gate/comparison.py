@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED
 from code_worker.errors import TrainingError
 from code_worker.releases.reference_scores import checked_scores
 from code_worker.training.evaluation.metrics import figures
 from code_worker.training.gate.gate_inputs import CrossFitted, GateInputs, GoldenScores, PolicyRule, ReleaseScores
 from code_worker.training.gate.label_quality import Noise, Suspicion, label_noise, suspicions, unseen
-from code_worker.training.snapshot import UNNAMED
 from code_worker.training.snapshot_embeddings import CONDITIONS, EmbeddingsByHash, embedding_matrix
 
 if TYPE_CHECKING:

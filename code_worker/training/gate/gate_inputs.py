@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED
 from code_worker.store import policies, releases
 from code_worker.store.learning import image_groups, runs, snapshots
 from code_worker.training import snapshot
 from code_worker.training.evaluation.metrics import Threshold
-from code_worker.training.snapshot import UNNAMED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -210,7 +209,7 @@ class GateInputs:
         return self.spending or spend((), len(self.labels), error)
 
     def names(self) -> NDArray[np.object_]:
-        """`(n,)` generator of each fake, `unnamed` if nobody named one; of reals None."""
+        """`(n,)` generator of each fake, `UNNAMED` if nobody named one; of reals None."""
         return generator_names(self.labels, self.generators)
 
     def old_generators(self) -> frozenset[str]:
@@ -230,7 +229,7 @@ class GateInputs:
 
 
 def generator_names(labels: NDArray[np.int8], generators: tuple[str | None, ...]) -> NDArray[np.object_]:
-    """`(n,)` generator of each fake, `unnamed` if nobody named one; of reals None."""
+    """`(n,)` generator of each fake, `UNNAMED` if nobody named one; of reals None."""
     pairs = zip(labels, generators, strict=True)
     return np.array([name or UNNAMED if label == FAKE else None for label, name in pairs], dtype=object)
 

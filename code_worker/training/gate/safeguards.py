@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from code_worker.data.datasets.examples import FAKE, REAL
+from code_worker.data.datasets.examples import FAKE, REAL, pin_of
 from code_worker.data.datasets.open import open_examples
 from code_worker.errors import ConfigurationError, TrainingError
 from code_worker.images.phash import perceptual_hash
@@ -57,12 +57,6 @@ class GoldenSet:
         for one in own:
             found |= np.bitwise_count(theirs ^ np.uint64(one)) <= kept_images.NEAR_BITS
         return {sha256 for sha256, is_near in zip(looks, found, strict=True) if is_near}
-
-
-def pin_of(examples: Iterable[Example]) -> str:
-    """Hash of a data set: of the content hash and label of every image, in any order and place."""
-    lines = sorted(f"{one.sha256} {one.label}" for one in examples)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_golden(source: str, settings: Settings) -> GoldenSet:
