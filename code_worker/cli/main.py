@@ -29,14 +29,14 @@ _COMMANDS = {
         "code_worker.cli.operations.doctor:doctor",
         "Check each part of an installation, with a hint for each fault.",
     ),
-    "enqueue": ("code_worker.cli.judging.enqueue:enqueue", "Enqueue images: URIs, a prefix, or a list."),
-    "erase": ("code_worker.cli.judging.erase:erase", "Erase all that is kept of a job, an image or a tenant."),
+    "enqueue": ("code_worker.cli.moderation.enqueue:enqueue", "Enqueue images: URIs, a prefix, or a list."),
+    "erase": ("code_worker.cli.moderation.erase:erase", "Erase all that is kept of a job, an image or a tenant."),
     "erasures": (
-        "code_worker.cli.judging.erase:erasures",
+        "code_worker.cli.moderation.erase:erasures",
         "Show receipts of erasures; say whether something was erased.",
     ),
     "heads": ("code_worker.cli.deployment.releases:heads", "List the heads that plugins offer."),
-    "jobs": ("code_worker.cli.judging.jobs:jobs", "List, show and retry jobs."),
+    "jobs": ("code_worker.cli.moderation.jobs:jobs", "List, show and retry jobs."),
     "label": ("code_worker.cli.learning.labels:label", "Say that an image is real or fake."),
     "labels": (
         "code_worker.cli.learning.labels:labels",
@@ -53,7 +53,7 @@ _COMMANDS = {
         "Import, verify, promote, watch and roll back releases.",
     ),
     "rescore": (
-        "code_worker.cli.judging.rescore:rescore",
+        "code_worker.cli.moderation.rescore:rescore",
         "Judge history again, with another release, head or policy.",
     ),
     "retrain": (
@@ -61,7 +61,7 @@ _COMMANDS = {
         "Train the encoder on labelled images; promote if better.",
     ),
     "runs": ("code_worker.cli.learning.runs:runs", "List and show retrains and refits."),
-    "scan": ("code_worker.cli.judging.scan:scan", "Judge images now, in this process, with no broker."),
+    "scan": ("code_worker.cli.moderation.scan:scan", "Judge images now, in this process, with no broker."),
     "schedule": ("code_worker.cli.learning.runs:schedule", "Show when retrains and refits are due."),
     "shadow": ("code_worker.cli.deployment.shadow:shadow", "Compare the challenger with the champion."),
     "trainer": (
@@ -73,7 +73,7 @@ _COMMANDS = {
         "code_worker.cli.deployment.validate:validate",
         "Measure a release on labelled images, and hold it to bounds.",
     ),
-    "verdicts": ("code_worker.cli.judging.verdicts:verdicts", "List, show and export verdicts."),
+    "verdicts": ("code_worker.cli.moderation.verdicts:verdicts", "List, show and export verdicts."),
     "worker": ("code_worker.cli.operations.up:worker", "Run a moderation worker."),
 }
 

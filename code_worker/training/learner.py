@@ -24,7 +24,6 @@ from code_worker.releases.manifest import Manifest
 from code_worker.releases.registry import open_registry
 from code_worker.roles import Role, require
 from code_worker.store.learning import runs
-from code_worker.store.learning import runs as schedule
 from code_worker.training import snapshot as snapshots
 from code_worker.training.refit import HeadOptions, plan_heads
 from code_worker.training.run_context import (
@@ -233,7 +232,7 @@ class Learner:
             run = runs.start(session, id=chosen, kind=kind, by=by, owner=owner, config=config, base_release=champion)
             if run is None or slot is None:
                 return run
-            if not schedule.take_slot(session, slot.name, slot.at, run_id=chosen, outcome="started"):
+            if not runs.take_slot(session, slot.name, slot.at, run_id=chosen, outcome="started"):
                 raise _SlotTakenError
             return run
 

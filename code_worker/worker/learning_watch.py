@@ -10,7 +10,6 @@ from code_worker.errors import BrokerUnavailableError
 from code_worker.logs import get_logger
 from code_worker.store import policies, releases
 from code_worker.store.learning import runs
-from code_worker.store.learning import runs as schedule
 from code_worker.wire import TRAIN_QUEUE, WATCH
 from code_worker.worker.schedule import CALIBRATE, schedules, times_until
 
@@ -37,9 +36,9 @@ def due_slot(session: Session, kind: str, cron: crontab, now: datetime) -> datet
     at = next(times_until(cron, now), None)
     if at is None:
         return None
-    last = schedule.last_slot(session, kind)
+    last = runs.last_slot(session, kind)
     if last is None and now - at > _FRESH:
-        schedule.take_slot(session, kind, at, run_id=None, outcome="before the schedule was watched")
+        runs.take_slot(session, kind, at, run_id=None, outcome="before the schedule was watched")
         return None
     return at if last is None or last.slot < at else None
 
@@ -63,7 +62,7 @@ def calibration_due(session: Session, settings: Settings) -> datetime | None:
     if not policies.redrawable(session, champion):
         return None
     at = next(move.at for move in releases.moves(session, releases.CHAMPION, limit=1))
-    last = schedule.last_slot(session, CALIBRATE)
+    last = runs.last_slot(session, CALIBRATE)
     return at if last is None or last.slot < at else None
 
 
@@ -161,7 +160,7 @@ class Learning:
         redrawn = recalibrate(self._settings, self._store, registry, by=by)
         left = [one.policy.scope for one in redrawn if one.problem]
         outcome = f"{len(redrawn) - len(left)} drawn anew" + (f"; still stale: {'; '.join(left)}" if left else "")
-        self._store.run(lambda session: schedule.take_slot(session, CALIBRATE, due, run_id=None, outcome=outcome))
+        self._store.run(lambda session: runs.take_slot(session, CALIBRATE, due, run_id=None, outcome=outcome))
 
     def _due(self, kind: str) -> DueSlot | None:
         from code_worker.training.learner import DueSlot

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from code_worker.cli.judging.scan import Form, printer
+from code_worker.cli.moderation.scan import Form, printer
 from code_worker.logs import configure_logging, get_logger
 from code_worker.store.engine import Store
 from code_worker.store.learning import labels

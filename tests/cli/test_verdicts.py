@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from code_worker.cli.judging.verdicts import stage_timings
+from code_worker.cli.moderation.verdicts import stage_timings
 from code_worker.store.engine import Store
 from code_worker.types import Outcome, RejectReason, Verdict
 from tests.cli.conftest import Cli

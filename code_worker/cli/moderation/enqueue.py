@@ -21,7 +21,7 @@ from code_worker.cli.common.interrupts import check_interrupt
 from code_worker.cli.common.output import plural, print_json, say, shown_json, to_json
 from code_worker.cli.common.progress import progress
 from code_worker.cli.common.records import judgement, verdict_record
-from code_worker.cli.judging.enqueue_list import (
+from code_worker.cli.moderation.enqueue_list import (
     Accepted,
     Done,
     Line,
