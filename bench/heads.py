@@ -14,6 +14,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,12 +108,12 @@ def against_scikit_learn(
         "svm": (lambda: svm(queries), 4),
     }
     for count in references:
-        parts[f"knn {count}"] = (lambda count=count: neighbours(queries, count), KNN_BARS.get(count))
+        parts[f"knn {count}"] = (partial(neighbours, queries, count), KNN_BARS.get(count))
     found = {}
     for name, (make, bar) in parts.items():
         work = make()
         labels = [call() for call in work.values()]
-        if not np.array_equal(*labels):
+        if not np.array_equal(labels[0], labels[1]):
             raise SystemExit(f"{name}: {int((labels[0] != labels[1]).sum())} labels differ from scikit-learn's")
         found[name] = measured(work, len(queries), rounds, bar)
     return found

@@ -204,7 +204,7 @@ class Worker:
 
     def run(self) -> None:
         """Consumes, then prints what it measured as a line of JSON."""
-        consume(self._app, [NORMAL], self._settings.worker.concurrency, self._settings)
+        consume(self._app, [NORMAL], self._settings.worker.concurrency, self._settings, name="noop")
         began, before = self._began or (0.0, 0)
         warm = [mb for seen, mb in self._memory if seen >= self._images // SAMPLES]
         growth = (warm[-1] / warm[0] - 1) * 100

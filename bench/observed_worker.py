@@ -12,6 +12,7 @@ from typing import cast
 from code_worker.encoder.loop import EncoderLoop
 from code_worker.settings import Settings
 from code_worker.stack import worker_process
+from code_worker.wire import QUEUES, SWEEP_QUEUE
 from code_worker.worker.app import create_app, host_of
 from code_worker.worker.judging.node import Node
 
@@ -36,9 +37,7 @@ def run(settings: Settings) -> int:
     app = create_app(settings)
     node = host_of(app).node()
     threading.Thread(target=sample, args=(node, Path(sys.argv[1])), daemon=True).start()
-    return worker_process.consume(
-        app, [*worker_process.QUEUES, worker_process.SWEEP_QUEUE], settings.worker.concurrency, settings
-    )
+    return worker_process.consume(app, [*QUEUES, SWEEP_QUEUE], settings.worker.concurrency, settings, name="worker")
 
 
 if __name__ == "__main__":

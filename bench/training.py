@@ -87,7 +87,8 @@ def objective_share(device: str, records: int = 256) -> dict[str, Any]:
         embeddings = torch.randn(records * len(VIEWS), encoder.config.width, device=device, requires_grad=True)
         stepper.loss(embeddings, records, 0).backward()
 
-    bare(), objective()
+    bare()
+    objective()
     rounds = [(timed(bare, device), timed(objective, device)) for _ in range(ROUNDS)]
     return {"records": records, "share_of_step": spread([loss / step for step, loss in rounds], 5)}
 
