@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from code_worker.errors import ConfigurationError
@@ -76,6 +77,33 @@ def storage_client(settings: S3Settings, bucket: str) -> S3Client:
         ConfigurationError: boto3 is not installed.
     """
     return new_client(settings, bucket, read_timeout_s=max(settings.read_timeout_s, _STORAGE_READ_TIMEOUT_S))
+
+
+class S3Prefix:
+    """An `s3://bucket/prefix` of the project's own storage; its one client is made at first use, by one thread.
+
+    Raises:
+        ConfigurationError: the address names no bucket; it names the setting.
+    """
+
+    def __init__(self, address: str, settings: S3Settings, setting: str) -> None:
+        bucket, _, prefix = address.removeprefix("s3:").removeprefix("//").partition("/")
+        if not bucket:
+            raise ConfigurationError(f"{setting}: {address!r} names no bucket; write s3://bucket/prefix")
+        self.address = address.rstrip("/")
+        self._bucket = bucket
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._settings = settings
+        # Guards `_made`: boto3's sessions may not be used by two threads at a time, clients may.
+        self._lock = threading.Lock()
+        self._made: Any = None
+
+    @property
+    def _client(self) -> Any:
+        with self._lock:
+            if self._made is None:
+                self._made = storage_client(self._settings, self._bucket)
+            return self._made
 
 
 def object_versions(client: Any, bucket: str, prefix: str) -> list[dict[str, str]] | None:

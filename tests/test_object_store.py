@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -134,3 +136,16 @@ def test_where_the_reader_pays_every_request_says_that_we_do(server: VendorS3, t
         sent = server.headers(method, "dear")
         assert [one.get("x-amz-request-payer") for one in sent] == ["requester"] * number
     assert not [one for one in server.headers("GET", "free") if "x-amz-request-payer" in one]
+
+
+def test_threads_that_begin_at_once_share_one_client_of_a_release_store(tmp_path: Path) -> None:
+    store = S3Artifacts("s3://models", S3Settings(region="us-east-1"), cache=tmp_path / "cache")
+    begin = threading.Barrier(4)
+
+    def client() -> object:
+        begin.wait()
+        return store._client
+
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = (each.result() for each in [threads.submit(client) for _ in range(4)])
+    assert all(each is first for each in others)

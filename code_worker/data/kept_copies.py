@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from code_worker.errors import ConfigurationError, DatasetError, StorageError
-from code_worker.object_store import object_versions, storage_client, storage_errors
+from code_worker.errors import DatasetError, StorageError
+from code_worker.object_store import S3Prefix, object_versions, storage_errors
 from code_worker.system.files import flush, make_private, whole_file
 
 if TYPE_CHECKING:
@@ -152,30 +151,15 @@ class LocalKept:
         return self.root / _name(sha256)
 
 
-class S3Kept:
+class S3Kept(S3Prefix):
     """Copies as objects `ab/cd/<sha256>` below an `s3://bucket/prefix`; `path` fetches each once into a cache.
 
     The allow-list of image buckets does not apply here; the address comes from the settings alone.
     """
 
     def __init__(self, address: str, settings: S3Settings, *, cache: Path) -> None:
-        bucket, _, prefix = address.removeprefix("s3:").removeprefix("//").partition("/")
-        if not bucket:
-            raise ConfigurationError(f"datasets: {address!r} names no bucket; write s3://bucket/prefix")
-        self.address = address.rstrip("/")
+        super().__init__(address, settings, "datasets")
         self.cache = LocalKept(cache)
-        self._bucket = bucket
-        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._settings = settings
-        self._lock = threading.Lock()
-        self._made: Any = None
-
-    @property
-    def _client(self) -> Any:
-        with self._lock:
-            if self._made is None:
-                self._made = storage_client(self._settings, self._bucket)
-            return self._made
 
     def put(self, data: bytes) -> str:
         """See `KeptImages.put`."""

@@ -8,10 +8,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from code_worker.errors import ArtifactError, ArtifactStorageError, ConfigurationError, IntegrityError
-from code_worker.object_store import object_versions, storage_client, storage_errors
+from code_worker.errors import ArtifactError, ArtifactStorageError, IntegrityError
+from code_worker.object_store import S3Prefix, object_versions, storage_errors
 from code_worker.releases.directories import locked, replace_by, working_directory
 from code_worker.releases.integrity import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, OnBytes
 from code_worker.releases.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest, release_id, verify_files
@@ -177,7 +177,7 @@ class LocalArtifacts:
         return True
 
 
-class S3Artifacts:
+class S3Artifacts(S3Prefix):
     """Releases as objects below an `s3://bucket/prefix`, fetched once into a local cache.
 
     The manifest is written last: a release whose upload was cut short does not exist.
@@ -185,21 +185,8 @@ class S3Artifacts:
     """
 
     def __init__(self, address: str, settings: S3Settings, *, cache: Path) -> None:
-        bucket, _, prefix = address.removeprefix("s3:").removeprefix("//").partition("/")
-        if not bucket:
-            raise ConfigurationError(f"artifacts: {address!r} names no bucket; write s3://bucket/prefix")
-        self.address = address.rstrip("/")
+        super().__init__(address, settings, "artifacts")
         self.cache = cache
-        self._bucket = bucket
-        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._settings = settings
-        self._made: Any = None
-
-    @property
-    def _client(self) -> Any:
-        if self._made is None:
-            self._made = storage_client(self._settings, self._bucket)
-        return self._made
 
     def _key(self, release: str, name: str) -> str:
         return f"{self._prefix}{release}/{name}"
