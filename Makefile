@@ -72,7 +72,7 @@ $(CELERY_5_6)/.installed: $(INSTALLED) requirements/celery-5.6.txt
 	@touch $@
 
 # What Celery has a part in, on one kind of database, in which it has none; the whole matrix is faults-celery-5.6.
-WITH_CELERY := $(patsubst %,tests/worker/test_%.py,configuration doorbell install messages priority schedule sweeper transport worker) \
+WITH_CELERY := $(patsubst %,tests/worker/test_%.py,configuration install messages priority publisher schedule sweeper transport worker) \
 	$(patsubst %,tests/faults/test_%.py,beats broker_deaths full_broker races stopping strange_messages worker_deaths)
 
 test-celery-5.6: $(CELERY_5_6)/.installed $(REGION) ## Run the tests that Celery has a part in on Celery 5.6

@@ -105,3 +105,13 @@ def _runs(name: str) -> bool:
         return False
     text = Path(spec.origin).read_text(encoding="utf-8")
     return find_spec(f"{name}.__main__") is not None if spec.submodule_search_locations else "__main__" in text
+
+
+def test_every_test_file_that_the_makefile_names_exists() -> None:
+    """Lists such as `$(patsubst %,tests/worker/test_%.py,install worker)`, and paths as they are."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lists = re.findall(r"\$\(patsubst %,(\S+),([^)]*)\)", text)
+    named = [pattern.replace("%", name) for pattern, names in lists for name in names.split()]
+    named += re.findall(r"(?<![\w/])tests/[\w/]+\.py", text)
+    assert len(named) >= 10
+    assert [name for name in named if not (ROOT / name).is_file()] == []
