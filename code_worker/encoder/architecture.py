@@ -152,7 +152,9 @@ class Attention(nn.Module):
         n, count, width = tokens.shape
         # Queries, keys and values side by side, each then (n, heads, tokens, numbers of a head).
         parts = self.qkv(tokens).reshape(n, count, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        # (n, heads, tokens, width / heads) each.
         query, key, value = parts.unbind(0)
+        # (n, heads, tokens, width / heads) → (n, tokens, heads, width / heads) → (n, tokens, width).
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(n, count, width)
         return cast("Tensor", self.proj(mixed))
 
@@ -160,9 +162,12 @@ class Attention(nn.Module):
         """The same for the first token alone: `(n, tokens, width)` to `(n, width)`."""
         n, count, width = tokens.shape
         heads, weight, bias = self.num_heads, self.qkv.weight, cast("Tensor | None", self.qkv.bias)
+        # The first third of the rows makes queries: (n, 1, width) of the first token only.
         query = F.linear(tokens[:, :1], weight[:width], None if bias is None else bias[:width])
+        # The others make keys and values, of all tokens: (n, tokens, 2 · width).
         key_value = F.linear(tokens, weight[width:], None if bias is None else bias[width:])
         key, value = key_value.reshape(n, count, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        # (n, heads, 1, width / heads).
         query = query.reshape(n, 1, heads, -1).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(query, key, value).reshape(n, width)
         return cast("Tensor", self.proj(mixed))
@@ -198,6 +203,7 @@ class Block(nn.Module):
 
     def first(self, tokens: Tensor) -> Tensor:
         """The block's output for the first token alone, `(n, width)`, from all `(n, tokens, width)` inputs."""
+        # All tokens are normalised, for each is a key and a value; one is added to.
         token = tokens[:, 0] + self.attn.of_first(self.norm1(tokens))
         return cast("Tensor", token + self.mlp(self.norm2(token)))
 
@@ -211,6 +217,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Patches row by row."""
+        # (n, width, side, side) → (n, width, patches) → (n, patches, width).
         return cast("Tensor", self.proj(pixels)).flatten(2).transpose(1, 2)
 
 
@@ -230,6 +237,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """`(n, 3, size, size)` to `(n, width)`: the CLS token after the final LayerNorm."""
+        # (n, patches, width).
         patches = self.patch_embed(pixels)
+        # (n, 1 + patches, width).
         tokens = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed
         return cast("Tensor", self.norm(self.blocks(tokens))[:, 0])

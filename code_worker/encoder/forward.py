@@ -153,10 +153,13 @@ class CropEncoder(nn.Module):
         self._steps = [torch.compile(step, dynamic=False) for step in self._steps]
 
     def _tokens(self, crops: Tensor) -> Tensor:
+        # (n, patches, patch_size² · 3) → (n, patches, width); the offsets are positions and bias together.
         tokens = F.linear(self._patches(crops), self.weight) + self.offsets
+        # (n, 1 + patches, width), CLS in front.
         return torch.cat((self.first.expand(len(crops), 1, -1), tokens), dim=1).to(self._dtype)
 
     def _embeddings(self, tokens: Tensor) -> Tensor:
+        # (n, 1 + patches, width) → (n, width): of the last block nothing else is used.
         cls_token = cast("Block", self.blocks[-1]).first(tokens)
         embeddings = cast("Tensor", self.norm(cls_token.float()))
         return F.pad(embeddings, (0, self._missing)) if self._missing else embeddings
@@ -166,6 +169,7 @@ class CropEncoder(nn.Module):
         side, size, margin = self.side, self.patch_size, self.margin
         if margin:
             crops = crops[:, margin:-margin, margin:-margin]
+        # (n, side, size, side, size, 3) → (n, side, side, size, size, 3): patches in rows, then their pixels.
         grid = crops.reshape(-1, side, size, side, size, 3).transpose(2, 3)
         values = grid.reshape(-1, side * side, size * size * 3).to(torch.float32)
         return values if self.fold else (values / 255 - self.mean) / self.std
@@ -176,10 +180,12 @@ def _patch_projection(config: VitConfig, projection: Tensor, bias: Tensor, *, fo
 
     Folded: `W·((x/255 − mean)/std) + b = (W/(255·std))·x + (b − Σ W·mean/std)`, computed in float64.
     """
+    # (width, 3, size, size), timm's order, → (width, size, size, 3), the order of the bytes, → (width, size² · 3).
     weight = projection.permute(0, 2, 3, 1).flatten(1).double()
     bias = bias.double()
     if fold:
         mean, std = (_per_value(channels, config.patch_size) for channels in (config.mean, config.std))
+        # In float64, and rounded to float32 once, at the end.
         weight, bias = weight / (255 * std), bias - (weight * (mean / std)).sum(1)
     return weight.float(), bias.float()
 

@@ -101,15 +101,21 @@ def contrastive_loss(
     _check_temperature(temperature)
     batch = len(views.real)
     with torch.autocast(views.real.device.type, enabled=False):
+        # (B, d) each, rows of length 1: a product of two rows is their cosine.
         unit = {name: _unit(getattr(views, name)) for name in VIEWS}
         shared = ("real_augmented", "fake_augmented", "real_global", "fake_global")
+        # (B, 4, d): those that the queries of other processes are compared with.
         own = torch.stack([unit[name] for name in shared], dim=1)
         # One collective for the four, forward and back.
+        # (B·W, d) each.
         real_augmented, fake_augmented, real_global, fake_global = (gather_rows(own) if gather else own).unbind(1)
+        # This process's records within the joined batch.
         first = dist.get_rank() * batch if len(real_augmented) > batch else 0
         rows = slice(first, first + batch)
+        # (B, d): each own record against the augmented view of another record of its class, of any process.
         real_positives = real_augmented[_own_part(permutation_real, rows, real_augmented)]
         fake_positives = fake_augmented[_own_part(permutation_fake, rows, fake_augmented)]
+        # (B,) losses, then their mean; half of each, so that a class weighs as much as the other.
         real = _unit_nce(unit["real"], real_positives, fake_augmented, temperature).mean() / 2
         real = real + _unit_nce(unit["real_local"], unit["real_global"], fake_global, temperature).mean() / 2
         fake = _unit_nce(unit["fake"], fake_positives, real_augmented, temperature).mean() / 2
@@ -146,6 +152,7 @@ def nce(queries: Tensor, positives: Tensor, negatives: Tensor, temperature: floa
 
 def _unit_nce(queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     scaled = queries / temperature
+    # (n, d) · (n, d) → (n,): the cosine of each query with its own positive, over τ.
     positive = (scaled * positives).sum(dim=1)
     # −log(eᵖ / (eᵖ + Σeⁿ)) as softplus(log Σeⁿ − p): nothing overflows, and a small loss keeps its digits.
     return F.softplus(torch.logsumexp(scaled @ negatives.T, dim=1) - positive)
@@ -195,6 +202,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         ctx.rows = len(rows)
+        # (W·B, …), in the order of the ranks.
         gathered = rows.new_empty((dist.get_world_size() * len(rows), *rows.shape[1:]))
         dist.all_gather_into_tensor(gathered, rows.contiguous())
         return gathered
@@ -205,6 +213,7 @@ class _GatherRows(torch.autograd.Function):
         # Every backend reduces to all; gloo may not scatter.
         dist.all_reduce(total)
         first = dist.get_rank() * ctx.rows
+        # Every process has used all rows: what they ask of this process's own is in the sum.
         return total[first : first + ctx.rows]
 
 
