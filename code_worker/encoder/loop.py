@@ -105,12 +105,15 @@ class EncoderLoop:
         self._linger_s = linger_ms / 1000
         self._max_waiting = max_waiting or max(512, 2 * self.streams * self.micro_batch)
         self._torch_threads = max(1, cores // self.streams) if on_cpu else None
+        # `_heap`, `_waiting`, the counters and `failure` are guarded by the one lock of both conditions. Nothing is
+        # embedded and no future settled under it: callbacks of a future run in the thread that settles it.
         self._heap: list[_Item] = []
         self._waiting: Counter[int] = Counter()
         self._arrivals = itertools.count()
         self._closed = False
         self._crops = self._batches = self._failed = self._running = 0
         self._busy_s = 0.0
+        # One lock, two conditions: streams wait for crops on `_filled`, callers for room on `_drained`.
         lock = threading.RLock()
         self._filled = threading.Condition(lock)
         self._drained = threading.Condition(lock)
@@ -140,6 +143,7 @@ class EncoderLoop:
             raise ValueError(f"a crop must be (224, 224, 3) uint8, not {crop.shape} {crop.dtype}")
         future: Future[Embedding] = Future()
         with self._drained:
+            # Only crops that are as urgent count: a backlog of less urgent ones must not hold up a live image.
             self._drained.wait_for(lambda: self._ended or self._ahead_of(priority) < self._max_waiting)
             if self._ended:
                 raise self._unavailable()
@@ -236,6 +240,7 @@ class EncoderLoop:
                 self._waiting.subtract(item.priority for item in taken)
                 self._running += 1
                 self._drained.notify_all()
+            # From here on a future cannot be cancelled; those that were are dropped unembedded.
             if batch := [item for item in taken if item.future.set_running_or_notify_cancel()]:
                 return batch
             with self._filled:
@@ -249,6 +254,7 @@ class EncoderLoop:
         elif len(batch) == 1:
             self._settle_failed(batch[0], result)
         else:
+            # One bad crop among n costs at most 2·log₂(n) passes more.
             middle = len(batch) // 2
             self._encode(batch[:middle])
             self._encode(batch[middle:])
@@ -287,6 +293,7 @@ class EncoderLoop:
         """Ends the loop: the device answers nothing any more, so nobody may be left waiting for it."""
         log.error("encoder_failed", error=str(error), kind=type(error).__name__)
         with self._filled:
+            # Under the lock, so that no crop is queued between the last look at the heap and the end.
             self.failure = self.failure or error
             waiting, self._heap = self._heap, []
             self._waiting.clear()

@@ -208,17 +208,20 @@ class _Batch:
         self._progress = progress
         self._observer = observer
         self._number = next(collector.numbers)
+        # Tasks run on threads of the pool and say here that they ended; all else is of the thread that called alone.
         self._ended: SimpleQueue[_Task] = SimpleQueue()
         self._fetching: set[_Fetch] = set()
         self._arrived: list[_Fetch] = []
         self._look_up_at = 0.0
         self._decoding: set[_Decode] = set()
         self._encoding: dict[Item, Future[NDArray[np.float32]]] = {}
+        # By content hash: the first item is decoded and encoded, the others take its embedding over.
         self._twins: dict[str, list[Item]] = {}
 
     def run(self, items: Sequence[Item]) -> None:
         waiting = deque(items)
         while waiting or self._fetching or self._decoding:
+            # Bytes and crops of at most `window` objects are in memory, however long the batch is.
             while waiting and self._held < self._collector.window:
                 self._fetching.add(self._collector.fetch(self._number, waiting.popleft(), self._ended))
             done = self._next_ended()

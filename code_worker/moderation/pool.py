@@ -27,6 +27,7 @@ class PriorityPool:
         self._queue: queue.PriorityQueue[tuple[tuple[float, ...], int, Callable[[], object] | None]] = (
             queue.PriorityQueue()
         )
+        # Breaks ties by arrival; without it the queue would compare functions. `next` of a count needs no lock.
         self._order = itertools.count()
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True) for number in range(threads)
@@ -55,6 +56,7 @@ class PriorityPool:
     def close(self) -> None:
         """Runs what is queued, then ends the threads."""
         self._closed = True
+        # One end for each thread, behind all work.
         for _ in self._threads:
             self._queue.put((_LAST, next(self._order), None))
         for thread in self._threads:

@@ -55,6 +55,7 @@ class ExclusiveLock:
     """Many batches at once, or one suspect alone; a waiting suspect lets no new batch in."""
 
     def __init__(self) -> None:
+        # Guards the three below. Invariant: `_alone` is true only while `_inside` is 0.
         self._changed = threading.Condition()
         self._inside = 0
         self._alone = False
@@ -64,6 +65,7 @@ class ExclusiveLock:
     def together(self) -> Iterator[None]:
         """Runs beside other batches."""
         with self._changed:
+            # A stream of ordinary batches would otherwise never leave a moment for the one that must be alone.
             self._changed.wait_for(lambda: not self._alone and not self._waiting)
             self._inside += 1
         try:
@@ -167,11 +169,14 @@ class Node:
         Jobs with `below` attempts or more are passed over: since they were looked at, another worker died over them.
         """
         with ExitStack() as stack:
+            # Held in this order: the lock of suspects, a use of the release, claims; let go of in reverse, so that no
+            # release is unloaded, and no suspect let in, while a batch is being recorded.
             stack.enter_context(self.gate.alone() if alone else self.gate.together())
             runtime = stack.enter_context(self.runtimes.use())
             if runtime is None:
                 self.store.run(lambda session: jobs.mark_published(session, job_ids, wait_s=_NO_RELEASE_WAIT_S))
                 return frozenset(job_ids)
+            # If the process dies before the record, the leases lapse and the sweeper publishes these jobs again.
             claimed = self.ledger.claim(job_ids, below=below, held=self.in_flight.jobs)
             log.debug("jobs_claimed", jobs=[job.id for job in claimed])
             failpoint("after_claim")
