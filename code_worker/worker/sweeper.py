@@ -58,6 +58,8 @@ class Sweeper:
 
     def sweep(self) -> Swept:
         """Quarantines what killed too many workers and publishes what waits unclaimed."""
+        # One sweeper of the deployment sweeps, under a lease in the database. A pass that outlives it does no harm:
+        # rows are locked while they are read, and a claim is taken once.
         mine = self._take_turn(_PASS_S)
         self._see_broker(make=mine)
         if not mine:
@@ -86,11 +88,13 @@ class Sweeper:
 
     def _sweep(self) -> Swept:
         store = self._ledger.store
+        # First, and without the broker: jobs that killed too many workers must not be published once more.
         quarantined = self._ledger.quarantine(_LIMIT)
         published = 0
         try:
             self._look_for_losses()
             waits = self._waits()
+            # Bounded, so that a pass ends within its lease; the next sweep goes on with a larger backlog.
             for _ in range(_PASSES):
                 due = store.run(lambda session: jobs.due(session, limit=_LIMIT, min_wait_s=waits))
                 published += self._publish(due, waits)
@@ -112,7 +116,7 @@ class Sweeper:
         held = self._publisher.held(job.id for job in due)
         if lost := sum(job.id not in held for job in due):
             self._unheard_last = {"jobs": lost, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-            log.warning("messages_lost", jobs_rung_again=lost)
+            log.warning("messages_lost", jobs_published_again=lost)
         return self._publish(due, waits)
 
     def _waits(self) -> dict[str, float]:
@@ -145,7 +149,7 @@ class Sweeper:
         if lost:
             # Before the first verdict no worker has been here, and nothing can have been lost.
             judged = store.run(verdicts.any_given, write=False)
-            log.log(logging.WARNING if judged else logging.INFO, "broker_without_mark", jobs_rung_again=lost)
+            log.log(logging.WARNING if judged else logging.INFO, "broker_without_mark", jobs_published_again=lost)
 
     def _unheard(self) -> Sequence[jobs.DueJob]:
         """Jobs that were published and not claimed although their queue is empty: somebody deleted their messages."""
@@ -169,5 +173,7 @@ class Sweeper:
         return published
 
     def _publish_group(self, queue: str, group: list[str], wait_s: float) -> None:
+        # Published first, noted after: should the process die between the two, the jobs stay due and are published
+        # once more. A message too many costs a look; one too few would cost a verdict.
         self._publisher.publish(queue, group)
         self._ledger.store.run(lambda session: jobs.mark_published(session, group, wait_s=wait_s))

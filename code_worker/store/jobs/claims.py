@@ -177,6 +177,9 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
     wanted = valid_uuids(ids)
     if not wanted:
         return []
+    # One statement that locks and takes: two workers with the same message cannot both read a job as free. Rows that
+    # another transaction has locked are passed over (SKIP LOCKED) instead of waited for: they are being claimed, or
+    # published, at this moment. SQLite has one writer at a time, and its dialect leaves FOR UPDATE out.
     free = (
         select(_JOBS.c.id)
         .where(
@@ -195,6 +198,7 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
         update(_JOBS)
         .where(_JOBS.c.id.in_(select(free.c.id)))
         .values(
+            # Counted when it begins: a process that dies over a job cannot count afterwards.
             state="running",
             attempts=_JOBS.c.attempts + 1,
             owner=owner,
@@ -204,6 +208,7 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
         )
         .returning(*_JOB_COLUMNS)
     )
+    # RETURNING has no order of its own.
     claimed = {row.id: Job(**row._asdict()) for row in session.execute(statement)}
     return [claimed[job_id] for job_id in wanted if job_id in claimed]
 
@@ -240,6 +245,7 @@ def exhausted(session: Session, *, max_attempts: int, limit: int) -> list[Job]:
     """Due jobs that used up their attempts, locked until commit: the caller writes their `quarantined` verdicts."""
     rows = session.execute(
         select(*_JOB_COLUMNS)
+        # A lease under which a job is still being judged has its end in the future: its job is not due.
         .where(_JOBS.c.due_at <= db_now(), _JOBS.c.attempts >= max_attempts)
         .order_by(_JOBS.c.due_at)
         .limit(limit)
@@ -270,6 +276,7 @@ def put_back(session: Session, faults: Sequence[Fault], *, owner: str | None = N
         .where(_JOBS.c.id == bindparam("b_id"), _JOBS.c.state == "running", *mine)
         .values(
             state="accepted",
+            # The worker lives, so this job has killed nobody, and must not come nearer to quarantine.
             attempts=case((_JOBS.c.attempts > 0, _JOBS.c.attempts - 1), else_=0),
             faults=_JOBS.c.faults + bindparam("b_blame"),
             last_fault=bindparam("b_fault"),

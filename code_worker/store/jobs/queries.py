@@ -65,6 +65,7 @@ def due(session: Session, *, limit: int, min_wait_s: Mapping[str, float]) -> lis
     before it has published, the next one finds them again.
     """
     waiting = [_still_waiting(queue, wait_s) for queue, wait_s in min_wait_s.items()]
+    # Before the look: jobs that only wait would otherwise fill the page, and those behind them would never be seen.
     for queue, wait_s in min_wait_s.items():
         _put_off(session, queue, wait_s)
     rows = session.execute(
@@ -74,6 +75,7 @@ def due(session: Session, *, limit: int, min_wait_s: Mapping[str, float]) -> lis
         .limit(limit)
         .with_for_update(skip_locked=True)
     ).all()
+    # Sorted, as all statements lock jobs: two transactions in different orders could wait for each other.
     lapsed = sorted(row.id for row in rows if row.state == "running")
     for some in chunks(lapsed, IN_LIST):
         session.execute(
@@ -154,6 +156,7 @@ def queue_wait_s(session: Session, queue: str) -> float | None:
         .order_by(_JOBS.c.claimed_at.desc())
         .limit(_WAIT_SAMPLE)
     )
+    # The nearest-rank percentile: a wait that was seen, and no value between two.
     waits = sorted((claimed - published).total_seconds() for claimed, published in rows)
     return max(0.0, waits[ceil(len(waits) * 0.99) - 1]) if waits else None
 
