@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Callable
@@ -67,6 +68,9 @@ def _definition(entry: Any) -> str:
 def main() -> int:
     """Runs until SIGTERM; on Redis, redbeat's lock lets only one of several fire."""
     die_with_parent()
+    # The first connection looks it up. Celery's handler of SIGTERM raises wherever it interrupts, and out of this
+    # lookup that comes as a LookupError: an end in order would look like a death.
+    codecs.lookup("idna")
     try:
         settings = load_settings()
         configure_logging(settings.log_level, settings.log_format)
