@@ -206,6 +206,7 @@ def message_that_lasts(host: Host, deployment: Deployment, uri: str) -> None:
     wait_until(lambda: f"{MODERATE}[{sent.id}] succeeded" in host.log("ours"), LIMIT_S, host.log("ours")[-3000:])
 
 
+@pytest.mark.slow(reason="the first layout waits until a process has imported everything for all of them")
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_their_app_works_as_without_us_and_ours_does_too(
     layout: str, deployment: Deployment, broker: RedisServer, tmp_path: Path
