@@ -134,7 +134,12 @@ def head() -> str:
 
 def is_newer(revision: str | None) -> bool:
     """Returns whether a revision of a database is one that a later version of the code made."""
-    return revision is not None and revision not in _known()
+    return revision is not None and revision not in _known() and not is_unreleased(revision)
+
+
+def is_unreleased(revision: str | None) -> bool:
+    """Returns whether a version from before the first release made a revision: no version can upgrade it."""
+    return revision is not None and revision.startswith(_UNRELEASED)
 
 
 def require_current(store: Store) -> None:
@@ -179,11 +184,16 @@ def _take_lock(connection: Connection) -> None:
 
 
 def _revision(connection: Connection) -> str | None:
-    return next(iter(_rows(connection, VERSION_TABLE) or []), None)
+    rows = _rows(connection, VERSION_TABLE)
+    if rows is None and _tables(connection) & set(Base.metadata.tables):
+        # The first versions kept theirs in Alembic's own table. Tables of our names must be there too, since
+        # another application may name its revisions by date as well.
+        rows = [one for one in _rows(connection, _SHARED_TABLE) or [] if is_unreleased(one)]
+    return next(iter(rows or []), None)
 
 
 def _refuse_unreleased(revision: str | None) -> None:
-    if revision is not None and revision.startswith(_UNRELEASED):
+    if is_unreleased(revision):
         raise StoreError(
             f"the database is at revision {revision}, of a version before the first release, and cannot be upgraded: "
             "name a new one in CODE_WORKER_DATABASE_URL, or move the old file away, and run `code-worker db upgrade`"

@@ -64,7 +64,8 @@ def guard_sqlite() -> None:
         )
     # REPLACE deletes what is in its way without asking the trigger above.
     op.execute(
-        "CREATE TRIGGER audit_no_replace BEFORE INSERT ON audit WHEN EXISTS (SELECT 1 FROM audit WHERE seq = NEW.seq) "
+        "CREATE TRIGGER audit_no_replace BEFORE INSERT ON audit "
+        "WHEN EXISTS (SELECT 1 FROM audit WHERE seq = NEW.seq) "
         "BEGIN SELECT RAISE(ABORT, 'audit entries are immutable'); END"
     )
     for table in KEPT:
@@ -195,7 +196,8 @@ def create_verdicts() -> None:
         sa.Column("timings_ms", JSON_OBJECT, nullable=False, comment="Milliseconds by stage."),
         sa.Column("supersedes", UUID, comment="Verdict that this one judges again; that one stays."),
         sa.Column("created_at", TIME, nullable=False, comment="When it was written."),
-        sa.CheckConstraint("(outcome = 'judged') = (label IS NOT NULL) AND (outcome = 'judged') = (score IS NOT NULL)",
+        sa.CheckConstraint(
+            "(outcome = 'judged') = (label IS NOT NULL) AND (outcome = 'judged') = (score IS NOT NULL)",
             name=op.f("ck_verdicts_judged_has_label_and_score")),
         sa.CheckConstraint("label IN ('real', 'fake', 'uncertain')", name=op.f("ck_verdicts_label")),
         sa.CheckConstraint("outcome IN ('judged', 'rejected')", name=op.f("ck_verdicts_outcome")),

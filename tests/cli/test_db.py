@@ -68,6 +68,16 @@ def test_a_newer_database_is_nothing_to_do(database_url: str) -> None:
     assert (shown.exit_code, "run `code-worker db upgrade`" in shown.stdout) == (0, False)
 
 
+def test_a_database_from_before_the_first_release_does_not_serve(database_url: str) -> None:
+    assert run(database_url, "upgrade").exit_code == 0
+    with closing(open_store(database_url)) as store:
+        older = text(f"UPDATE {migrate.VERSION_TABLE} SET version_num = '2026_11_28_audit'")
+        store.run(lambda session: session.execute(older))
+    shown = run(database_url, "current")
+    assert (shown.exit_code, "before the first release, and cannot be upgraded" in shown.stdout) == (1, True)
+    assert json.loads(run(database_url, "current", "--json").stdout)["newer"] is False
+
+
 def test_another_applications_database_is_an_error_with_a_way_out(database_url: str) -> None:
     with closing(open_store(database_url)) as store:
         for statement in (

@@ -60,6 +60,27 @@ def test_the_migrations_and_the_models_agree(store: Store) -> None:
     assert store.run(differences, write=False) == []
 
 
+INDEXES = {
+    "sqlite": "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL",
+    "postgresql": "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
+}
+
+
+def test_the_indexes_agree_with_their_conditions(empty: Store) -> None:
+    # Alembic's comparison does not look at the condition of a partial index.
+    def defined() -> dict[str, str]:
+        query = text(INDEXES[empty.dialect])
+        found = empty.run(lambda session: list(session.execute(query)), write=False)
+        return {name: definition for name, definition in found if not name.startswith(migrate.VERSION_TABLE)}
+
+    Base.metadata.create_all(empty.engine)
+    wanted = defined()
+    Base.metadata.drop_all(empty.engine)
+    migrate.upgrade(empty)
+    assert any(" WHERE " in one for one in wanted.values())
+    assert defined() == wanted
+
+
 def test_the_check_constraints_agree(store: Store) -> None:
     found = inspect(store.engine)
     for table in Base.metadata.sorted_tables:
@@ -126,13 +147,18 @@ def test_a_newer_database_serves_and_is_left_as_it_is(store: Store) -> None:
         migrate.downgrade(store, "base")
 
 
+@pytest.mark.parametrize("table", [migrate.VERSION_TABLE, "alembic_version"])
 @pytest.mark.parametrize("revision", ["2026_11_28_audit", "2026_12_01_job_retried_at"])
-def test_a_database_from_before_the_first_release_is_told_apart(store: Store, revision: str) -> None:
+def test_a_database_from_before_the_first_release_is_told_apart(store: Store, revision: str, table: str) -> None:
     execute(store, f"UPDATE {migrate.VERSION_TABLE} SET version_num = '{revision}'")
+    if table != migrate.VERSION_TABLE:
+        execute(store, f"ALTER TABLE {migrate.VERSION_TABLE} RENAME TO {table}")
     for call in (migrate.require_current, migrate.upgrade, lambda one: migrate.downgrade(one, "base")):
         with pytest.raises(StoreError, match=f"{revision}, of a version before the first release, .* name a new one"):
             call(store)
-    assert stands_in(store, migrate.VERSION_TABLE) == [revision]
+    assert migrate.current(store) == revision
+    assert not migrate.is_newer(revision)
+    assert stands_in(store, table) == [revision]
 
 
 LATER = """

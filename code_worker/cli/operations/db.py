@@ -83,6 +83,8 @@ def current(context: click.Context, *, as_json: bool) -> None:
         print_json_lines([found])
     elif newer:
         say(f"{kind} database: {_newer(have, need)}; it serves")
+    elif migrate.is_unreleased(have):
+        say(f"{kind} database: at revision {have}, of a version before the first release, and cannot be upgraded")
     elif have is None and not has_database(settings):
         say(f"{missing_database(settings)}; this version needs {need}: run `code-worker db upgrade`")
     else:
