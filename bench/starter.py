@@ -48,8 +48,8 @@ def job(*, full: bool) -> TrainingJob:
         native=True,
     )
     if full:
-        return TrainingJob(name="starter-full", settings=settings, refuse_holdout=False)
-    return TrainingJob(name="starter", encoder=MINIATURE, start="cosine", settings=settings, refuse_holdout=False)
+        return TrainingJob(name="starter-full", settings=settings)
+    return TrainingJob(name="starter", encoder=MINIATURE, start="cosine", settings=settings)
 
 
 def prepare(directory: Path, *, full: bool) -> None:

@@ -59,6 +59,7 @@ def write_records(
                     collection=photograph,
                     sha256=sha256,
                     group=f"{seed}-{number}",
+                    split="train",
                     new=new,
                 )
             )

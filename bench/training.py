@@ -174,9 +174,7 @@ def two_processes(steps: int = 12, records: int = 24) -> dict[str, Any]:
 
 def _processes(directory: Path, items: list[Any], steps: int, records: int, count: int) -> float:
     settings = TrainingSettings(epochs=1, steps_per_epoch=steps, records=records, loader_processes=0)
-    job = TrainingJob(
-        name="bench", encoder=MINIATURE, settings=settings, refuse_holdout=False, device="cpu", evaluated_items=8
-    )
+    job = TrainingJob(name="bench", encoder=MINIATURE, settings=settings, device="cpu", evaluated_items=8)
     write_job(directory, job, items[:200], items[200:])
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     # Its threads that prepare views would take the core that a second process has to share with nobody.

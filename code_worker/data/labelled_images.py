@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from code_worker.data.datasets.examples import FAKE, REAL, Example, Skipped
-from code_worker.errors import DatasetError, StorageError, TrainingError
-from code_worker.logs import get_logger
-from code_worker.store.learning.label_rules import Split, recorded_split
+from code_worker.errors import TrainingError
 
 if TYPE_CHECKING:
     from code_worker.data.kept_copies import KeptImages
-    from code_worker.settings import LabelSettings, LimitSettings
+    from code_worker.settings import LabelSettings
     from code_worker.store.engine import Session, Store
     from code_worker.store.learning.image_groups import Place
-    from code_worker.store.learning.label_rules import ResolvedLabel
+    from code_worker.store.learning.label_rules import ResolvedLabel, Split
     from code_worker.store.learning.labels import Conflict
 
 
@@ -29,8 +26,8 @@ class Placed(Protocol):
         """Of the image's bytes, 64 hexadecimal digits."""
 
     @property
-    def split(self) -> Split | None:
-        """The part that the snapshot recorded; None: by the rule of releases before groups."""
+    def split(self) -> Split:
+        """The part that the snapshot recorded."""
 
 
 def refuse_holdout(items: Iterable[Placed]) -> None:
@@ -40,7 +37,7 @@ def refuse_holdout(items: Iterable[Placed]) -> None:
         TrainingError: one of the images belongs to the hold-out.
     """
     for item in items:
-        if recorded_split(item.sha256, item.split) == "holdout":
+        if item.split == "holdout":
             raise TrainingError(f"image {item.sha256} belongs to the hold-out and must never be learned from")
 
 
@@ -48,8 +45,6 @@ LABELS = "labels:"
 """What the labelled store is called where a data set is asked for."""
 HOLDOUT = "holdout:"
 """What the part of it is called that is never learned from."""
-_PAGE: Final = 256
-log = get_logger(__name__)
 
 
 def labelled_examples(
@@ -78,7 +73,8 @@ def labelled_examples(
     skipped.extend(Skipped(conflict.sha256, reason) for conflict in disputed if conflict.sha256 not in known)
     for label in decided:
         place = places.get(label.sha256)
-        if holdout and _part(label.sha256, place) != "holdout":
+        # An image of which the copy is gone is in no part: nothing says that it was never learned from.
+        if holdout and (place is None or place.split != "holdout"):
             continue
         yield Example(
             key=label.sha256,
@@ -89,54 +85,3 @@ def labelled_examples(
             group=None if place is None else place.group,
             sha256=label.sha256,
         )
-
-
-def _part(sha256: str, place: Place | None) -> str | None:
-    return recorded_split(sha256, None) if place is None else place.split
-
-
-def group_old_images(
-    store: Store, kept: KeptImages, limits: LimitSettings, *, threads: int, check: Callable[[], None]
-) -> None:
-    """Puts images that were labelled before there were groups into groups, so that near-duplicates follow them.
-
-    Each kept copy is read once, ever; one that is gone or cannot be decoded is in a group of its own.
-
-    Args:
-        store: The ledger; written to after every 256 images.
-        kept: Copies of the images.
-        limits: What an image may cost.
-        threads: Images read and decoded at the same time.
-        check: Called before each 256; what it raises ends the work, which goes on there the next time.
-
-    Raises:
-        StorageError: the storage cannot be read.
-        TransientError: no memory is left to decode an image in.
-    """
-    from code_worker.images.phash import perceptual_hash
-    from code_worker.store.learning import image_groups, kept_images
-
-    def hashed(sha256: str) -> str | None:
-        try:
-            return kept_images.bits(perceptual_hash(kept.read(sha256), limits))
-        except StorageError:
-            raise
-        except DatasetError:
-            return None
-
-    def write(session: Session, found: Mapping[str, str | None]) -> None:
-        image_groups.lock(session)
-        # Asked again: one may have been forgotten and labelled anew since it was listed.
-        old = sorted(image_groups.labelled_before(session, found.keys()))
-        for sha256 in old:
-            kept_images.note_hash(session, sha256, found[sha256])
-        image_groups.place(session, dict.fromkeys(old), old=old)
-
-    count = 0
-    with ThreadPoolExecutor(threads, thread_name_prefix="group") as pool:
-        while some := store.run(partial(image_groups.ungrouped, limit=_PAGE), write=False):
-            check()
-            store.run(partial(write, found=dict(zip(some, pool.map(hashed, some), strict=True))))
-            count += len(some)
-    if count:
-        log.info("old_images_grouped", images=count)

@@ -197,9 +197,8 @@ class Labeller:
             some = [one for one in new if one.sha256 in kept and (one.job_id is None or one.job_id in there.jobs)]
             written = {one.sha256 for one in some}
             image_groups.lock(session)
-            old = image_groups.labelled_before(session, written)
             added = labels.add(session, some)
-            image_groups.place(session, _named(some), old=old)
+            image_groups.place(session, _named(some))
             labels.note_imported(session, {key: one for key, one in (rows or {}).items() if one in written})
             if added:
                 _audit(session, some, added, actor, file)
@@ -253,14 +252,8 @@ class Labeller:
         if not self._kept.exists(sha256):
             return None
         noted = self._store.run(partial(kept_images.kept, hashes=[sha256]), write=False).get(sha256)
-        if noted is None:
-            # A storage may be older than the database, or shared with another one.
-            image = self._inspected(self._kept.read(sha256), uri)
-        elif noted.phash is None:
-            # It may be older than groups: it is put into one now, where it needs its hash.
-            image = replace(noted, phash=self._hash(self._kept.read(sha256)))
-        else:
-            image = noted
+        # A copy without a row: a storage may be older than the database, or shared with another one.
+        image = noted or self._inspected(self._kept.read(sha256), uri)
         self._note(image, since, job_id)
         # Asked again once it is noted: from here on nobody deletes it.
         return image if self._kept.exists(sha256) else None
@@ -271,10 +264,7 @@ class Labeller:
         def note(session: Session) -> bool:
             if job_id is not None and not personal.left(session, jobs=[job_id]).jobs:
                 return False
-            noted = kept_images.note_kept(session, [image], since=since)
-            if noted and image.phash is not None:
-                kept_images.note_hash(session, image.sha256, image.phash)
-            return bool(noted)
+            return bool(kept_images.note_kept(session, [image], since=since))
 
         if not self._store.run(note):
             raise erased_meanwhile(image.sha256)
@@ -291,11 +281,8 @@ class Labeller:
 
     def _inspected(self, data: bytes, uri: str) -> KeptImage:
         facts = inspect(data, self._limits)
-        phash = self._hash(data)
+        phash = kept_images.bits(perceptual_hash(data, self._limits))
         return KeptImage(facts.sha256, facts.size_bytes, facts.format, facts.width, facts.height, uri, phash)
-
-    def _hash(self, data: bytes) -> str | None:
-        return kept_images.bits(perceptual_hash(data, self._limits))
 
 
 def erased_meanwhile(sha256: str) -> DatasetError:

@@ -13,7 +13,7 @@ from code_worker.store import releases
 from code_worker.store.erasure import personal, receipts
 from code_worker.store.ids import uuid7
 from code_worker.store.learning import image_groups, kept_images, labels, runs, snapshots
-from code_worker.store.learning.label_rules import SPLITS, Split, recorded_split
+from code_worker.store.learning.label_rules import SPLITS, Split
 
 if TYPE_CHECKING:
     from code_worker.settings import LabelSettings, ScheduleSettings, Settings
@@ -79,8 +79,7 @@ HOLDOUT: Final = "holdout"
 class Member:
     """One labelled image; `new` unless the champion, or a release that it goes back to, was taught the same of it.
 
-    `by` said what decides its label; empty in snapshots from before that was noted. `group` names the images that
-    are always in the same part as this one; None in snapshots from before there were groups.
+    `by` said what decides its label. `group` names the images that are always in the same part as this one.
     """
 
     sha256: str
@@ -263,7 +262,7 @@ def load(session: Session, snapshot_id: str) -> Snapshot:
     Raises:
         StoreError: there is none of this id, or it is damaged.
     """
-    members = tuple(map(_member, snapshots.unpack(snapshots.members(session, snapshot_id))))
+    members = tuple(Member(**row) for row in snapshots.unpack(snapshots.members(session, snapshot_id)))
     info = snapshots.get(session, snapshot_id)
     counts = {} if info is None else info.counts
     return Snapshot(
@@ -275,11 +274,6 @@ def load(session: Session, snapshot_id: str) -> Snapshot:
         left_out=counts.get("left_out", {}),
         id=snapshot_id,
     )
-
-
-def _member(row: Mapping[str, Any]) -> Member:
-    """Older snapshots recorded no split: theirs was by content hash."""
-    return Member(**{**row, "split": recorded_split(row["sha256"], row.get("split"))})
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from code_worker.data.labelled_images import group_old_images
 from code_worker.errors import DatasetError, NoReleaseError, TrainingError
 from code_worker.logs import get_logger
 from code_worker.releases.building import KeptHeads
@@ -103,7 +102,6 @@ class Stages:
             self.report["snapshot"] = taken.counts()
             return taken
         self._enter("snapshot")
-        self._group_old_images()
         labels = self.attempt.settings.labels
         taken = self.attempt.parts.store.run(lambda session: snapshots.take(session, labels), write=False)
         # Embeddings are asked for only where a run may be due.
@@ -120,11 +118,6 @@ class Stages:
             return frozen
 
         return self.attempt.held.write(freeze)
-
-    def _group_old_images(self) -> None:
-        parts, threads = self.attempt.parts, self.attempt.settings.worker.fetch_threads
-        check = self.attempt.held.check
-        group_old_images(parts.store, parts.kept, parts.settings.limits, threads=threads, check=check)
 
     def _without_golden(self, taken: Snapshot) -> Snapshot:
         golden, parts = self._golden(), self.attempt.parts

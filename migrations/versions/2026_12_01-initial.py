@@ -416,7 +416,7 @@ def create_image_groups() -> None:
     op.create_table(
         "image_groups",
         sa.Column("id", sa.String(64), nullable=False, comment="HMAC-SHA256 of what it was made for."),
-        sa.Column("joins", sa.String(64), comment="Group that this name or old image stands for."),
+        sa.Column("joins", sa.String(64), comment="Group that this name stands for."),
         sa.Column("split", sa.String(16), nullable=False,
             comment="train, validation, holdout, or none: left out of all."),
         sa.Column("created_at", TIME, nullable=False, comment="When it was decided."),
@@ -443,7 +443,7 @@ def create_kept_images() -> None:
         sa.Column("band_2", sa.Integer(), comment="The next 16."),
         sa.Column("band_3", sa.Integer(), comment="The last 16."),
         sa.Column("group_id", sa.String(64),
-            comment="Its group; null: labelled before there were groups, and not looked at since."),
+            comment="Its group; null: nothing was said of it yet."),
         sa.Column("created_at", TIME, nullable=False, comment="When it was kept."),
         sa.PrimaryKeyConstraint("sha256", name="pk_kept_images"),
         comment="Copies in the dataset storage; source objects vanish.",

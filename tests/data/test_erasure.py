@@ -15,7 +15,6 @@ from sqlalchemy import inspect, make_url, text
 
 from code_worker.data.erasure.erase import Eraser
 from code_worker.data.kept_copies import open_kept
-from code_worker.data.labelled_images import group_old_images
 from code_worker.errors import ArtifactError, NotAllowedError, RunLostError, StorageError, StoreError
 from code_worker.settings import RoleSettings, Settings
 from code_worker.store import audit, embeddings, jobs, workers
@@ -73,6 +72,7 @@ def keep(settings: Settings, store: Store, data: bytes, said: str, uri: str = UR
     def note(session: Session) -> None:
         kept_images.note_kept(session, [KeptImage(sha256, len(data), "png", 32, 32, uri)])
         labels.add(session, [NewLabel(sha256, said, "alice", "api", uri=uri, note=uri, **more)])  # type: ignore[arg-type]
+        image_groups.place(session, {sha256: more.get("group")})
         labels.note_imported(session, {sha256[::-1]: sha256})
 
     store.run(note)
@@ -209,14 +209,15 @@ def test_a_job_goes_with_its_image(store: Store, settings: Settings) -> None:
 
 
 def test_group_and_perceptual_hash_of_an_image_go_with_it(store: Store, settings: Settings) -> None:
-    old = keep(settings, store, next(held_out(NEW, 1, wanted=False)), "fake", group="post 4711")
-    group_old_images(store, open_kept(settings), settings.limits, threads=1, check=lambda: None)
-    phash = store.run(lambda session: kept_images.kept(session, [old]))[old].phash
+    phash, data = "0123456789abcdef", next(held_out(NEW, 1, wanted=False))
+    note = KeptImage(hashlib.sha256(data).hexdigest(), len(data), "png", 32, 32, URI, phash)
+    store.run(lambda session: kept_images.note_kept(session, [note]))
+    old = keep(settings, store, data, "fake", group="post 4711")
     place = store.run(lambda session: image_groups.places(session, [old]))[old]
-    assert rows_with(store, place.group, str(phash)) == {"kept_images", "image_groups"}
+    assert rows_with(store, place.group, phash) == {"kept_images", "image_groups"}
     assert rows_with(store, "post 4711") == {"labels"}
     erase(settings, store, sha256=old)
-    assert rows_with(store, place.group, str(phash), "post 4711") == set()
+    assert rows_with(store, place.group, phash, "post 4711") == set()
 
 
 def test_what_is_older_than_a_day_and_was_not_spoken_of_since_goes(store: Store, settings: Settings) -> None:

@@ -19,7 +19,6 @@ from code_worker.store.engine import Session, Store, open_store
 from code_worker.store.learning import image_groups, kept_images
 from code_worker.store.learning.image_groups import Place
 from code_worker.store.learning.kept_images import NEAR_BITS, KeptImage, bits, is_near, near
-from code_worker.store.learning.label_rules import is_holdout
 from code_worker.store.models import ImageGroupRow, KeptImageRow, SecretRow
 from code_worker.store.sql import table_of
 from tests.image_files import encoded, pixels
@@ -40,23 +39,17 @@ def keep(session: Session, images: Mapping[str, int | None]) -> None:
     kept_images.note_kept(session, rows)
 
 
-def put(store: Store, name: str, phash: int | None = None, group: str | None = None, *, old: bool = False) -> str:
+def put(store: Store, name: str, phash: int | None = None, group: str | None = None) -> str:
     """Keeps an image and puts it into a group; returns its content hash."""
     sha256 = sha256_of(name)
 
     def work(session: Session) -> None:
         image_groups.lock(session)
         keep(session, {sha256: phash})
-        image_groups.place(session, {sha256: group}, old=[sha256] if old else ())
+        image_groups.place(session, {sha256: group})
 
     store.run(work)
     return sha256
-
-
-def keep_as_before(store: Store, name: str) -> str:
-    """An image that was labelled before there were groups."""
-    store.run(lambda session: keep(session, {sha256_of(name): None}))
-    return sha256_of(name)
 
 
 def found(store: Store, *hashes: str) -> list[Place]:
@@ -74,11 +67,6 @@ def named_in(store: Store, split: str, *, first: int = 0) -> str:
         if splits(store, put(store, f"try {number}", group=f"name {number}")) == [split]:
             return f"name {number}"
     raise AssertionError(f"none of 200 names is in {split}")
-
-
-def names(held: bool, count: int) -> list[str]:
-    """Names of images that the rule before groups held out, or did not."""
-    return [name for n in range(100) if is_holdout(sha256_of(name := f"old {n}")) is held][:count]
 
 
 def test_images_of_one_name_are_together_and_names_are_split_as_stated(store: Store) -> None:
@@ -101,7 +89,6 @@ def test_thousands_of_files_with_the_same_pixels_are_on_one_side(sqlite_store: S
     picture = encoded(pixels(48, 48), "JPEG")
     variants = [picture + str(number).encode() for number in range(2000)]
     hashes = {hashlib.sha256(one).hexdigest(): perceptual_hash(one, LimitSettings()) for one in variants}
-    assert {is_holdout(sha256) for sha256 in hashes} == {True, False}, "the old rule could be chosen by"
 
     def work(session: Session) -> None:
         keep(session, hashes)
@@ -152,45 +139,6 @@ def test_an_image_stays_where_it_is_and_lends_its_part_to_a_new_name(store: Stor
     assert splits(store, image) == ["holdout"]
     put(store, "image", HASH, "a name nobody knows")
     assert splits(store, put(store, "sibling", FAR, "a name nobody knows")) == ["holdout"]
-
-
-def test_old_images_keep_their_part_looked_at_or_not(store: Store) -> None:
-    hashes = [keep_as_before(store, name) for name in (*names(True, 5), *names(False, 40))]
-    unmade = splits(store, *hashes)
-    assert unmade[:5] == ["holdout"] * 5
-    assert set(unmade[5:]) == {"train"}, "without a secret nothing can tell a validation part"
-    store.run(image_groups.lock)
-    before = found(store, *hashes)
-    assert {place.split for place in before[5:]} == {"train", "validation"}
-    store.run(lambda session: image_groups.place(session, dict.fromkeys(hashes), old=hashes))
-    assert found(store, *hashes) == before
-    assert store.run(lambda session: image_groups.ungrouped(session, limit=9), write=False) == []
-
-
-def test_a_new_image_follows_an_old_one_to_its_part(store: Store) -> None:
-    (held,), (learned,) = names(True, 1), names(False, 1)
-    olds = [put(store, held, HASH, old=True), put(store, learned, FAR, old=True)]
-    news = [put(store, "copy of one", HASH ^ 1), put(store, "copy of the other", FAR ^ 1)]
-    assert found(store, *news) == found(store, *olds)
-
-
-def test_equal_old_images_on_both_sides_stay_and_their_copies_are_left_out(store: Store) -> None:
-    olds = [put(store, *pair, old=True) for pair in zip(names(True, 1) + names(False, 1), (HASH, HASH), strict=True)]
-    assert splits(store, *olds) == ["holdout", splits(store, olds[1])[0]]
-    assert splits(store, put(store, "copy", HASH)) == [None]
-
-
-def test_a_later_image_of_another_part_is_left_out_once_the_old_one_is_looked_at(store: Store) -> None:
-    (old,) = (keep_as_before(store, name) for name in names(True, 1))
-    learned = named_in(store, "train")
-    later, apart = put(store, "later", HASH ^ 1, learned), put(store, "apart", FAR, learned)
-
-    def look(session: Session) -> None:
-        kept_images.note_hash(session, old, bits(HASH))
-        image_groups.place(session, {old: None}, old=[old])
-
-    store.run(look)
-    assert splits(store, old, later, apart) == ["holdout", None, "train"]
 
 
 def test_nobody_without_the_secret_can_tell_a_part(store: Store) -> None:
@@ -253,16 +201,6 @@ def remove(store: Store, hashes: Iterable[str]) -> None:
         session.execute(kept.delete().where(kept.c.sha256.in_(listed)))
 
     store.run(work)
-
-
-def test_nothing_of_an_old_image_is_left_in_the_groups(store: Store) -> None:
-    first, second = (put(store, name, HASH, old=True) for name in names(False, 2))
-    assert len({place.group for place in found(store, first, second)}) == 1
-    assert rows(store) == 2
-    remove(store, [second])
-    assert rows(store) == 1
-    remove(store, [first])
-    assert rows(store) == 0
 
 
 def test_a_group_goes_with_its_last_image_and_its_names_with_it(store: Store) -> None:

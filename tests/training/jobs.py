@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from code_worker.settings import TrainingSettings
-from code_worker.store.learning.label_rules import is_holdout
 from code_worker.training.fitting.job import Item, TrainingJob, write_job
 
 MINIATURE: dict[str, Any] = {
@@ -37,7 +36,7 @@ def picture(rng: Generator, *, fake: bool, side: int = 64) -> NDArray[np.uint8]:
 def write_items(
     directory: Path, count: int, *, seed: int = 0, held_out: bool = False, new: bool = False
 ) -> list[Item]:
-    """`count` real and `count` generated images as PNG files on this side of the hold-out's border."""
+    """`count` real and `count` generated images as PNG files, in training or in the hold-out."""
     directory.mkdir(parents=True, exist_ok=True)
     rng, items = np.random.default_rng(seed), list[Item]()
     while len(items) < 2 * count:
@@ -45,12 +44,17 @@ def write_items(
         out = io.BytesIO()
         Image.fromarray(picture(rng, fake=bool(label))).save(out, "PNG")
         sha256 = hashlib.sha256(out.getvalue()).hexdigest()
-        if is_holdout(sha256) is not held_out:
-            continue
         path = directory / f"{sha256}.png"
         path.write_bytes(out.getvalue())
         items.append(
-            Item(path=str(path), label=label, generator="doubled" if label else None, sha256=sha256, new=new)  # type: ignore[arg-type]  # 0 or 1
+            Item(
+                path=str(path),
+                label=label,  # type: ignore[arg-type]  # 0 or 1
+                generator="doubled" if label else None,
+                sha256=sha256,
+                split="holdout" if held_out else "train",
+                new=new,
+            )
         )
     return items
 
@@ -83,6 +87,6 @@ def write_small_job(directory: Path, job: TrainingJob | None = None, *, train: i
 def items(*kinds: tuple[int, str | None, str | None, bool]) -> list[Item]:
     """Items of label, generator, group and newness, without files."""
     return [
-        Item(path="", label=label, generator=generator, group=group, new=new, sha256=f"{number:064}")  # type: ignore[arg-type]  # 0 or 1
+        Item(path="", label=label, generator=generator, group=group, split="train", new=new, sha256=f"{number:064}")  # type: ignore[arg-type]  # 0 or 1
         for number, (label, generator, group, new) in enumerate(kinds)
     ]

@@ -28,7 +28,7 @@ from code_worker.store.engine import Session, Store
 from code_worker.store.ids import uuid7
 from code_worker.store.learning import image_groups, kept_images, labels, runs
 from code_worker.store.learning.kept_images import KeptImage
-from code_worker.store.learning.label_rules import is_holdout
+from code_worker.store.learning.label_rules import split_of
 from code_worker.store.learning.labels import NewLabel
 from code_worker.training import snapshot as snapshots
 from code_worker.training.snapshot import Snapshot
@@ -36,6 +36,9 @@ from code_worker.training.snapshot import Snapshot
 TINY = VitConfig(image_size=32, patch_size=8, width=64, depth=1, heads=2, mlp_width=64)
 REAL = "real"
 OLD, NEW = "reddener", "bluer"
+
+SECRET = bytes(32)
+"""That decides the part of an image."""
 
 
 def picture(kind: str, number: int) -> bytes:
@@ -54,13 +57,19 @@ def pictures(kind: str, count: int, *, first: int = 0) -> list[bytes]:
     return [picture(kind, number) for number in range(first, first + count)]
 
 
+def is_held_out(sha256: str) -> bool:
+    """Returns whether an image that `label` labels is in the hold-out: one that is in a group of its own."""
+    group = image_groups._group_id(SECRET, image_groups._of_bytes(sha256))
+    return split_of(group, SECRET) == "holdout"
+
+
 def held_out(kind: str, count: int, *, wanted: bool) -> Iterator[bytes]:
     """So many pictures that are in the hold-out, or that are not."""
     found, number = 0, 10_000
     while found < count:
         data = picture(kind, number)
         number += 1
-        if is_holdout(hashlib.sha256(data).hexdigest()) == wanted:
+        if is_held_out(hashlib.sha256(data).hexdigest()) == wanted:
             found += 1
             yield data
 
@@ -103,8 +112,6 @@ def build_champion(directory: Path, *, heads: Iterable[str] = ("linear",), notes
 
 def promote_champion(settings: Settings, store: Store, directory: Path) -> str:
     """Registers a release directory and makes it the champion."""
-    # The same images are in the same part in every run of a test.
-    store.run(lambda session: image_groups.begin_with(session, bytes(32)))
     registry = registry_of(settings, store)
     release = registry.add(directory)
     registry.promote(release, by="test")
@@ -120,15 +127,21 @@ def label(
     generator: str | None = None,
     by: str = "alice",
 ) -> list[str]:
-    """Keeps the images and labels them; returns their hashes."""
+    """Keeps the images and labels them; returns their hashes.
+
+    Each is in a group of its own, and the same images are in the same part in every run of a test.
+    """
     kept = open_kept(settings)
     hashes = [kept.put(data) for data in images]
     rows = [KeptImage(sha256, 1, "png", 32, 32, f"s3://b/{sha256}") for sha256 in hashes]
     new = [NewLabel(sha256, said, by, "api", generator=generator) for sha256 in hashes]
 
-    def write(session):  # type: ignore[no-untyped-def]  # SQLAlchemy's session
+    def write(session: Session) -> None:
+        image_groups.begin_with(session, SECRET)
+        image_groups.lock(session)
         kept_images.note_kept(session, rows)
         labels.add(session, new)
+        image_groups.place(session, dict.fromkeys(hashes))
 
     store.run(write)
     return hashes
@@ -194,6 +207,7 @@ __all__ = [
     "forget",
     "held_out",
     "hold_out",
+    "is_held_out",
     "label",
     "label_world",
     "learn",

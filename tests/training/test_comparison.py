@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from code_worker.errors import ArtifactError, TrainingError
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import GateSettings
-from code_worker.store.learning.label_rules import is_holdout
 from code_worker.training.gate.comparison import Side, gate_inputs, measured, missed_generators
 from code_worker.training.gate.rule import GateDecision, decide
 from code_worker.training.snapshot import Member, Snapshot
 from code_worker_heads.linear import LinearHead
+from tests.training.learning import is_held_out
 
 CLEAN, FEED = "clean", "768px_q60"
 Rows = dict[str, NDArray[np.float32]]
@@ -31,7 +31,7 @@ def make(counts: Mapping[str | None, int], *, new: tuple[str | None, ...] = (), 
         Member(f"{first + number:064x}", int(kind is not None), kind, None, new=kind in new or None in new)
         for number, kind in enumerate(kinds)
     ]
-    return [replace(one, split="holdout") if is_holdout(one.sha256) else one for one in found]
+    return [replace(one, split="holdout") if is_held_out(one.sha256) else one for one in found]
 
 
 def seen(members: list[Member], distance: Mapping[str, float], *, seed: int = 0) -> Rows:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from code_worker.images.phash import perceptual_hash
 from code_worker.settings import LabelSettings, Settings
 from code_worker.store.engine import Store
-from code_worker.store.learning import runs
+from code_worker.store.learning import kept_images, runs
 from code_worker.store.learning import snapshots as table
+from code_worker.store.learning.kept_images import KeptImage
 from code_worker.training.embed import embed_examples
 from code_worker.training.gate.safeguards import read_golden
 from code_worker.training.learner import Learner
@@ -199,6 +201,19 @@ def test_no_image_of_the_golden_set_nor_a_copy_is_learned_from_whoever_labels_it
     again = io.BytesIO()
     Image.open(io.BytesIO(held)).convert("RGB").save(again, "JPEG", quality=90)
     copies = [held, held + b"another file", again.getvalue()]
+    notes = [
+        KeptImage(
+            hashlib.sha256(data).hexdigest(),
+            1,
+            "png",
+            32,
+            32,
+            "s3://b/x",
+            kept_images.bits(perceptual_hash(data, settings.limits)),
+        )
+        for data in copies
+    ]
+    sqlite_store.run(lambda session: kept_images.note_kept(session, notes))
     hashes = label(settings, sqlite_store, copies, "fake", by="vandal")
     ended = refit(settings, sqlite_store)
     assert ended.report["snapshot"]["left_out"]["golden"] == {"vandal": 3}

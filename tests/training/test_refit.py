@@ -13,7 +13,6 @@ from code_worker.plugins import InstalledPlugin, Plugins, load_plugins
 from code_worker.releases.loading import load_release
 from code_worker.releases.manifest import Thresholds
 from code_worker.settings import Settings
-from code_worker.store.learning.label_rules import is_holdout
 from code_worker.training.refit import HeadPlan, Origin, build_candidate, fit_heads, plan_heads
 from code_worker.training.snapshot import Member
 from tests.training.learning import build_champion, tiny_weights
@@ -50,7 +49,7 @@ def plugins() -> Plugins:
 
 def images(count: int = 80) -> tuple[list[Member], np.ndarray]:
     """Members that may be learned from, and embeddings in which the fakes lie apart."""
-    hashes = [sha256 for number in range(4 * count) if not is_holdout(sha256 := f"{number:064x}")][:count]
+    hashes = [f"{number:064x}" for number in range(count)]
     members = [Member(sha256, number % 2, None, None, new=True) for number, sha256 in enumerate(hashes)]
     labels = np.array([member.label for member in members])
     embeddings = np.random.default_rng(0).normal(size=(count, 192)) + 2 * labels[:, None]

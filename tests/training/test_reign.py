@@ -21,7 +21,7 @@ from code_worker.store import policies
 from code_worker.store.engine import Session, Store
 from code_worker.store.learning import image_groups
 from code_worker.store.learning import snapshots as comparisons
-from code_worker.store.learning.label_rules import Split, is_holdout
+from code_worker.store.learning.label_rules import Split
 from code_worker.store.models import KeptImageRow
 from code_worker.store.policies import PolicyRow
 from code_worker.store.sql import table_of
@@ -41,6 +41,7 @@ from tests.training.learning import (
     forget,
     held_out,
     hold_out,
+    is_held_out,
     label,
     label_world,
     learn,
@@ -296,7 +297,7 @@ def test_the_gate_does_not_count_held_out_images_that_the_champion_learned_befor
     first = Learner(settings, sqlite_store).learn("refit", by="alice")
     assert first is not None
     assert first.state == "promoted", first.reasons
-    seen = [data for data in pictures(REAL, 60) if not is_holdout(hashlib.sha256(data).hexdigest())][:3]
+    seen = [data for data in pictures(REAL, 60) if not is_held_out(hashlib.sha256(data).hexdigest())][:3]
     forget(sqlite_store, [hashlib.sha256(data).hexdigest() for data in seen])
     hold_out(sqlite_store, label(settings, sqlite_store, seen, "real", by="bob"))
     second = Learner(settings, sqlite_store).learn("refit", by="alice", force=True)

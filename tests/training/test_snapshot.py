@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from code_worker.store.erasure import rows as erasing
 from code_worker.store.ids import uuid7
 from code_worker.store.learning import labels, runs
 from code_worker.store.learning import snapshots as table
-from code_worker.store.learning.label_rules import SPLITS, is_holdout
+from code_worker.store.learning.label_rules import SPLITS
 from code_worker.store.learning.labels import NewLabel
 from code_worker.store.models import ImageGroupRow, KeptImageRow
 from code_worker.store.sql import table_of
@@ -44,10 +44,10 @@ def test_a_snapshot_counts_by_split_label_and_generator(store: Store, settings: 
     label_world(settings, store, real=30, old=20, new=10)
     label(settings, store, pictures("unnamed", 3), "fake")
     counts = take(store, settings).counts()
-    parts = (counts["train"], counts["holdout"])
+    parts = [counts[split] for split in SPLITS]
     assert sum(part["real"] for part in parts) == 30
     assert sum(part["fake"] for part in parts) == 33
-    assert counts["train"]["generators"].keys() | counts["holdout"]["generators"].keys() == {OLD, NEW, UNNAMED}
+    assert {name for part in parts for name in part["generators"]} == {OLD, NEW, UNNAMED}
     assert sum(part["new_real"] + part["new_fake"] for part in parts) == 63
 
 
@@ -62,17 +62,6 @@ def test_a_generator_that_was_called_like_a_group_of_the_report_gets_a_name_of_i
     taken = take(store, settings)
     assert sum(member.generator == "generator real" for member in taken.members) == 3
     assert not any(member.generator == "real" for member in taken.members)
-
-
-def test_the_holdout_of_what_was_labelled_before_there_were_groups_is_by_content_alone(
-    store: Store, settings: Settings
-) -> None:
-    label_world(settings, store, real=30, old=20, new=10)
-    taken = take(store, settings)
-    assert all(is_holdout(member.sha256) for member in taken.holdout)
-    assert not any(is_holdout(member.sha256) for member in taken.train)
-    assert len(taken.holdout) + len(taken.train) == 60
-    assert taken.holdout, "the test wants some"
 
 
 def test_a_frozen_snapshot_comes_back_as_it_was(store: Store, settings: Settings) -> None:
@@ -221,10 +210,7 @@ def test_heads_are_never_fitted_on_the_holdout(store: Store, settings: Settings)
 def test_an_item_of_a_training_job_is_recognised_as_held_out() -> None:
     from code_worker.data.labelled_images import refuse_holdout  # the trainer's own check
 
-    inside = next(f"{number:064x}" for number in range(100) if is_holdout(f"{number:064x}"))
-    with pytest.raises(TrainingError, match=inside):
-        refuse_holdout([Item(path="a.png", label=0, sha256=inside)])
-    refuse_holdout([Item(path="a.png", label=0, sha256=inside, split="train")])
+    refuse_holdout([Item(path="a.png", label=0, sha256="e" * 64, split="train")])
     with pytest.raises(TrainingError, match="f" * 64):
         refuse_holdout([Item(path="a.png", label=0, sha256="f" * 64, split="holdout")])
 
@@ -247,10 +233,10 @@ def test_the_part_of_an_image_is_that_of_its_group_and_recorded(store: Store, se
     taken = take(store, settings)
     parts = {split: {one.sha256 for one in taken.members if one.split == split} for split in SPLITS}
     assert parts["train"] >= set(hashes[:3])
-    assert parts["validation"] == set(hashes[3:6]) == {one.sha256 for one in taken.validation}
+    assert parts["validation"] >= set(hashes[3:6])
     assert parts["holdout"] >= set(hashes[6:9])
     assert {one.sha256 for one in taken.training_share} == parts["train"] | parts["validation"]
-    assert {one.group for one in taken.validation} == {"validationvalidation"}
+    assert {one.group for one in taken.validation if one.sha256 in hashes[3:6]} == {"validationvalidation"}
     store.run(lambda session: snapshots.freeze(session, taken))
     put(store, hashes[:9], "none")
     assert store.run(lambda session: snapshots.load(session, taken.id)) == taken, "what was recorded stays"
@@ -265,17 +251,6 @@ def test_what_is_between_two_parts_is_no_member_and_counted_by_who_labelled_it(
     taken = take(store, settings)
     assert {one.sha256 for one in taken.members} == set(hashes[2:])
     assert (taken.counts()["left_out"], taken.unkept) == ({"split": {"alice": 2}}, 0)
-
-
-def test_a_snapshot_from_before_parts_were_recorded_is_split_by_content(store: Store, settings: Settings) -> None:
-    label(settings, store, pictures(REAL, 12), "real")
-    taken = take(store, settings)
-    rows = [{k: v for k, v in asdict(one).items() if k not in {"split", "group"}} for one in taken.members]
-    packed = table.pack(rows)
-    store.run(lambda session: table.add(session, id=taken.id, digest="", rule="", counts={}, members=packed))
-    loaded = store.run(lambda session: snapshots.load(session, taken.id))
-    assert [one.holdout for one in loaded.members] == [is_holdout(one.sha256) for one in taken.members]
-    assert not loaded.validation
 
 
 def taught(store: Store, taken: Snapshot, release: str, base: str | None) -> None:

@@ -247,7 +247,7 @@ def test_the_process_refuses_the_holdout_in_either_part(tmp_path: Path, part: st
 def test_an_image_on_both_sides_is_refused_whatever_the_split(tmp_path: Path) -> None:
     train = write_items(tmp_path / "a", 12)
     validation = write_items(tmp_path / "b", 8, seed=1)
-    job = small_job().model_copy(update={"refuse_holdout": False})
+    job = small_job()
     write_job(tmp_path / "job", job, [*train, validation[0]], validation)
     assert main([str(tmp_path / "job")]) == 3
     assert "learned from and to validate" in json.loads((tmp_path / "job" / "failure.json").read_text())["reason"]

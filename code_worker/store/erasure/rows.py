@@ -16,7 +16,7 @@ from code_worker.store import audit, releases
 from code_worker.store.erasure import personal, receipts, scopes
 from code_worker.store.erasure.scopes import Scope
 from code_worker.store.learning import image_groups, kept_images, snapshots
-from code_worker.store.learning.label_rules import Split, recorded_split
+from code_worker.store.learning.label_rules import Split
 from code_worker.store.models import (
     EmbeddingRow,
     ImageOriginRow,
@@ -268,7 +268,7 @@ def snapshots_with(session: Session, hashes: Collection[str]) -> dict[str, dict[
     for snapshot in list(session.scalars(select(_SNAPSHOTS.c.id).order_by(_SNAPSHOTS.c.id))):
         rows = snapshots.unpack(snapshots.members(session, snapshot))
         mine = (row for row in rows if row["sha256"] in hashes)
-        if parts := {row["sha256"]: recorded_split(row["sha256"], row.get("split")) for row in mine}:
+        if parts := {row["sha256"]: row["split"] for row in mine}:
             found[snapshot] = parts
     return found
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final, cast
 
-from sqlalchemy import ColumnElement, delete, exists, select, update
+from sqlalchemy import delete, exists, select, update
 from sqlalchemy.orm import Session
 
 from code_worker.errors import StoreError
@@ -20,10 +20,7 @@ from code_worker.store.learning.kept_images import is_near, near
 from code_worker.store.learning.label_rules import (
     SPLITS,
     Split,
-    is_holdout,
     keyed_digest,
-    recorded_split,
-    split_in_share,
     split_of,
 )
 from code_worker.store.models import ImageGroupRow, KeptImageRow, LabelRow, SecretRow
@@ -38,8 +35,6 @@ _NAME: Final = "split"
 _BYTES: Final = 32
 _KEY_PURPOSE: Final = b"code_worker group 1\0"
 _LEFT_OUT: Final = "none"
-_LOOKED_AT: Final = 8
-"""Equal images among which one is sought that was not labelled before there were groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +55,14 @@ class _Group:
 
 
 def places(session: Session, hashes: Iterable[str]) -> dict[str, Place]:
-    """Returns where kept images belong, by content hash; what has no copy is absent.
-
-    An image that was labelled before there were groups, and that no run has looked at since, is in a group of its
-    own: held out as it always was, else in training or validation.
-    """
-    secret, found = _read_secret(session), dict[str, Place]()
+    """Returns where kept images belong, by content hash; what has no copy, or was not labelled yet, is absent."""
+    found = dict[str, Place]()
     columns = (_KEPT.c.sha256, _KEPT.c.group_id, _GROUPS.c.split)
-    statement = select(*columns).outerjoin(_GROUPS, _GROUPS.c.id == _KEPT.c.group_id)
+    statement = select(*columns).join(_GROUPS, _GROUPS.c.id == _KEPT.c.group_id)
     for some in chunks(dict.fromkeys(hashes), IN_LIST):
         for row in session.execute(statement.where(_KEPT.c.sha256.in_(some))):
-            if row.group_id is not None:
-                split = cast("Split", row.split) if row.split in SPLITS else None
-                found[row.sha256] = Place(row.group_id, split)
-            elif secret is None:
-                found[row.sha256] = Place(row.sha256, recorded_split(row.sha256, None))
-            else:
-                group = _group_id(secret, _of_bytes(row.sha256))
-                found[row.sha256] = Place(group, _old_split(secret, row.sha256, group))
+            split = cast("Split", row.split) if row.split in SPLITS else None
+            found[row.sha256] = Place(row.group_id, split)
     return found
 
 
@@ -100,7 +85,7 @@ def lock(session: Session) -> None:
     _locked(session)
 
 
-def place(session: Session, images: Mapping[str, str | None], *, old: Collection[str] = ()) -> None:
+def place(session: Session, images: Mapping[str, str | None]) -> None:
     """Puts kept images that are in no group yet into one, for good.
 
     An image joins the oldest of the groups that it belongs to: the one of the name that the caller gave, and those of
@@ -110,8 +95,6 @@ def place(session: Session, images: Mapping[str, str | None], *, old: Collection
     Args:
         session: the unit of work.
         images: content hash → name of the record or post that it belongs to, if any; in the order to be decided.
-        old: those that were labelled before there were groups. They keep their part, and join groups in it alone.
-            Later images near one of them that are in another part are left out from now on.
     """
     groups = _Groups(session, _locked(session))
     known = {}
@@ -120,29 +103,7 @@ def place(session: Session, images: Mapping[str, str | None], *, old: Collection
         known.update({row.sha256: row for row in session.execute(statement)})
     for sha256, name in images.items():
         if (row := known.get(sha256)) is not None:
-            groups.place(row.sha256, row.phash, name, group_id=row.group_id, old=sha256 in old)
-
-
-def labelled_before(session: Session, hashes: Collection[str]) -> set[str]:
-    """Those of these images that were labelled before there were groups; asked before anything more is said of them.
-
-    A copy is noted before it is labelled: one of which nothing was said yet is new.
-    """
-    found: set[str] = set()
-    for some in chunks(sorted(hashes), IN_LIST):
-        found.update(session.scalars(select(_KEPT.c.sha256).where(_KEPT.c.sha256.in_(some), *_labelled_then())))
-    return found
-
-
-def ungrouped(session: Session, *, limit: int) -> list[str]:
-    """Content hashes of images that were labelled before there were groups, and that no run has looked at since."""
-    return list(
-        session.scalars(select(_KEPT.c.sha256).where(*_labelled_then()).order_by(_KEPT.c.sha256).limit(limit))
-    )
-
-
-def _labelled_then() -> tuple[ColumnElement[bool], ...]:
-    return _KEPT.c.group_id.is_(None), exists().where(_LABELS.c.sha256 == _KEPT.c.sha256)
+            groups.place(row.sha256, row.phash, name, group_id=row.group_id)
 
 
 def forget(session: Session, hashes: Collection[str]) -> None:
@@ -152,13 +113,11 @@ def forget(session: Session, hashes: Collection[str]) -> None:
     """
     if _read_secret(session) is None:
         return
-    secret = _locked(session)
+    _locked(session)
     for some in chunks(sorted(hashes), IN_LIST):
         mine = _KEPT.c.sha256.in_(some)
         left = list(session.scalars(select(_KEPT.c.group_id).distinct().where(mine, _KEPT.c.group_id.is_not(None))))
         session.execute(update(_KEPT).where(mine).values(group_id=None))
-        marks = [_group_id(secret, _of_bytes(sha256)) for sha256 in some]
-        session.execute(delete(_GROUPS).where(_GROUPS.c.id.in_(marks), _GROUPS.c.joins.is_not(None)))
         used = exists().where(_KEPT.c.group_id == _GROUPS.c.id)
         empty = list(session.scalars(select(_GROUPS.c.id).where(_GROUPS.c.id.in_(left), ~used)))
         session.execute(delete(_GROUPS).where(_GROUPS.c.joins.in_(empty)))
@@ -172,19 +131,14 @@ class _Groups:
         self._session = session
         self._secret = secret
 
-    def place(self, sha256: str, phash: str | None, name: str | None, *, group_id: str | None, old: bool) -> None:
+    def place(self, sha256: str, phash: str | None, name: str | None, *, group_id: str | None) -> None:
         named = None if name is None else self._named(name)
         if group_id is not None:
             home = self._get(group_id)
         else:
-            around = [] if phash is None else self._near(phash, equal=not old)
-            found = sorted({*around, named} if named else around)
-            home = self._old_home(sha256, found) if old else self._home(sha256, phash, name, found)
+            around = [] if phash is None else self._near(phash)
+            home = self._home(sha256, phash, name, sorted({*around, named} if named else around))
             self._enter(sha256, home)
-            if old:
-                self._mark_old(sha256, home)
-            if old and phash is not None:
-                self._part_later(phash, home, [group for group in around if group.split != home.split])
         if name is not None and named is None and home is not None:
             self._note_name(name, home)
 
@@ -194,38 +148,6 @@ class _Groups:
         if len({group.split for group in found}) == 1:
             return found[0]
         return self._apart(sha256)
-
-    def _old_home(self, sha256: str, found: list[_Group]) -> _Group:
-        held = is_holdout(sha256)
-        same = [one for one in found if one.split in SPLITS and (one.split == "holdout") == held]
-        if same:
-            return same[0]
-        key = _of_bytes(sha256)
-        return self._found(key, _old_split(self._secret, sha256, _group_id(self._secret, key)))
-
-    def _part_later(self, phash: str, home: _Group, others: list[_Group]) -> None:
-        """Leaves out images in these groups that are near the hash and were not labelled before there were groups."""
-        if home.split not in SPLITS or not others:
-            return
-        theirs = _KEPT.c.group_id.in_([group.id for group in others])
-        found = self._session.execute(select(_KEPT.c.sha256, _KEPT.c.phash).where(near(phash), theirs)).all()
-        close = [one.sha256 for one in found if is_near(one.phash, phash)]
-        for later in sorted(set(close) - self._old(close)):
-            self._enter(later, self._apart(later))
-
-    def _mark_old(self, sha256: str, home: _Group) -> None:
-        """By a row for the image itself, whether it founded its group or joined another one."""
-        if (mark := _group_id(self._secret, _of_bytes(sha256))) != home.id:
-            self._write(mark, home.split, joins=home.id)
-
-    def _old(self, hashes: Iterable[str]) -> set[str]:
-        """Those that were labelled before there were groups."""
-        marks = {_group_id(self._secret, _of_bytes(sha256)): sha256 for sha256 in hashes}
-        found = set[str]()
-        for some in chunks(marks, IN_LIST):
-            known = self._session.scalars(select(_GROUPS.c.id).where(_GROUPS.c.id.in_(some)))
-            found.update(marks[mark] for mark in known)
-        return found
 
     def _named(self, name: str) -> _Group | None:
         known = self._session.execute(
@@ -238,13 +160,9 @@ class _Groups:
         row = self._session.execute(select(*columns).where(_GROUPS.c.id == group_id)).one_or_none()
         return None if row is None else _Group(*row)
 
-    def _near(self, phash: str, *, equal: bool) -> list[_Group]:
-        """Groups with a near-duplicate.
-
-        With `equal` an image of the same hash answers for all: it was put where all that are near it belong. An old
-        one was not.
-        """
-        if equal and (group := self._equal(phash)) is not None:
+    def _near(self, phash: str) -> list[_Group]:
+        """Groups with a near-duplicate; of an image with the same hash its own, which is where all near it belong."""
+        if (group := self._equal(phash)) is not None:
             return [group]
         columns = (_KEPT.c.phash, _KEPT.c.group_id)
         statement = select(*columns).distinct().where(near(phash), _KEPT.c.group_id.is_not(None))
@@ -252,10 +170,10 @@ class _Groups:
         return [group for one in sorted(found) if (group := self._get(one)) is not None]
 
     def _equal(self, phash: str) -> _Group | None:
-        same = select(_KEPT.c.sha256, _KEPT.c.group_id).where(_KEPT.c.phash == phash, _KEPT.c.group_id.is_not(None))
-        groups = {row.sha256: row.group_id for row in self._session.execute(same.limit(_LOOKED_AT))}
-        new = sorted(groups.keys() - self._old(groups))
-        return self._get(groups[new[0]]) if new else None
+        # One is enough, and there may be thousands: somebody sends one picture over and over.
+        same = select(_KEPT.c.group_id).where(_KEPT.c.phash == phash, _KEPT.c.group_id.is_not(None)).limit(1)
+        known = self._session.scalar(same)
+        return None if known is None else self._get(known)
 
     def _found(self, key: str, split: str | None = None) -> _Group:
         group_id = _group_id(self._secret, key)
@@ -295,10 +213,6 @@ def _of_bytes(sha256: str) -> str:
 def _group_id(secret: bytes, key: str) -> str:
     """Keyed, so that the id of a post or record cannot be read back from the table without the secret."""
     return keyed_digest(secret, _KEY_PURPOSE, key).hex()
-
-
-def _old_split(secret: bytes, sha256: str, group_id: str) -> Split:
-    return "holdout" if is_holdout(sha256) else split_in_share(group_id, secret)
 
 
 def _read_secret(session: Session) -> bytes | None:

@@ -151,12 +151,6 @@ def look_again_at(session: Session, job_ids: Sequence[str]) -> None:
         session.execute(update(_KEPT).where(_KEPT.c.sha256.in_(judged), ~said).values(created_at=db_now()))
 
 
-def note_hash(session: Session, sha256: str, phash: str | None) -> None:
-    """Notes the perceptual hash of a copy that was noted without one."""
-    missing = update(_KEPT).where(_KEPT.c.sha256 == sha256, _KEPT.c.phash.is_(None))
-    session.execute(missing.values(phash=phash, **_bands(phash)))
-
-
 def near(phash: str) -> ColumnElement[bool]:
     """Returns whether a copy's hash shares a band of 16 bits with this one, but for one bit at most.
 

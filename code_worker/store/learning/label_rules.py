@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -151,7 +150,6 @@ VALIDATION_SHARE: Final = 0.125
 """Of what is not held out: a tenth of all."""
 
 # Changing one of these would let a later release learn from what an earlier one was measured on.
-_SALT: Final = b"code_worker hold-out 1\0"
 _HOLDOUT_PURPOSE: Final = b"code_worker hold-out 2\0"
 _VALIDATION_PURPOSE: Final = b"code_worker validation 1\0"
 _HOLDOUT_BORDER: Final = 2**64 // 5
@@ -171,11 +169,7 @@ def split_of(group: str, secret: bytes) -> Split:
     """
     if _number(secret, _HOLDOUT_PURPOSE, group) < _HOLDOUT_BORDER:
         return "holdout"
-    return split_in_share(group, secret)
-
-
-def split_in_share(group: str, secret: bytes) -> Split:
-    """The part of a group that is known not to be held out: `train` or, for an eighth of them, `validation`."""
+    # Of the rest an eighth is for validation, by a hash of its own: knowing this part says nothing of the other.
     return "validation" if _number(secret, _VALIDATION_PURPOSE, group) < _VALIDATION_BORDER else "train"
 
 
@@ -192,19 +186,3 @@ def keyed_digest(secret: bytes, purpose: bytes, text: str) -> bytes:
 
 def _number(secret: bytes, purpose: bytes, group: str) -> int:
     return int.from_bytes(keyed_digest(secret, purpose, group)[:8], "big")
-
-
-def is_holdout(sha256: str) -> bool:
-    """The rule of releases before groups: a fifth of all images, by the hash of their bytes.
-
-    It still tells the part of images that were labelled then, and of snapshots that did not record it.
-    """
-    digest = hashlib.sha256(_SALT + bytes.fromhex(sha256)).digest()
-    return int.from_bytes(digest[:8], "big") < _HOLDOUT_BORDER
-
-
-def recorded_split(sha256: str, split: Split | None) -> Split:
-    """The part that was recorded; where none was, the one by the rule of releases before groups."""
-    if split is not None:
-        return split
-    return "holdout" if is_holdout(sha256) else "train"

@@ -17,7 +17,6 @@ from code_worker.errors import ArtifactError, StoreError
 from code_worker.store.erasure import personal, receipts
 from code_worker.store.ids import as_uuid
 from code_worker.store.learning import runs
-from code_worker.store.learning.label_rules import recorded_split
 from code_worker.store.models import GateComparisonRow, RunRow, SnapshotRow, db_now
 from code_worker.store.sql import insert_into, insert_new, table_of
 
@@ -75,16 +74,8 @@ def members(session: Session, snapshot_id: str) -> bytes:
 
 def digest_of(rows: Iterable[Mapping[str, Any]]) -> str:
     """Of what members teach: image, label, generator, collection and part; equal digests teach the same."""
-    known = [
-        [
-            row["sha256"],
-            row["label"],
-            row["generator"],
-            row["collection"],
-            recorded_split(row["sha256"], row.get("split")),
-        ]
-        for row in rows
-    ]
+    fields = ("sha256", "label", "generator", "collection", "split")
+    known = [[row[name] for name in fields] for row in rows]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 

@@ -100,9 +100,7 @@ class KeptImageRow(Base):
     band_1: Mapped[int | None] = mapped_column(Integer, comment="The next 16.")
     band_2: Mapped[int | None] = mapped_column(Integer, comment="The next 16.")
     band_3: Mapped[int | None] = mapped_column(Integer, comment="The last 16.")
-    group_id: Mapped[str | None] = mapped_column(
-        String(64), comment="Its group; null: labelled before there were groups, and not looked at since."
-    )
+    group_id: Mapped[str | None] = mapped_column(String(64), comment="Its group; null: nothing was said of it yet.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was kept.")
 
     __table_args__ = (
@@ -120,7 +118,7 @@ class ImageGroupRow(Base):
     __tablename__ = "image_groups"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True, comment="HMAC-SHA256 of what it was made for.")
-    joins: Mapped[str | None] = mapped_column(String(64), comment="Group that this name or old image stands for.")
+    joins: Mapped[str | None] = mapped_column(String(64), comment="Group that this name stands for.")
     split: Mapped[str] = mapped_column(String(16), comment="train, validation, holdout, or none: left out of all.")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now(), comment="When it was decided.")
 

@@ -30,7 +30,7 @@ class _Part(BaseModel):
 class Item(_Part):
     """One labelled image as a local file; `new` marks what the champion never learned.
 
-    `split` is the part that the snapshot recorded; unset: as `recorded_split` says.
+    `split` is the part that the snapshot recorded; images of the hold-out are refused.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Item(_Part):
     collection: str | None = None
     sha256: str
     group: str | None = None
-    split: Split | None = None
+    split: Split
     new: bool = False
 
 
@@ -54,8 +54,6 @@ class TrainingJob(_Part):
             cosine transform of a patch, in which traces of generators stand out from the first step; unset: timm's
             for the published size, cosine for smaller encoders.
         settings: the hyper-parameters; see `for_device` for those left unset.
-        refuse_holdout: refuse to learn from or choose by images that the hold-out rule sets aside; False only where
-            the caller's items are split otherwise, such as the starter's photographs.
         unseen: see `for_encoder`.
         device: as `Settings.device`.
         precision: `auto` is bf16 autocast on CUDA and float32 on a CPU.
@@ -71,7 +69,6 @@ class TrainingJob(_Part):
     encoder: dict[str, Any] = Field(default_factory=dict)
     start: Literal["timm", "cosine"] | None = None
     settings: TrainingSettings = TrainingSettings()
-    refuse_holdout: bool = True
     unseen: bool = False
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

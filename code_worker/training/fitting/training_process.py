@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(directory: Path, job: TrainingJob) -> None:
     train, validation = read_items(directory / TRAIN_FILE), read_items(directory / VALIDATION_FILE)
-    if job.refuse_holdout:
-        refuse_holdout([*train, *validation])
+    refuse_holdout([*train, *validation])
     if both := {item.sha256 for item in train} & {item.sha256 for item in validation}:
         raise TrainingError(f"{len(both)} images are to be learned from and to validate, {min(both)[:16]}… for one")
     device = resolve_device(job.device)
