@@ -19,7 +19,8 @@ from code_worker.errors import (
     UnknownHeadError,
 )
 from code_worker.logs import Repeats, get_logger
-from code_worker.moderation.pipeline import Collector, Item, Observer
+from code_worker.moderation.image_tasks import Item
+from code_worker.moderation.pipeline import Collector, Observer
 from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.runtime import Fetcher, KnownEmbeddings
 from code_worker.system.processes import raise_if_stop

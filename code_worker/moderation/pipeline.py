@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from itertools import count
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -18,6 +17,16 @@ import numpy as np
 
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.decode import decode, inspect
+from code_worker.moderation.image_tasks import (
+    Content,
+    Decode,
+    DecodeBytes,
+    Fetch,
+    Item,
+    Task,
+    with_source,
+    without_frames,
+)
 from code_worker.moderation.vectors import pack, unpack
 from code_worker.types import ImageFacts, Job, RejectReason
 
@@ -25,97 +34,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from code_worker.moderation.pool import PriorityPool
-    from code_worker.moderation.runtime import Fetcher, KnownEmbeddings, Runtime
+    from code_worker.moderation.runtime import Embedder, Fetcher, KnownEmbeddings
     from code_worker.settings import LimitSettings
-    from code_worker.types import Fetched
 
 _LOOK_S = 5.0
 _LINGER_S = 0.01
 """How long an image that has arrived waits for others to be looked up with: a query for each would cost more."""
-_SMALL_BYTES = 2**16
-"""Hashed in some 40 µs: for that nobody need give the interpreter away."""
-_HELD_BYTES = 2047
-_SomeTask = TypeVar("_SomeTask", bound="_Task")
+_SomeTask = TypeVar("_SomeTask", bound="Task")
 
 
-@dataclass(slots=True, eq=False)
-class Item:
-    """One job on its way: what is known of it so far."""
+class Encoder(Protocol):
+    """An encoder and its weights' hash: a release's runtime, or an encoder that is being trained."""
 
-    job: Job
-    facts: ImageFacts | None = None
-    embedding: NDArray[np.float32] | None = None
-    fresh: bytes | None = None
-    """The embedding as stored, when it was computed now."""
-    error: BaseException | None = None
-    encoding: bool = False
-    """Whether an error came from the encoder rather than from the image."""
-    timings_ms: dict[str, float] = field(default_factory=dict)
+    @property
+    def encoder_sha256(self) -> str:
+        """Its weights' hash, by which stored embeddings are found."""
 
-
-@dataclass(slots=True)
-class _Bytes:
-    fetched: Fetched
-    sha256: str
-
-
-class _Task(ABC):
-    """A piece of work for the pool, and what went wrong with it; tells its batch when it has ended."""
-
-    __slots__ = ("_ended", "error", "item", "running")
-
-    def __init__(self, item: Item, ended: SimpleQueue[_Task]) -> None:
-        self.item = item
-        self.error: BaseException | None = None
-        self.running = False
-        self._ended = ended
-
-    def __call__(self) -> None:
-        self.running = True
-        try:
-            self.work()
-        except BaseException as error:  # noqa: BLE001 - what was raised belongs to the image
-            self.error = error
-        self._ended.put(self)
-
-    @abstractmethod
-    def work(self) -> None:
-        """Does the task, on a thread of the pool."""
-
-
-class _Fetch(_Task):
-    """Gets and hashes the bytes."""
-
-    __slots__ = ("_sources", "content")
-
-    content: _Bytes
-
-    def __init__(self, item: Item, ended: SimpleQueue[_Task], sources: Fetcher) -> None:
-        super().__init__(item, ended)
-        self._sources = sources
-
-    def work(self) -> None:
-        with _timed(self.item, "fetch"):
-            fetched = self._sources.fetch(self.item.job.uri)
-            self.content = _Bytes(fetched, _sha256(fetched.data))
-
-
-class _Decode(_Task):
-    """Turns bytes into the crop."""
-
-    __slots__ = ("_limits", "content", "crop")
-
-    crop: NDArray[np.uint8]
-
-    def __init__(self, item: Item, ended: SimpleQueue[_Task], content: _Bytes, limits: LimitSettings) -> None:
-        super().__init__(item, ended)
-        self.content = content
-        self._limits = limits
-
-    def work(self) -> None:
-        with _timed(self.item, "decode"):
-            self.crop, facts = decode(self.content.fetched.data, self._limits, sha256=self.content.sha256)
-        self.item.facts = _with_source(facts, self.content.fetched)
+    @property
+    def embedder(self) -> Embedder:
+        """The loop that crops are handed to."""
 
 
 class Observer(Protocol):
@@ -135,41 +72,61 @@ class Collector:
     """Fetches and decodes in the shared pool, a bounded number of objects at a time."""
 
     def __init__(
-        self, sources: Fetcher, pool: PriorityPool, limits: LimitSettings, known: KnownEmbeddings | None
+        self,
+        sources: Fetcher,
+        pool: PriorityPool,
+        limits: LimitSettings,
+        known: KnownEmbeddings | None,
+        decode_bytes: DecodeBytes | None = None,
     ) -> None:
         self._sources = sources
+        self._decode_bytes = decode_bytes
         self._pool = pool
         self._limits = limits
         self._known = known
         self.numbers = count()
 
     def embeddings(
-        self, jobs: Sequence[Job], runtime: Runtime, progress: Callable[[], None], observer: Observer | None = None
+        self,
+        jobs: Iterable[Job],
+        encoder: Encoder,
+        progress: Callable[[], None] = lambda: None,
+        observer: Observer | None = None,
+        *,
+        at_most: int | None = None,
     ) -> Iterator[Item]:
-        """One item per job, in the jobs' order, each with an embedding or an error; calls `progress` on the way."""
-        batch = _Batch(self, runtime, progress, observer)
-        items = [Item(job) for job in jobs]
-        batch.run(items)
-        for item in items:
+        """One item per job, in the jobs' order, each with an embedding or an error.
+
+        Args:
+            jobs: read by the calling thread as the work proceeds.
+            encoder: embeds what is not known.
+            progress: called on the way, so that a watchdog can tell slow from stuck.
+            observer: is shown what the images turn into.
+            at_most: jobs that are begun and not given out, for long streams. Unset: all are fetched and decoded
+                before the first is given out, so that nothing that the caller does with one holds up the others.
+        """
+        batch = _Batch(self, encoder, progress, observer)
+        for item in batch.run(map(Item, jobs), at_most):
             batch.finish(item)
             progress()
             yield item
 
-    def fetch(self, batch: int, item: Item, ended: SimpleQueue[_Task]) -> _Fetch:
+    def fetch(self, batch: int, item: Item, ended: SimpleQueue[Task]) -> Fetch:
         """Has the bytes of an image fetched."""
-        return self._submit(batch, _Fetch(item, ended, self._sources))
+        return self._submit(batch, Fetch(item, ended, self._sources))
 
-    def decode(self, batch: int, item: Item, ended: SimpleQueue[_Task], content: _Bytes) -> _Decode:
+    def decode(self, batch: int, item: Item, ended: SimpleQueue[Task], content: Content) -> Decode:
         """Has bytes turned into the crop."""
-        return self._submit(batch, _Decode(item, ended, content, self._limits))
+        decode_bytes = self._decode_bytes or partial(decode, limits=self._limits, sha256=content.sha256)
+        return self._submit(batch, Decode(item, ended, content, decode_bytes))
 
-    def reuse(self, item: Item, content: _Bytes, embedding: NDArray[np.float32]) -> None:
+    def reuse(self, item: Item, content: Content, embedding: NDArray[np.float32]) -> None:
         """Takes over an embedding; the header is read all the same, for the facts and for limits set since."""
         try:
             facts = inspect(content.fetched.data, self._limits, sha256=content.sha256)
-            item.facts = _with_source(facts, content.fetched)
+            item.facts = with_source(facts, content.fetched)
         except ImageRejectedError as error:
-            item.error = _without_frames(error)
+            item.error = without_frames(error)
             return
         item.embedding = embedding
         item.timings_ms["reused"] = 1.0
@@ -201,59 +158,86 @@ class _Batch:
     """The state of one call: what is under way for which item, and what was seen twice."""
 
     def __init__(
-        self, collector: Collector, runtime: Runtime, progress: Callable[[], None], observer: Observer | None
+        self, collector: Collector, encoder: Encoder, progress: Callable[[], None], observer: Observer | None
     ) -> None:
         self._collector = collector
-        self._runtime = runtime
+        self._encoder = encoder
         self._progress = progress
         self._observer = observer
         self._number = next(collector.numbers)
         # Tasks run on threads of the pool and say here that they ended; all else is of the thread that called alone.
-        self._ended: SimpleQueue[_Task] = SimpleQueue()
-        self._fetching: set[_Fetch] = set()
-        self._arrived: list[_Fetch] = []
+        self._ended: SimpleQueue[Task] = SimpleQueue()
+        self._fetching: set[Fetch] = set()
+        self._arrived: list[Fetch] = []
         self._look_up_at = 0.0
-        self._decoding: set[_Decode] = set()
+        self._decoding: set[Decode] = set()
         self._encoding: dict[Item, Future[NDArray[np.float32]]] = {}
         # By content hash: the first item is decoded and encoded, the others take its embedding over.
         self._twins: dict[str, list[Item]] = {}
 
-    def run(self, items: Sequence[Item]) -> None:
-        waiting = deque(items)
-        while waiting or self._fetching or self._decoding:
+    def run(self, items: Iterator[Item], at_most: int | None) -> Iterator[Item]:
+        """Fetches and decodes; gives out the items in their order, to be finished."""
+        begun: deque[Item] = deque()
+        more = True
+        while more or self._held:
             # Bytes and crops of at most `window` objects are in memory, however long the batch is.
-            while waiting and self._held < self._collector.window:
-                self._fetching.add(self._collector.fetch(self._number, waiting.popleft(), self._ended))
-            done = self._next_ended()
-            # Waiting for one's turn behind more urgent images is not being stuck.
-            if done or not any(task.running for task in (*self._fetching, *self._decoding)):
-                self._progress()
-            self._after_fetch([task for task in done if isinstance(task, _Fetch)])
-            for task in done:
-                if isinstance(task, _Decode):
-                    self._after_decode(task)
+            while more and self._held < self._collector.window and (at_most is None or len(begun) < at_most):
+                if (item := next(items, None)) is None:
+                    more = False
+                else:
+                    self._fetching.add(self._collector.fetch(self._number, item, self._ended))
+                    begun.append(item)
+            if self._held:
+                self._advance()
+            while at_most is not None and begun and (self._is_done(begun[0]) or self._is_full(begun, at_most)):
+                yield begun.popleft()
+        yield from begun
+
+    def _advance(self) -> None:
+        """Waits until some task has ended, and begins what follows it."""
+        done = self._next_ended()
+        # Waiting for one's turn behind more urgent images is not being stuck.
+        if done or not any(task.running for task in (*self._fetching, *self._decoding)):
+            self._progress()
+        self._after_fetch([task for task in done if isinstance(task, Fetch)])
+        for task in done:
+            if isinstance(task, Decode):
+                self._after_decode(task)
+
+    def _is_full(self, begun: Sized, at_most: int) -> bool:
+        """Returns whether no more may be begun, and all that was is being encoded: the first is then waited for."""
+        return not self._held and len(begun) >= at_most
+
+    def _is_done(self, item: Item) -> bool:
+        first = self._first_of(item)
+        encoded = self._encoding.get(first)
+        return first.error is not None or first.embedding is not None or (encoded is not None and encoded.done())
+
+    def _first_of(self, item: Item) -> Item:
+        """The item with the same bytes that is decoded and encoded for all of them."""
+        return item if item.facts is None else self._twins.get(item.facts.sha256, [item])[0]
 
     @property
     def _held(self) -> int:
         return len(self._fetching) + len(self._arrived) + len(self._decoding)
 
-    def _next_ended(self) -> list[_Task]:
+    def _next_ended(self) -> list[Task]:
         """All that has ended, at least one unless the time to wait is over."""
         patience_s = max(0.0, self._look_up_at - time.monotonic()) if self._arrived else _LOOK_S
-        done: list[_Task] = []
+        done: list[Task] = []
         with suppress(Empty):
             done.append(self._ended.get(timeout=patience_s))
             while True:
                 done.append(self._ended.get_nowait())
         return done
 
-    def _after_fetch(self, tasks: Sequence[_Fetch]) -> None:
+    def _after_fetch(self, tasks: Sequence[Fetch]) -> None:
         """Looks up what has arrived, once it is a group, or has waited enough, or nothing more is to come."""
         for task in tasks:
             self._fetching.remove(task)
             item = task.item
             if task.error is not None:
-                item.error = _without_frames(task.error)
+                item.error = without_frames(task.error)
                 continue
             content, fetched = task.content, task.content.fetched
             item.facts = ImageFacts(
@@ -272,11 +256,11 @@ class _Batch:
     def _look_up(self) -> None:
         arrived, self._arrived = self._arrived, []
         hashes = sorted({task.content.sha256 for task in arrived})
-        known = unpack(self._collector.known(self._runtime.encoder_sha256, hashes))
+        known = unpack(self._collector.known(self._encoder.encoder_sha256, hashes))
         for task in arrived:
             self._reuse_or_decode(task.item, task.content, known)
 
-    def _reuse_or_decode(self, item: Item, content: _Bytes, known: Mapping[str, NDArray[np.float32]]) -> None:
+    def _reuse_or_decode(self, item: Item, content: Content, known: Mapping[str, NDArray[np.float32]]) -> None:
         if content.sha256 in self._twins:
             self._twins[content.sha256].append(item)
             return
@@ -288,19 +272,19 @@ class _Batch:
         else:
             self._decoding.add(self._collector.decode(self._number, item, self._ended, content))
 
-    def _after_decode(self, task: _Decode) -> None:
+    def _after_decode(self, task: Decode) -> None:
         self._decoding.remove(task)
         item, sha256 = task.item, task.content.sha256
         if task.error is not None:
             for twin in self._twins[sha256]:
-                twin.error = _without_frames(task.error)
+                twin.error = without_frames(task.error)
             return
         crop = task.crop
         if self._observer is not None:
             self._observer.saw_crop(sha256, crop)
         item.timings_ms["encode"] = time.perf_counter()
         try:
-            self._encoding[item] = self._runtime.embedder.submit(crop, item.job.priority, self._number)
+            self._encoding[item] = self._encoder.embedder.submit(crop, item.job.priority, self._number)
         except TransientError as unavailable:
             del item.timings_ms["encode"]
             for twin in self._twins[sha256]:
@@ -315,14 +299,15 @@ class _Batch:
     def _take_embedding(self, item: Item) -> None:
         if item.error is not None or item.embedding is not None:
             return
-        first = self._twins[item.facts.sha256][0] if item.facts else item
+        first = self._first_of(item)
         if first is not item:
             self._take_embedding(first)
             item.error, item.encoding = first.error, first.encoding
             item.embedding, item.facts = first.embedding, _facts_of_duplicate(item, first)
             item.timings_ms["reused"] = 1.0
             return
-        encoded = self._encoding[item]
+        # Popped, since the future holds the crop's result as long as it is held.
+        encoded = self._encoding.pop(item)
         while not encoded.done() and wait([encoded], timeout=_LOOK_S).not_done:
             if not encoded.running():
                 self._progress()
@@ -337,46 +322,6 @@ class _Batch:
         item.embedding = embedding
         item.timings_ms["encode"] = (time.perf_counter() - began) * 1000
         item.fresh = pack(embedding)
-
-
-class _timed:  # noqa: N801 - reads as a verb where it is used
-    """Adds the milliseconds that its block took to the item's timings."""
-
-    def __init__(self, item: Item, stage: str) -> None:
-        self._item, self._stage = item, stage
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._item.timings_ms[self._stage] = round((time.perf_counter() - self._start) * 1000, 3)
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """A refusal says all there is to say; the frames it came through would keep its file until the batch ends."""
-    each: BaseException | None = error
-    while each is not None and isinstance(error, ImageRejectedError | TransientError):
-        each.__traceback__ = None
-        each = each.__cause__ or each.__context__
-    return error
-
-
-def _sha256(data: bytes) -> str:
-    """Content hash in hexadecimal.
-
-    hashlib lets go of the interpreter for every update of 2 KiB or more, and with small images the threads then spend
-    longer on handing it round than on hashing.
-    """
-    if len(data) > _SMALL_BYTES:
-        return hashlib.sha256(data).hexdigest()
-    digest = hashlib.sha256()
-    for start in range(0, len(data), _HELD_BYTES):
-        digest.update(data[start : start + _HELD_BYTES])
-    return digest.hexdigest()
-
-
-def _with_source(facts: ImageFacts, fetched: Fetched) -> ImageFacts:
-    return replace(facts, etag=fetched.etag, version_id=fetched.version_id)
 
 
 def _facts_of_duplicate(item: Item, first: Item) -> ImageFacts | None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from code_worker.errors import ArtifactError, ImageRejectedError, SourceCredentialsError, TransientError
 from code_worker.logs import Repeats, get_logger
+from code_worker.moderation.image_tasks import Item
 from code_worker.moderation.judge import judged_by, judged_verdict, score_items, selection_fault, wanted_head
-from code_worker.moderation.pipeline import Collector, Item
+from code_worker.moderation.pipeline import Collector
 from code_worker.moderation.vectors import unpack
 from code_worker.types import Fetched, Job, Label, RejectReason, Verdict
 
@@ -171,7 +172,7 @@ class Rescorer:
     def _take_originals(self, plans: Sequence[_Plan], result: Rejudged) -> None:
         self._originals.expect(plans)
         # All of them, before one is refused: an image that came twice takes its embedding over from its twin.
-        items = list(self._from_source.embeddings([plan.job for plan in plans], self._runtime, _no_progress))
+        items = list(self._from_source.embeddings([plan.job for plan in plans], self._runtime))
         for plan, item in zip(plans, items, strict=True):
             plan.item = item
             if item.error is None and item.facts is not None and item.facts.sha256 != plan.old.sha256:
@@ -186,7 +187,7 @@ class Rescorer:
         kept = self._copies.among(sorted({plan.old.sha256 or "" for plan in plans}))
         plans = [plan for plan in plans if plan.old.sha256 in kept]
         jobs = [replace(plan.job, uri=plan.old.sha256 or "") for plan in plans]
-        for plan, item in zip(plans, self._from_copies.embeddings(jobs, self._runtime, _no_progress), strict=True):
+        for plan, item in zip(plans, self._from_copies.embeddings(jobs, self._runtime), strict=True):
             if item.embedding is not None:
                 plan.item = Item(plan.job, plan.old.facts, item.embedding, timings_ms=item.timings_ms)
                 if item.fresh is not None and plan.old.sha256 is not None:
@@ -251,10 +252,6 @@ def _reason(plan: _Plan) -> str:
         return error.reason.value
     log.error("image_failed", job=plan.job.id, exc_info=error)
     return RejectReason.INTERNAL.value
-
-
-def _no_progress() -> None:
-    pass
 
 
 @dataclass(slots=True)

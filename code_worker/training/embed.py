@@ -1,21 +1,21 @@
-"""From labelled images to embeddings: read, hash, reuse, decode and encode, overlapping, bounded and in order."""
+"""From labelled images to embeddings, through the pipeline that judges: each content once, in order, bounded."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from code_worker.data.datasets.examples import Skipped
 from code_worker.errors import DatasetError, ImageRejectedError, SourceCredentialsError, StorageError, TransientError
-from code_worker.images.decode import decode_crop
-from code_worker.moderation.vectors import pack, unpack
-from code_worker.types import EMBEDDING_DIM
+from code_worker.moderation.image_tasks import Item
+from code_worker.moderation.pipeline import Collector
+from code_worker.moderation.pool import PriorityPool
+from code_worker.moderation.vectors import unpack
+from code_worker.types import EMBEDDING_DIM, Fetched, Job
 from code_worker.wire import chunks
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ MakeCrop = Callable[[bytes], "NDArray[np.uint8]"]
 """A file's bytes → `(224, 224, 3) uint8`; raises ImageRejectedError."""
 
 _PAGE: Final = 64
-"""Images whose bytes are in memory together; two pages are on their way at a time."""
+"""Images that are looked up, kept and counted together; two pages are on their way at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,155 +80,132 @@ def embed_examples(
     """
     if crop is not None:
         known = keep = None
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="embed")
-    work = _Work(pool, embedder, crop or (lambda data: decode_crop(data, limits)), known, keep)
-    try:
-        for page in _one_ahead(work.read(page) for page in chunks(examples, _PAGE)):
-            work.encode(page)
-            # The page before it is waited for while this one is encoded.
-            progress(work.settle(pages_left=1))
-        progress(work.settle(pages_left=0))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    work = _Work(embedder, known, keep, progress)
+    with PriorityPool(threads, "embed") as pool:
+        decode_bytes = None if crop is None else partial(_without_facts, crop)
+        collector = Collector(work, pool, limits, None if known is None else work.known, decode_bytes)
+        try:
+            for item in collector.embeddings(work.jobs(examples), work, at_most=2 * _PAGE):
+                work.take(item)
+            work.settle()
+        finally:
+            # What is queued in the pool then ends at once.
+            work.ended = work.ended or StorageError("the work has ended")
     return work.result()
 
 
 @dataclass(slots=True)
 class _Entry:
-    """An example on its way; `content` or the hash alone, where that sufficed, or why it is skipped."""
+    """An example, the hash of its content, and why it is skipped."""
 
     example: Example
-    reading: Future[tuple[bytes, str]] | None = None
     sha256: str = ""
     problem: str = ""
 
 
 class _Work:
-    """The state of one call: what became of each content."""
+    """The state of one call: what became of each example; a source of bytes and an encoder for the pipeline.
+
+    All but `fetch` runs on the thread that called.
+    """
+
+    encoder_sha256 = ""
 
     def __init__(
-        self, pool: ThreadPoolExecutor, embedder: Embedder, crop: MakeCrop, known: Known | None, keep: Keep | None
+        self, embedder: Embedder, known: Known | None, keep: Keep | None, progress: Callable[[int], object]
     ) -> None:
-        self._pool = pool
-        self._embedder = embedder
-        self._crop = crop
-        self._known = known or (lambda _: {})
+        self.embedder = embedder
+        self.ended: Exception | None = None
+        self._known = known
         self._keep = keep or (lambda _: None)
-        self._reused = known is not None
+        self._progress = progress
         self._entries: list[_Entry] = []
+        self._settled = 0
+        self._asked: set[str] = set()
         self._vectors: dict[str, NDArray[np.float32]] = {}
-        self._problems: dict[str, str] = {}
-        self._encoding: deque[tuple[int, dict[str, Future[Future[NDArray[np.float32]]]]]] = deque()
+        self._fresh: dict[str, bytes] = {}
 
-    def read(self, page: Sequence[Example]) -> list[_Entry]:
-        """Begins to read a page, without those whose vectors are there already."""
-        if self._reused:
+    def jobs(self, examples: Iterable[Example]) -> Iterator[Job]:
+        """One job for each example whose vector is not there already; its URI is the number of the entry."""
+        for page in chunks(examples, _PAGE):
             self._look_up([example.sha256 for example in page if example.sha256 is not None])
-        entries = []
-        for example in page:
-            if example.sha256 in self._vectors:
-                entries.append(_Entry(example, sha256=example.sha256 or ""))
-            else:
-                entries.append(_Entry(example, self._pool.submit(_read, example)))
-        return entries
+            for example in page:
+                self._entries.append(_Entry(example, example.sha256 or ""))
+                if example.sha256 not in self._vectors:
+                    yield Job(id=example.key, uri=str(len(self._entries) - 1))
 
-    def encode(self, page: Sequence[_Entry]) -> None:
-        """Waits for a page's bytes and sends what is new to the encoder."""
-        contents: dict[str, bytes] = {}
-        for entry in page:
-            if (content := _content(entry)) is not None:
-                contents.setdefault(entry.sha256, content)
-        new = [sha256 for sha256 in contents if sha256 not in self._vectors and not self._is_under_way(sha256)]
-        if self._reused:
-            self._look_up(new)
-        started = {
-            sha256: self._pool.submit(self._submit, contents[sha256]) for sha256 in new if sha256 not in self._vectors
-        }
-        self._entries.extend(page)
-        self._encoding.append((len(page), started))
+    def fetch(self, uri: str) -> Fetched:
+        """Reads an example's bytes, on a thread of the pool."""
+        if self.ended is not None:
+            raise self.ended
+        try:
+            return Fetched(self._entries[int(uri)].example.read())
+        except (SourceCredentialsError, StorageError) as error:
+            # Every other image of the source would fail as well, and take its time for it.
+            self.ended = error
+            raise
 
-    def settle(self, pages_left: int) -> int:
-        """Takes the embeddings of all pages but the last `pages_left`; returns how many images these were."""
-        done = 0
-        while len(self._encoding) > pages_left:
-            images, started = self._encoding.popleft()
-            fresh = {}
-            for sha256, future in started.items():
-                if (vector := self._vector(sha256, future)) is not None:
-                    fresh[sha256] = pack(vector)
-            if fresh:
-                self._keep(fresh)
-            done += images
-        return done
+    def known(self, _: str, hashes: Sequence[str]) -> Mapping[str, bytes]:
+        """Vectors of contents whose hashes became known by reading them."""
+        new = [sha256 for sha256 in hashes if sha256 not in self._asked]
+        return self._known(new) if self._known is not None and new else {}
+
+    def take(self, item: Item) -> None:
+        """Notes what became of one example.
+
+        Raises:
+            TransientError, StorageError: see `embed_examples`.
+        """
+        entry = self._entries[number := int(item.job.uri)]
+        if item.error is not None:
+            entry.problem = _reason(item, item.error)
+        elif item.facts is not None and item.embedding is not None:
+            if entry.sha256 not in {"", item.facts.sha256}:
+                entry.problem = f"its bytes have the sha256 {item.facts.sha256}, not {entry.sha256} as was said of it"
+                return
+            entry.sha256 = item.facts.sha256
+            self._vectors[entry.sha256] = item.embedding
+            if item.fresh is not None:
+                self._fresh[entry.sha256] = item.fresh
+        if number - self._settled >= _PAGE:
+            self.settle(number)
+
+    def settle(self, number: int | None = None) -> None:
+        """Keeps the vectors of all entries before this one, and counts them."""
+        end = len(self._entries) if number is None else number
+        if self._fresh:
+            self._keep(self._fresh)
+            self._fresh = {}
+        self._progress(end - self._settled)
+        self._settled = end
 
     def result(self) -> Embedded:
         """Returns what came out, in the order of the examples."""
-        good = [entry for entry in self._entries if entry.sha256 in self._vectors]
-        bad = [entry for entry in self._entries if entry.sha256 not in self._vectors]
+        good = [entry for entry in self._entries if not entry.problem]
         rows = [self._vectors[entry.sha256] for entry in good]
         return Embedded(
             examples=tuple(replace(entry.example, sha256=entry.sha256) for entry in good),
             embeddings=np.stack(rows) if rows else np.empty((0, EMBEDDING_DIM), np.float32),
-            skipped=tuple(Skipped(entry.example.key, entry.problem or self._problems[entry.sha256]) for entry in bad),
+            skipped=tuple(Skipped(entry.example.key, entry.problem) for entry in self._entries if entry.problem),
         )
 
-    def _submit(self, data: bytes) -> Future[NDArray[np.float32]]:
-        return self._embedder.submit(self._crop(data))
-
     def _look_up(self, hashes: Sequence[str]) -> None:
-        missing = [sha256 for sha256 in dict.fromkeys(hashes) if sha256 not in self._vectors]
-        if missing:
+        if self._known is None:
+            return
+        if missing := [sha256 for sha256 in dict.fromkeys(hashes) if sha256 not in self._vectors]:
             self._vectors |= unpack(self._known(missing))
-
-    def _is_under_way(self, sha256: str) -> bool:
-        return sha256 in self._problems or any(sha256 in started for _, started in self._encoding)
-
-    def _vector(self, sha256: str, future: Future[Future[NDArray[np.float32]]]) -> NDArray[np.float32] | None:
-        try:
-            vector = future.result().result()
-        except ImageRejectedError as error:
-            self._problems[sha256] = str(error)
-            return None
-        if not np.isfinite(vector).all():
-            self._problems[sha256] = "the encoder gave numbers that are not finite"
-            return None
-        self._vectors[sha256] = vector
-        return vector
+            self._asked.update(missing)
 
 
-def _read(example: Example) -> tuple[bytes, str]:
-    data = example.read()
-    return data, hashlib.sha256(data).hexdigest()
+def _without_facts(crop: MakeCrop, data: bytes) -> tuple[NDArray[np.uint8], None]:
+    return crop(data), None
 
 
-def _content(entry: _Entry) -> bytes | None:
-    """The bytes that were read for an entry; notes its hash, or why there are none."""
-    if entry.reading is None:
-        return None
-    try:
-        data, sha256 = entry.reading.result()
-    except (SourceCredentialsError, StorageError):
-        # Every other image of the source would fail as well.
-        raise
-    except (DatasetError, ImageRejectedError, TransientError) as error:
-        entry.problem = str(error)
-        return None
-    finally:
-        # The future would keep the bytes alive.
-        entry.reading = None
-    if entry.example.sha256 not in {None, sha256}:
-        entry.problem = f"its bytes have the sha256 {sha256}, not {entry.example.sha256} as was said of it"
-        return None
-    entry.sha256 = sha256
-    return data
-
-
-def _one_ahead(pages: Iterator[list[_Entry]]) -> Iterator[list[_Entry]]:
-    """The same pages; each is handed out when the next one is being read already."""
-    ready: list[_Entry] | None = None
-    for page in pages:
-        if ready is not None:
-            yield ready
-        ready = page
-    if ready is not None:
-        yield ready
+def _reason(item: Item, error: BaseException) -> str:
+    """Returns why an example is skipped; raises what is not of the example alone."""
+    ends = isinstance(error, SourceCredentialsError | StorageError) or (
+        item.encoding and isinstance(error, TransientError)
+    )
+    if ends or not isinstance(error, DatasetError | ImageRejectedError | TransientError):
+        raise error
+    return str(error)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from code_worker.errors import ImageRejectedError, SourceCredentialsError, SourcePausedError, TransientError
-from code_worker.moderation import pipeline
+from code_worker.moderation import image_tasks, pipeline
 from code_worker.moderation.judge import Judge, Judged
 from code_worker.moderation.policy import Policy, PolicyBook
 from code_worker.moderation.pool import PriorityPool
@@ -384,4 +384,4 @@ def test_thresholds_decide_the_label(judge_objects: Callable[..., Judged]) -> No
 @pytest.mark.parametrize("size", [0, 1, 2047, 2048, 5000, 2**16, 2**16 + 1])
 def test_content_is_hashed_whole_at_any_size(size: int) -> None:
     data = np.random.default_rng(size).bytes(size)
-    assert pipeline._sha256(data) == hashlib.sha256(data).hexdigest()
+    assert image_tasks._sha256(data) == hashlib.sha256(data).hexdigest()

@@ -234,3 +234,18 @@ def test_an_encoder_that_learns_is_started_as_one_that_judges(
     assert list(seen.rows) == [sha256(data)]
     assert heads.compute_device() == "cpu"
     assert threads == {1}
+
+
+def test_the_failure_that_ended_the_work_is_told_and_the_source_is_left_alone() -> None:
+    reads: list[int] = []
+
+    def away(number: int) -> Example:
+        def read() -> bytes:
+            reads.append(number)
+            raise StorageError(f"image {number}: the dataset storage is away")
+
+        return Example(str(number), REAL, read)
+
+    with pytest.raises(StorageError, match="the dataset storage is away"):
+        embed_examples(map(away, range(500)), MeanEmbedder(), LIMITS, threads=2)
+    assert len(reads) <= 4, "not all images try it, each for as long as it takes"
