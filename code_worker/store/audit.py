@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from typing import Any, Final
 
 from sqlalchemy import RowMapping, delete, func, insert, select
@@ -17,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from code_worker.store.engine import Store
 from code_worker.store.models import AuditRow, RemovalRow
+from code_worker.store.paging import page_after, pages
 from code_worker.store.sql import database_time, plain, table_of
 
 FIRST: Final = "0" * 64
@@ -167,10 +169,9 @@ def list_entries(
 ) -> list[Entry]:
     """A page in the order of writing; `after` is the number of the last entry of the page before."""
     statement = select(*_COLUMNS).where(*_conditions(wanted or AuditFilter()))
-    if after is not None:
-        statement = statement.where(_AUDIT.c.seq < after if newest_first else _AUDIT.c.seq > after)
-    order = _AUDIT.c.seq.desc() if newest_first else _AUDIT.c.seq
-    return [_entry(row) for row in session.execute(statement.order_by(order).limit(limit)).mappings()]
+    last = None if after is None else (after,)
+    statement = page_after(statement, [_AUDIT.c.seq], last, limit=limit, newest_first=newest_first)
+    return [_entry(row) for row in session.execute(statement).mappings()]
 
 
 def _conditions(wanted: AuditFilter) -> Iterator[Any]:
@@ -193,13 +194,11 @@ def _entry(row: RowMapping) -> Entry:
 
 def stream(store: Store, *, page: int = _PAGE) -> Iterator[Entry]:
     """Every entry, oldest first, in constant memory; a transaction per page."""
-    after = 0
-    while True:
-        found = store.run(partial(list_entries, after=after, limit=page, newest_first=False), write=False)
-        yield from found
-        if len(found) < page:
-            return
-        after = found[-1].seq
+
+    def read(after: int | None) -> list[Entry]:
+        return store.run(partial(list_entries, after=after, limit=page, newest_first=False), write=False)
+
+    return chain.from_iterable(pages(read, lambda entry: entry.seq, None))
 
 
 def verify(store: Store, *, head: tuple[int, str] | None = None) -> Verified:

@@ -6,18 +6,18 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, RowMapping, and_, case, exists, func, literal, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from code_worker.errors import StoreError
 from code_worker.logs import get_logger
 from code_worker.store.engine import Store
 from code_worker.store.erasure import personal
 from code_worker.store.ids import as_uuid
 from code_worker.store.models import JobRow, VerdictRow, db_now
+from code_worker.store.paging import page_after, pages, position
 from code_worker.store.sql import IN_LIST, among, insert_new, new_id, plain, table_of, unindexed
 from code_worker.types import ImageFacts, Job, JobState, Label, Outcome, Provenance, RejectReason, Verdict
 from code_worker.wire import chunks
@@ -187,26 +187,21 @@ def list_verdicts(
         StoreError: `after` is no id.
     """
     statement = select(_VERDICTS).where(*_conditions(wanted or VerdictFilter()))
-    if after is not None:
-        if (last := as_uuid(after)) is None:
-            raise StoreError(f"{after!r} is no id of a verdict to continue the list after")
-        statement = statement.where(_VERDICTS.c.id < last if newest_first else _VERDICTS.c.id > last)
-    order = _VERDICTS.c.id.desc() if newest_first else _VERDICTS.c.id
-    return [from_row(row) for row in session.execute(statement.order_by(order).limit(limit)).mappings()]
+    last = position(after, "verdict")
+    statement = page_after(statement, [_VERDICTS.c.id], last, limit=limit, newest_first=newest_first)
+    return [from_row(row) for row in session.execute(statement).mappings()]
 
 
 def stream(
     store: Store, wanted: VerdictFilter | None = None, *, newest_first: bool = False, page: int = 1000
 ) -> Iterator[Verdict]:
-    """Every verdict asked for, in constant memory; a transaction per page, so that a slow reader holds none open."""
-    after: str | None = None
-    while True:
-        read = partial(list_verdicts, wanted=wanted, after=after, limit=page, newest_first=newest_first)
-        verdicts = store.run(read, write=False)
-        yield from verdicts
-        if len(verdicts) < page:
-            return
-        after = verdicts[-1].id
+    """Every verdict asked for, in constant memory; a transaction per page."""
+
+    def read(after: str | None) -> list[Verdict]:
+        one = partial(list_verdicts, wanted=wanted, after=after, limit=page, newest_first=newest_first)
+        return store.run(one, write=False)
+
+    return chain.from_iterable(pages(read, lambda verdict: verdict.id, None))
 
 
 def _conditions(wanted: VerdictFilter) -> Iterator[Any]:

@@ -164,15 +164,13 @@ def _found(store: Store, reason: str | None, limit: int) -> Iterator[str]:
 
 def _quarantined(store: Store) -> Iterator[str]:
     from code_worker.store.jobs import JobFilter, list_jobs
+    from code_worker.store.paging import pages
 
-    def page_after(last: str | None) -> list[JobInfo]:
+    def read(last: str | None) -> list[JobInfo]:
         wanted = JobFilter(JobState.QUARANTINED)
         return store.run(lambda session: list_jobs(session, wanted, after=last, limit=_PER_TRANSACTION), write=False)
 
-    page = page_after(None)
-    while page:
-        yield from (job.id for job in page)
-        page = page_after(page[-1].id)
+    return (job.id for page in pages(read, lambda job: job.id, None) for job in page)
 
 
 def _retry(store: Store, wanted: Sequence[str]) -> int:

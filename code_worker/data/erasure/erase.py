@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -28,6 +28,7 @@ from code_worker.store.erasure.scopes import Scope
 from code_worker.store.ids import uuid7
 from code_worker.store.learning import kept_images
 from code_worker.store.leases import RoleLease, RoleLostError
+from code_worker.store.paging import pages, steps
 from code_worker.store.retention import purge
 
 if TYPE_CHECKING:
@@ -92,12 +93,10 @@ class Eraser:
         """
         jobs, images = set[str](), {scope.sha256} if scope.sha256 is not None else set[str]()
         self.erased_before(scope)
-        after: str | None = None
-        while ids := self._read(partial(scopes.job_page, scope=scope, after=after, limit=_PAGE)):
+        for ids in self._jobs_of(scope):
             jobs.update(ids)
             # An image named by its hash is meant; what else its jobs judged in other revisions is not.
             images |= set() if scope.sha256 else self._read(partial(scopes.images_of, job_ids=ids))
-            after = ids[-1]
         images |= {sha256 for sha256, _ in self._read(partial(scopes.origin_page, scope=scope, limit=None))}
         for hashes in self._spoken_of(scope):
             images.update(hashes)
@@ -253,10 +252,10 @@ class Eraser:
         self._erase_addresses(receipt)
         self._write(workers.blank_pauses)
         self._enter(receipt, "images")
-        for page in self._pages(receipt.id, IMAGE):
+        for page in self._targets(receipt, IMAGE):
             self._write(partial(self._spare_shared, receipt=receipt, scope=scope, hashes=page))
-        self._unlearning.forget(receipt, {sha256 for page in self._pages(receipt.id, IMAGE) for sha256 in page})
-        for page in self._pages(receipt.id, IMAGE):
+        self._unlearning.forget(receipt, {sha256 for page in self._targets(receipt, IMAGE) for sha256 in page})
+        for page in self._targets(receipt, IMAGE):
             self._write(partial(self._erase_images, receipt=receipt, scope=scope, hashes=page))
             say(len(page))
         self._drop_copies(receipt)
@@ -266,25 +265,24 @@ class Eraser:
     def _enter(self, receipt: Receipt, step: str) -> None:
         self._write(partial(receipts.enter, erasure_id=receipt.id, step=step))
 
-    def _pages(self, erasure_id: str, kind: str) -> Iterator[list[str]]:
-        after = ""
-        while found := self._read(
-            partial(receipts.targets, erasure_id=erasure_id, kind=kind, after=after, limit=_PAGE)
-        ):
-            yield found
-            after = found[-1]
+    def _pages(self, work: Callable[..., list[str]], first: str | None = "") -> Iterator[Sequence[str]]:
+        """Pages of ids or content hashes, in their order."""
+        return pages(lambda last: self._read(partial(work, after=last, limit=_PAGE)), lambda value: value, first)
 
-    def _job_pages(self, receipt: Receipt, scope: Scope) -> Iterator[list[str]]:
+    def _targets(self, receipt: Receipt, kind: str) -> Iterator[Sequence[str]]:
+        return self._pages(partial(receipts.targets, erasure_id=receipt.id, kind=kind))
+
+    def _jobs_of(self, scope: Scope) -> Iterator[Sequence[str]]:
+        return self._pages(partial(scopes.job_page, scope=scope), None)
+
+    def _job_pages(self, receipt: Receipt, scope: Scope) -> Iterator[Sequence[str]]:
         if scope.is_unknown:
             # Begun by a version that did not keep the scope: what it had listed is all that can be found.
-            for page in self._pages(receipt.id, JOB):
+            for page in self._targets(receipt, JOB):
                 if there := sorted(self._write(partial(personal.left, jobs=page)).jobs):
                     yield there
             return
-        after: str | None = None
-        while ids := self._read(partial(scopes.job_page, scope=scope, after=after, limit=_PAGE)):
-            yield ids
-            after = ids[-1]
+        yield from self._jobs_of(scope)
 
     def _erase_jobs(self, receipt: Receipt, scope: Scope, say: Say) -> int:
         self._enter(receipt, "jobs")
@@ -300,7 +298,7 @@ class Eraser:
             time.sleep(_POLL_S)
 
     @staticmethod
-    def _erase_some(session: Session, *, receipt: Receipt, scope: Scope, ids: list[str]) -> list[str]:
+    def _erase_some(session: Session, *, receipt: Receipt, scope: Scope, ids: Sequence[str]) -> list[str]:
         done = erasing.erase_jobs(session, receipt.id, ids, scope=scope, actor=receipt.by)
         receipts.count(session, receipt.id, done.counts)
         return done.busy
@@ -314,34 +312,27 @@ class Eraser:
 
         while found := self._read(partial(scopes.origin_page, scope=scope, limit=_PAGE)):
             self._write(partial(erase, found=found))
-        after: str | None = ""
-        while after is not None:
-            found, after = self._read(partial(scopes.stray_scores, scope=scope, after=after))
-            if found:
-                self._write(partial(erase, found=found))
+        for some in steps(lambda last: self._read(partial(scopes.stray_scores, scope=scope, after=last)), ""):
+            if some:
+                self._write(partial(erase, found=some))
         if scope.job is not None and (page := self._read(partial(_named_by, job_id=scope.job))):
             self._write(partial(self._erase_some, receipt=receipt, scope=scope, ids=page))
         for hashes in self._spoken_of(scope):
             self._write(partial(receipts.add_targets, erasure_id=receipt.id, kind=IMAGE, values=hashes))
 
-    def _spoken_of(self, scope: Scope) -> Iterator[list[str]]:
-        if (before := scope.before) is None:
-            return
-        last = ""
-        while hashes := self._read(partial(scopes.spoken_of, before=before, after=last, limit=_PAGE)):
-            yield hashes
-            last = hashes[-1]
+    def _spoken_of(self, scope: Scope) -> Iterator[Sequence[str]]:
+        return iter(()) if scope.before is None else self._pages(partial(scopes.spoken_of, before=scope.before))
 
     def _erase_addresses(self, receipt: Receipt) -> int:
         return self._mentions.erase_addresses(receipt)
 
     @staticmethod
-    def _spare_shared(session: Session, *, receipt: Receipt, scope: Scope, hashes: list[str]) -> None:
+    def _spare_shared(session: Session, *, receipt: Receipt, scope: Scope, hashes: Sequence[str]) -> None:
         stay = erasing.spare_shared(session, receipt.id, hashes, scope=scope)
         receipts.count(session, receipt.id, {"images_shared": stay})
 
     @staticmethod
-    def _erase_images(session: Session, *, receipt: Receipt, scope: Scope, hashes: list[str]) -> None:
+    def _erase_images(session: Session, *, receipt: Receipt, scope: Scope, hashes: Sequence[str]) -> None:
         done = erasing.erase_images(session, receipt.id, hashes, scope=scope, actor=receipt.by)
         receipts.count(session, receipt.id, done.counts)
 
@@ -358,11 +349,11 @@ class Eraser:
         """Looks over all tables and the storage once more; what is found is on the list again."""
         found: Counter[str] = Counter()
         look = partial(erasing.rows_left, erasure_id=receipt.id, scope=scope)
-        for page in self._pages(receipt.id, JOB):
+        for page in self._targets(receipt, JOB):
             if rows := self._write(partial(look, hashes=[], job_ids=page)):
                 found["rows"] += rows
                 self._write(partial(self._erase_some, receipt=receipt, scope=scope, ids=page))
-        for page in self._pages(receipt.id, ERASED):
+        for page in self._targets(receipt, ERASED):
             found["rows"] += self._write(partial(look, hashes=page, job_ids=[]))
             again = [sha256 for sha256 in page if self._kept.exists(sha256)]
             self._write(partial(kept_images.to_drop, hashes=again))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +12,7 @@ from code_worker.releases.manifest import parse_manifest
 from code_worker.store import releases
 from code_worker.store.erasure import dead_letters, personal, receipts, rows
 from code_worker.store.erasure.receipts import WAITING, Receipt
+from code_worker.store.paging import steps
 
 if TYPE_CHECKING:
     from code_worker.releases.artifacts import ArtifactStore
@@ -39,17 +40,11 @@ class Mentions:
         """Takes addresses of erased jobs out of labels and notes on copies; returns how many named one."""
         if not self._read(partial(receipts.targets, erasure_id=receipt.id, kind=receipts.URI, limit=1)):
             return 0
-        count = 0
-        after: str | None = ""
-        while after is not None:
-            some, after = self._lease.write(partial(self._labels, receipt=receipt, after=after))
-            count += some
-        last: str | None = ""
-        while last is not None:
-            work = partial(rows.erase_copy_addresses, erasure_id=receipt.id, limit=_SCANNED)
-            some, last = self._lease.write(partial(work, after=last))
-            count += some
-        return count
+        copies = partial(rows.erase_copy_addresses, erasure_id=receipt.id, limit=_SCANNED)
+        return sum(self._written(partial(self._labels, receipt=receipt))) + sum(self._written(copies))
+
+    def _written(self, work: Callable[..., tuple[int, str | None]]) -> Iterator[int]:
+        return steps(lambda last: self._lease.write(partial(work, after=last)), "")
 
     @staticmethod
     def _labels(session: Session, *, receipt: Receipt, after: str) -> tuple[int, str | None]:
@@ -62,13 +57,8 @@ class Mentions:
         """Returns whether an unreadable message or, of an image, a snapshot of the labelled ones names it."""
         if kind == receipts.IMAGE and self._read(partial(rows.snapshots_with, hashes={value})):
             return True
-        after: str | None = ""
-        while after is not None:
-            page = partial(dead_letters.is_named, kind=kind, value=value, after=after, limit=_LETTERS)
-            found, after = self._read(page)
-            if found:
-                return True
-        return False
+        page = partial(dead_letters.is_named, kind=kind, value=value, limit=_LETTERS)
+        return any(steps(lambda last: self._read(partial(page, after=last)), ""))
 
     def erase_letters(self, receipt: Receipt, scope: Scope) -> int:
         """Takes what was erased out of unreadable messages.
@@ -80,10 +70,8 @@ class Mentions:
         # A process that is writing one is done after this, and it is read.
         self._lease.write(personal.keep_out)
         count = 0
-        after: str | None = ""
-        while after is not None:
-            page = partial(dead_letters.naming, erasure_id=receipt.id, scope=scope, after=after, limit=_LETTERS)
-            found, after = self._read(page)
+        page = partial(dead_letters.naming, erasure_id=receipt.id, scope=scope, limit=_LETTERS)
+        for found in steps(lambda last: self._read(partial(page, after=last)), ""):
             if found:
                 self._lease.write(partial(self._rewrite, erasure_id=receipt.id, found=found))
             count += sum(scope.until is None or one.at <= scope.until for one in found)

@@ -15,11 +15,9 @@ from sqlalchemy import (
     and_,
     false,
     func,
-    literal,
     not_,
     or_,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.orm import Session
@@ -28,6 +26,7 @@ from code_worker.errors import StoreError
 from code_worker.store.ids import as_uuid, uuid7_floor, valid_uuids
 from code_worker.store.jobs.claims import ACCEPT_GRACE_S
 from code_worker.store.models import JobRow, VerdictRow, db_now, db_now_plus, time_plus
+from code_worker.store.paging import page_after
 from code_worker.store.sql import IN_LIST, among, table_of, unindexed
 from code_worker.types import JobState, RejectReason
 from code_worker.wire import chunks
@@ -232,20 +231,17 @@ def list_jobs(
         StoreError: `after` names no job.
     """
     statement = _filtered(select(*_COLUMNS), wanted or JobFilter())
-    order = tuple_(_JOBS.c.created_at, _JOBS.c.id)
-    if after is not None:
-        last = _position(session, after)
-        statement = statement.where(order < last if newest_first else order > last)
     by = (_JOBS.c.created_at, _JOBS.c.id)
-    statement = statement.order_by(*(column.desc() if newest_first else column for column in by)).limit(limit)
+    last = None if after is None else _position(session, after)
+    statement = page_after(statement, by, last, limit=limit, newest_first=newest_first)
     return [_info(row) for row in session.execute(statement).mappings()]
 
 
-def _position(session: Session, job_id: str) -> Any:
+def _position(session: Session, job_id: str) -> tuple[datetime, str]:
     job = get(session, job_id)
     if job is None:
         raise StoreError(f"no job {job_id} to continue the list after")
-    return tuple_(literal(job.created_at, _JOBS.c.created_at.type), literal(job.id, _JOBS.c.id.type))
+    return job.created_at, job.id
 
 
 def _filtered(statement: Select[Any], wanted: JobFilter) -> Select[Any]:

@@ -10,17 +10,16 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, Final
 
 from sqlalchemy import RowMapping, Select, func, select
 from sqlalchemy.orm import Session
 
-from code_worker.errors import StoreError
 from code_worker.store.engine import Store
 from code_worker.store.erasure import personal
-from code_worker.store.ids import as_uuid, uuid7
+from code_worker.store.ids import uuid7
 from code_worker.store.learning.label_rules import (
     REVIEW,
     ResolvedLabel,
@@ -30,6 +29,7 @@ from code_worker.store.learning.label_rules import (
     review_of,
 )
 from code_worker.store.models import ImportedRow, LabelRow
+from code_worker.store.paging import page_after, pages, position
 from code_worker.store.sql import IN_LIST, database_time, insert_new, is_plain, table_of
 from code_worker.wire import MAX_URI_LENGTH, chunks
 
@@ -279,24 +279,19 @@ def list_labels(
         StoreError: `after` is no id.
     """
     statement = select(*_COLUMNS).where(*_conditions(wanted or LabelFilter()))
-    if after is not None:
-        if (last := as_uuid(after)) is None:
-            raise StoreError(f"{after!r} is no id of a label to continue the list after")
-        statement = statement.where(_LABELS.c.id < last if newest_first else _LABELS.c.id > last)
-    order = _LABELS.c.id.desc() if newest_first else _LABELS.c.id
-    return [_statement(row) for row in session.execute(statement.order_by(order).limit(limit)).mappings()]
+    last = position(after, "label")
+    statement = page_after(statement, [_LABELS.c.id], last, limit=limit, newest_first=newest_first)
+    return [_statement(row) for row in session.execute(statement).mappings()]
 
 
 def stream(store: Store, wanted: LabelFilter | None = None, *, page: int = 1000) -> Iterator[Statement]:
     """Every statement asked for, oldest first, in constant memory; a transaction per page."""
-    after: str | None = None
-    while True:
-        read = partial(list_labels, wanted=wanted, after=after, limit=page, newest_first=False)
-        found = store.run(read, write=False)
-        yield from found
-        if len(found) < page:
-            return
-        after = found[-1].id
+
+    def read(after: str | None) -> list[Statement]:
+        one = partial(list_labels, wanted=wanted, after=after, limit=page, newest_first=False)
+        return store.run(one, write=False)
+
+    return chain.from_iterable(pages(read, lambda statement: statement.id, None))
 
 
 def _conditions(wanted: LabelFilter) -> Iterator[Any]:
