@@ -169,6 +169,13 @@ def test_an_unknown_release_is_named(kept: Kept) -> None:
         kept.store.fetch("r-0123456789ab")
 
 
+def test_a_signature_of_a_release_that_is_not_there_is_refused_and_makes_nothing(kept: Kept) -> None:
+    with pytest.raises(ArtifactError, match="r-0123456789ab is not in"):
+        kept.store.put_signature("r-0123456789ab", b"signed")
+    assert kept.store.signature("r-0123456789ab") is None
+    assert not kept.store.drop("r-0123456789ab")
+
+
 @pytest.mark.parametrize("id_", ["", "..", "../../etc", "r-0123456789AB", "r-0123456789ab/..", "champion"])
 def test_only_release_ids_are_looked_up(kept: Kept, id_: str) -> None:
     with pytest.raises(ArtifactError, match="no release id"):
@@ -230,13 +237,14 @@ def test_an_upload_cut_short_leaves_no_release_behind(
 
 def test_abandoned_copies_are_dropped_after_a_day_and_not_before(release: Path, tmp_path: Path) -> None:
     root = tmp_path / "kept"
-    old, young = root / ".incomplete-old", root / ".incomplete-young"
-    old.mkdir(parents=True)
-    young.mkdir()
-    os.utime(old, (1, 1))
+    drafts = [root / ".incomplete" / name for name in ("old", "old-signature", "young")]
+    drafts[0].mkdir(parents=True)
+    drafts[1].touch()
+    drafts[2].mkdir()
+    for old in drafts[:2]:
+        os.utime(old, (1, 1))
     LocalArtifacts(root).put(release)
-    assert not old.exists()
-    assert young.exists()
+    assert [path.exists() for path in drafts] == [False, False, True]
 
 
 PUT = "import sys; from pathlib import Path; from code_worker.releases.artifacts import LocalArtifacts as L; "
@@ -250,7 +258,7 @@ def test_processes_that_store_the_same_release_at_once_agree(release: Path, tmp_
     assert [process.returncode for process in running] == [0] * 4
     assert len(answers) == 1
     assert content_of(Path(answers.pop().decode().strip())) == content_of(release)
-    assert not list((tmp_path / "kept").glob(".incomplete-*"))
+    assert not list((tmp_path / "kept" / ".incomplete").iterdir())
 
 
 FULL = """

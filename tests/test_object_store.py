@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from code_worker.blobs.s3 import S3Blobs
 from code_worker.data.kept_copies import S3Kept
 from code_worker.errors import ArtifactError, StorageError
 from code_worker.images.s3 import S3Source
@@ -138,13 +139,13 @@ def test_where_the_reader_pays_every_request_says_that_we_do(server: VendorS3, t
     assert not [one for one in server.headers("GET", "free") if "x-amz-request-payer" in one]
 
 
-def test_threads_that_begin_at_once_share_one_client_of_a_release_store(tmp_path: Path) -> None:
-    store = S3Artifacts("s3://models", S3Settings(region="us-east-1"), cache=tmp_path / "cache")
+def test_threads_that_begin_at_once_share_one_client() -> None:
+    store = S3Blobs("s3://models", S3Settings(region="us-east-1"), "artifacts")
     begin = threading.Barrier(4)
 
     def client() -> object:
         begin.wait()
-        return store._client
+        return store.client
 
     with ThreadPoolExecutor(4) as threads:
         first, *others = (each.result() for each in [threads.submit(client) for _ in range(4)])

@@ -312,7 +312,8 @@ CRASH = """
 import os, sys
 from pathlib import Path
 from code_worker.plugins import load_plugins
-from code_worker.releases import artifacts, directories, registry
+from code_worker.releases import artifacts, registry
+from code_worker.system import files
 from code_worker.settings import RoleSettings, Settings
 from code_worker.store import releases
 from code_worker.store.engine import open_store
@@ -322,7 +323,7 @@ die = lambda *_, **__: os._exit(9)
 if point == "before the copy":
     artifacts.shutil.copytree = die
 elif point == "during the copy":
-    directories.flush = die
+    files.flush = die
 elif point == "before the row":
     releases.add = die
 elif point == "before the move":

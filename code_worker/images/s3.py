@@ -13,9 +13,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
+from code_worker.blobs.s3 import is_anonymous, new_client
 from code_worker.errors import ImageRejectedError, TransientError
 from code_worker.images.s3_errors import Fault, fault_of_code, fault_of_exception
-from code_worker.object_store import is_anonymous, new_client
 from code_worker.system.machine import wait_for
 from code_worker.types import Fetched, RejectReason
 

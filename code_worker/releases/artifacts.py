@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from code_worker.blobs import translated
+from code_worker.blobs.local import LocalBlobs
+from code_worker.blobs.s3 import S3Blobs
 from code_worker.errors import ArtifactError, ArtifactStorageError, IntegrityError
-from code_worker.object_store import S3Prefix, object_versions, storage_errors
-from code_worker.releases.directories import locked, replace_by, working_directory
 from code_worker.releases.integrity import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, OnBytes
 from code_worker.releases.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, parse_manifest, release_id, verify_files
 from code_worker.system.failpoints import failpoint
-from code_worker.system.files import whole_file
+from code_worker.system.files import locked, make_private, whole_directory
 
 if TYPE_CHECKING:
+    from code_worker.blobs import Blobs
     from code_worker.settings import S3Settings, Settings
 
 _RELEASE_ID = re.compile(r"r-[0-9a-f]{12}")
@@ -94,220 +97,175 @@ def open_artifacts(settings: Settings) -> ArtifactStore:
     return LocalArtifacts(Path(address))
 
 
-class LocalArtifacts:
+class _Artifacts:
+    """The common part of directory and S3: files `<release>/<name>`, of which the manifest is the last."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self.blobs = blobs
+
+    def manifest(self, release: str) -> bytes | None:
+        """See `ArtifactStore.manifest`."""
+        with translated(f"cannot read release {release} in {self.blobs.address}", ArtifactStorageError):
+            return self._manifest(_checked_id(release))
+
+    def _manifest(self, release: str) -> bytes | None:
+        return self.blobs.get(f"{release}/{MANIFEST_NAME}", MAX_MANIFEST_BYTES + 1)
+
+    def signature(self, release: str) -> bytes | None:
+        """See `ArtifactStore.signature`."""
+        with translated(f"cannot read the signature of {release} in {self.blobs.address}", ArtifactStorageError):
+            return self.blobs.get(f"{_checked_id(release)}/{SIGNATURE_NAME}", MAX_SIGNATURE_BYTES)
+
+    def put_signature(self, release: str, content: bytes) -> None:
+        """See `ArtifactStore.put_signature`."""
+        if self.manifest(release) is None:
+            raise ArtifactError(f"release {release} is not in {self.blobs.address}")
+        with translated(f"cannot write the signature of {release} to {self.blobs.address}", ArtifactStorageError):
+            self.blobs.put(f"{_checked_id(release)}/{SIGNATURE_NAME}", content)
+
+    def exists(self, release: str) -> bool:
+        """See `ArtifactStore.exists`."""
+        content = self.manifest(release)
+        with translated(f"cannot read release {release} in {self.blobs.address}", ArtifactStorageError):
+            return _is_complete(content, lambda name: self.blobs.size(f"{release}/{name}"))
+
+    def list(self) -> list[str]:
+        """See `ArtifactStore.list`."""
+        with translated(f"cannot list {self.blobs.address}", ArtifactStorageError):
+            found = [name.partition("/") for name in self.blobs.names("r-")]
+        return sorted(
+            release for release, _, name in found if name == MANIFEST_NAME and _RELEASE_ID.fullmatch(release)
+        )
+
+    def drop(self, release: str) -> bool:
+        """See `ArtifactStore.drop`; the manifest goes first: half a release is none."""
+        with translated(f"cannot delete release {release} in {self.blobs.address}", ArtifactStorageError):
+            return self.blobs.delete(f"{_checked_id(release)}/", first=f"{release}/{MANIFEST_NAME}")
+
+
+class LocalArtifacts(_Artifacts):
     """Releases as directories below `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._files = LocalBlobs(root, private=False)
+        super().__init__(self._files)
 
     def put(self, directory: Path) -> str:
         """See `ArtifactStore.put`; the copy is written beside its place, flushed, and renamed."""
         _, sha256 = verify_files(directory)
         release = release_id(sha256)
         target = self.root / release
-        with _translated(f"cannot write release {release} to {self.root}"), locked(self.root, release):
-            _refuse_other(_kept_manifest(target), sha256, str(target))
-            if not _is_whole(target, release):
-                with working_directory(self.root) as copy:
+        with translated(f"cannot write release {release} to {self.root}", ArtifactStorageError), self.locked(release):
+            _refuse_other(self._manifest(release), sha256, str(target))
+            if not self.is_whole(release):
+                with self.replaced(release) as copy:
                     shutil.copytree(directory, copy, dirs_exist_ok=True)
                     failpoint("mid_upload")
-                    replace_by(target, copy)
         return str(target)
 
     def fetch(self, release: str, on_bytes: OnBytes | None = None) -> Path:
         """See `ArtifactStore.fetch`; the directory is the kept one."""
         directory = self.root / _checked_id(release)
-        with _translated(f"cannot read release {release} in {self.root}"):
+        with translated(f"cannot read release {release} in {self.root}", ArtifactStorageError):
             if not directory.is_dir():
                 raise ArtifactError(f"release {release} is not in {self.root}")
             _, sha256 = verify_files(directory, on_bytes)
         _expect_id(release, sha256, str(directory))
         return directory
 
-    def manifest(self, release: str) -> bytes | None:
-        """See `ArtifactStore.manifest`."""
-        with _translated(f"cannot read release {release} in {self.root}"):
-            return _kept_manifest(self.root / _checked_id(release))
-
-    def signature(self, release: str) -> bytes | None:
-        """See `ArtifactStore.signature`."""
-        path = self.root / _checked_id(release) / SIGNATURE_NAME
-        with _translated(f"cannot read the signature of {release}"):
-            try:
-                with path.open("rb") as file:
-                    return file.read(MAX_SIGNATURE_BYTES)
-            except FileNotFoundError:
-                return None
-
     def put_signature(self, release: str, content: bytes) -> None:
         """See `ArtifactStore.put_signature`."""
-        path = self.root / _checked_id(release) / SIGNATURE_NAME
-        with (
-            _translated(f"cannot write the signature of {release}"),
-            locked(self.root, release),
-            whole_file(path, beside=self.root) as partial,
-        ):
-            partial.write_bytes(content)
-
-    def exists(self, release: str) -> bool:
-        """See `ArtifactStore.exists`."""
-        directory = self.root / _checked_id(release)
-
-        def size_of(name: str) -> int | None:
-            path = directory / name
-            return path.stat().st_size if path.is_file() else None
-
-        return _is_complete(self.manifest(release), size_of)
-
-    def list(self) -> list[str]:
-        """See `ArtifactStore.list`."""
-        found = (path.parent.name for path in self.root.glob(f"r-*/{MANIFEST_NAME}"))
-        return sorted(name for name in found if _RELEASE_ID.fullmatch(name))
+        doing = f"cannot write the signature of {release} to {self.root}"
+        with translated(doing, ArtifactStorageError), self.locked(_checked_id(release)):
+            super().put_signature(release, content)
 
     def drop(self, release: str) -> bool:
         """See `ArtifactStore.drop`."""
-        target = self.root / _checked_id(release)
-        with _translated(f"cannot delete release {release} in {self.root}"):
-            if not target.exists():
-                return False
-            with locked(self.root, release):
-                # The manifest first: half a release is none.
-                (target / MANIFEST_NAME).unlink(missing_ok=True)
-                shutil.rmtree(target)
-        return True
+        if not (self.root / _checked_id(release)).exists():
+            return False
+        doing = f"cannot delete release {release} in {self.root}"
+        with translated(doing, ArtifactStorageError), self.locked(release):
+            return super().drop(release)
+
+    @contextlib.contextmanager
+    def locked(self, release: str) -> Iterator[None]:
+        """One process at a time changes a release; the lock goes with the process that holds it."""
+        make_private(self.root.parent)
+        # Other users of the machine may load from a directory of releases that is not in the data directory.
+        self.root.mkdir(exist_ok=True)
+        with locked(self.root / f".{release}.lock", wait_s=math.inf):
+            yield
+
+    @contextlib.contextmanager
+    def replaced(self, release: str) -> Iterator[Path]:
+        """An empty directory that takes the release's place when the block ends; see `whole_directory`."""
+        with whole_directory(self.root / release, durable=True, beside=self._files.drafts()) as copy:
+            yield copy
+            copy.chmod(0o755)
+
+    def is_whole(self, release: str) -> bool:
+        """Returns whether every file of a release is here, with the bytes that the manifest recorded."""
+        directory = self.root / release
+        if not directory.is_dir():
+            return False
+        try:
+            _, sha256 = verify_files(directory)
+        except ArtifactError:
+            return False
+        return release_id(sha256) == release
 
 
-class S3Artifacts(S3Prefix):
+class S3Artifacts(_Artifacts):
     """Releases as objects below an `s3://bucket/prefix`, fetched once into a local cache.
 
     The manifest is written last: a release whose upload was cut short does not exist.
-    The allow-list of image buckets does not apply here; the address comes from the settings alone.
     """
 
     def __init__(self, address: str, settings: S3Settings, *, cache: Path) -> None:
-        super().__init__(address, settings, "artifacts")
-        self.cache = cache
-
-    def _key(self, release: str, name: str) -> str:
-        return f"{self._prefix}{release}/{name}"
+        self._objects = S3Blobs(address, settings, "artifacts")
+        super().__init__(self._objects)
+        self._cache = LocalArtifacts(cache)
 
     def put(self, directory: Path) -> str:
         """See `ArtifactStore.put`."""
         manifest, sha256 = verify_files(directory)
-        release = release_id(sha256)
-        with _translated(f"cannot write release {release} to {self.address}"):
-            _refuse_other(self._manifest_bytes(release), sha256, f"{self.address}/{release}")
+        release, address = release_id(sha256), self._objects.address
+        with translated(f"cannot write release {release} to {address}", ArtifactStorageError):
+            _refuse_other(self._manifest(release), sha256, f"{address}/{release}")
             for name in (*sorted(manifest.files), MANIFEST_NAME):
                 if name == MANIFEST_NAME:
                     failpoint("mid_upload")
-                self._client.upload_file(str(directory / name), self._bucket, self._key(release, name))
-        return f"{self.address}/{release}"
+                self._objects.upload(f"{release}/{name}", directory / name)
+        return f"{address}/{release}"
 
     def fetch(self, release: str, on_bytes: OnBytes | None = None) -> Path:
         """See `ArtifactStore.fetch`; a damaged or missing cached copy is replaced, one process at a time."""
-        target = self.cache / _checked_id(release)
-        with _translated(f"cannot read release {release} from {self.address}"), locked(self.cache, release):
-            if not _is_whole(target, release):
-                self._download(release, target, on_bytes)
-        return target
+        doing = f"cannot read release {_checked_id(release)} from {self._objects.address}"
+        with translated(doing, ArtifactStorageError), self._cache.locked(release):
+            if not self._cache.is_whole(release):
+                self._download(release, on_bytes)
+        return self._cache.root / release
 
-    def _download(self, release: str, target: Path, on_bytes: OnBytes | None) -> None:
-        content = self._manifest_bytes(release)
+    def _download(self, release: str, on_bytes: OnBytes | None) -> None:
+        address = f"{self._objects.address}/{release}"
+        content = self._manifest(release)
         if content is None:
-            raise ArtifactError(f"release {release} is not in {self.address}")
-        manifest = parse_manifest(content, f"{self.address}/{release}/{MANIFEST_NAME}")
-        with working_directory(self.cache) as copy:
+            raise ArtifactError(f"release {release} is not in {self._objects.address}")
+        manifest = parse_manifest(content, f"{address}/{MANIFEST_NAME}")
+        with self._cache.replaced(release) as copy:
             (copy / MANIFEST_NAME).write_bytes(content)
             for name in sorted(manifest.files):
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                self._download_file(release, name, copy / name, on_bytes)
+                if not self._objects.download(f"{release}/{name}", copy / name, on_bytes):
+                    raise IntegrityError(f"release {release} in {self._objects.address} lacks {name}")
             _, sha256 = verify_files(copy)
-            _expect_id(release, sha256, f"{self.address}/{release}")
-            replace_by(target, copy)
-
-    def _download_file(self, release: str, name: str, target: Path, on_bytes: OnBytes | None) -> None:
-        try:
-            self._client.download_file(self._bucket, self._key(release, name), str(target), Callback=on_bytes)
-        except self._client.exceptions.ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-                raise IntegrityError(f"release {release} in {self.address} lacks {name}") from error
-            raise
-
-    def _manifest_bytes(self, release: str) -> bytes | None:
-        return self._bytes(release, MANIFEST_NAME, MAX_MANIFEST_BYTES + 1)
-
-    def _bytes(self, release: str, name: str, limit: int) -> bytes | None:
-        try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(release, name))
-            with contextlib.closing(answer["Body"]) as body:
-                return bytes(body.read(limit))
-        except self._client.exceptions.NoSuchKey:
-            return None
-
-    def manifest(self, release: str) -> bytes | None:
-        """See `ArtifactStore.manifest`."""
-        with _translated(f"cannot read release {release} from {self.address}"):
-            return self._manifest_bytes(_checked_id(release))
-
-    def signature(self, release: str) -> bytes | None:
-        """See `ArtifactStore.signature`."""
-        with _translated(f"cannot read the signature of {release}"):
-            return self._bytes(_checked_id(release), SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
-
-    def put_signature(self, release: str, content: bytes) -> None:
-        """See `ArtifactStore.put_signature`."""
-        with _translated(f"cannot write the signature of {release}"):
-            key = self._key(_checked_id(release), SIGNATURE_NAME)
-            self._client.put_object(Bucket=self._bucket, Key=key, Body=content)
-
-    def exists(self, release: str) -> bool:
-        """See `ArtifactStore.exists`."""
-        content = self.manifest(release)
-        with _translated(f"cannot read {self.address}"):
-            return _is_complete(content, lambda name: self._size(release, name))
-
-    def _size(self, release: str, name: str) -> int | None:
-        try:
-            return int(self._client.head_object(Bucket=self._bucket, Key=self._key(release, name))["ContentLength"])
-        except self._client.exceptions.ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-                return None
-            raise
-
-    def list(self) -> list[str]:
-        """See `ArtifactStore.list`."""
-        found = []
-        with _translated(f"cannot list {self.address}"):
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}r-"):
-                keys = (item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ()))
-                found += [key.partition("/")[0] for key in keys if key.partition("/")[2] == MANIFEST_NAME]
-        return sorted(found)
+            _expect_id(release, sha256, address)
 
     def drop(self, release: str) -> bool:
-        """See `ArtifactStore.drop`; of a bucket that keeps versions all of them go."""
-        cached = LocalArtifacts(self.cache).drop(release)
-        prefix = self._key(_checked_id(release), "")
-        with _translated(f"cannot delete release {release} in {self.address}"):
-            found = object_versions(self._client, self._bucket, prefix)
-            if found is None:
-                pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
-                found = [{"Key": item["Key"]} for page in pages for item in page.get("Contents", ())]
-            # The manifest first: half a release is none.
-            for version in sorted(found, key=lambda one: not one["Key"].endswith(f"/{MANIFEST_NAME}")):
-                self._client.delete_object(Bucket=self._bucket, **version)
-        return bool(found) or cached
-
-
-@contextlib.contextmanager
-def _translated(doing: str) -> Iterator[None]:
-    """Turns the operating system's and the S3 client's errors into ours."""
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactStorageError(f"{doing}: {error}") from error
-    except storage_errors() as error:
-        raise ArtifactStorageError(f"{doing}: {error}") from error
+        """See `ArtifactStore.drop`."""
+        cached = self._cache.drop(release)
+        return super().drop(release) or cached
 
 
 def _is_complete(manifest: bytes | None, size_of: Callable[[str], int | None]) -> bool:
@@ -320,28 +278,11 @@ def _is_complete(manifest: bytes | None, size_of: Callable[[str], int | None]) -
     return all(size_of(name) == entry.size for name, entry in files.items())
 
 
-def _is_whole(directory: Path, release: str) -> bool:
-    if not directory.is_dir():
-        return False
-    try:
-        _, sha256 = verify_files(directory)
-    except ArtifactError:
-        return False
-    return release_id(sha256) == release
-
-
 def _refuse_other(kept: bytes | None, sha256: str, where: str) -> None:
     """A manifest that merely rotted is replaced; another one under the same id is never touched."""
     found = hashlib.sha256(kept or b"").hexdigest()
     if found != sha256 and release_id(found) == release_id(sha256):
         raise IntegrityError(f"{where} holds another release under the same id")
-
-
-def _kept_manifest(directory: Path) -> bytes | None:
-    try:
-        return (directory / MANIFEST_NAME).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def _expect_id(release: str, sha256: str, where: str) -> None:

@@ -122,20 +122,29 @@ def whole_file(
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def whole_directory(path: Path, *, durable: bool = False, beside: Path | None = None) -> Iterator[Path]:
     """An empty directory that becomes `path`, and replaces what is there, when the block ends; see `whole_file`.
+
+    A directory cannot be replaced in one step: for a moment there is none, and after a crash there may be none.
 
     Raises:
         OSError: it cannot be written.
     """
-    partial = _partial(path)
+    partial = _partial(path, beside)
     partial.mkdir(parents=True)
     try:
         yield partial
+        if durable:
+            # Before the rename: a name that outlives a loss of power must not lead to bytes that did not.
+            for parent, _, names in os.walk(partial):
+                for each in (*(Path(parent) / name for name in names), Path(parent)):
+                    flush(each)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if durable:
+        flush(path.parent)
 
 
 def _partial(path: Path, beside: Path | None = None) -> Path:

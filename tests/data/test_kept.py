@@ -231,13 +231,13 @@ def test_a_copy_is_not_called_dropped_where_versions_of_it_may_stay(
     client, bucket = s3_server.client(), f"kept-{uuid.uuid4().hex[:8]}"
     client.create_bucket(Bucket=bucket)
     kept = S3Kept(f"s3://{bucket}/kept", s3_settings(s3_server.url), cache=tmp_path / "cache")
-    kept._client.meta.events.register("before-call.s3.ListObjectVersions", denied)
+    kept.blobs.client.meta.events.register("before-call.s3.ListObjectVersions", denied)
     if status is None:
         kept.put(DATA)
         kept.drop(SHA)
         assert not kept.exists(SHA)
         # Who may not ask whether the bucket keeps any is told so.
-        kept._client.meta.events.register("before-call.s3.GetBucketVersioning", denied)
+        kept.blobs.client.meta.events.register("before-call.s3.GetBucketVersioning", denied)
     else:
         client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": status})
     kept.put(DATA)
@@ -254,16 +254,17 @@ def test_a_server_that_knows_no_versions_keeps_none(s3_server: S3Server, tmp_pat
     client, bucket = s3_server.client(), f"kept-{uuid.uuid4().hex[:8]}"
     client.create_bucket(Bucket=bucket)
     kept = S3Kept(f"s3://{bucket}", s3_settings(s3_server.url), cache=tmp_path / "cache")
-    kept._client.meta.events.register("before-call.s3.ListObjectVersions", unknown)
+    kept.blobs.client.meta.events.register("before-call.s3.ListObjectVersions", unknown)
     kept.put(DATA)
-    kept.drop(SHA)
+    assert kept.drop(SHA)
     assert not kept.exists(SHA)
+    assert not kept.drop(SHA), "there was none any more"
 
 
 def test_bytes_that_a_dead_writer_left_go_with_the_copy(tmp_path: Path) -> None:
     kept = LocalKept(tmp_path)
     kept.put(DATA)
-    (tmp_path / ".incomplete" / "left").write_bytes(DATA)
-    (tmp_path / ".incomplete" / "other").write_bytes(b"another's, being written")
+    (tmp_path / ".incomplete" / ".left.1.partial").write_bytes(DATA)
+    (tmp_path / ".incomplete" / ".other.2.partial").write_bytes(b"another's, being written")
     kept.drop(SHA)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["other"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".other.2.partial"]

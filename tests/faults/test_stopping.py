@@ -162,9 +162,9 @@ def test_sigterm_during_a_download_leaves_nothing_half_there(
         data = Path(deployment.environment["CODE_WORKER_DATA_DIR"])
         worker = deployment.worker(CODE_WORKER_S3__ENDPOINT_URL=endpoint, CODE_WORKER_DATA_DIR=str(data / "fresh"))
         cache = data / "fresh" / "cache" / "releases"
-        wait_until(lambda: any(cache.glob(".incomplete-*/**/*.safetensors*")), 120, "a download")
+        wait_until(lambda: any(cache.glob(".incomplete/**/*.safetensors*")), 120, "a download")
         status, took_s = _stopped(worker, signal.SIGTERM)
-    left = sorted(path.name for path in cache.iterdir() if not path.name.endswith(".lock"))
+    left = sorted(path.name for path in cache.rglob("*") if path.suffix != ".lock" and path.name != ".incomplete")
     assert (status, left) == (0, [])
     assert took_s < bar(10)
     seen(exit=status, exit_s=took_s, files_left=len(left))

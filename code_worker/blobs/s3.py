@@ -1,15 +1,17 @@
-"""Clients of object stores: one configuration for images, releases and kept copies, for reading and writing."""
+"""Files below a prefix in S3, and the clients: one configuration for images, releases and kept copies."""
 
 from __future__ import annotations
 
 import errno
 import threading
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from code_worker.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     from botocore.model import OperationModel
     from mypy_boto3_s3 import S3Client
@@ -20,6 +22,7 @@ _Checksums = Literal["when_supported", "when_required"]
 _CONNECTIONS: Final = 10
 _STORAGE_READ_TIMEOUT_S: Final = 30.0
 _WITHOUT_VERSIONS: Final = frozenset({"NotImplemented", "MethodNotAllowed"})
+_MISSING: Final = frozenset({"404", "NoSuchKey", "NotFound"})
 _DENIED: Final = frozenset({"403", "AccessDenied"})
 
 
@@ -79,14 +82,18 @@ def storage_client(settings: S3Settings, bucket: str) -> S3Client:
     return new_client(settings, bucket, read_timeout_s=max(settings.read_timeout_s, _STORAGE_READ_TIMEOUT_S))
 
 
-class S3Prefix:
-    """An `s3://bucket/prefix` of the project's own storage; its one client is made at first use, by one thread.
+class S3Blobs:
+    """See `Blobs`: objects below an `s3://bucket/prefix` of the project's own.
 
-    Raises:
-        ConfigurationError: the address names no bucket; it names the setting.
+    The allow-list of image buckets does not apply here; the address comes from the settings alone.
     """
 
     def __init__(self, address: str, settings: S3Settings, setting: str) -> None:
+        """Contacts nothing yet.
+
+        Raises:
+            ConfigurationError: the address names no bucket; it names the setting.
+        """
         bucket, _, prefix = address.removeprefix("s3:").removeprefix("//").partition("/")
         if not bucket:
             raise ConfigurationError(f"{setting}: {address!r} names no bucket; write s3://bucket/prefix")
@@ -99,11 +106,79 @@ class S3Prefix:
         self._made: Any = None
 
     @property
-    def _client(self) -> Any:
+    def client(self) -> Any:
+        """The one client, made at first use."""
         with self._lock:
             if self._made is None:
                 self._made = storage_client(self._settings, self._bucket)
             return self._made
+
+    def put(self, name: str, data: bytes) -> None:
+        """See `Blobs.put`: an object is there when all of it has arrived."""
+        self.client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data)
+
+    def upload(self, name: str, path: Path) -> None:
+        """Writes a file of any size, in parts and several at a time; whole or not at all."""
+        self.client.upload_file(str(path), self._bucket, self._prefix + name)
+
+    def get(self, name: str, limit: int = -1) -> bytes | None:
+        """See `Blobs.get`."""
+        with self._none_if_missing():
+            answer = self.client.get_object(Bucket=self._bucket, Key=self._prefix + name)
+            with closing(answer["Body"]) as body:
+                return bytes(body.read(None if limit < 0 else limit))
+        return None
+
+    def download(self, name: str, path: Path, on_bytes: Callable[[int], object] | None = None) -> bool:
+        """Fetches a file of any size into `path`; False where there is no such file."""
+        with self._none_if_missing():
+            self.client.download_file(self._bucket, self._prefix + name, str(path), Callback=on_bytes)
+            return True
+        return False
+
+    def size(self, name: str) -> int | None:
+        """See `Blobs.size`."""
+        with self._none_if_missing():
+            return int(self.client.head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"])
+        return None
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """See `Blobs.names`."""
+        pages = self.client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix + prefix):
+            yield from (item["Key"].removeprefix(self._prefix) for item in page.get("Contents", ()))
+
+    def delete(self, name: str, *, first: str = "") -> bool:
+        """See `Blobs.delete`.
+
+        Raises:
+            PermissionError: see `object_versions`; nothing was deleted.
+        """
+        key = self._prefix + name
+        found = [
+            one
+            for one in object_versions(self.client, self._bucket, key) or ()
+            if name.endswith("/") or one["Key"] == key
+        ]
+        if not found:
+            # No versions are kept, or none of these: what is there counts.
+            names = self.names(name) if name.endswith("/") else [name] * (self.size(name) is not None)
+            found = [{"Key": self._prefix + one} for one in names]
+        for version in sorted(found, key=lambda one: one["Key"] != self._prefix + first):
+            self.client.delete_object(Bucket=self._bucket, **version)
+        return bool(found)
+
+    @contextmanager
+    def _none_if_missing(self) -> Iterator[None]:
+        """Ends its block where the object is not there; a missing bucket is an error.
+
+        A HEAD's answer has no body and so no code: for it botocore puts the status in the code's place.
+        """
+        try:
+            yield
+        except self.client.exceptions.ClientError as error:
+            if _code_of(error) not in _MISSING:
+                raise
 
 
 def object_versions(client: Any, bucket: str, prefix: str) -> list[dict[str, str]] | None:
