@@ -136,6 +136,7 @@ def group_old_images(
     with ThreadPoolExecutor(threads, thread_name_prefix="group") as pool:
         while some := store.run(partial(image_groups.ungrouped, limit=_PAGE), write=False):
             check()
+            # Threads read and decode, this one alone writes: one transaction at a time holds the lock of groups.
             store.run(partial(write, found=dict(zip(some, pool.map(hashed, some), strict=True))))
             count += len(some)
     if count:

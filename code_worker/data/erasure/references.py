@@ -83,6 +83,8 @@ class Mentions:
         after: str | None = ""
         while after is not None:
             page = partial(dead_letters.naming, erasure_id=receipt.id, scope=scope, after=after, limit=_LETTERS)
+            # Read outside of the transaction that rewrites: reading takes seconds, and a letter that changed
+            # meanwhile is left.
             found, after = self._read(page)
             if found:
                 self._lease.write(partial(self._rewrite, erasure_id=receipt.id, found=found))
@@ -140,6 +142,7 @@ class Unlearning:
             return sorted({*known, *runs})
 
         why = "an image that it learned from was erased: begin another run"
+        # Noted before they end: who takes up this erasure after a crash finds them on the receipt, and ends them.
         for run in self._lease.write(note):
             self._lease.write(partial(rows.end_run, run_id=run, reason=why))
 
@@ -149,6 +152,7 @@ class Unlearning:
         def note(session: Session) -> None:
             known = _noted(session, erasure_id).releases
             files = "kept" if ALL in known else WAITING
+            # What an earlier attempt noted stays as it says: files that are deleted must not be awaited again.
             named = {
                 name: {"how": how, "files": files if how == "learned" else "kept"}
                 for name, how in made.items()
