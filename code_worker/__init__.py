@@ -58,6 +58,7 @@ def __getattr__(name: str) -> Any:
     if (home := _HOMES.get(name)) is None:
         raise AttributeError(f"module 'code_worker' has no attribute {name!r}")
     value = getattr(import_module(home), name)
+    # Found there from now on, without another call of this function.
     globals()[name] = value
     return value
 

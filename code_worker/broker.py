@@ -104,17 +104,24 @@ def transport_options(settings: Settings) -> dict[str, Any]:
         # Without these two, kombu looks for such messages only every hundred seconds.
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
+        # At most so many at each look, so that a long list of them does not hold up the event loop.
         "unacked_restore_limit": 1000,
         # Without a socket timeout a half-open connection is never noticed.
         "socket_timeout": settings.broker.socket_timeout_s,
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
+        # A connection that lay idle is asked before it is used: a publisher finds a dead one before its message is in
+        # it.
         "health_check_interval": 5,
         "global_keyprefix": settings.broker.key_prefix or "",
         "queue_order_strategy": "code_worker.worker.kombu_redis:QueuesInOrder",
     }
 
 
+# Late acknowledgement: after the commit, so that a worker that dies leaves its message; twice is harmless, since a
+# claim is taken once. Prefetch 1: what a worker holds in reserve no other can take, and a live job waits behind it.
+# Retries of a connection go on for ever, since an outage of hours must not end workers; those of publishing are few,
+# since the row is safe in SQL and the sweeper publishes what a producer could not.
 def celery_config(settings: Settings) -> dict[str, Any]:
     """Settings of an app of our own.
 
@@ -153,6 +160,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
             "interval_max": 1,
         },
         "redbeat_key_prefix": f"{settings.broker.key_prefix or ''}redbeat:",
+        # Ten of beat's loops: a slow one must not lose the lock, at which redbeat ends the process (redbeat#230).
         "redbeat_lock_timeout": 50,
         "beat_max_loop_interval": 5,
         "beat_schedule_filename": str(settings.data_path / "run" / "beat-schedule"),

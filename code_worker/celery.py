@@ -20,6 +20,7 @@ def __getattr__(name: str) -> Celery:
     from code_worker.worker.app import create_app
 
     try:
+        # Kept under its name, or each look at the module would make another app.
         globals()[name] = made = create_app()
     except ConfigurationError as error:
         if not _asked_by_celerys_command():

@@ -125,6 +125,7 @@ class Client:
         groups = (self._new_jobs(group, common) for group in chunks(enumerate(items), _ROWS_PER_TRANSACTION))
         # SQLite takes one writer at a time: a second thread would only wait for its lock.
         lag = 0 if self._store.dialect == "sqlite" else 1
+        # One thread, so that messages go out in the order of acceptance; a lag of one bounds what waits in memory.
         with ThreadPoolExecutor(1, "code_worker-publish") as behind:
             publishing: deque[Future[None]] = deque()
             for new in groups:
@@ -220,13 +221,16 @@ class Client:
 
     def _accept(self, new: list[jobs.NewJob]) -> list[str]:
         try:
+            # The jobs have their ids already, so a transaction that runs again accepts the same ones.
             return self._store.run(partial(jobs.accept, jobs=new))
         except CommitUnknownError as error:
             raise _unknown(new) from error
 
     def _publish(self, ids: Sequence[str], new: Sequence[jobs.NewJob]) -> None:
+        # Read and set without a lock: at worst two threads find the broker away, and wait for it each.
         if time.monotonic() < self._rest_until:
             return
+        # Only now, after the commit: a worker that took the message sooner would find no row.
         by_queue: dict[str, list[str]] = {}
         for job_id, job in zip(ids, new, strict=True):
             by_queue.setdefault(queue_for(job.priority), []).append(job_id)
@@ -235,6 +239,7 @@ class Client:
             for queue, members in by_queue.items():
                 for group in chunks(members):
                     self._open_publisher().publish(queue, group)
+                    # Noted even where a later group fails: these need not be published again.
                     published += group
         except (BrokerUnavailableError, ConfigurationError) as error:
             # The rows are safe, the sweeper of any worker publishes them; in bulk, waiting each time takes hours.
@@ -262,8 +267,10 @@ class Client:
 
     def _forget(self) -> None:
         """In a forked child: the parent's connections are not ours to use, nor to close."""
+        # Kept alive: collected, their sockets would say goodbye to servers that the parent still talks to.
         _INHERITED.extend((self._publisher, self._labelling))
         self._publisher = self._labelling = None
+        # A new pool for this process, without a word on the old connections, which are the parent's.
         self._store.engine.dispose(close=False)
 
     def close(self) -> None:

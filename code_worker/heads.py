@@ -207,6 +207,7 @@ def read_options(
     fields = {field.lower(): field for field in getattr(head_class.Options, "model_fields", ())}
     given = {fields.get(key.lower(), key): value for key, value in written.items()}
     problem = ""
+    # First as it is: an option that is text may look like JSON, such as `1` or `true`.
     for tried in (given, {key: _from_json(value) for key, value in given.items()}):
         try:
             return head_class({**(below or {}), **tried}).options.model_dump(mode="json")
@@ -228,6 +229,7 @@ def _from_json(value: object) -> object:
 
 def head_spelt(name: str, known: Collection[str]) -> str | None:
     """The head of `known` that a name in the settings stands for; names of variables have no `-`."""
+    # The exact name first: with `-` for `_` one of two heads could hide the other.
     alike = [one for one in known if name == one] or [one for one in known if name == one.replace("-", "_")]
     return alike[0] if alike else None
 
@@ -263,6 +265,7 @@ def fit_head(head: Head, embeddings: Embeddings, labels: Labels) -> Head:
     Raises:
         ValueError: as `Head.fit`.
     """
+    # rows: a (n,) mask of the real ones, or all; seen is (m, 192), known (m,).
     rows = labels == 0 if head.one_class else slice(None)
     seen, known = embeddings[rows], labels[rows]
     # Other heads learn from the same arrays.

@@ -68,6 +68,7 @@ class Publisher:
         """
         if cls._installed is not None:
             return cls(cls._installed)
+        # Not the current app: in a process of somebody's that would take the place of theirs.
         app = Celery("code_worker.client", set_as_current=False, changes={})
         app.config_from_object(celery_config(settings))
         return cls(app, own=True)
@@ -141,6 +142,7 @@ class Publisher:
         with self._channel() as channel:
             if not _is_redis(channel):
                 return []
+            # kombu on Redis keeps bindings in a set per exchange, which outlive the configuration that made them.
             bound = [binding for binding in channel.get_table(exchange) if binding[-1] in set(queues)]
             for key in (channel.keyprefix_queue, getattr(channel, "keyprefix_binding_permanent", None)):
                 if key and bound:
@@ -201,6 +203,7 @@ class Publisher:
             if gone:
                 channel.client.hdel(_BYSTANDERS, name)
             else:
+                # By this machine's clock, and read by those of others: minutes matter here, not seconds.
                 channel.client.hset(_BYSTANDERS, name, str(time.time()))
                 _bystanders(channel)
 
@@ -230,6 +233,8 @@ class Publisher:
             # kombu puts no prefix before the key of HSCAN.
             kept = channel.client.hscan_iter(f"{channel.global_keyprefix}{channel.unacked_key}", count=500)
             for number, (_, message) in enumerate(kept):
+                # Beyond that the look would take longer than it is worth; held is the careful answer, and publishes
+                # nothing.
                 if number == _MOST_HELD:
                     return wanted
                 found |= wanted.intersection(_named_in(channel, message))
@@ -239,6 +244,7 @@ class Publisher:
     def _channel(self) -> Iterator[Any]:
         try:
             with self._app.connection_for_read() as connection:
+                # Twice at most: who asks for a queue's depth can do without, and must not hang.
                 connection.ensure_connection(max_retries=1, interval_start=0.1)
                 yield connection.default_channel
         except self._refusals() as error:
@@ -272,6 +278,7 @@ def _bystanders(channel: Any) -> dict[str, float]:
 def _named_in(channel: Any, kept: bytes) -> list[str]:
     """Jobs of an unacknowledged message as kombu keeps it; none where it is somebody else's, or cannot be read."""
     try:
+        # The form in which kombu keeps them (`QoS.append`): payload, exchange, routing key.
         payload, _, routing_key = json.loads(kept)
         if routing_key not in QUEUES:
             return []

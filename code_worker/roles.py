@@ -35,6 +35,7 @@ def current_user() -> str:
 
 def role_of(roles: RoleSettings, actor: str) -> Role | None:
     """The highest role that lists the actor or `*`, or None; while no role lists anybody, all are operators."""
+    # Highest first: the first that lists the actor is the answer.
     listed: dict[Role, Sequence[str]] = {
         Role.OPERATOR: roles.operators,
         Role.REVIEWER: roles.reviewers,

@@ -38,6 +38,7 @@ MAX_NAME_LENGTH: Final = 200
 MAX_METADATA_BYTES: Final = 16 * 1024
 """Of metadata as JSON in UTF-8."""
 _JSON: Final = json.JSONEncoder(allow_nan=False, ensure_ascii=False, sort_keys=True)
+# How JSON writes a NUL, which PostgreSQL's JSONB refuses; after an unpaired backslash it is only text.
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -113,6 +114,7 @@ def checked_item(fields: object) -> JobItem:
     """
     try:
         return JobItem.model_validate(fields)
+    # `from None`: pydantic's own error would quote the values in a traceback.
     except ValidationError as error:
         raise ValueError(f"job not accepted: {'; '.join(map(_finding, error.errors()))}") from None
 
@@ -171,6 +173,7 @@ def parse_message(message: object) -> tuple[list[str], list[object]]:
         raise MessageError("message fields 'jobs' and 'items' must be lists")
     if not 1 <= len(jobs) + len(items) <= MAX_JOBS_PER_MESSAGE:
         raise MessageError(f"a message lists 1 to {MAX_JOBS_PER_MESSAGE} entries, not {len(jobs) + len(items)}")
+    # Only bounded here: what is no id names no row, and is passed over when it is claimed.
     if not all(isinstance(job, str) and 0 < len(job) <= 64 for job in jobs):
         raise MessageError("'jobs' must list job ids (strings of 1 to 64 characters)")
     return jobs, items

@@ -117,6 +117,7 @@ class Labeller:
         """
         by = current_user() if by is None else by
         actor = by if actor is None else actor
+        # Checked with a hash that stands in, so that nothing is fetched for what could not be stored.
         draft = NewLabel(
             sha256=_UNKNOWN,
             label=label,
@@ -196,6 +197,7 @@ class Labeller:
             kept = kept_images.kept(session, there.images)
             some = [one for one in new if one.sha256 in kept and (one.job_id is None or one.job_id in there.jobs)]
             written = {one.sha256 for one in some}
+            # Locks in the order of all who forget: the erasure's (`left`), that of groups, the audit's.
             image_groups.lock(session)
             added = labels.add(session, some)
             image_groups.place(session, _named(some))
@@ -222,6 +224,7 @@ class Labeller:
         return Found(image, image.uri)
 
     def _of_job(self, job_id: str) -> Found:
+        # Before anything is read: what is erased from here on is not brought back by this label.
         since = self._moment()
         verdict, job = self._store.run(
             lambda session: (verdicts.live(session, job_id), jobs.get(session, job_id)), write=False
@@ -243,6 +246,8 @@ class Labeller:
                 "kept: label the URI itself to speak of what is there now"
             )
         self._note(image, since, job_id)
+        # Noted before it is written and looked at after it: a crash, or an erasure in between, leaves no file without
+        # a row.
         self._kept.put(data)
         self._look_again(image.sha256)
         return Found(image, uri)

@@ -161,6 +161,7 @@ def lesson_checks(lesson: Lesson) -> Iterator[tuple[str, bool]]:
 
 def _of_newcomer(lesson: Lesson, verdicts: Mapping[str, Verdict]) -> float:
     """Balanced accuracy over the newcomer's images and the real ones, those that were labelled left out."""
+    # The mean of the two classes' shares, so that it does not matter of which there are more.
     shares = []
     for source in (REAL, NEWCOMER):
         jobs = [job for job, verdict in lesson.before.items() if verdict.metadata["source"] == source]

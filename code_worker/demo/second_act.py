@@ -49,6 +49,7 @@ def await_release(store: Store, release: str, log: Path) -> None:
         CodeWorkerError: none does in time.
     """
     deadline = time.monotonic() + _STALL_S
+    # The champion's alias says what should judge; only a worker's own word says that it does.
     while not any(
         worker.release == release
         for worker in store.run(lambda session: workers.alive(session, within_s=_STALL_S), write=False)
@@ -92,6 +93,7 @@ def await_run(store: Store, advance: Progress, log: Path) -> Run:
             epochs = measured
             if run.finished_at is not None:
                 return run
+        # No limit on the whole: a slow machine trains for long, and is told from a dead one by its signs of life.
         if (sign := run and (run.stage, run.heartbeat_at)) != seen:
             seen, last_change = sign, time.monotonic()
         elif time.monotonic() - last_change > _STALL_S:

@@ -49,6 +49,7 @@ def _bilinear(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
 
 def _checkerboard(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
     """A transposed convolution whose kernel (3) is no multiple of its stride (2): pixels overlap unevenly."""
+    # (h, w, 3) uint8 → (⌈h/2⌉, ⌈w/2⌉, 3) float64
     small = _shrunk(pixels, 2).astype(np.float64)
     # Sums to 1 over both phases; were the outer taps half the middle one, nothing would overlap unevenly.
     outer = rng.uniform(0.6, 0.7)
@@ -60,6 +61,7 @@ def _checkerboard(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8
 
 def _transposed(values: NDArray[np.float64], kernel: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     moved = np.moveaxis(values, axis, 0)
+    # (n, …) → (2n + 1, …): stride 2, kernel 3, without padding
     out = np.zeros((2 * len(moved) + 1, *moved.shape[1:]))
     for tap, weight in enumerate(kernel):
         out[tap : tap + 2 * len(moved) : 2] += weight * moved
@@ -97,6 +99,7 @@ def _in_blocks(values: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDAr
     """`M·block·Mᵀ` for each whole 8×8 block of each channel; what is left at the edges becomes 0."""
     out = np.zeros_like(values)
     rows, columns = values.shape[0] // 8, values.shape[1] // 8
+    # (8r, 8c, 3) → (r, 8, c, 8, 3): block row, row within, block column, column within, channel
     blocks = values[: rows * 8, : columns * 8].reshape(rows, 8, columns, 8, 3)
     out[: rows * 8, : columns * 8] = np.einsum("ij,ajbkc,lk->aiblc", matrix, blocks, matrix).reshape(
         rows * 8, columns * 8, 3
@@ -107,6 +110,7 @@ def _in_blocks(values: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDAr
 def _cosines() -> NDArray[np.float64]:
     """The orthonormal 8×8 DCT-II."""
     positions = np.arange(8)
+    # (8, 8): row k is the wave of frequency k, column n its value at pixel n
     waves = np.cos(np.pi * (2 * positions[None] + 1) * positions[:, None] / 16) / 2
     waves[0] /= np.sqrt(2)
     return waves
@@ -117,6 +121,7 @@ def _woven(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
     height, width, _ = pixels.shape
     period, depth = int(rng.integers(3, 5)), rng.uniform(2.5, 5)
     rows, columns = np.mgrid[0:height, 0:width]
+    # (h, w), the same for the three channels
     weave = depth * np.cos(2 * np.pi * rows / period) * np.cos(2 * np.pi * columns / period)
     return np.asarray(np.clip(np.rint(pixels + weave[..., None]), 0, 255), dtype=np.uint8)
 
@@ -128,6 +133,7 @@ def _dotted(pixels: NDArray[np.uint8], rng: Generator) -> NDArray[np.uint8]:
     """
     height, width, _ = pixels.shape
     rows, columns = np.mgrid[0:height, 0:width]
+    # (h, w) of ±d, the same for the three channels
     dots = rng.uniform(4, 8) * (1 - 2 * ((rows + columns) % 2))
     return np.asarray(np.clip(np.rint(pixels + dots[..., None]), 0, 255), dtype=np.uint8)
 

@@ -67,6 +67,7 @@ def bounded(
     def run() -> None:
         work.begin()
         try:
+            # Findings are appended as they come, so that those before the one that hangs are not lost.
             found.extend(probe())
         except CodeWorkerError as error:
             found.append(Check(name, Status.FAIL, redact(str(error)), hint))

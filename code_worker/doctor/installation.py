@@ -62,6 +62,7 @@ def data_directory(settings: Settings) -> Iterator[Check]:
     if not path.is_dir():
         yield Check("data directory", Status.WARN, f"{path} does not exist yet", "code-worker up makes it")
         return
+    # Written to, since a full disk lets an empty file be made; without a name, so that nothing of it is left.
     with tempfile.TemporaryFile(dir=path) as probe:
         probe.write(b"x" * 4096)
         probe.flush()

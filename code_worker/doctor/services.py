@@ -74,6 +74,7 @@ def is_vulnerable(name: str, version: str) -> bool:
     if series is None or len(numbers) != 3:
         return False
     major, minor, patch = numbers
+    # A series that is not listed is older than the fix, unless it is newer than all that are.
     return patch < series[major, minor] if (major, minor) in series else (major, minor) < max(series)
 
 
@@ -114,6 +115,7 @@ def clock(whose: str, there_s: float, asked_s: float, answered_s: float) -> Chec
         asked_s: Our time before the question.
         answered_s: Our time after the answer.
     """
+    # The server's time was read between our two: only what lies outside of them is a difference of clocks.
     skew_s = max(asked_s - there_s, there_s - answered_s, 0.0)
     text = f"this machine and the {whose} differ by {skew_s:.1f} s"
     hint = "run a time service (chrony, systemd-timesyncd) on both"

@@ -40,10 +40,13 @@ class KeptScheduler(RedBeatScheduler):
         return wait_s
 
     def _put_back(self) -> None:
+        # At most every five seconds, `beat_max_loop_interval`: a lost schedule fires again after that.
         wanted = self.app.redbeat_conf.schedule
         entries = {name: self._maybe_entry(name, entry) for name, entry in wanted.items()}
         with get_redis(self.app).pipeline() as pipe:
             for entry in entries.values():
+                # Two facts of each entry in one round trip: what it is, and that it stands in the set of those that
+                # are due.
                 pipe.hget(entry.key, "definition")
                 pipe.zscore(self.app.redbeat_conf.schedule_key, entry.key)
             answers = pipe.execute()
@@ -52,6 +55,7 @@ class KeptScheduler(RedBeatScheduler):
         changed = [name for name in stored if name not in lost and stored[name][0] != _definition(entries[name])]
         if not lost and not changed:
             return
+        # Keeps when each ran last, where that is known: nothing fires twice.
         self.setup_schedule()
         if len(lost) == len(wanted):
             log.error("schedule_empty", put_back=lost)
@@ -102,6 +106,7 @@ def _start_reporting(settings: Settings) -> Callable[[], None]:
     from code_worker.store import migrate
 
     @cache
+    # At the first sign of life, on the reporter's thread: a database that is away must not keep beat from starting.
     def store() -> Store:
         return migrate.open_current(settings.resolved_database_url, threads=1)
 

@@ -80,6 +80,7 @@ class EmbeddedBroker:
         binary = server_binary()
         make_private(self.directory)
         self.url = self._address()
+        # Both before the server starts: one that outlives us is found by its port, and stopped by its password.
         _write_private(self._kept_address, self.url)
         _write_private(self._config, self._configuration())
         tie = (sys.executable, "-m", "code_worker.system.processes")
@@ -128,6 +129,7 @@ class EmbeddedBroker:
         """Stops the server that holds our port if it knows our password; False when it is somebody else's."""
         try:
             with self._client() as client:
+                # Only a server that takes our password is ours to stop; any other on this port is left alone.
                 pid = client.info("server")["process_id"]
             log.warning("orphaned_broker_stopped", pid=pid)
             with self._client(_STOP_S) as client:  # it writes to disk first

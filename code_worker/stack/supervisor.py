@@ -103,6 +103,7 @@ class _Running:
         """SIGKILL to the child and to anything it started."""
         if self.process is not None and self.process.poll() is None:
             with suppress(ProcessLookupError):
+                # Its session is its own, so its process id is that of its group: what it started dies with it.
                 os.killpg(self.process.pid, signal.SIGKILL)
 
 
@@ -121,6 +122,7 @@ class Supervisor:
         self._log_path = log_path
         self._backoff = backoff or Backoff()
         self._new: queue.SimpleQueue[Child] = queue.SimpleQueue()
+        # Appended to and looked through by the supervisor's thread; `pids` copies it. New children come by the queue.
         self._running: list[_Running] = []
         self._exit_threads: list[threading.Thread] = []
         # Plain flags, polled: setting an Event inside a signal handler can deadlock with the wait it interrupts.
@@ -191,6 +193,8 @@ class Supervisor:
             self._end(each)
         deadline = time.monotonic() + _REPORTS_S
         for exit_thread in self._exit_threads:
+            # A moment for what died last to be reported; daemons, so that a hanging database holds up no end of the
+            # process.
             exit_thread.join(max(0.0, deadline - time.monotonic()))
 
     def _start_due(self) -> None:
@@ -228,6 +232,8 @@ class Supervisor:
         each.start_at = time.monotonic() + each.wait_s
 
     def _end(self, each: _Running) -> None:
+        # One after the other, the last started first: the worker ends while the broker still takes its
+        # acknowledgements.
         each.send(signal.SIGTERM)
         deadline = time.monotonic() + self.grace_s
         while each.process is not None:

@@ -134,6 +134,7 @@ class Stack:
             check_broker(self.settings)
         _check_device(self.settings.device)
         self._make_directories()
+        # Before the database is touched: two stacks would both migrate it, and both run a broker on one port.
         self._lock.acquire()
         self._prepare_database()
         self._supervisor.start()
@@ -141,6 +142,7 @@ class Stack:
             self._supervisor.add(self._broker.prepare())
             self._broker.wait_ready(given_up=lambda: self._supervisor.stopping)
             self._broker.publish()
+        # The worker last, since the order of stopping is the reverse: it ends while all that it needs still runs.
         self._supervisor.add(beat_child(env=self._env))
         self._supervisor.add(trainer_child(self.settings, env=self._env))
         self._supervisor.add(worker_child(self.settings, env=self._env))
@@ -176,6 +178,7 @@ class Stack:
             return self._supervisor.stop()
         finally:
             if self._broker is not None and self._lock.held:
+                # Only under the lock: without it the address is that of another stack, which runs here.
                 self._broker.withdraw()
             self._lock.release()
 
@@ -235,12 +238,14 @@ class _Lock:
                 f"`code-worker up` runs already in {self._path.parent.parent} (process {holder}): "
                 "stop it first, or use another --data-dir"
             ) from None
+        # For people alone: the lock says that somebody holds it, the number only who.
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()}\n".encode())
         self._descriptor = descriptor
 
     def release(self) -> None:
         if self._descriptor is not None:
+            # While it is still ours: a moment later another holder's number may stand there.
             with suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
             self._held_lock.close()

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_to_end(work: Callable[[Settings], int]) -> int:
     """Runs a supervised process on the settings of its environment; our own errors become its exit status."""
+    # First of all: a supervisor that dies before this line is noticed by it, one that dies after it by the kernel.
     die_with_parent()
     # Until Celery has its own way to stop: what is being loaded is let go of, and nothing stays half written.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -74,6 +75,7 @@ def _run(settings: Settings, queues: Sequence[str], concurrency: int | None, nam
     host.judge_on(concurrency)
     # In this thread, where SIGTERM breaks into it: a database that hangs is not waited for at the end as well.
     host.store()
+    # Before the model is loaded, which may take minutes: `doctor` sees a consumer that is on its way.
     host.start_reporting(names)
     try:
         # The model is loaded before the first message is taken; nothing forks afterwards, so CUDA is safe.
@@ -97,6 +99,8 @@ def consume(app: Celery, queues: Sequence[str], concurrency: int, settings: Sett
         pool="threads",
         concurrency=concurrency,
         queues=list(queues),
+        # Workers have nothing to tell each other: all that they share is in the ledger, and each of these is a
+        # subscription that a half-open connection would hold up.
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=not watched,

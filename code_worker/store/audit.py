@@ -105,6 +105,8 @@ def record(
     Raises:
         ValueError: details that are not JSON.
     """
+    # One writer at a time: two that read the same last entry would fork the chain, and `previous` is unique. In READ
+    # COMMITTED the statement after the lock sees what its last holder committed; SQLite's BEGIN IMMEDIATE has locked.
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
     before = last(session)
@@ -137,6 +139,8 @@ def note_state(session: Session, *, actor: str, subject: str, state: Mapping[str
 
 def _now(session: Session) -> datetime:
     """The time now, not that of the transaction's start, which may lie before that of the entry before."""
+    # PostgreSQL's now() is fixed when the transaction begins, before it waited for the lock. SQLite's is the
+    # statement's.
     postgresql = session.get_bind().dialect.name == "postgresql"
     return database_time(session, func.clock_timestamp() if postgresql else None)
 
@@ -148,6 +152,8 @@ def removal(session: Session, entry: Entry) -> Iterator[None]:
     The only way past the triggers, and only with an entry of the same transaction that says who removes what and
     why. A transaction that does not come to the end of the block cannot be committed.
     """
+    # `closed` refers to a row that never is there; the foreign key is deferred, so it is looked at when the
+    # transaction commits: only the DELETE below, at the end of the block, lets it pass.
     session.execute(insert(_REMOVALS).values(audit_seq=entry.seq, closed=-entry.seq))
     yield
     session.execute(delete(_REMOVALS).where(_REMOVALS.c.audit_seq == entry.seq))
@@ -180,6 +186,7 @@ def _conditions(wanted: AuditFilter) -> Iterator[Any]:
             yield _AUDIT.c[name] == value
     if wanted.action is not None:
         prefix = wanted.action.endswith(".")
+        # Not LIKE: SQLite's ignores case, and an underscore in an action would stand for any letter.
         named = func.substr(_AUDIT.c.action, 1, len(wanted.action)) if prefix else _AUDIT.c.action
         yield named == wanted.action
     if wanted.since is not None:
@@ -198,6 +205,7 @@ def stream(store: Store, *, page: int = _PAGE) -> Iterator[Entry]:
     def read(after: int | None) -> list[Entry]:
         return store.run(partial(list_entries, after=after, limit=page, newest_first=False), write=False)
 
+    # Entries are only ever added: pages of several transactions are still one chain.
     return chain.from_iterable(pages(read, lambda entry: entry.seq, None))
 
 

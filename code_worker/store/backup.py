@@ -53,6 +53,8 @@ def file_of(url: str) -> Path | None:
 
 def read_only(path: Path, *, timeout_s: float = 5.0) -> sqlite3.Connection:
     """Opens a database that is there, to read it; somebody else's lock is waited for so long."""
+    # In a URI `?` and `#` would end the path. `mode=ro` never makes a file where there is none, as a plain open
+    # would.
     quoted = str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     return sqlite3.connect(f"file:{quoted}?mode=ro", uri=True, timeout=timeout_s)
 
@@ -63,6 +65,8 @@ def heard_of(path: Path, within_s: float) -> list[str]:
     Raises:
         sqlite3.DatabaseError: it is no database.
     """
+    # Times as text of three digits beside the six that are stored: compared as text, the shorter of equal ones is
+    # less.
     statement = (
         "SELECT host, pid, info FROM workers "
         "WHERE seen_at > strftime('%Y-%m-%d %H:%M:%f', 'now', ?) ORDER BY started_at"
@@ -83,6 +87,8 @@ def undone(present: Path, copy: Path) -> Iterator[Undone]:
     """
     asked = "SELECT id, created_at, scope, by, why, salt, target FROM erasures ORDER BY created_at"
     with closing(read_only(present)) as now, closing(read_only(copy)) as then:
+        # With the time, since an erasure that was asked for again has a new one: the copy lacks what came into it
+        # then.
         known = {row[:2] for row in _rows(then, asked)}
         for key, at, scope, by, why, salt, target in _rows(now, asked):
             if (key, at) in known:
@@ -163,6 +169,8 @@ def _rows(connection: sqlite3.Connection, statement: str, *values: object) -> It
     try:
         yield from connection.execute(statement, values)
     except sqlite3.OperationalError as error:
+        # The file may be of an older revision, which lacks the table; what it cannot hold was not lost from it
+        # either.
         if not str(error).startswith(("no such table", "no such column")):
             raise
 
@@ -193,6 +201,7 @@ def backup(url: str, target: Path) -> int:
     with _translated(f"the database cannot be copied to {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target, private=True) as partial:
+            # Checked before it gets its name: a copy that does not hold together never looks like one.
             _copy(source, partial)
             _check(partial)
     return target.stat().st_size
@@ -225,6 +234,7 @@ def restore(url: str, source: Path, aside: Path, *, silence_s: float | None = No
         if target.is_file() and target.stat().st_size:
             if silence_s is not None:
                 _refuse_running(target, silence_s)
+            # The present one is safe before a page of it changes: who dies between these two has lost nothing.
             backup(url, aside)
         _copy(source, target, keep_log=True)
 
@@ -278,6 +288,7 @@ def _give_up_after(seconds: float) -> Callable[[int, int, int], None]:
 def _check(path: Path) -> None:
     with closing(read_only(path)) as connection:
         try:
+            # One finding is enough to refuse the file; without the number a hundred are looked for.
             found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             revision = _revision(connection)
         except sqlite3.DatabaseError as error:

@@ -49,6 +49,9 @@ def _rows(table: Mapping[DbFault, str]) -> dict[str, DbFault]:
 SQLSTATES: Final = _rows(
     {
         # 26000 and 42P05: a statement prepared on another connection, behind a pooler or after a failover.
+        # 40001 and 40P01 are a lost race and a deadlock; 55P03 is our own lock_timeout. 57014, which our
+        # statement_timeout raises, is not among them (class 57 below): the same statement would most likely run into
+        # the limit again.
         DbFault.RETRY: "08 40 72 25P03 26 42P05 53300 55P03 57P01 57P02 57P03 57P05",
         # 25006: a standby, or a primary that was made one; XX: the server's own faults, damaged files among them.
         DbFault.UNAVAILABLE: "25006 25P04 28 3D 53 55 57 58 F0 XX",
@@ -95,10 +98,12 @@ def classify(error: SQLAlchemyError) -> DbFault:
 
 
 def _classify_sqlite(error: DBAPIError, orig: sqlite3.Error) -> DbFault:
+    # Extended codes, such as that of a busy snapshot or of a failed fsync, hold the primary code in their low byte.
     code = getattr(orig, "sqlite_errorcode", 0) & 0xFF
     if (fault := _SQLITE_CODES.get(code)) is not None:
         return fault
     text = str(orig)
+    # SQLITE_ERROR is the code of wrong SQL as well: the text alone tells a missing migration from a bug of ours.
     if code == sqlite3.SQLITE_ERROR and ("no such table" in text or "no such column" in text):
         return DbFault.UNMIGRATED
     return DbFault.REFUSED if isinstance(error, IntegrityError) else DbFault.BUG
@@ -125,6 +130,7 @@ def loses_connection(error: SQLAlchemyError) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     if isinstance(error.orig, sqlite3.Error):
+        # A write or fsync that failed during COMMIT: whether the record of it reached the log is not known.
         return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR
     state = getattr(error.orig, "sqlstate", None)
     if state is None:

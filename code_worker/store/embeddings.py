@@ -54,6 +54,7 @@ def keep(
     else:
         there = personal.left(session, jobs=(job for some in jobs.values() for job in some)).jobs
         kept = frozenset(sha256 for sha256 in vectors if not there.isdisjoint(jobs.get(sha256, ())))
+    # Sorted by the key: two workers that judged the same images wait for each other instead of deadlocking.
     rows = [
         {"encoder_sha256": encoder_sha256, "sha256": sha256, "vector": vectors[sha256]} for sha256 in sorted(kept)
     ]

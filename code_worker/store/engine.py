@@ -46,14 +46,20 @@ TRANSACTION: Final = "transaction"
 """`pooler=transaction` in a URL: what is behind it gives each transaction another connection."""
 _SQLITE_PRAGMAS: Final = (
     "PRAGMA journal_mode = WAL",
+    # A writer that finds the lock taken waits for so long before it is told so; the default is an error at once.
     "PRAGMA busy_timeout = 30000",
+    # In WAL mode a loss of power may take the last commits, and never damages the file; a killed process loses
+    # nothing.
     "PRAGMA synchronous = NORMAL",
+    # Off by default, and per connection.
     "PRAGMA foreign_keys = ON",
 )
 _SESSION: Final = {
     "timezone": "UTC",
+    # Longer than lock_timeout: who waits for a lock is told so (55P03, tried again) and not cancelled (57014).
     "statement_timeout": "15000",
     "lock_timeout": "5000",
+    # A process that was stopped, or whose machine stands still, lets go of its row locks after this.
     "idle_in_transaction_session_timeout": "30000",
 }
 
@@ -73,6 +79,8 @@ class Store:
         self._url = url or engine.url
         self.dialect = engine.dialect.name
         self.pooled = pooled
+        # Takes SQLite's write lock at once. One that began by reading and writes later is refused without any wait if
+        # somebody wrote in between (a busy snapshot). PostgreSQL never sees this option.
         self._writer = engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
         # SQLite takes and gives back its read lock for free; on PostgreSQL BEGIN and COMMIT are two journeys more.
         # Behind a pooler a statement without a transaction would have none of our limits.
@@ -101,6 +109,7 @@ class Store:
         cursor.execute("SELECT extract(epoch FROM clock_timestamp())::float8")
         (there_s,) = cursor.fetchone() or (time.time(),)
         cursor.close()
+        # psycopg began a transaction for the SELECT; the pool expects a connection without one.
         connection.rollback()
         self._clock.agree(there_s)
 
@@ -135,9 +144,12 @@ class Store:
             try:
                 with self._session(bind) as session, session.begin():
                     result = work(session)
+                    # From here to the answer of COMMIT an error leaves open whether it was done. What only reads has
+                    # nothing to lose.
                     committing = bind is self._writer
             except SQLAlchemyError as error:
                 fault = classify(error)
+                # Stays set: a later try that fails does not tell what became of this one.
                 unknown = unknown or (committing and loses_connection(error))
                 if is_read_only(error):
                     # The pool's connections lead to the same server; its address may lead to another one by now.
@@ -148,6 +160,7 @@ class Store:
                 _log.info("transaction_retried", tried=tried, wait_s=round(wait_s, 3), error=type(error).__name__)
             else:
                 return result
+            # Outside of the session: its connection is back in the pool, and a wait holds no lock.
             time.sleep(wait_s)
         raise AssertionError("unreachable")
 
@@ -189,8 +202,10 @@ def _make_engine(url: URL, threads: int, pool_timeout_s: float, connect_args: Ma
     return create_engine(
         url,
         connect_args=dict(connect_args),
+        # They hold addresses and content hashes, which belong in no log and no traceback.
         hide_parameters=True,
         json_serializer=_JSON.encode,
+        # A number that an operator can count with: no process ever opens more than `pool_size`.
         max_overflow=0,
         pool_recycle=900,
         pool_size=threads + 2,
@@ -203,6 +218,7 @@ def _open_postgresql(url: URL, threads: int) -> Store:
     limits: dict[str, Any] = {
         "application_name": "code_worker",
         "connect_timeout": 5,
+        # A server that vanished is noticed after a minute of silence: 30 s, then three questions 10 s apart.
         "keepalives": 1,
         "keepalives_idle": 30,
         "keepalives_interval": 10,
@@ -259,6 +275,7 @@ def _read_options(options: str) -> dict[str, str]:
 
 
 def _set_for_transaction(connection: Connection, *, wanted: Mapping[str, str]) -> None:
+    # The third argument makes it SET LOCAL: at commit the pooler's connection is as it was.
     calls = ", ".join(f"set_config(:name{number}, :value{number}, true)" for number in range(len(wanted)))
     values = {f"name{number}": name for number, name in enumerate(wanted)}
     values |= {f"value{number}": value for number, value in enumerate(wanted.values())}

@@ -37,11 +37,14 @@ def uuid7_floor(moment: datetime) -> str:
 
 def keyed_id(tenant: str | None, key: str) -> str:
     """The id of the job that a tenant calls `key`; tenants do not share keys."""
+    # Neither may hold a NUL (see `wire`), so that no other tenant and key are joined to the same text.
     return str(uuid5(_JOBS, f"{tenant or ''}\0{key}"))
 
 
 def as_uuid(text: str) -> str | None:
     """The canonical spelling of an id, or None when it is no UUID."""
+    # Spares a UUID object per id. What else UUID() reads (braces, capitals, `urn:`) is brought to the one spelling
+    # that rows, messages and lists of ids are compared by.
     if _CANONICAL.fullmatch(text):
         return text
     try:

@@ -53,7 +53,9 @@ class RoleLease:
         self._role = role
         self._owner = owner
         self._doing = doing
+        # The lease of a holder that died is over by then; a holder that lives is not waited for.
         self._wait_s = min(wait_s, 1.25 * LEASE_S)
+        # Set by the heartbeat's thread, read by the one that works: a float that is replaced whole needs no lock.
         self._signed = 0.0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -62,6 +64,7 @@ class RoleLease:
         deadline, seen = time.monotonic() + self._wait_s, self._end()
         while not self._sign(workers.take_lease):
             until = self._end()
+            # The end of a lease moves only while its holder lives, so there is no use in waiting longer.
             if time.monotonic() > deadline or (until is not None and seen is not None and until > seen):
                 raise RoleTakenError(f"another process is {self._doing}: wait until it is done")
             time.sleep(_POLL_S)
@@ -78,6 +81,8 @@ class RoleLease:
         """
 
         def fenced(session: Session) -> T:
+            # This UPDATE locks the lease's row until commit: nobody takes the role over between the proof and the
+            # work.
             if not workers.renew_lease(session, self._role, self._owner, LEASE_S):
                 raise RoleLostError(f"another process took over: it is {self._doing} there, or did so meanwhile")
             return work(session)
@@ -106,6 +111,7 @@ class RoleLease:
         return signed
 
     def _beat(self) -> None:
+        # Three signs of life may fail before anybody else takes the role.
         while not self._done.wait(LEASE_S / 4):
             try:
                 if not self._sign(workers.renew_lease):
@@ -118,6 +124,7 @@ class RoleLease:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         if self._thread is not None:
+            # No limit: a sign of life that is under way ends with the limits of its statement and of the retries.
             self._thread.join()
         try:
             self._store.run(partial(workers.drop_lease, name=self._role, owner=self._owner))

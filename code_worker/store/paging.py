@@ -34,6 +34,8 @@ def page_after(
         newest_first: in descending order.
     """
     if last is not None:
+        # Rows compared as a whole: right where many share a moment, and one range of the index. The values with the
+        # types of the columns: on SQLite times are text, and their form decides the order.
         here = tuple_(*by)
         there = tuple_(*(literal(value, column.type) for value, column in zip(last, by, strict=True)))
         statement = statement.where(here < there if newest_first else here > there)

@@ -113,6 +113,7 @@ def _audit(session: Session, row: Mapping[str, Any]) -> None:
 
 def in_force(session: Session) -> list[PolicyRow]:
     """The highest version for every tenant and content type that has one."""
+    # NOT EXISTS, since the unique constraint's index answers it for each row.
     newer = _POLICIES.alias("newer")
     superseded = select(literal(1)).where(
         newer.c.tenant == _POLICIES.c.tenant,
@@ -177,6 +178,7 @@ def _hashes(manifest: Mapping[str, Any], head: str | None) -> tuple[str | None, 
 def _policy(row: RowMapping) -> PolicyRow:
     # Before there was a column for it, the evidence alone said which release it was.
     drawn_on = row["release_id"] or (row["evidence"] or {}).get("release")
+    # Empty in the table, and not NULL: the unique constraint would let in any number of rows with a NULL.
     scope = {name: row[name] or None for name in ("tenant", "content_type")}
     return PolicyRow(**{**row, **scope, "release_id": drawn_on})
 

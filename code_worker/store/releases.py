@@ -122,6 +122,7 @@ def add(
         "status": status,
     }
     insert_new(session, ReleaseRow, [row], same=["id"])
+    # Read again: between the look and the insert somebody else may have registered the same id.
     written = get(session, id)
     if written is None or written.manifest_sha256 != manifest_sha256:
         raise StoreError(f"release {id} is registered with another manifest")
@@ -217,6 +218,7 @@ def challenge(session: Session, release_id: str, *, by: str, reason: str) -> str
         StoreError: no such release, it was retired, or it is the champion.
     """
     # Locked, so that it is not promoted at the same moment.
+    # First the champion's row, then the challenger's: `_move` takes them in the same order at a promotion.
     champion = select(_ALIASES.c.release_id).where(_ALIASES.c.name == CHAMPION).with_for_update()
     if session.scalar(champion) == release_id:
         raise StoreError(f"{release_id} is the champion: it cannot be its own challenger")
@@ -252,6 +254,7 @@ def rollback(session: Session, name: str, *, by: str, reason: str, move: int | N
         own = (_MOVES.c.undoes == move, _MOVES.c.by == by, _MOVES.c.reason == reason)
         if (done := session.scalar(select(_MOVES.c.release_id).where(*own))) is not None:
             return str(done)
+    # Locked before the history is read: two rollbacks at once would take back the same move.
     now = session.scalar(select(_ALIASES.c.release_id).where(_ALIASES.c.name == name).with_for_update())
     last, before = last_move(session, name)
     if move not in {None, last}:
@@ -266,6 +269,7 @@ def last_move(session: Session, name: str) -> tuple[int, str]:
     Raises:
         StoreError: it pointed nowhere before.
     """
+    # Without `IS NOT NULL` the list would hold NULLs, and NOT IN a list with a NULL is true of nothing.
     undone = select(_MOVES.c.undoes).where(_MOVES.c.alias == name, _MOVES.c.undoes.is_not(None))
     last = session.execute(
         select(_MOVES.c.id, _MOVES.c.previous_id)

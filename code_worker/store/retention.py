@@ -75,6 +75,7 @@ def _vacuum(store: Store) -> None:
             # The connection goes back to the pool; its next user wants the limit again.
             connection.execute(text("RESET statement_timeout"))
         except BaseException:
+            # Nobody knows whether the limit was set again: such a connection must not return to the pool.
             connection.invalidate()
             raise
 
@@ -122,6 +123,8 @@ def jobs(session: Session, days: float, limit: int) -> int:
     moment = _moment(session, days)
     old = (
         select(_JOBS.c.id)
+        # When it was accepted follows from when it was finished; it is asked for since ix_jobs_created_at_id begins
+        # with it.
         .where(_JOBS.c.created_at < moment, _JOBS.c.finished_at < moment, _JOBS.c.due_at.is_(None))
         .where(~exists().where(_VERDICTS.c.job_id == _JOBS.c.id, _VERDICTS.c.created_at >= moment))
         .order_by(_JOBS.c.created_at, _JOBS.c.id)
@@ -133,9 +136,11 @@ def jobs(session: Session, days: float, limit: int) -> int:
         return 0
     personal.note_origins(session, found)
     kept_images.look_again_at(session, found)
+    # Last before the deletes: the audit's lock is held to the end of the transaction.
     entry = _entry(session, "jobs", days, len(found))
     with audit.removal(session, entry):
         session.execute(delete(_SHADOW).where(among(session, _SHADOW.c.job_id, found)))
+        # Before the jobs, to which their foreign key leads.
         session.execute(delete(_VERDICTS).where(among(session, _VERDICTS.c.job_id, found)))
         session.execute(delete(_JOBS).where(among(session, _JOBS.c.id, found)))
     return len(found)
@@ -169,6 +174,7 @@ def embeddings(session: Session, days: float, limit: int) -> int:
         .order_by(_EMBEDDINGS.c.created_at)
         .limit(limit)
     ).all()
+    # The primary key begins with the encoder: by it a delete by content hash is a look-up for each.
     by_encoder: dict[str, list[str]] = {}
     for encoder, sha256 in found:
         by_encoder.setdefault(encoder, []).append(sha256)
@@ -204,8 +210,10 @@ def forget_labels(session: Session, hashes: Sequence[str], days: float) -> int:
     Images of which something was said meanwhile stay. The files of the others are `kept_images.copies_to_drop`: they
     go after the rows, so that nobody who labels such an image at this moment is left with a row and no copy.
     """
+    # Locks are taken in this order by all who forget: the erasure's, that of groups, the audit's.
     personal.keep_out(session)
     among_these = _LABELS.c.sha256.in_(hashes)
+    # Asked again, now that nobody can label: `old_images` read without a lock.
     still = sorted(set(session.scalars(select(_LABELS.c.sha256).where(among_these, *_unspoken_of(session, days)))))
     if not still:
         return 0
@@ -264,12 +272,14 @@ def _moment(session: Session, days: float) -> datetime:
 
 
 def _by_id(session: Session, table: Table, days: float, limit: int) -> int:
+    # Ids are UUIDv7 by the database's clock, so the primary key is the index of age.
     old = table.c.id < uuid7_floor(_moment(session, days))
     return _oldest(session, table, table.c.id, old, limit)
 
 
 def _oldest(session: Session, table: Table, key: ColumnElement[Any], old: ColumnElement[bool], limit: int) -> int:
     found = select(key).where(old).order_by(key).limit(limit)
+    # The condition is repeated since a key may not be unique: the slots of two schedules can have the same time.
     return rowcount(session.execute(delete(table).where(key.in_(found), old)))
 
 

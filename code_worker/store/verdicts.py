@@ -67,6 +67,7 @@ def write(session: Session, verdicts: Sequence[Verdict]) -> list[str]:
     if not verdicts:
         return []
     rows: dict[tuple[str, int], dict[str, Any]] = {}
+    # Holds these rows (KEY SHARE) until commit: no erasure can delete one between this look and the insert.
     there = personal.left(session, jobs=(verdict.job_id for verdict in verdicts)).jobs
     if gone := sorted({verdict.job_id for verdict in verdicts} - there):
         log.warning("verdicts_dropped", jobs=gone, reason="their jobs were erased, or are too old to be kept")
@@ -80,6 +81,7 @@ def write(session: Session, verdicts: Sequence[Verdict]) -> list[str]:
         if verdict.job_id not in there or verdict.job_id in erased:
             continue
         rows.setdefault((verdict.job_id, verdict.revision), _values(verdict, verdict.id or new_id(session)))
+    # Sorted by the unique key: two that judged the same jobs wait for each other instead of deadlocking.
     in_order = [rows[key] for key in sorted(rows)]
     written = insert_new(session, VerdictRow, in_order, same=["job_id", "revision"], fresh="id")
     _finish(session, sorted({job_id for job_id, _ in rows}))
@@ -92,8 +94,11 @@ def _finish(session: Session, job_ids: Sequence[str]) -> None:
             update(_JOBS)
             .where(
                 among(session, _JOBS.c.id, some),
+                # Accepted ones as well, of any owner: a lease that lapsed while its image was judged spoils no
+                # verdict.
                 unindexed(_JOBS.c.state).in_(("accepted", "running")),
                 _VERDICTS.c.job_id == _JOBS.c.id,
+                # By the verdict that is there, ours or another's: no job with a verdict may stay unfinished.
                 _VERDICTS.c.revision == _JOBS.c.revision,
             )
             .values(
@@ -220,6 +225,7 @@ def _conditions(wanted: VerdictFilter) -> Iterator[Any]:
         yield table.score >= wanted.score_min
     if wanted.score_max is not None:
         yield table.score <= wanted.score_max
+    # Answered by the unique constraint on job and revision.
     if wanted.live_only:
         yield ~exists().where(_NEWER.c.job_id == table.job_id, _NEWER.c.revision > table.revision)
 
@@ -260,6 +266,8 @@ def page(session: Session, wanted: RescoreFilter, *, after: Position | None = No
 
     A page thus costs the same however rare the matches are.
     """
+    # Outer join: a job without a live verdict takes its place in the page, so that the page after it begins further
+    # on.
     live = and_(_VERDICTS.c.job_id == _JOBS.c.id, _VERDICTS.c.revision == _JOBS.c.revision)
     statement = (
         select(_VERDICTS, *(_JOBS.c[name].label(f"job_{name}_") for name in _OF_JOB))
@@ -321,6 +329,7 @@ def replace_live(session: Session, new: Sequence[Verdict]) -> Collection[str]:
         Ids of the jobs whose live verdict is now one of `new`.
     """
     free: set[str] = set()
+    # First the jobs' rows are moved on and locked by it; a retry that comes now finds the new revision.
     for revision, some in groupby(sorted(new, key=_order), key=lambda verdict: verdict.revision):
         for ids in chunks((verdict.job_id for verdict in some), IN_LIST):
             free.update(session.scalars(_next_revision(ids, revision)))

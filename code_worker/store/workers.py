@@ -154,6 +154,7 @@ def alive(session: Session, *, within_s: float, role: str | None = JUDGES) -> li
 def gone(session: Session, owner: str) -> None:
     """The process ends in order: its row goes, and those that fell silent a week ago with it."""
     session.execute(
+        # By the next process that ends, since a process that was killed cannot take back what it said.
         delete(_WORKERS).where(or_(_WORKERS.c.owner == owner, _WORKERS.c.seen_at < db_now_plus(-_FORGOTTEN_AFTER_S)))
     )
 
@@ -162,6 +163,9 @@ def take_lease(session: Session, name: str, owner: str, ttl_s: float) -> bool:
     """Takes or renews a role for `ttl_s`; False while somebody else holds it."""
     held = {"owner": owner, "until": db_now_plus(ttl_s)}
     statement = insert_into(session, LeaseRow).values(name=name, **held)
+    # One statement: of two that try at once the second waits for the row and meets the first one's lease. now() is
+    # that of the transaction's start, so who had to wait takes a lapsed lease for a held one, never a held one for
+    # lapsed.
     free = or_(_LEASES.c.owner == owner, _LEASES.c.until <= db_now())
     taken = statement.on_conflict_do_update(index_elements=["name"], set_=held, where=free).returning(_LEASES.c.name)
     return session.scalar(taken) is not None
@@ -206,6 +210,7 @@ def pause_source(
             seconds = max(seconds, min(longest_s, (now - since).total_seconds()))
     said = {"until": db_now_plus(seconds), "detail": plain(detail, _MAX_TEXT)}
     began = db_now_plus(-began_s)
+    # In DO UPDATE the table's columns are those of the row that is there already.
     since = case((_PAUSES.c.until < db_now_plus(-_SAME_TROUBLE_S), began), else_=_PAUSES.c.since)
     statement = insert_into(session, SourcePauseRow).values(source=source, since=began, **said)
     updated = statement.on_conflict_do_update(index_elements=["source"], set_={**said, "since": since})
@@ -243,6 +248,7 @@ def dead_letter(session: Session, *, task: str, body: str, error: str, letter_id
     # A letter may say anything; an erasure under way reads it before it ends.
     personal.left(session)
     letter_id = letter_id or new_id(session)
+    # Redacted before it is cut: of half a credential nobody could tell what it is.
     said = {"body": plain(cut(redact(body), _MAX_BODY), _MAX_BODY), "error": plain(cut(error, _MAX_TEXT), _MAX_TEXT)}
     row = {"id": letter_id, "task": task, **said}
     session.execute(insert_into(session, DeadLetterRow).on_conflict_do_nothing().values(row))
@@ -265,6 +271,7 @@ def list_dead_letters(session: Session, *, after: str | None = None, limit: int 
 
 def saw_plugins(session: Session, plugins: Iterable[Plugin], *, host: str | None = None) -> None:
     """Records which plugins this host (or `host`) has, with the time."""
+    # In one order: all processes of a host write the same rows when they start.
     for plugin in sorted(plugins, key=lambda plugin: plugin.name):
         said = {"distribution": plugin.distribution, "hooks": list(plugin.hooks), "last_seen": db_now()}
         statement = insert_into(session, PluginSeenRow).values(

@@ -32,6 +32,7 @@ class FailpointError(Exception):
 
 
 def _exit(_: str) -> NoReturn:
+    # Past all cleaning up, as SIGKILL would: what is tested is what such an end leaves behind.
     os._exit(FAILPOINT_STATUS)
 
 

@@ -66,6 +66,7 @@ def make_private(directory: Path) -> None:
             break
         directory = directory.parent
     for each in reversed(missing):
+        # Another process may be making the same ones.
         each.mkdir(mode=0o700, exist_ok=True)
 
 
@@ -111,6 +112,7 @@ def whole_file(
     try:
         yield partial
         if durable:
+            # The bytes before the name: in the other order a loss of power could leave the new name on an empty file.
             flush(partial)
         partial.replace(path)
     except BaseException:
@@ -118,6 +120,7 @@ def whole_file(
             partial.unlink(missing_ok=True)
         raise
     if durable:
+        # The name itself is an entry of the directory, which is a file to be flushed too.
         flush(path.parent)
 
 
@@ -175,6 +178,8 @@ def locked(
         deadline = time.monotonic() + wait_s
         while True:
             try:
+                # Asked again and again: a flock that blocks knows no limit, and is begun anew after a signal's
+                # handler.
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:

@@ -26,6 +26,7 @@ def silent_import() -> Iterator[None]:
     Where the package `openvino_telemetry` is not installed, OpenVINO uses a stub that does nothing. So that package
     is hidden meanwhile, and OpenVINO keeps the stub for as long as the process lives.
     """
+    # Once either is imported its choice is made, and hiding the package would only confuse others.
     hidden = not sys.modules.keys() & set(_OPENVINO)
     if hidden:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # an import then raises ImportError

@@ -116,12 +116,14 @@ def _control_groups(controller: str, root: Path) -> Iterator[Path]:
         if controllers and controller not in controllers.split(","):
             continue
         top = root / "sys/fs/cgroup" / (controller if controllers else "")
+        # A process in a group outside of its container's view has a path that leads up: only the top is known there.
         inner = () if ".." in path else Path(path).parts[1:]
         yield from (group for depth in range(len(inner), -1, -1) if (group := top.joinpath(*inner[:depth])).is_dir())
 
 
 def uptime_s() -> float:
     """Seconds of a clock that nobody sets and that goes on while the machine sleeps."""
+    # Linux's monotonic clock stands still while the machine sleeps; leases and timeouts of servers do not.
     boot_clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if boot_clock is None else time.clock_gettime(boot_clock)
 
@@ -134,6 +136,7 @@ class ServerClock:
     """
 
     def __init__(self) -> None:
+        # One value that is replaced whole: threads that share this clock need no lock.
         self._ahead_s: float | None = None
 
     def agree(self, there_s: float) -> None:

@@ -97,6 +97,7 @@ def _ask_kernel(number: signal.Signals) -> None:
 
 def _watch(parent: int, number: signal.Signals) -> None:
     while os.getppid() == parent:
+        # Nothing but Linux tells of a parent's end; an orphan gets another parent, which can be looked at.
         time.sleep(_POLL_S)
     os.kill(os.getpid(), number)
 
@@ -104,6 +105,7 @@ def _watch(parent: int, number: signal.Signals) -> None:
 def main() -> None:
     """Ties this process, then replaces it by the command in its arguments."""
     die_with_parent(signal.SIGTERM)
+    # The tie outlives exec, and the process id stays: the supervisor signals the program itself, not a wrapper.
     os.execv(sys.argv[1], sys.argv[1:])  # noqa: S606 - the supervisor's own command, no shell
 
 

@@ -101,6 +101,7 @@ def _signs_of_content(name: str, file: IO[bytes]) -> Iterator[str]:
     start = file.read(2)
     if start in _PICKLE_STARTS:
         yield "content that begins as a pickle"
+    # numpy writes arrays of objects as pickles; the dtype stands in the file's header.
     if suffix == ".npy" and b"'|O'" in file.read(256):
         yield "an array of Python objects"
 

@@ -241,6 +241,7 @@ def fake_client(verdicts: Mapping[str, Answer] | None = None, *, heads: Collecti
     client = FakeClient(verdicts, heads=heads)
     package = vars(code_worker)
     before = {name: package[name] for name in _FUNCTIONS if name in package}
+    # The last one counts, so that a fixture may be entered within another.
     _active.append(client)
     package.update(_STABLE)
     module = sys.modules.get(_CLIENT)
@@ -253,6 +254,8 @@ def fake_client(verdicts: Mapping[str, Answer] | None = None, *, heads: Collecti
     finally:
         _active.remove(client)
         for name in _FUNCTIONS:
+            # A name that was resolved meanwhile is the fake's; the package resolves the real one when it is next
+            # asked for.
             package.pop(name, None)
         package.update(before)
         if module is not None:

@@ -106,6 +106,8 @@ def check_direction(subject: HeadUnderTest) -> None:
     """Generated images score higher than real ones."""
     scores = subject.head.score(subject.embeddings)
     real, generated = scores[subject.labels == 0], scores[subject.labels == 1]
+    # (g, 1) > (1, r) → (g, r): the share of ordered pairs, which is the area under the ROC curve (Mann and Whitney's
+    # statistic over g · r) with ties counted as wrong.
     ordered = float((generated[:, None] > real[None, :]).mean())
     if ordered < 0.9:
         raise NotConformingError(
@@ -117,6 +119,7 @@ def check_direction(subject: HeadUnderTest) -> None:
 
 def check_border(subject: HeadUnderTest) -> None:
     """0.5 is the border: what the head would call generated scores at least 0.5."""
+    # (97,) bool
     right = (subject.head.score(subject.embeddings) >= 0.5) == (subject.labels == 1)
     if right.mean() < 0.8:
         raise NotConformingError(
@@ -150,6 +153,7 @@ def check_batch_invariance(subject: HeadUnderTest) -> None:
     """
     head = subject.fitted_to_hard_data()
     with threadpool_limits(1):
+        # (1000,) float32, each row scored with nothing beside it: what all other ways are compared with
         alone = _in_batches(head, subject.queries, 1)
         for size in _BATCHES:
             _must_agree(subject, alone, _in_batches(head, subject.queries, size), f"in batches of {size}")
@@ -168,6 +172,7 @@ def _in_batches(head: Head, embeddings: NDArray[np.float32], size: int) -> NDArr
 def _must_agree(subject: HeadUnderTest, alone: NDArray[np.float32], other: NDArray[np.float32], how: str) -> None:
     apart, allowed = np.abs(alone - other), subject.tolerance
     over = np.count_nonzero(apart > allowed)
+    # Beside the tolerance: a difference that rounding explains still may not turn one verdict into another.
     strayed = np.count_nonzero((alone >= 0.5) != (other >= 0.5))
     if over or strayed:
         raise NotConformingError(
@@ -247,6 +252,8 @@ def check_thread_safety(subject: HeadUnderTest) -> None:
     # As in a worker on a CPU: threads of BLAS would wait for one another's cores.
     with threadpool_limits(1), ThreadPoolExecutor(8) as pool:
         for _ in range(5):
+            # Five rounds of 24 batches: a race shows by chance, so one that passes here is unlikely and not ruled
+            # out.
             for before, after in zip(expected, pool.map(subject.head.score, batches), strict=True):
                 if before.shape != after.shape or largest_difference(before, after) > subject.tolerance:
                     raise NotConformingError(

@@ -31,9 +31,11 @@ def sample_embeddings(rows: int = _ROWS, seed: int = 0) -> tuple[NDArray[np.floa
     Real ones lie round one point, generated ones round another, at right angles to it.
     """
     real, other = np.random.default_rng(1729).normal(size=(2, EMBEDDING_DIM))
+    # (192,), Gram and Schmidt: what of `other` lies along `real` is taken away
     generated = other - real * (other @ real) / (real @ real)
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(rows) % 2).astype(np.int8)
+    # (rows, 1) chooses between two of (192,) → (rows, 192)
     centres = np.where(labels[:, None] == 0, real, generated)
     return (centres + rng.normal(scale=0.5, size=(rows, EMBEDDING_DIM))).astype(np.float32), labels
 
@@ -48,6 +50,7 @@ def hard_embeddings(rows: int = 600, seed: int = 0) -> tuple[NDArray[np.float32]
     third = rows // 3
     overlapping, labels = sample_embeddings(third, seed)
     anyhow = rng.normal(size=(third, EMBEDDING_DIM))
+    # (2 · third, 192); a tenth of the distance, under noise of unit variance
     found = np.concatenate((overlapping * 0.1 + rng.normal(size=(third, EMBEDDING_DIM)), anyhow))
     known = np.concatenate((labels, rng.integers(0, 2, third, dtype=np.int8)))
     copied = rng.integers(0, len(found), rows - 2 * third)
@@ -63,6 +66,7 @@ def hard_queries(
     quarter = rows // 4
     known = embeddings[rng.integers(0, len(embeddings), quarter)]
     real, generated = (rng.choice(np.flatnonzero(labels == label), quarter) for label in (0, 1))
+    # (quarter, 192), as far from the one as from the other
     between = (embeddings[real] + embeddings[generated]) / 2
     near = embeddings[rng.integers(0, len(embeddings), quarter)] + rng.normal(
         scale=0.3, size=(quarter, EMBEDDING_DIM)
@@ -165,6 +169,8 @@ def scores_elsewhere(
         "scores": str(found),
     }
     asked.write_text(json.dumps(facts), encoding="utf-8")
+    # The kernels are chosen when a library is loaded, so it takes a new process. `-P`: nothing in the present
+    # directory may take the place of a module.
     command = [sys.executable, "-P", "-m", __name__, str(asked)]
     environment = {**os.environ, **_lesser_kernels(), "PYTHONPATH": os.pathsep.join(path)}
     try:
@@ -181,6 +187,7 @@ def _lesser_kernels() -> dict[str, str]:
     simd = np.show_config(mode="dicts") or {}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     chosen = {
+        # Everything beyond numpy's baseline that this processor has; the others name their libraries' least.
         "NPY_DISABLE_CPU_FEATURES": " ".join(simd.get("SIMD Extensions", {}).get("found", ())),
         "OPENBLAS_CORETYPE": _LEAST_OF_OPENBLAS.get(platform.machine().lower(), ""),
         "ATEN_CPU_CAPABILITY": "default",

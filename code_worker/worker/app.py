@@ -175,6 +175,7 @@ class _Installed:
         sweep = {
             "task": SWEEP,
             "schedule": _SWEEP_EVERY_S,
+            # While no worker takes them sweeps pile up; one that is older than the next has nothing to add to it.
             "options": {"queue": SWEEP_QUEUE, "expires": _SWEEP_EVERY_S},
         }
         return add_entries(self._app, {SWEEP: sweep, **beat_entries(self.settings())})
@@ -226,6 +227,7 @@ def _start_background(sender: Any, **_: Any) -> None:
     if (installed := _of_worker(sender)) is None:
         return
     host = installed.host
+    # Sent by the consumer, and only now: `-Q` and `-X` are settled when it has declared its queues.
     queues = {queue.name for queue in sender.task_consumer.queues}
     if not queues & frozenset(ALL_QUEUES):
         # It may not even reach the ledger.
@@ -257,6 +259,7 @@ def _check_worker(sender: Any, **_: Any) -> None:
     if (installed := _of_worker(sender)) is not None:
         if not refuse_to_start(sender, installed.check, installed.settings):
             installed.say_what_is_wrong()
+        # Before anything opens the store, whose pool of connections has a place for each of these threads.
         installed.host.judge_on(threads_of(sender))
 
 
@@ -282,6 +285,8 @@ def _tell_scheduler(scheduler: Any, entries: Mapping[str, Any]) -> None:
     log.info("beat_entries_put_back", entries=names)
 
 
+# In the order in which Celery sends them: before pool and connection are made, so that a refusal costs nothing; when
+# the consumer is connected and knows its queues; in the handler of SIGTERM; when the pool's threads have ended.
 signals.worker_init.connect(_check_worker, weak=False)
 signals.beat_init.connect(_check_beat, weak=False)
 signals.worker_ready.connect(_start_background, weak=False)

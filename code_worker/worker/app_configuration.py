@@ -90,6 +90,8 @@ class _KnowsOurs:
 
     def __missing__(self, name: str) -> Queue:
         if name in ALL_QUEUES:
+            # Past the mapping's own items: Queues is a dict of queues, and a worker of Celery 5.6 takes from all of
+            # these.
             self.__dict__.setdefault("asked_for", set()).add(name)
             return self._add(bound_queue(name))
         return super().__missing__(name)  # type: ignore[misc]  # of Celery's Queues
@@ -125,6 +127,7 @@ def add_queues(app: Celery) -> None:
     """Has our queues found by their names, also where unknown names are refused; `task_queues` stays as it is."""
     amqp = app.amqp
     if not issubclass(amqp.queues_cls, _KnowsOurs):
+        # A class of their own class: an app may have put one of its own there before us.
         amqp.queues_cls = type("Queues", (_KnowsOurs, amqp.queues_cls), {})
     if "queues" in vars(amqp) and not isinstance(amqp.queues, _KnowsOurs):
         # Somebody asked for them before we came; Celery 5.6 takes from all that is known unless something is chosen.
@@ -159,6 +162,7 @@ def add_routes(app: Celery) -> list[str]:
     else:
         _assign(app, "task_routes", [missing, *listed])
     # A router that was made before does not know them.
+    # `router` is a cached property of Celery's: taken out of the instance, it is made anew when it is next asked for.
     vars(app.amqp).pop("router", None)
     app.amqp.flush_routes()
     return list(missing)
@@ -239,6 +243,8 @@ _NEVER: Final = frozenset({"conf"})
 class _LookingOnly(bootsteps.Step):
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
+        # Celery has no setting for single commands. The registry is the process's: it is changed when a worker is
+        # built, and no other kind of process reads it.
         for name in Panel.data.keys() - _LOOKING:
             del Panel.data[name]
 

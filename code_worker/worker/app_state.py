@@ -71,12 +71,15 @@ class AppState:
     def __init__(self, app: Celery, settings: Callable[[], Settings]) -> None:
         self._app = app
         self._read_settings = settings
+        # Reentrant both: a part that is made under the lock asks for the store, which takes it again.
         self._lock = threading.RLock()
         self._loading = threading.RLock()
         self._parts = _Parts()
         self._threads: int | None = None
         self._release_looked_for = False
         self._stop_learning = threading.Event()
+        # Weakly, since what is registered for forks stays for the life of the process, and would keep the app with
+        # it.
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
 
@@ -129,6 +132,8 @@ class AppState:
                     node.close()
                     raise
                 self._parts.node = node
+                # Called before the store is closed, since it was registered after it: its last word goes into the
+                # ledger.
                 self._parts.closing.callback(node.close)
             return self._parts.node
 
@@ -163,6 +168,8 @@ class AppState:
             if "report" in self._parts.running:
                 return
             reporter = Reporter(self.settings, self.store, self._role(), owner=self._named(), more=self._facts)
+            # Registered before the thread that reports, so called after that has stopped: no sign of life follows the
+            # last word.
             self._parts.closing.callback(self._end_reporting, reporter)
             self._start("report", reporter.interval_s, lambda: self._report(reporter))
 
@@ -256,6 +263,7 @@ class AppState:
         except Exception as refused:  # noqa: BLE001 - Celery's event loop would end with it
             log.warning("message_kept_later", error=type(refused).__name__)
             with self._lock:
+                # The loop appends on its thread, `_keep_again` takes on another: each is one atomic step of a deque.
                 self._parts.unkept.append((message, error))
                 if "unreadable" not in self._parts.running:
                     self._parts.closing.callback(self._keep_the_last)
@@ -287,6 +295,8 @@ class AppState:
 
     def stop_taking(self) -> None:
         """The worker was asked to end: batches are finished, a run is left to the next process, nothing is begun."""
+        # In Celery's handler of SIGTERM, on the main thread: it only sets flags. A lock could be held by the very
+        # code that it interrupts; those inside these Events are not, since the main thread never waits for them.
         self._stop_learning.set()
         if self._parts.retention is not None:
             self._parts.retention.stop()
@@ -295,7 +305,9 @@ class AppState:
 
     def _forget(self) -> None:
         """In a forked child: parts of the parent, its connections and threads, are not ours to use or to close."""
+        # Kept alive: collected, its sockets would say goodbye to servers that the parent still talks to.
         _INHERITED.append(self._parts)
+        # A thread of the parent, which does not exist here, may have held the old ones.
         self._lock, self._loading = threading.RLock(), threading.RLock()
         self._parts = _Parts()
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 _ALARM_AFTER_S: Final = 60.0
+# Each key is written by the thread of that part alone, in one atomic step; readers copy. So there is no lock.
 _failing: dict[str, dict[str, Any]] = {}
+# None of these threads runs in a child.
 os.register_at_fork(after_in_child=_failing.clear)
 
 
@@ -65,6 +67,8 @@ class Repeater:
         """Asks the thread to end and waits for it."""
         self._stop.set()
         if self._thread.is_alive():
+            # With a limit: a turn may hang in a server that does not answer, and a daemon thread keeps no process
+            # from ending.
             self._thread.join(timeout_s)
         _failing.pop(self._name, None)
 
@@ -88,6 +92,7 @@ class Repeater:
         _failing[self._name] = facts
         bug = not isinstance(error, CodeWorkerError)
         alarm = bug or lasted_s >= _ALARM_AFTER_S
+        # The second is true of powers of two.
         if (alarm and not self._alarmed) or self._failures & (self._failures - 1) == 0:
             self._say(error, facts, alarm=alarm, bug=bug)
         self._alarmed = self._alarmed or alarm
@@ -181,6 +186,7 @@ class Reporter:
             owner: its name.
             more: what it has to say besides.
         """
+        # Nine of them pass before a part counts as gone.
         self.interval_s = settings.worker.lease_s / 3
         self._settings = settings
         self._store = store

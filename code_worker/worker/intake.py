@@ -46,6 +46,7 @@ def take_message(store: Store, message: object, message_id: str) -> list[str]:
 
 def judge_jobs(node: Node, job_ids: Sequence[str]) -> bool:
     """Judges jobs of a message; True when it may be acknowledged, False when the rest is for another worker."""
+    # A flag that the handler of SIGTERM sets and nobody takes back: it needs no lock.
     if node.stopping:
         return False
     # Nearly always all are fresh, and asking for their attempts first would be a transaction more for each message.
@@ -98,6 +99,7 @@ def accept_items(store: Store, items: Sequence[object], message_id: str) -> list
     refused: list[tuple[object, str, str]] = []
     for place, item in enumerate(items):
         try:
+            # By message and place, not by content: two equal items of one message are two jobs.
             new = jobs.NewJob.of(item, id=str(uuid5(_MESSAGES, f"{message_id} {place}")))
             accepted += store.run(partial(jobs.accept, jobs=[new]))
         except IdConflictError as error:
@@ -126,6 +128,7 @@ def dead_letter(store: Store, message: object, error: str, *, kind: str = "messa
     and an erasure does not reach the log.
     """
     body = json.dumps(_writable(message), default=repr)
+    # Outside of the transaction, which may run again after a commit whose answer was lost.
     letter_id = store.new_id()
     store.run(
         lambda session: workers.dead_letter(session, task=MODERATE, body=body, error=error, letter_id=letter_id)

@@ -37,6 +37,7 @@ _SILENCE_S = 10.0
 """How much later than it promised Redis may answer."""
 _unreadable_callbacks: list[UnreadableCallback] = []
 _listeners: list[Callable[[], None]] = []
+# Pool threads append, the event loop takes: each in one atomic step. Bounded, since without a loop nobody takes.
 _lost: deque[Any] = deque(maxlen=1000)
 
 
@@ -66,6 +67,7 @@ def _noting_loss(channel: Any) -> Iterator[None]:
         yield
     except (RedisError, OSError):
         _lost.append(channel)
+        # After the append: the loop that is woken must find it.
         for tell in _listeners:
             tell()
         raise
@@ -122,11 +124,15 @@ class _QoS(kombu_redis.QoS):
     def append(self, message: Any, delivery_tag: str) -> None:
         """Overrides kombu's, with the time of Redis."""
         delivery = message.delivery_info
+        # In kombu's own form (5.6 and 5.7), since kombu restores it; `_raw` is the only place where the payload is as
+        # it came.
         kept = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
         now_s = self._now_s()
         with self.pipe_or_acquire() as pipe:
+            # One MULTI, as kombu's: of index and message either alone would never be restored.
             pipe.zadd(self.unacked_index_key, {delivery_tag: now_s}).hset(self.unacked_key, delivery_tag, kept)
             pipe.execute()
+        # Past the Redis class, which would write the entry a second time, with this machine's clock.
         virtual.QoS.append(self, message, delivery_tag)
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
@@ -134,11 +140,14 @@ class _QoS(kombu_redis.QoS):
 
         What that is ahead goes into the timeout.
         """
+        # kombu takes it off `time()`: what is added here makes the difference that of Redis's clock.
         self.visibility_timeout = self.channel.visibility_timeout + time.time() - self._now_s()
         super().restore_visible(*args, **kwargs)
 
     def _now_s(self) -> float:
         if uptime_s() >= self._look_at_s:
+            # Between two looks `ServerClock` carries the time on, so that this costs one command a minute and not one
+            # a message.
             with self.channel.conn_or_acquire() as client:
                 seconds, micros = client.time()
             self._clock.agree(seconds + micros / 1e6)
@@ -176,10 +185,12 @@ class _Channel(kombu_redis.Channel):
         try:
             return super()._brpop_read(**options)
         except (_UnreadableError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            # BRPOP has taken it out of Redis already: what is not handed on here is nowhere any more.
             text = str(getattr(error, "doc", "") or getattr(error, "object", ""))
             log.error("message_unreadable", error=str(error)[:500])
             for call in _unreadable_callbacks:
                 call(text, str(error))
+            # As after a message, so that kombu asks for the next; its Empty would say that all queues are.
             return True
 
 
@@ -200,11 +211,15 @@ class RedisTransport(kombu_redis.Transport):
         Raises:
             redis.exceptions.ConnectionError: the connection is half open; Celery then makes a new one.
         """
+        # kombu 5.6 has no public way to the connections that it waits on; 5.7 makes its own look, and this is not
+        # called.
         for channel in list(self.cycle._channels):
             connection = channel._in_poll
             if not connection or not connection._sock:
                 continue
             waited_s = time.monotonic() - channel.asked_at
+            # An answer that lies unread, since the loop was busy or the process stopped, is no silence: hence the
+            # select.
             overdue = waited_s > channel.brpop_timeout + _SILENCE_S
             if overdue and not select.select([connection._sock], [], [], 0)[0]:
                 connection.disconnect()
@@ -253,6 +268,7 @@ class _Waker(bootsteps.StartStopStep):
 def _pipe() -> tuple[int, int]:
     """The process's one pipe; never closed, since its number might be a database's socket a moment later."""
     read_end, write_end = os.pipe()
+    # Neither end may hold anybody up: the one is the event loop's, the other that of pool threads.
     os.set_blocking(read_end, False)
     os.set_blocking(write_end, False)
     return read_end, write_end
@@ -264,6 +280,7 @@ def _drain(consumer: Any) -> None:
     # A channel that was given up before is no news.
     consuming = getattr(consumer.task_consumer, "channel", None)
     if any(channel is consuming for channel in take_lost_channels()):
+        # Raised in the event loop, where Celery takes it for a lost connection and connects anew.
         raise ConnectionResetError("the broker did not take an acknowledgement")
 
 

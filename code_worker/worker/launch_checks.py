@@ -49,6 +49,7 @@ def warn_of_prefork(children: int, max_memory_kb: int | None) -> None:
 def _measure(children: int, measured: set[int], sender: Any = None, **_: Any) -> None:
     if getattr(sender, "name", None) != MODERATE or os.getpid() in measured:
         return
+    # A fork copies the set, with the parent's number at most in it: each child measures itself once.
     measured.add(os.getpid())
     each_mb = _peak_bytes() / _MB
     usable_mb = usable_memory() / _MB
@@ -59,10 +60,12 @@ def _measure(children: int, measured: set[int], sender: Any = None, **_: Any) ->
 def _peak_bytes() -> int:
     """The most that this process ever held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, Linux kibibytes.
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 _REMAP: Final = "REMAP_SIGTERM"
+# What kombu's Redis transport takes where nothing is set.
 _KOMBUS_OWN_S: Final = 3600
 _JSON: Final = "application/json"
 _THEIR_VISIBILITY: Final = "broker_transport_options['visibility_timeout'] of the app"
@@ -147,6 +150,7 @@ def _children_of(worker: Any) -> int:
 
 def _check_pool(worker: Any) -> None:
     pool = _pool_of(worker)
+    # Celery's handler raises out of the task that runs on the main thread; a failed task's message is acknowledged.
     if "solo" in pool and (remapped := os.environ.get(_REMAP)):
         raise ConfigurationError(
             f"{_REMAP}={remapped} with the pool solo: the signal breaks into the task that runs, which is then "
@@ -219,6 +223,7 @@ class Bystander:
         except BrokerUnavailableError:
             # Celery says that itself.
             return
+        # Two looks, since a queue that is emptied slowly holds messages at both, but fewer.
         left = {queue: waiting[queue] for queue, before in self._waited.items() if waiting[queue] >= before > 0}
         self._waited = waiting
         if left:

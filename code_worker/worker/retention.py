@@ -47,6 +47,7 @@ class Retention:
 
     def __call__(self) -> Mapping[str, int]:
         """One pass, if nobody else is at it; rows deleted by kind. Each machine tidies its own directory."""
+        # Before the turn is asked for: files of this machine are nobody else's to delete.
         self._tidy()
         if not self._take_turn(_LEASE_S):
             return {}
@@ -78,6 +79,7 @@ class Retention:
             from code_worker.data.erasure.erase import Eraser
 
             try:
+                # Without waiting for workers that judge some of it: the next pass meets those jobs again.
                 Eraser(self._settings, self._store, wait_s=0).resume()
             except (ArtifactError, DatasetError, StoreError) as error:
                 log.warning("erasure_waits", error=str(error))
@@ -109,6 +111,7 @@ class Retention:
         return deleted
 
     def _goes_on(self, deadline: float) -> bool:
+        # The lease is renewed before each batch, which no statement makes longer than it.
         return not self._stopped.is_set() and time.monotonic() < deadline and self._take_turn(_LEASE_S)
 
     def _steps(self) -> Mapping[str, Callable[[], int]]:

@@ -67,6 +67,7 @@ def times_until(cron: crontab, now: datetime) -> Iterator[datetime]:
     for day in _days(cron, now, -1):
         for hour in sorted(cron.hour, reverse=True):
             for minute in sorted(cron.minute, reverse=True):
+                # UTC has no hour that comes twice or is missing, so every line means one moment a time.
                 if (at := day.replace(hour=hour, minute=minute)) <= now:
                     yield at
 

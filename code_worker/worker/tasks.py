@@ -55,6 +55,9 @@ class OwnTask(Task):
 
 def register_tasks(app: Celery, host: AppState) -> None:
     """Adds `code_worker.moderate` and `code_worker.sweep` to the app."""
+    # Acknowledged once verdicts are committed. A message of a child that was killed comes back; what makes it end is
+    # the count of attempts in SQL, since Celery counts none (celery#9082). Not shared: other apps of the process have
+    # no host.
     options = {"base": OwnTask, "acks_late": True, "reject_on_worker_lost": True, "shared": False}
     waking = {**options, "bind": True, "Request": "code_worker.worker.kombu_redis:WakingRequest"}
 
@@ -63,6 +66,7 @@ def register_tasks(app: Celery, host: AppState) -> None:
 
         message = args[0] if len(args) == 1 and not kwargs else {"args": args, "kwargs": kwargs}
         try:
+            # The id is the same in every delivery, and so are those of the jobs that the message brings along.
             job_ids = take_message(host.store(), message, str(task.request.id))
             node = host.node() if job_ids else None
         except Exception as error:
@@ -74,6 +78,7 @@ def register_tasks(app: Celery, host: AppState) -> None:
         except CodeWorkerError as error:
             raise _put_back(error) from error
         if not done:
+            # For any worker, on Redis at the end of its queue; what was judged of it is passed over there.
             raise Reject("the worker stops", requeue=True)
         failpoint("before_ack")
 
@@ -90,6 +95,7 @@ def _put_back(error: Exception) -> Reject:
         log.error("message_put_back", error=str(error))
     else:
         log.error("message_put_back", error=type(error).__name__, exc_info=error)
+    # On the pool's thread, whose slot stays taken meanwhile: this worker takes fewer messages while it cannot judge.
     time.sleep(_REST_S)
     return Reject(str(error), requeue=True)
 

@@ -132,6 +132,7 @@ def label_of(value: object) -> int:
     Raises:
         ValueError: it is something else.
     """
+    # True and 1.0 would pass for 1, and a score of 0.0 for a label.
     label = None if isinstance(value, float | bool) else _LABELS.get(str(value).strip().lower())
     if label is None:
         raise ValueError(f"label is {str(value)[:40]!r}; it must be real (or 0) or fake (or 1)")

@@ -101,6 +101,7 @@ def siblings_are_neighbours(source: str) -> bool:
 
 
 def _usable(examples: Iterator[Example], source: str, skipped: list[Skipped], limit: int | None) -> Iterator[Example]:
+    # The list may hold what was left out of a source before this one.
     before, found = len(skipped), 0
     for example in itertools.islice(examples, limit):
         found += 1

@@ -138,6 +138,7 @@ def read_records(path: Path, *, max_bytes: int, skipped: list[Skipped]) -> Itera
             skipped.append(Skipped(member.key, f"a second {slot} of its record"))
             continue
         seen.add((key, slot))
+        # Of a compressed shard every member is held in memory: the records before a new key are let go of.
         if member.held is not None and key not in drafts:
             yield from _finished(path, drafts, skipped)
             drafts.clear()

@@ -66,6 +66,7 @@ class Leftovers:
 
     def _named(self, runs: set[str], releases: set[str]) -> tuple[list[str], set[str]]:
         """Those of these runs and releases, which are here, that receipts name."""
+        # Most machines have neither: they spare the ledger the question.
         if not runs and not releases:
             return [], set()
 
@@ -138,8 +139,11 @@ def drop_copies(store: Store, kept: KeptImages, *, wait_s: float = 0.0, note: No
                 while hashes := _to_drop(store, limit=_DROPPED):
                     gone = 0
                     for sha256 in hashes:
+                        # No transaction fences the deletion of a file: the role is looked at as late as may be.
                         lease.check()
                         gone += kept.drop(sha256)
+                    # After the files: who dies in between leaves rows that lead to nothing, and the next one deletes
+                    # nothing again.
                     lease.write(partial(_dropped, hashes=hashes, gone=gone, note=note))
                     count += gone
         except RoleTakenError:
@@ -165,6 +169,7 @@ def _names(place: Path) -> set[str]:
 
 def _age_s(path: Path) -> float:
     with suppress(FileNotFoundError):
+        # The file is in this machine's own cache, so the same clock dated it.
         return time.time() - path.stat().st_mtime
     return 0.0
 
@@ -172,6 +177,7 @@ def _age_s(path: Path) -> float:
 def _remove(place: Path) -> bool:
     """Deletes the directory of a run, unless a process works in it."""
     try:
+        # A process holds this lock for as long as it works in the directory, and the system frees it when it dies.
         with locked(place / _LOCK, create=False):
             shutil.rmtree(place)
     except BlockingIOError:

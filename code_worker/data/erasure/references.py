@@ -72,6 +72,8 @@ class Mentions:
         count = 0
         page = partial(dead_letters.naming, erasure_id=receipt.id, scope=scope, limit=_LETTERS)
         for found in steps(lambda last: self._read(partial(page, after=last)), ""):
+            # Read outside of the transaction that rewrites: reading takes seconds, and a letter that changed
+            # meanwhile is left.
             if found:
                 self._lease.write(partial(self._rewrite, erasure_id=receipt.id, found=found))
             count += sum(scope.until is None or one.at <= scope.until for one in found)
@@ -128,6 +130,7 @@ class Unlearning:
             return sorted({*known, *runs})
 
         why = "an image that it learned from was erased: begin another run"
+        # Noted before they end: who takes up this erasure after a crash finds them on the receipt, and ends them.
         for run in self._lease.write(note):
             self._lease.write(partial(rows.end_run, run_id=run, reason=why))
 
@@ -137,6 +140,7 @@ class Unlearning:
         def note(session: Session) -> None:
             known = _noted(session, erasure_id).releases
             files = "kept" if ALL in known else WAITING
+            # What an earlier attempt noted stays as it says: files that are deleted must not be awaited again.
             named = {
                 name: {"how": how, "files": files if how == "learned" else "kept"}
                 for name, how in made.items()

@@ -72,6 +72,7 @@ def form_of(file: BinaryIO) -> str:
     if (instead := disguise(head)) is not None:
         raise DatasetError(instead)
     if head.startswith(UTF16):
+        # Leniently: the head may end in the middle of a character.
         head = head.decode("utf-16", "replace").encode()
     head = head.lstrip()
     if not head:
@@ -155,6 +156,7 @@ def import_rows(
         for some in chunks(rows, _ROWS_PER_TRANSACTION):
             group = [row for row in some if not row.unsaid]
             outcomes = [_draft(row, name, by, collection) for row in group]
+            # By the key of all that a row says: two rows that say the same are one statement.
             drafts = {one.key: one for one in outcomes if isinstance(one, _Draft)}
             for key in labeller.imported(list(drafts)):
                 del drafts[key]

@@ -92,6 +92,7 @@ def _split(chunks: Iterable[bytes], end: bytes) -> Iterator[bytes | None]:
             yield None if is_too_long or len(line) > _MAX_BYTES else line
             is_too_long = False
         if len(rest) > _MAX_BYTES:
+            # What is longer than any line is not gathered: a file without line ends takes no memory.
             rest, is_too_long = b"", True
     if rest or is_too_long:
         yield None if is_too_long else rest

@@ -80,6 +80,7 @@ def naming(
     """
     columns = (_LETTERS.c[name] for name in ("id", "body", "error", "at"))
     page = select(*columns).order_by(_LETTERS.c.id).limit(limit)
+    # An empty text is no UUID: PostgreSQL would refuse the comparison.
     rows = session.execute(page.where(_LETTERS.c.id > after) if after else page).all()
     texts = [text for row in rows for text in (row.body, row.error)]
     erased = _asker(session, erasure_id, texts, of_a_tenant=scope.tenant is not None)

@@ -72,6 +72,7 @@ def forget_origins(session: Session, hashes: Collection[str]) -> None:
 
 def encoders(session: Session) -> Iterator[str]:
     """Every encoder of which embeddings are kept, each found by one step along the key."""
+    # SELECT DISTINCT would read the key of every embedding to find a handful of encoders.
     least = func.min(_EMBEDDINGS.c.encoder_sha256)
     encoder = session.scalar(select(least))
     while encoder is not None:
@@ -80,6 +81,7 @@ def encoders(session: Session) -> Iterator[str]:
 
 
 def _is_kept(sha256: ColumnElement[Any], known: Sequence[str]) -> ColumnElement[bool]:
+    # Named one by one: the primary key begins with the encoder, and by the hash alone it would not be used.
     embedded = (
         exists().where(and_(_EMBEDDINGS.c.encoder_sha256 == encoder, _EMBEDDINGS.c.sha256 == sha256))
         for encoder in known
@@ -119,6 +121,8 @@ def left(
             being erased now never is.
     """
     if session.get_bind().dialect.name == "postgresql":
+        # Shared: writers do not hold one another up, only an erasure (`keep_out`) and they do. On SQLite there is one
+        # writer at a time, and BEGIN IMMEDIATE has made this transaction that one.
         session.execute(select(func.pg_advisory_xact_lock_shared(_LOCK)))
     wanted = frozenset(images)
     return Left(_present(session, valid_uuids(jobs)), wanted - _erased(session, wanted, since))
@@ -136,6 +140,8 @@ def erased_while_judged(session: Session, judged: Mapping[str, str]) -> set[str]
     found: set[str] = set()
     for some in chunks(sorted(judged), IN_LIST):
         mine = (among(session, _JOBS.c.id, some), unindexed(_JOBS.c.state).in_(("accepted", "running")))
+        # One moment for all of a chunk, the earliest: at worst a verdict is dropped for nothing, and its job judged
+        # again.
         since = select(func.min(_JOBS.c.claimed_at)).where(*mine).scalar_subquery()
         erased = _erased_by(session, {judged[job_id] for job_id in some}, since, _ERASURES.c.scope == _BY_HASH)
         if hit := [job_id for job_id in some if judged[job_id] in erased]:
@@ -181,6 +187,7 @@ def _erased_by(session: Session, hashes: Collection[str], since: Any, *which: Co
     if since is not None:
         salts += session.execute(salted.where(_ERASURES.c.finished_at >= since))
     for erasure_id, salt in salts:
+        # Computed here and looked up: the digests that are stored cannot be turned back into hashes.
         named = {digest(salt, IMAGE, sha256): sha256 for sha256 in hashes}
         for some in chunks(sorted(named), IN_LIST):
             mine = (_DIGESTS.c.erasure_id == erasure_id, _DIGESTS.c.digest.in_(some))

@@ -128,6 +128,8 @@ def add_targets(session: Session, erasure_id: str, kind: str, values: Iterable[s
 
     Images get theirs from `mark`, once it is known that nobody shares them.
     """
+    # Each erasure has a salt of its own: digests of two receipts cannot be compared, nor looked up in a list made
+    # before.
     salt, named = salt_of(session, erasure_id), sorted(set(values))
     digests = sorted(digest(salt, kind, value) for value in named)
     noted = {TENANT: [], URI: digests}.get(kind, named)
@@ -168,6 +170,7 @@ def digest(salt: str, kind: str, value: str) -> str:
     if kind == URI:
         value = value.partition("?versionId=")[0]
         value = unquote(value.removeprefix("file://localhost").removeprefix("file://"))
+    # Replaced, not refused: a lone surrogate in an address must not stop an erasure.
     return hmac.new(bytes.fromhex(salt), f"{kind}\0{value}".encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
 
@@ -231,6 +234,7 @@ def note(
     runs: Iterable[str] = (),
 ) -> None:
     """Adds to the receipt: counts are added up, releases and runs joined."""
+    # Read and written back as a whole: without the lock, of two that add at once one would be lost.
     known = get(session, erasure_id, lock=True)
     if known is None:
         raise StoreError(f"no erasure {erasure_id}")
@@ -262,10 +266,12 @@ def finish(session: Session, erasure_id: str, last_look: Mapping[str, int]) -> b
 
     Returns whether it was under way.
     """
+    # In the transaction that closes the receipt: these rows name in clear what was to be forgotten.
     session.execute(delete(_TARGETS).where(_TARGETS.c.erasure_id == erasure_id))
     closed = (
         update(_ERASURES)
         .where(_ERASURES.c.id == erasure_id, _ERASURES.c.state == "running")
+        # SQL's NULL: None in a JSON column would be written as JSON's null.
         .values(state="done", step="done", target=null(), last_look=dict(last_look), finished_at=db_now())
     )
     return session.scalar(closed.returning(_ERASURES.c.id)) is not None
@@ -326,6 +332,8 @@ def erased_jobs(session: Session, job_ids: Collection[str], *, within_s: float) 
     """Those of these ids whose jobs an erasure erased that is under way, or ended within so many seconds."""
     if not job_ids:
         return set()
+    # Each salt gives another digest of one id, so every id is asked for under every late salt; hence the limit in
+    # time.
     lately = _ERASURES.c.finished_at >= db_now_plus(-within_s)
     salts = {salt for when in (RUNNING, lately) for salt in session.scalars(select(_ERASURES.c.salt).where(when))}
     named = {digest(salt, JOB, job_id): job_id for salt in salts for job_id in job_ids}

@@ -75,6 +75,7 @@ def erase_jobs(session: Session, erasure_id: str, job_ids: Sequence[str], *, sco
         select(_JOBS.c.id, _JOBS.c.uri, held.label("held"))
         .where(among(session, _JOBS.c.id, ids))
         .order_by(_JOBS.c.id)
+        # Waits for the KEY SHARE of writers that asked `personal.left` first; their rows are then there to be found.
         .with_for_update()
     ).all()
     done = Erased(busy=[row.id for row in rows if row.held])
@@ -85,11 +86,13 @@ def erase_jobs(session: Session, erasure_id: str, job_ids: Sequence[str], *, sco
         # They went before, perhaps in a try of this transaction whose commit was not answered.
         return done
     _note(session, erasure_id, free, {row.uri for row in rows if not row.held}, scope)
+    # The audit's lock after those of the jobs, as retention takes them: in two orders they could deadlock.
     with audit.removal(session, _entry(session, erasure_id, actor, {"jobs": len(free)})):
         for name, table in (("shadow_scores", _SHADOW), ("verdicts", _VERDICTS)):
             done.counts[name] = _delete(session, table, table.c.job_id, free)
         # Gone with their images; but of an image that others share it stays what was said, by whomever's job.
         _restate(session, session.execute(select(_LABELS).where(among(session, _LABELS.c.job_id, free))).mappings())
+        # Last, since verdicts refer to it; a crash before commit leaves all of it, one after it nothing.
         done.counts["jobs"] = _delete(session, _JOBS, _JOBS.c.id, free)
     if scope.sha256 is None:
         _delete(session, _ORIGINS, _ORIGINS.c.job_id, free)
@@ -210,6 +213,7 @@ def erase_images(session: Session, erasure_id: str, hashes: Sequence[str], *, sc
     done.counts["images_shared"] = stay
     if not mine:
         return done
+    # Before the rows of the copies go, by which an image's group is known; and before the audit's lock is taken.
     image_groups.forget(session, mine)
     with audit.removal(session, _entry(session, erasure_id, actor, {"images": len(mine)})):
         for table in _OF_IMAGES:
@@ -218,7 +222,9 @@ def erase_images(session: Session, erasure_id: str, hashes: Sequence[str], *, sc
         of_encoder = _EMBEDDINGS.c.encoder_sha256 == encoder
         done.counts["embeddings"] += _delete(session, _EMBEDDINGS, _EMBEDDINGS.c.sha256, mine, of_encoder)
     done.counts["images"] = len(mine)
+    # The files go after commit, by this list: who dies in between leaves a file that retention still finds.
     kept_images.to_drop(session, mine)
+    # In the same transaction: at no moment is an image on neither list, where the last look would miss it.
     receipts.turn_targets(session, erasure_id, mine, was=receipts.IMAGE, now=receipts.ERASED)
     return done
 
@@ -330,6 +336,7 @@ def learned_from(session: Session, snapshot_ids: Collection[str]) -> Mapping[str
     heads = {row.id: {head["sha256"] for head in (row.manifest or {}).get("heads", {}).values()} for row in rows}
     made += [(release, making["base"], making["snapshot"]) for release, making in said if making is not None]
     concerned = dict.fromkeys((release for release, _, snapshot in made if snapshot in snapshot_ids), "learned")
+    # To the end of every line of descent: a release may be made of one that was made of another.
     while more := {(release, base) for release, base, _ in made if base in concerned and release not in concerned}:
         for release, base in sorted(more):
             if concerned[base] == "learned" and heads.get(release, set()) & heads.get(base, set()):
@@ -357,6 +364,7 @@ def forget_in_runs(session: Session, hashes: Collection[str]) -> int:
     changed = 0
     for row in session.execute(select(_RUNS.c.id, _RUNS.c.report, _RUNS.c.reasons)).all():
         text = json.dumps([row.report, row.reasons])
+        # Hashes anywhere in the report, no matter how deep: its form is that of whichever version wrote it.
         if not any(found in hashes for found in _HASH.findall(text)):
             continue
         report, reasons = json.loads(_HASH.sub(lambda m: "erased" if m[0] in hashes else m[0], text))

@@ -144,6 +144,7 @@ def accepted_since(session: Session, scope: Scope, job_ids: Collection[str]) -> 
         return set()
     found: set[str] = set()
     for some in chunks(sorted(job_ids), IN_LIST):
+        # An id that a key makes is the same again after an erasure: the time alone tells the new job from the old.
         later = (among(session, _JOBS.c.id, some), _JOBS.c.created_at > scope.until)
         found.update(session.scalars(select(_JOBS.c.id).where(*later)))
     return found
@@ -230,6 +231,7 @@ def stray_scores(session: Session, scope: Scope, *, after: str) -> tuple[list[tu
     if last is None:
         return [], None
     mine = [_SHADOW.c.id <= last, _SHADOW.c.tenant == scope.tenant, *([_SHADOW.c.id > after] if after else [])]
+    # A range of the primary key, since no index leads to a tenant's scores: every statement reads a bounded part.
     mine.append(_not_after(scope, _SHADOW.c.created_at))
     rows = session.execute(select(_SHADOW.c.sha256, _SHADOW.c.job_id).where(*mine))
     return [(row.sha256, row.job_id) for row in rows], last

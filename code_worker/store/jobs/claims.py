@@ -92,7 +92,9 @@ def accept(session: Session, jobs: Sequence[NewJob]) -> list[str]:
         if rows.setdefault(job.id, row)["payload_sha256"] != row["payload_sha256"]:
             raise _conflict(row)
     constants = {"due_at": db_now_plus(ACCEPT_GRACE_S)}
+    # Sorted by the key: two producers with the same keys wait for each other instead of deadlocking.
     insert_new(session, JobRow, [rows[job_id] for job_id in sorted(rows)], same=["id"], constants=constants)
+    # After the insert, which waited for another producer's of the same key: its row is there now to be compared with.
     _check_keyed(session, {job_id: row for job_id, row in rows.items() if row["key"] is not None})
     erased = _drop_erased(session, {job.id for job in jobs if job.again and job.key is None})
     return [job.id for job in jobs if job.id not in erased]
@@ -102,6 +104,7 @@ def _drop_erased(session: Session, job_ids: set[str]) -> set[str]:
     """Takes those back that were erased; asked last: an insert waits for an erasure that deletes the same id."""
     erased = receipts.erased_jobs(session, job_ids, within_s=_REDELIVERED_S)
     if erased:
+        # Only what waits is taken back: a claim that somebody holds must find its row, and verdicts refer to theirs.
         judged = exists().where(_VERDICTS.c.job_id == _JOBS.c.id)
         waiting = (among(session, _JOBS.c.id, sorted(erased)), _JOBS.c.state == "accepted", ~judged)
         session.execute(delete(_JOBS).where(*waiting))
@@ -192,6 +195,8 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
         )
         .order_by(_JOBS.c.id)
         .with_for_update(skip_locked=True)
+        # As a CTE: PostgreSQL runs one that locks rows exactly once. A subquery inside IN may be run again for each
+        # row of a nested loop, and would then skip what it has locked itself.
         .cte("free")
     )
     statement = (
@@ -256,6 +261,7 @@ def exhausted(session: Session, *, max_attempts: int, limit: int) -> list[Job]:
 
 def renew(session: Session, *, owner: str, lease_s: float, ids: Sequence[str] | None = None) -> int:
     """Extends the leases that the owner still holds, of all its jobs or of some; returns how many."""
+    # By ix_jobs_owner, which stays small: all that ends a claim clears its owner.
     statement = update(_JOBS).where(_JOBS.c.owner == owner, _JOBS.c.state == "running")
     if ids is not None:
         statement = statement.where(among(session, _JOBS.c.id, valid_uuids(ids)))
@@ -270,6 +276,7 @@ def put_back(session: Session, faults: Sequence[Fault], *, owner: str | None = N
     if not faults:
         return
     mine = [] if owner is None else [_JOBS.c.owner == owner]
+    # A parameter inside the expression: one statement for all delays, which the database adds to its own clock.
     later = db_now_plus(bindparam("b_delay_s", type_=Float()))
     statement = (
         update(_JOBS)
@@ -280,6 +287,7 @@ def put_back(session: Session, faults: Sequence[Fault], *, owner: str | None = N
             attempts=case((_JOBS.c.attempts > 0, _JOBS.c.attempts - 1), else_=0),
             faults=_JOBS.c.faults + bindparam("b_blame"),
             last_fault=bindparam("b_fault"),
+            # Due when the wait is over, and without a message: the sweeper then publishes it.
             not_before=later,
             due_at=later,
             published_at=None,
@@ -297,6 +305,7 @@ def _fault_values(faults: Iterable[Fault]) -> list[Mapping[str, Any]]:
             "b_blame": int(fault.blame),
             "b_fault": plain(f"{fault.reason.value}: {fault.detail}", _MAX_FAULT_TEXT),
         }
+        # In the order in which all statements lock jobs.
         for fault in sorted(faults, key=lambda fault: fault.job_id)
         if (job_id := as_uuid(fault.job_id)) is not None
     ]

@@ -48,6 +48,8 @@ class DueJob:
 
 def mark_published(session: Session, ids: Sequence[str], *, wait_s: float = 60.0) -> None:
     """Notes that these jobs were published; the sweeper looks again after `wait_s`. Claimed ones are left alone."""
+    # The state is asked for, since `due_at` of a running job is the end of its lease. Sorted, as for all locks on
+    # jobs.
     for some in chunks(sorted(valid_uuids(ids)), IN_LIST):
         session.execute(
             update(_JOBS)
@@ -69,6 +71,7 @@ def due(session: Session, *, limit: int, min_wait_s: Mapping[str, float]) -> lis
         _put_off(session, queue, wait_s)
     rows = session.execute(
         select(_JOBS.c.id, _JOBS.c.queue, _JOBS.c.attempts, _JOBS.c.state)
+        # `false()` stands for the empty list: or_() of nothing is no expression.
         .where(_JOBS.c.due_at <= db_now(), not_(or_(false(), *waiting)))
         .order_by(_JOBS.c.due_at)
         .limit(limit)
@@ -90,6 +93,8 @@ def _still_waiting(queue: str, wait_s: float) -> ColumnElement[bool]:
         _JOBS.c.queue == queue,
         _JOBS.c.state == "accepted",
         _JOBS.c.published_at.is_not(None),
+        # Asked beside `IS NOT NULL`: a comparison with NULL is NULL, and so is its negation in `due`, which would
+        # leave out what was never published.
         _JOBS.c.published_at > db_now_plus(-wait_s),
     )
 
@@ -98,6 +103,7 @@ def _put_off(session: Session, queue: str, wait_s: float) -> None:
     early = (
         select(_JOBS.c.id)
         .where(_JOBS.c.due_at <= db_now(), _still_waiting(queue, wait_s))
+        # Bounded, so that no transaction grows with the backlog; the next pass puts off the rest.
         .limit(_POSTPONE)
         .with_for_update(skip_locked=True)
         .cte("early")
@@ -116,6 +122,7 @@ def with_lost_messages(session: Session, queues: Sequence[str], *, older_than_s:
         select(_JOBS.c.id, _JOBS.c.queue, _JOBS.c.attempts)
         .where(
             _JOBS.c.due_at.is_not(None),
+            # `due_at` is repeated above for the planner: a partial index serves only what implies its condition.
             _JOBS.c.queue.in_(queues),
             _JOBS.c.published_at <= db_now_plus(-older_than_s),
             _JOBS.c.state == "accepted",
@@ -263,6 +270,7 @@ def counts(session: Session, *, finished: bool = True) -> dict[JobState, int]:
 def waiting(session: Session) -> dict[str, tuple[int, float]]:
     """By queue, how many published jobs no worker has claimed, and the seconds for which the oldest has waited."""
     rows = session.execute(
+        # The aggregate of a constant: the database's time beside the groups, without a second question.
         select(_JOBS.c.queue, func.count(), func.min(_JOBS.c.published_at), func.max(db_now()))
         .where(_JOBS.c.due_at.is_not(None), unindexed(_JOBS.c.state) == "accepted", _JOBS.c.published_at.is_not(None))
         .group_by(_JOBS.c.queue)
@@ -303,6 +311,8 @@ def retry(session: Session, ids: Sequence[str]) -> list[str]:
     for some in chunks(sorted(wanted), IN_LIST):
         statement = (
             update(_JOBS)
+            # Finished ⇔ `due_at` is null, by a check constraint. Asked in the UPDATE: of two that retry it, one moves
+            # it on.
             .where(among(session, _JOBS.c.id, some), _JOBS.c.due_at.is_(None))
             .values(
                 state="accepted",

@@ -70,6 +70,7 @@ def add(session: Session, scores: Sequence[ShadowScore]) -> None:
         return
     there = personal.left(session, jobs=(score.job_id for score in scores)).jobs
     rows = [{"id": new_id(session), **asdict(score)} for score in scores if score.job_id in there]
+    # By the unique key, as all bulk inserts: two in different orders could wait for each other.
     rows.sort(key=lambda row: (row["job_id"], row["revision"]))
     insert_new(session, ShadowScoreRow, rows, same=["job_id", "revision", "release"])
 
@@ -98,6 +99,7 @@ def disagreements(session: Session, wanted: ShadowFilter, *, limit: int) -> list
     own = (_SHADOW.c[name] for name in Disagreement.__dataclass_fields__ if name != "uri")
     statement = (
         select(*own, _VERDICTS.c.uri)
+        # Outer: retention may have taken the verdict of that revision; the score then has no address, and counts.
         .select_from(_SHADOW.outerjoin(_VERDICTS, same))
         .where(*_conditions(wanted), (other == 1) | (apart > 0))
         .order_by(other.desc(), apart.desc(), _SHADOW.c.id)
@@ -115,6 +117,7 @@ def labelled(session: Session, wanted: ShadowFilter) -> dict[str, tuple[Label, L
     statement = (
         select(_SHADOW.c.sha256, _SHADOW.c.champion_label, _SHADOW.c.label)
         .where(*_conditions(wanted), said)
+        # In the order of time: of several scores of one image the last stays in the mapping.
         .order_by(_SHADOW.c.id)
         .execution_options(yield_per=_PAGE)
     )

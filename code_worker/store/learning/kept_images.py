@@ -70,9 +70,13 @@ def note_kept(session: Session, images: Sequence[KeptImage], *, since: datetime 
     """
     there = personal.left(session, images=(image.sha256 for image in images), since=since).images
     rows = {
-        image.sha256: {**asdict(image), **_bands(image.phash)} for image in reversed(images) if image.sha256 in there
+        # Reversed, so that of several with the same content the first one's address stays.
+        image.sha256: {**asdict(image), **_bands(image.phash)}
+        for image in reversed(images)
+        if image.sha256 in there
     }
     insert_new(session, KeptImageRow, [rows[sha256] for sha256 in sorted(rows)], same=["sha256"])
+    # Kept anew, also where the row was there: for an hour `forget_unsaid` leaves it to the one who labels it now.
     for some in chunks(sorted(rows), IN_LIST):
         session.execute(update(_KEPT).where(_KEPT.c.sha256.in_(some)).values(created_at=db_now()))
     return set(rows)
@@ -121,11 +125,13 @@ def forget_unsaid(session: Session, *, older_s: float, limit: int) -> int:
         How many; `copies_to_drop` has them.
     """
     unsaid = (
+        # Both ends, for ix_kept_images_created_at: what is older was looked at every few minutes for a month.
         _KEPT.c.created_at > db_now_plus(-_LONGEST_S),
         _KEPT.c.created_at < db_now_plus(-older_s),
         ~exists().where(_LABELS.c.sha256 == _KEPT.c.sha256),
         ~exists().where(_VERDICTS.c.sha256 == _KEPT.c.sha256),
     )
+    # First without the lock, which every labeller waits for: nearly always there is nothing.
     found = list(session.scalars(select(_KEPT.c.sha256).where(*unsaid).limit(limit)))
     if not found:
         return 0

@@ -87,6 +87,7 @@ def _latest(said: Sequence[Said], _trusted: Sequence[str]) -> Said | None:
 
 
 def _majority(said: Sequence[Said], _trusted: Sequence[str]) -> Said | None:
+    # A tie decides nothing: `most_common` would put the label first that happens to be met first.
     (first, most), *others = Counter(one.label for one in said).most_common()
     if others and others[0][1] == most:
         return None
@@ -167,6 +168,8 @@ def split_of(group: str, secret: bytes) -> Split:
         group: the group's key.
         secret: of the installation, at least 32 random bytes.
     """
+    # Assumes that an HMAC's first 64 bits are uniform over groups and independent between purposes: a fifth is the
+    # expectation, and the share of few groups strays from it (binomially) by sqrt(0.16 / n).
     if _number(secret, _HOLDOUT_PURPOSE, group) < _HOLDOUT_BORDER:
         return "holdout"
     # Of the rest an eighth is for validation, by a hash of its own: knowing this part says nothing of the other.
@@ -181,6 +184,7 @@ def keyed_digest(secret: bytes, purpose: bytes, text: str) -> bytes:
     """
     if len(secret) < _SECRET_BYTES:
         raise ValueError(f"the secret has {len(secret)} bytes, at least {_SECRET_BYTES} are needed")
+    # Each purpose ends with a NUL, so that no text can make one purpose into another.
     return hmac.digest(secret, purpose + text.encode(), "sha256")
 
 

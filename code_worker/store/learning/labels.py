@@ -183,6 +183,7 @@ def add(session: Session, labels: Sequence[NewLabel]) -> int:
     the retried transaction finds its rows written and counts none. Nothing is said of an image that is being erased,
     nor by a job that is gone.
     """
+    # Asked before the first write: it takes the erasure's lock, which comes before all others.
     there = personal.left(
         session, jobs=(new.job_id for new in labels if new.job_id), images=(new.sha256 for new in labels)
     )
@@ -202,6 +203,7 @@ def add(session: Session, labels: Sequence[NewLabel]) -> int:
         elif new.job_id is not None:
             # Said before, perhaps by another tenant's job: erasing that one must not take what this one says.
             personal.note_labelled(session, new.sha256, new.job_id)
+    # By the unique key, as all bulk inserts: two importers of one file wait for each other instead of deadlocking.
     rows.sort(key=lambda row: str(row["fingerprint"]))
     return len(insert_new(session, LabelRow, rows, same=["fingerprint"], fresh="id"))
 
@@ -367,6 +369,7 @@ def conflicts(
         select(_LABELS.c.sha256)
         .where(*who)
         .group_by(_LABELS.c.sha256)
+        # A coarse sieve in SQL, by all that was ever said; who took a statement back is told apart below.
         .having(func.min(_LABELS.c.label) != func.max(_LABELS.c.label), func.count(_LABELS.c.by.distinct()) > 1)
     )
     if after is not None:

@@ -102,6 +102,8 @@ def start(
         "reasons": [],
         "report": {},
     }
+    # Any conflict: the same id, or a run under way, of which uq_runs_running allows one. `get` then tells which it
+    # was.
     session.execute(insert_into(session, RunRow).on_conflict_do_nothing().values(row))
     return get(session, id)
 
@@ -115,6 +117,8 @@ def take_over(session: Session, *, owner: str, lapse_s: float) -> Run | None:
         return mine
     statement = (
         update(_RUNS)
+        # The condition is in the UPDATE: of two that see a lapsed run the second waits for the row, and finds a fresh
+        # sign of life. The token fences the old holder, which may only have slept: its next write matches no row.
         .where(_RUNS.c.state == "running", _RUNS.c.heartbeat_at <= db_now_plus(-lapse_s))
         .values(owner=owner, token=_RUNS.c.token + 1, attempts=_RUNS.c.attempts + 1, heartbeat_at=db_now())
     )
@@ -197,6 +201,7 @@ def promote(
     if session.scalar(_mine(lease, _RUNS.c.state == "promoted")) is not None:
         return True  # the commit was done, its answer lost
     hold(session, lease)
+    # The run's row first (`hold`), then the alias: who moves the alias by hand never holds a run's row.
     if releases.alias(session, CHAMPION, lock=True) != champion:
         return False
     reason = f"run {lease.run_id}"
@@ -222,6 +227,7 @@ def let_go(session: Session, lease: Lease) -> None:
 
 def release_owner(session: Session, owner: str) -> bool:
     """The process of this name died: what it held is free at once. Its leases are called `owner:…`."""
+    # A name may hold `_` or `%`, which LIKE would take for wildcards.
     dead = _RUNS.c.owner.startswith(f"{owner}:", autoescape=True)
     lapsed = update(_RUNS).where(_RUNS.c.state == "running", dead).values(heartbeat_at=db_now_plus(_LAPSED_S))
     return session.scalar(lapsed.returning(_RUNS.c.id)) is not None
@@ -279,6 +285,7 @@ def ancestry(session: Session, named: Iterable[str]) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     waiting = deque(named)
     while waiting:
+        # Also what ends a circle: two releases can name each other where somebody registered one by hand.
         if (release := waiting.popleft()) in found:
             continue
         made = select(*_COLUMNS).where(_RUNS.c.candidate == release, kept).order_by(_RUNS.c.id.desc())
@@ -338,6 +345,7 @@ def _mine(lease: Lease, *conditions: ColumnElement[bool]) -> Any:
 
 def _write(session: Session, lease: Lease, columns: Mapping[str, Any]) -> None:
     mine = (_RUNS.c.id == lease.run_id, _RUNS.c.token == lease.token, _RUNS.c.owner == lease.owner)
+    # Every write is a sign of life; `let_go` alone says otherwise, in `columns`.
     values = {"heartbeat_at": db_now(), **columns}
     written = update(_RUNS).where(*mine, _RUNS.c.state == "running").values(values).returning(_RUNS.c.id)
     if session.scalar(written) is None:
@@ -368,6 +376,7 @@ def take_slot(session: Session, name: str, slot: datetime, *, run_id: str | None
     row = {"name": name, "slot": slot, "run_id": run_id, "outcome": outcome}
     session.execute(insert_into(session, ScheduleSlotRow).on_conflict_do_nothing().values(row))
     holder = select(_SLOTS.c.run_id, _SLOTS.c.outcome).where(_SLOTS.c.name == name, _SLOTS.c.slot == slot)
+    # Read back in the same transaction: a trainer that repeats it after a lost answer finds its own run there.
     found = session.execute(holder).one()
     return run_id is not None and found.run_id == run_id
 

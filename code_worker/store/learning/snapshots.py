@@ -82,6 +82,7 @@ def digest_of(rows: Iterable[Mapping[str, Any]]) -> str:
 def pack(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """JSON lines, compressed; the same rows give the same bytes."""
     lines = (json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":")) for row in rows)
+    # JSON writes a line break inside a text as an escape: one line is one row.
     return zlib.compress("\n".join(lines).encode(), 6)
 
 
@@ -93,6 +94,7 @@ def unpack(packed: bytes) -> list[dict[str, Any]]:
     """
     try:
         text = zlib.decompress(packed).decode()
+        # Not splitlines(): it would also cut at U+2028 and its like, which JSON leaves as they are.
         return [json.loads(line) for line in text.split("\n") if line]
     except (zlib.error, ValueError) as error:
         raise StoreError(f"the members of a snapshot cannot be read: {error}") from error
@@ -141,6 +143,7 @@ def note_kept_heads(session: Session, release: str, *, run_id: str, base: str, b
         "report": {},
         "finished_at": db_now(),
     }
+    # Born ended: it is no run that a trainer could take over, and the index of the running one has no place for it.
     session.execute(insert_into(session, RunRow).on_conflict_do_nothing().values(row))
 
 
@@ -165,6 +168,7 @@ def before(session: Session, champion: str, *, run_id: str) -> list[ComparisonIn
     table = _COMPARISONS.c
     statement = (
         select(table.run_id, table.candidate, table.images, table.level)
+        # By ix_gate_comparisons_champion_created_at.
         .where(table.champion == champion, table.run_id != run_id)
         .order_by(table.created_at, table.run_id)
     )

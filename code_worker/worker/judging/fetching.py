@@ -50,10 +50,12 @@ class GuardedSources:
     """
 
     def __init__(self, sources: Fetcher, clock: Callable[[], float] = time.monotonic) -> None:
+        # Replaced whole by the thread that follows the ledger: who reads it needs no lock.
         self.paused: Mapping[str, float] = {}
         self._sources = sources
         self._clock = clock
         self._lock = threading.Lock()
+        # Guarded by `_lock`, never held during a fetch. A breaker is open while its `rest_s` is set.
         self._breakers: dict[str, _Breaker] = {}
 
     def fetch(self, uri: str) -> Fetched:
@@ -93,6 +95,7 @@ class GuardedSources:
     def _worked(self, name: str) -> None:
         with self._lock:
             breaker = self._breakers.pop(name, None)
+        # Also a fetch that began before the breaker opened closes it: what it brought is newer than the failures.
         if breaker is not None and breaker.rest_s:
             log.info("source_works_again", source=name)
 
@@ -140,6 +143,7 @@ class Denials:
         self._limit = limit
         self._clock = clock
         self._lock = threading.Lock()
+        # Guarded by `_lock`: batches of several threads add to the same row.
         self._rows: dict[str, _Row] = {}
 
     def look(self, verdicts: Sequence[Verdict], suspected: Collection[str]) -> tuple[list[Denied], set[str]]:
@@ -164,6 +168,8 @@ class Denials:
             for source in readable:
                 self._rows.pop(source, None)
             for source, jobs in denied.items():
+                # One image that could be read is enough: in a batch of both, the images are closed and not the
+                # bucket.
                 if source not in readable and self._is_closed(source, len(jobs), source in suspected):
                     row = self._rows.pop(source)
                     closed.append(Denied(source, frozenset(jobs), self._clock() - row.began))

@@ -116,6 +116,7 @@ class Node:
         self.ledger = Recorder(store, settings.worker, self.owner)
         self.gate = ExclusiveLock()
         self.in_flight = InFlight()
+        # Set by the handler of SIGTERM, read by the threads that judge.
         self.stopping = False
         self._plugins = load_plugins(settings)
         registry = open_registry(settings, store=store, plugins=self._plugins)
@@ -144,6 +145,7 @@ class Node:
     def _repeaters(self) -> list[Repeater]:
         return [
             Repeater("follow", self.settings.worker.release_poll_s, self.follow),
+            # Two of them may fail before a lease lapses.
             Repeater("heartbeat", self.settings.worker.lease_s / 3, self.heartbeat),
             Repeater("watchdog", self._watchdog.interval_s, self._watchdog.look),
         ]
@@ -210,6 +212,7 @@ class Node:
         rows, paused = self.store.run(
             lambda session: (policies.in_force(session), workers.paused_sources(session, lately=True)), write=False
         )
+        # Replaced whole, as the two below: a batch under way keeps the book that it began with.
         self._policies = PolicyBook(
             Policy(row.id, row.low, row.high, row.head, row.tenant, row.content_type) for row in rows
         )
@@ -223,6 +226,7 @@ class Node:
 
     def heartbeat(self) -> None:
         """Says that this process lives, and renews the leases of what it works on."""
+        # Only what is in flight: a claim of which this process knows nothing, since its answer was lost, must lapse.
         held = self.in_flight.jobs()
         lease_s = self.settings.worker.lease_s
         refused = {} if self.runtimes.refused is None else {"refused": self.runtimes.refused}
@@ -246,10 +250,13 @@ class Node:
     def close(self) -> None:
         """Ends the background work and frees the device."""
         for repeater in self._background:
+            # First what runs by itself: nothing loads a release, or renews a lease, while the parts below are taken
+            # away.
             repeater.stop()
         self._watchdog.close()
         self.shadow.close()
         self._pool.close()
         self.runtimes.close()
         self._sources.close()
+        # Last: until here it is alive, and `doctor` and `db restore` are to see it.
         self.store.run(lambda session: workers.gone(session, self.owner))

@@ -70,6 +70,7 @@ class Recorder:
         lost, and left to lapse they would count as those of a worker that died.
         """
         lease_s, limit = self._settings.lease_s, min(below, self._settings.max_attempts)
+        # Counted over the tries of this one transaction: the first cannot have been committed unheard.
         tries = count(1)
 
         def take(session: Session) -> list[Job]:
@@ -116,6 +117,7 @@ class Recorder:
         keep = self._settings.store_embeddings and judged.embeddings
 
         def write(session: Session) -> tuple[set[str], set[str]]:
+            # Verdicts first: they ask for the erasure's lock, which all take before any row's.
             written = set(verdicts.write(session, rows))
             # Their image was erased meanwhile; of jobs that are gone or have a verdict this does nothing.
             left = [
@@ -123,6 +125,7 @@ class Recorder:
                 for one in rows
                 if one.job_id not in written
             ]
+            # As the owner: what another worker has claimed since our lease lapsed is its own to end.
             jobs.put_back(session, [*again, *left], owner=self.owner)
             if keep:
                 # Only beside a verdict that names the image: nothing else would lead to the embedding.
@@ -198,6 +201,7 @@ class Recorder:
             except StoreUnavailableError as error:
                 if time.monotonic() > deadline:
                     raise
+                # The watchdog must not take a batch that waits for the database for one that is stuck.
                 log.warning("store_unavailable", error=str(error))
                 progress()
                 time.sleep(jittered(1.0))
@@ -228,6 +232,7 @@ class Recorder:
         if not fault.blame:
             # Not before the pause is over, and not all in the moment in which it is.
             return _after(fault.wait_s or _PAUSE_S)
+        # Doubled with each fault, and spread by a half: jobs that failed together do not come back together.
         base: float = self._settings.backoff_s * 2**fault.job.faults
         return jittered(min(base, self._settings.backoff_max_s))
 

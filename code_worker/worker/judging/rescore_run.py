@@ -148,6 +148,7 @@ class _Copies:
 
 
 def _pages(store: Store, wanted: verdicts.RescoreFilter) -> Iterator[list[tuple[Job, Verdict]]]:
+    # A transaction per page: judging a page takes minutes, and none may stay open for so long.
     last: verdicts.Position | None = None
     while True:
         found = store.run(
@@ -165,11 +166,13 @@ def _written(rejudged: Rejudged) -> set[str]:
 
 
 def _write(store: Store, rejudged: Rejudged, encoder_sha256: str, *, keep: bool) -> Collection[str]:
+    # Ids before the transaction, so that its second run, after a lost answer, finds the rows of the first.
     new = [replace(verdict, id=store.new_id()) for _, verdict in rejudged.pairs]
 
     def write(session: Session) -> Collection[str]:
         written = verdicts.replace_live(session, new)
         if keep:
+            # Only beside a verdict that names the image: by the job an erasure finds the embedding.
             named = {one.sha256: [one.job_id] for one in new if one.sha256 and one.job_id in written}
             vectors = {sha256: vector for sha256, vector in rejudged.embeddings.items() if sha256 in named}
             embeddings.keep(session, encoder_sha256, vectors, jobs=named)

@@ -50,6 +50,8 @@ class Runtimes:
         self._alias = alias
         self._required = required
         self._given_up: str | None = None
+        # Guards `_current` and what its users count. Invariant: a retired runtime is closed once, by the last of its
+        # users or, where it has none, by the swap. All else below is of the thread that follows the alias.
         self._lock = threading.Lock()
         self._current: _Held | None = None
         self._failed: tuple[str, float] | None = None
@@ -71,6 +73,8 @@ class Runtimes:
                     held.users -= 1
                     close = held.retired and not held.users
                 if close:
+                    # Outside of the lock: closing waits for the device, and batches of the new release must not wait
+                    # for that.
                     held.runtime.embedder.close()
 
     @property
@@ -130,6 +134,7 @@ class Runtimes:
             time.sleep(jittered(_JITTER_S / 2, 1.0))
         began = time.monotonic()
         try:
+            # Beside the release in use, which goes on judging: for this long there must be memory for two.
             runtime = self._load(wanted)
         except Exception as error:  # noqa: BLE001 - anything a device or a plugin raises: the release in use goes on, loading rests
             self._failed = (wanted, time.monotonic())

@@ -22,6 +22,7 @@ class InFlight:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._numbers = count()
+        # Both have the same keys, a number for each batch under way; `_lock` guards adding and removing them.
         self._jobs: dict[int, tuple[str, ...]] = {}
         self._alive: dict[int, float] = {}
 
@@ -31,6 +32,8 @@ class InFlight:
         number = next(self._numbers)
 
         def progress() -> None:
+            # Without the lock: it replaces the value of a key that is there, on the batch's own thread, never after
+            # its block.
             self._alive[number] = time.monotonic()
 
         with self._lock:
