@@ -105,10 +105,13 @@ def intervals(
         raise ValueError(f"{resamples} resamples: at least one is needed")
     sample = _counted(labels, scores)
     low, high = _borders(threshold)
+    # The bootstrap assumes that images are independent; the numbers of reals and fakes are held as they are, since a
+    # data set's mix of classes is chosen and not drawn.
     parts = [_measure(part, low, high, names) for part in _resamples(sample, resamples, seed)]
     found: dict[str, tuple[float, float] | None] = {}
     for name in names:
         values = np.concatenate([part[name] for part in parts])
+        # A figure that some resample lacks has no distribution to take percentiles of.
         found[name] = None if np.isnan(values).any() else _percentiles(values)
     point = {name: float(values[0]) for name, values in _measure(sample, low, high, FIGURES).items()}
     return found | {name: one for name, one in _at_the_border(sample, point, found).items() if name in names}
@@ -119,6 +122,7 @@ def _at_the_border(
 ) -> dict[str, tuple[float, float] | None]:
     """Intervals in the place of those that the bootstrap cannot give."""
     n = {REAL: int(sample.real.sum()), FAKE: int(sample.fake.sum())}
+    # The shares of one class are binomial: Wilson's interval holds for them without resampling.
     shares = {name: (point[name], n[kind]) for name, kind in _CLASS_SHARES.items() if n[kind]}
     shares["uncertain"] = (point["uncertain"], n[REAL] + n[FAKE])
     new: dict[str, tuple[float, float] | None] = {
@@ -151,6 +155,8 @@ def _joined(point: dict[str, float], n: dict[int, int]) -> dict[str, tuple[float
         weightings["balanced_accuracy"] = dict.fromkeys(limits, 0.5)
     found: dict[str, tuple[float, float] | None] = {}
     for figure, weights in weightings.items():
+        # Distances from estimate to limit add like standard errors, since the classes are independent samples; the
+        # lower limit is made of lower distances alone, so that the interval stays skewed as its parts are.
         below = sqrt(sum((w * (point[classes[kind]] - limits[kind][0])) ** 2 for kind, w in weights.items()))
         above = sqrt(sum((w * (limits[kind][1] - point[classes[kind]])) ** 2 for kind, w in weights.items()))
         found[figure] = (max(0.0, point[figure] - below), min(1.0, point[figure] + above))
@@ -159,12 +165,15 @@ def _joined(point: dict[str, float], n: dict[int, int]) -> dict[str, tuple[float
 
 def _auroc_limits(value: float, reals: int, fakes: int, z: float = 1.959964) -> tuple[float, float]:
     """Interval of an area of 0 or 1: up to where it lies `z` standard errors away (Newcombe 2006, method 5)."""
+    # Hanley and McNeil take scores of both classes to be exponential; Newcombe replaces both sample sizes by their
+    # mean.
     wide = (reals + fakes) / 2 - 1
 
     def excess(area: float) -> float:
         spread = 1 + wide * ((1 - area) / (2 - area) + area / (1 + area))
         return abs(value - area) - z * sqrt(area * (1 - area) * spread / (reals * fakes))
 
+    # Bisection: `excess` falls monotonically from the border inwards; 60 halvings are below one float's precision.
     inside, outside = value, 1 - value
     for _ in range(60):
         middle = (inside + outside) / 2
@@ -242,6 +251,7 @@ def _counted(labels: NDArray[np.int8], scores: NDArray[np.float32]) -> _Counts:
     kinds = _checked(labels, scores)
     if len(kinds) == 0:
         return _Counts(np.zeros(1), np.zeros((1, 1)), np.zeros((1, 1)))
+    # Negated, so that `unique` sorts from the highest score down: distinct is (g,), place (n,).
     distinct, place = np.unique(-scores.astype(np.float64), return_inverse=True)
     real, fake = (
         np.bincount(place[kinds == kind], minlength=len(distinct)).astype(np.float64)[None] for kind in (REAL, FAKE)
@@ -254,7 +264,9 @@ def _resamples(sample: _Counts, resamples: int, seed: int) -> Iterator[_Counts]:
 
     Drawing n images with replacement and counting their scores is one multinomial draw over the distinct scores.
     """
+    # One stream each, so that the draws of a class are the same whatever the size of the other.
     rng_real, rng_fake = (np.random.default_rng(one) for one in np.random.SeedSequence(seed).spawn(2))
+    # Counts of (samples, g) float64: 16 MB at most are in memory for each class.
     step = max(1, _RESAMPLED_AT_A_TIME // max(1, len(sample.scores)))
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
@@ -279,6 +291,7 @@ def _measure(counts: _Counts, low: float, high: float, names: Sequence[str]) -> 
 
 
 def _decisions(counts: _Counts, low: float, high: float) -> dict[str, Floats]:
+    # (g,) masks over the distinct scores; the sums below are (samples,).
     below, above = counts.scores < low, counts.scores >= high
     reals, fakes = counts.real.sum(axis=1), counts.fake.sum(axis=1)
     true_real, false_real = counts.real[:, below].sum(axis=1), counts.fake[:, below].sum(axis=1)
@@ -297,10 +310,14 @@ def _decisions(counts: _Counts, low: float, high: float) -> dict[str, Floats]:
 
 
 def _curve_figures(counts: _Counts) -> dict[str, Floats]:
+    # (samples, g): fakes found, and reals called fake, if the threshold were at each distinct score.
     hits, alarms = np.cumsum(counts.fake, axis=1), np.cumsum(counts.real, axis=1)
     recall = _share(hits, counts.fake.sum(axis=1)[:, None])
+    # (samples, g + 1): the curve begins at (0, 0), a threshold above all scores.
     tpr, fpr = (np.pad(one, ((0, 0), (1, 0))) for one in (recall, _share(alarms, counts.real.sum(axis=1)[:, None])))
+    # A resample may lack the highest scores: 0 / 0 there, where recall does not rise and nothing is counted.
     precision = np.nan_to_num(_share(hits, hits + alarms))
+    # (samples,): NaN without one of the classes, 1 else; multiplied in, it blanks every figure of the curve.
     both = np.where(np.isnan(tpr[:, -1] + fpr[:, -1]), np.nan, 1.0)
     return {
         "ap": both * np.sum(np.diff(tpr, axis=1) * precision, axis=1),
@@ -313,6 +330,7 @@ def _curve_figures(counts: _Counts) -> dict[str, Floats]:
 
 def _equal_error(tpr: Floats, fpr: Floats) -> Floats:
     """Returns where fpr = 1 - tpr on the polygon through the points, which lead from (0, 0) to (1, 1)."""
+    # From -1 at (0, 0) to 1 at (1, 1), and never falling: one crossing.
     excess = fpr + tpr - 1
     after = np.maximum(1, np.argmax(excess >= 0, axis=1))
     rows = np.arange(len(excess))
@@ -324,13 +342,16 @@ def _equal_error(tpr: Floats, fpr: Floats) -> Floats:
 
 def _probability_figures(counts: _Counts) -> dict[str, Floats]:
     n = (counts.real + counts.fake).sum(axis=1)
+    # (samples, g) @ (g,): the label of a real is 0, of a fake 1.
     squares = counts.real @ counts.scores**2 + counts.fake @ (1 - counts.scores) ** 2
+    # (g, bins): which bin each distinct score is in; the products below are (samples, bins).
     member = (_bin_of(counts.scores, CALIBRATION_BINS)[:, None] == np.arange(CALIBRATION_BINS)).astype(np.float64)
     claimed = ((counts.real + counts.fake) * counts.scores) @ member
     return {"brier": _share(squares, n), "ece": _share(np.abs(claimed - counts.fake @ member).sum(axis=1), n)}
 
 
 def _bin_of(scores: Floats, bins: int) -> NDArray[np.int64]:
+    # A score of 1 belongs to the last bin.
     return np.minimum((scores * bins).astype(np.int64), bins - 1)
 
 

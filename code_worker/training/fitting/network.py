@@ -76,6 +76,7 @@ class TrainableEncoder(nn.Module):
         """
         with torch.random.fork_rng(devices=[]):
             encoder = cls(config)
+            # In a fork of the generator, so that drawing weights changes no other random choice of the run.
             torch.manual_seed(seed)
             encoder.vit.load_state_dict(build_vit(config).state_dict())
         if start == "cosine":
@@ -104,6 +105,7 @@ class TrainableEncoder(nn.Module):
 
     def forward(self, views: Tensor) -> Tensor:
         """`(n, size, size, 3) uint8` to `(n, width)`: the CLS token after the final LayerNorm, not normalised."""
+        # (n, size, size, 3) uint8 → (n, 3, size, size) floats of mean 0 and deviation 1.
         pixels = (views.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
         return cast("Tensor", self.vit(pixels))
 
@@ -128,10 +130,12 @@ def cosine_projection(width: int, patch_size: int) -> Tensor:
     """
     if width > 3 * patch_size**2:
         raise ValueError(f"a patch of {patch_size}×{patch_size} has {3 * patch_size**2} numbers, fewer than {width}")
+    # Rows are frequencies, columns positions: (patch, patch).
     waves = _cosines(patch_size)
     order = sorted(((row, column) for row in range(patch_size) for column in range(patch_size)), key=_radius)
     rows = [_filter(_LUMA, waves, place) for place in order]
     for place in order:
+        # Doubled: colour differences of photographs are smaller than their differences in brightness.
         rows += [2 * _filter(colour, waves, place) for colour in (_BLUE, _RED)]
     return torch.stack(rows[:width]).float()
 
@@ -142,8 +146,10 @@ def _radius(place: tuple[int, int]) -> float:
 
 def _cosines(size: int) -> Tensor:
     """`(size, size)` orthonormal DCT-II, a row per frequency."""
+    # float64: float32 leaves the rows orthogonal to a few digits only.
     positions = torch.arange(size, dtype=torch.float64)
     waves = torch.cos(math.pi * (2 * positions[None] + 1) * positions[:, None] / (2 * size)) * math.sqrt(2 / size)
+    # The constant row has twice the energy of a cosine; halved, all rows are of length 1.
     waves[0] /= math.sqrt(2)
     return waves
 
@@ -151,7 +157,9 @@ def _cosines(size: int) -> Tensor:
 def _filter(colour: Sequence[float], waves: Tensor, place: tuple[int, int]) -> Tensor:
     weights = torch.tensor(colour, dtype=torch.float64)
     gain = min(_MOST, _GAIN * (1 + _radius(place)) ** _SLOPE)
+    # One wave down times one across: (patch, patch).
     plane = torch.outer(waves[place[0]], waves[place[1]])
+    # (3, 1, 1) · (patch, patch) → (3, patch, patch)
     return cast("Tensor", gain * (weights / weights.norm())[:, None, None] * plane)
 
 
@@ -173,6 +181,7 @@ def make_optimiser(model: nn.Module, *, weight_decay: float, fused: bool) -> tor
 
 def learning_rate(step: int, peak: float, *, warmup_epochs: float, scale: Scale) -> float:
     """Rate of a step (from 0): linear from 1e-6 over the warm-up, then half a cosine down to 0 at the last step."""
+    # At least one step is left for the cosine: a run shorter than its warm-up would end at the peak.
     warmup = min(round(warmup_epochs * scale.steps_per_epoch), scale.steps - 1)
     if step < warmup:
         return WARMUP_FROM + (peak - WARMUP_FROM) * step / warmup
@@ -197,6 +206,7 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         """Moves the average towards the present weights by one step."""
         for name, tensor in model.state_dict().items():
+            # In place: no second copy of all weights at each step.
             self.state[name].lerp_(tensor.to(self.state[name].dtype), 1 - self._decay)
 
 
@@ -209,6 +219,7 @@ def interpolate_weights(
     champion: Mapping[str, Tensor], trained: Mapping[str, Tensor], share: float
 ) -> dict[str, Tensor]:
     """`(1 − share) · champion + share · trained`, tensor by tensor; the ends are exactly theirs."""
+    # (1 - 1) · champion + trained rounds; share 1 must be the trained weights bit for bit.
     if share in {0.0, 1.0}:
         return dict(trained if share else champion)
     return {name: champion[name].to(tensor).lerp(tensor, share) for name, tensor in trained.items()}
@@ -231,6 +242,7 @@ def choose_share(
     """
     before = confidence[0.0]
     asked = [group for group in before if images.get(group, _FEWEST) >= _FEWEST]
+    # Worst group, not the mean: a generator that is forgotten is not made up for by others.
     lost = {
         share: max(before[group] - after[group] for group in asked)
         for share, after in confidence.items()
@@ -288,7 +300,9 @@ def average_gradients(model: nn.Module, world: World) -> None:
     if world.size == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # One message: each has a latency that some 150 small ones would add up.
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    # Every process must come here at every step with the same parameters, or all wait for ever.
     dist.all_reduce(flat)
     flat /= world.size
     _scatter(flat, gradients)

@@ -151,6 +151,7 @@ def nce(queries: Tensor, positives: Tensor, negatives: Tensor, temperature: floa
 
 
 def _unit_nce(queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    # Dividing (n, d) is cheaper than dividing the (n, m) cosines.
     scaled = queries / temperature
     # (n, d) · (n, d) → (n,): the cosine of each query with its own positive, over τ.
     positive = (scaled * positives).sum(dim=1)
@@ -295,6 +296,7 @@ class Stepper:
             DivergedError: a loss or gradient that is not finite; the weights are as before.
         """
         self._optimiser.zero_grad(set_to_none=True)
+        # (records, 8, size, size, 3) → (records · 8, size, size, 3): the views of a record are neighbours.
         views = batch.to(self._device, non_blocking=True).flatten(0, 1)
         back = self._in_parts if self._accumulate > 1 else self._at_once
         value = back(views, len(batch), step)
@@ -312,9 +314,11 @@ class Stepper:
 
     def loss(self, embeddings: Tensor, records: int, step: int) -> Tensor:
         """The objective of `(records · 8, width)` embeddings, with the permutations of this step."""
+        # From seed and step alone, on the CPU: a run that is taken up again, and every process, draws the same.
         generator = torch.Generator().manual_seed(self._seed * _SEED_STRIDE + step)
         joined = records * self._world.size
         real, fake = derangement(joined, generator), derangement(joined, generator)
+        # (records · 8, width) → (records, 8, width)
         views = ViewEmbeddings.of_records(embeddings.view(records, len(VIEWS), -1))
         return contrastive_loss(views, permutation_real=real, permutation_fake=fake).total
 
@@ -324,9 +328,12 @@ class Stepper:
         return float(loss.detach())
 
     def _in_parts(self, views: Tensor, records: int, step: int) -> float:
+        # Cut between views, not records: the objective sees the embeddings of all again.
         parts = views.chunk(self._accumulate)
         with torch.no_grad():
+            # (records · 8, width), without a graph: of each part only the embeddings stay.
             embeddings = torch.cat([self.embed(part) for part in parts])
+        # A leaf: backward stops here and leaves dL/d(embeddings), which each part then passes on.
         embeddings.requires_grad_()
         loss = self.loss(embeddings, records, step)
         self.scaler.scale(loss).backward()
@@ -339,6 +346,7 @@ class Stepper:
     def _move(self, step: int, value: float) -> None:
         self.scaler.unscale_(self._optimiser)
         parameters = [parameter for parameter in self._encoder.parameters() if parameter.grad is not None]
+        # One number for all gradients: it is not finite if any of them is not.
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not math.isfinite(value):
             raise DivergedError(f"the loss is {value}", step)
@@ -368,6 +376,7 @@ class DivergenceWatch:
             DivergedError: the smoothed loss was above the limit for a hundred steps.
         """
         self.smooth = value if self.smooth is None else self._SMOOTHING * self.smooth + (1 - self._SMOOTHING) * value
+        # In a row: a single bad batch is no divergence.
         self._above = self._above + 1 if self.smooth > self._limit else 0
         if self._above >= self._PATIENCE:
             raise DivergedError(

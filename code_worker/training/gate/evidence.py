@@ -171,6 +171,7 @@ class Evidence:
         Cross-fitted scores are of heads that learned less than the champion's, so that a gain would be too large.
         """
         new = self._inputs.new
+        # Each of these tests may promote: their number is what `gain_level` divides the error by.
         wholes = [(ALL, np.ones(len(new), dtype=np.bool_))]
         if new.any() and not new.all():
             wholes.append((NEW, new))
@@ -309,6 +310,7 @@ class Evidence:
             parts[OLD_FAKES] = (fake, _alike(look.names[fake]))
         error = self._settings.error
         if real.any() and fake.any():
+            # Limits of reals and of fakes fail together only as far as records with both are in both.
             each = [weights / weights.sum() for _, weights in parts.values()]
             error = joint_error(error, shared_correlation(look.groups, (real, fake), each))
         for group, (members, weights) in parts.items():
@@ -357,6 +359,7 @@ def _gain(look: _Look, group: str, members: NDArray[np.bool_]) -> Change:
     classes = [labels == kind for kind in (REAL, FAKE) if (labels == kind).any()]
     shares = np.zeros(len(labels))
     for of_class in classes:
+        # (n,) of sum 1: each class weighs the same, however many images it has.
         shares[of_class] = 1 / (len(classes) * of_class.sum())
     strata = signed_groups(changes, shares, look.groups[members])
     figure = "balanced_accuracy" if len(classes) == 2 else "accuracy"
@@ -367,6 +370,7 @@ def _gain(look: _Look, group: str, members: NDArray[np.bool_]) -> Change:
 def _group_change(look: _Look, group: str, members: NDArray[np.bool_]) -> Change:
     n = int(members.sum())
     of_group = counted(look.changes[members])
+    # Exact McNemar test; it takes copies as independent images, which errs towards a refusal.
     p = worse_p(of_group.gains, of_group.losses)
     return _change(look, group, members, np.full(n, 1 / max(1, n)), ("accuracy", p, of_group))
 

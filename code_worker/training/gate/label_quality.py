@@ -57,6 +57,7 @@ def label_noise(
     Returns:
         For images that look real, and for those that look generated.
     """
+    # A vote among neighbours assumes that an encoder puts like images together: see `unseen` for where it does not.
     rows = np.flatnonzero(asked)
     fakes = neighbour_shares(embeddings, labels, rows)
     return (
@@ -80,13 +81,17 @@ def unseen(embeddings: NDArray[np.float32], labels: NDArray[np.int8], group: NDA
         return False
     rows = np.flatnonzero(group | reals)
     fakes = neighbour_shares(embeddings, labels, rows).astype(np.float32)
+    # Area under the ROC curve of the neighbours' vote: 0.5 is chance, whatever the sizes of the classes.
     return float(figures(labels[rows], fakes)["auroc"] or 0.0) < _TOLD_APART
 
 
 def _among_purest(among: str, looks: int, unlikeness: NDArray[np.float64], labels: NDArray[np.int8]) -> Noise:
+    # A third, rounded up: the purest slice, in which a label of the other class is most likely wrong (confident
+    # learning takes a threshold in its place: Northcutt et al., 2021).
     count = -(-int((labels == looks).sum()) // 3)
     if count < MIN_SLICE:
         return Noise(among, looks, None, count)
+    # Stable, so that ties do not depend on the processor.
     purest = np.argsort(unlikeness, kind="stable")[:count]
     return Noise(among, looks, float((labels[purest] != looks).mean()), count)
 
@@ -103,9 +108,12 @@ def neighbour_shares(
     shares: list[NDArray[Any]] = []
     for start in range(0, len(rows), _BLOCK):
         some = rows[start : start + _BLOCK]
+        # (block, n) cosines: the whole matrix of n² would not fit into memory.
         likeness = unit[some] @ unit.T
         likeness[np.arange(len(some)), some] = -np.inf
+        # (block, count): the nearest, in no order, which costs n instead of n log n.
         nearest = np.argpartition(-likeness, count - 1, axis=1)[:, :count]
+        # The mean over neighbours: (block,).
         shares.append((labels[nearest] == FAKE).mean(axis=1))
     return np.concatenate(shares) if shares else np.zeros(0)
 
@@ -175,7 +183,10 @@ def _flooded(unit: NDArray[np.float32], places: Sequence[int], radius: float, mo
     found = []
     for start in range(0, len(places), _BLOCK):
         some = places[start : start + _BLOCK]
+        # (block, places), bool: cosine distance within the radius.
         close = 1 - unit[some] @ unit[places].T <= radius
+        # Row r is image start + r, which may count columns before itself alone: so the first `most` of a flood always
+        # stay.
         earlier = np.tril(close, start - 1).sum(axis=1)
         found += [place for place, count in zip(some, earlier.tolist(), strict=True) if count >= most]
     return found
@@ -188,6 +199,7 @@ def _usual_distance(unit: NDArray[np.float32]) -> float:
     if len(sample) < 2:
         return 0.0
     likeness = sample @ unit.T
+    # An image is not its own neighbour: row r is column r · step.
     likeness[np.arange(len(sample)), np.arange(0, len(unit), step)] = -np.inf
     return float(np.median(1 - likeness.max(axis=1)))
 
@@ -218,6 +230,7 @@ def suspicions(
     new = np.array([member.new for member in speakers], dtype=np.bool_)
     by = np.array([member.by for member in speakers], dtype=np.str_)
     before = float(otherwise[~new].mean()) if (~new).sum() >= _FEWEST else _ORDINARY
+    # Old labels that happen to agree entirely would make any new disagreement infinitely suspicious.
     history = max(before, _ORDINARY)
     found = [
         Suspicion(name, float(otherwise[new & (by == name)].mean()), history, count)

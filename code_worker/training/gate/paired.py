@@ -35,6 +35,7 @@ def shared_correlation(
     If images of a group always changed alike: the covariance of the means over the root of their variances.
     """
     size = int(groups.max()) + 1
+    # (groups,): the weight that each group has in the mean of its part.
     one, other = (np.bincount(groups[part], some, size) for part, some in zip(parts, weights, strict=True))
     return min(1.0, float(one @ other / sqrt((one @ one) * (other @ other))))
 
@@ -114,8 +115,11 @@ def better_p(strata: Sequence[Stratum]) -> float:
     whole = [max(1, round(_GRID * one.weight / unit)) for one in strata]
     chances, observed = np.ones(1), 0
     for weight, one in zip(whole, strata, strict=True):
+        # Sums from -weight · m to weight · m in steps of 2 · weight, since a coin's two sides are two weights apart.
         own = np.zeros(2 * weight * one.discordant + 1)
         own[:: 2 * weight] = _coins(one.discordant)
+        # Strata are independent: the distribution of a sum is the convolution. scipy chooses the FFT where it is
+        # shorter, whose rounding can leave the sum slightly outside of [0, 1].
         chances = convolve(chances, own)
         observed += weight * (one.gains - one.losses)
     # The middle is a sum of 0.
@@ -129,7 +133,9 @@ def signed_groups(changes: Changes, weights: Weights, groups: Groups) -> list[St
     that are equally good a group's weighted sum of changes has either sign alike, whichever traits its images share
     (a sign test over clusters; with ranks it is that of Datta & Satten, Biometrics 64, 2008, 501-507).
     """
+    # (groups,): what each group lost or gained in all; one that balances out says nothing about a direction.
     sums = np.bincount(groups, weights * changes)
+    # Rounding of sums of weights near 1 / n, not a change.
     sums = sums[np.abs(sums) > 1e-12]
     # To six digits of the largest: weights such as 2w and w + w are the same.
     sizes = np.round(np.abs(sums) / np.abs(sums).max(initial=1e-12), 6) * np.abs(sums).max(initial=1e-12)
@@ -143,6 +149,7 @@ def _coins(n: int) -> NDArray[np.float64]:
     """`(n + 1,)`: chance of each number of heads among `n` coins."""
     from scipy.special import gammaln
 
+    # By logarithms: binomial coefficients of some thousand images do not fit into a float.
     heads = np.arange(n + 1)
     return np.asarray(np.exp(gammaln(n + 1) - gammaln(heads + 1) - gammaln(n - heads + 1) - n * np.log(2)))
 
@@ -162,6 +169,7 @@ def tarone_level(discordant: Sequence[int], error: float) -> float:
         `error / k` with the smallest `k` such that at most `k` tests can reach it.
     """
     for k in range(1, len(discordant) + 1):
+        # Tests that could not reach the level cannot raise a false alarm, so they need no share of the error.
         if sum(2.0**-m <= error / k for m in discordant) <= k:
             return error / k
     return error
@@ -176,6 +184,7 @@ def proportion_limits(part: float, whole: float, error: float) -> tuple[float, f
 
     if whole <= 0:
         return 0.0, 1.0
+    # The limits are quantiles of Beta distributions; betaincinv takes fractions, where a binomial would need counts.
     low = float(betaincinv(part, whole - part + 1, error)) if part > 0 else 0.0
     high = float(betaincinv(part + 1, whole - part, 1 - error)) if part < whole else 1.0
     return low, high
@@ -214,6 +223,8 @@ def count_limits(gains: float, losses: float, n: float, error: float) -> tuple[f
     gained, lost = gains / n, losses / n
     low_gain, high_gain = proportion_limits(gains, n, error)
     low_loss, high_loss = proportion_limits(losses, n, error)
+    # Gains and losses exclude each other: their covariance, -gained · lost / n, is left out. At shares of a few per
+    # cent it would widen the interval by less than the exact limits are too wide already.
     low = gained - lost - sqrt((gained - low_gain) ** 2 + (high_loss - lost) ** 2)
     high = gained - lost + sqrt((high_gain - gained) ** 2 + (lost - low_loss) ** 2)
     return max(-1.0, low), min(1.0, high)
@@ -225,6 +236,7 @@ def effective_number(changes: Changes, weights: Weights, groups: Groups | None =
     By all of them or by the discordant ones, whichever are fewer. Images of a group count as if they always agreed.
     """
     by_group = np.arange(len(changes)) if groups is None else groups
+    # (groups,): images of a group are counted as fully correlated, the most that they can be.
     whole = np.bincount(by_group, weights)
     changed = np.bincount(by_group[changes != 0], weights[changes != 0])
     return min(float(one.sum() / (one**2).sum()) for one in (whole, changed) if one.any())
@@ -240,9 +252,12 @@ def joint_error(error: float, correlation: float) -> float:
     from scipy.optimize import brentq
     from scipy.special import ndtri, owens_t
 
+    # A correlation of 1 gives a spread of 0, where T(z, 0) is 0; of 0 a spread of 1, where 2 T(z, 1) is Φ(z)(1 -
+    # Φ(z)).
     spread = sqrt((1 - correlation) / (1 + correlation))
     if spread in {0.0, 1.0}:
         return sqrt(error) if spread else error
+    # The chance that both err rises with the error of each: one root, between the two extremes.
     return float(brentq(lambda each: each - 2 * owens_t(ndtri(each), spread) - error, error, sqrt(error)))
 
 
@@ -264,6 +279,7 @@ def paired_difference(
     """
     changes = right(labels, scores_b, threshold_b).astype(np.int8) - right(labels, scores_a, threshold_a)
     real, fake = labels == REAL, labels == FAKE
+    # Weights (n,) of sum 1, half of it on each class.
     both = real / max(1, 2 * real.sum()) + fake / max(1, 2 * fake.sum())
     groups = {"accuracy": real | fake, "real_accuracy": real, "fake_accuracy": fake}
     found = {name: _difference(changes[of], np.full(of.sum(), 1 / max(1, of.sum()))) for name, of in groups.items()}
@@ -303,6 +319,7 @@ def auroc_limits(
     both = zip(_placements(labels, scores_a), _placements(labels, scores_b), strict=True)
     by_class = [b - a for a, b in both]
     value = float(by_class[0].mean())
+    # Reals and fakes are independent samples: the variances of their mean placements add.
     reach = float(ndtri(1 - error)) * sqrt(sum(float(one.var(ddof=1)) / len(one) for one in by_class))
     return max(-1.0, value - reach), min(1.0, value + reach)
 
@@ -316,6 +333,7 @@ def _placements(labels: NDArray[np.int8], scores: NDArray[np.float32]) -> tuple[
     from scipy.stats import rankdata
 
     real, fake = scores[labels == REAL], scores[labels == FAKE]
+    # Mid-ranks, so that ties count half; O(n log n) in the place of comparing all pairs.
     ranks = rankdata(np.concatenate([real, fake]))
     fakes_below = (ranks[: len(real)] - rankdata(real)) / len(fake)
     reals_below = (ranks[len(real) :] - rankdata(fake)) / len(real)
@@ -334,6 +352,7 @@ def detectable_loss(images: int, level: float, margin: float, gains: int = 0) ->
     """
     from scipy.special import betaincinv
 
+    # Fewer losses than this have no p-value at the level, not even without a gain.
     fewest = max(ceil(-log2(level)), gains + 1)
     proving = (k for k in range(fewest, images - gains + 1) if proven_loss(Stratum(gains, k), images, level) > margin)
     least = next(proving, None)
@@ -361,6 +380,7 @@ def images_needed(discordant_share: float, margin: float, error: float) -> int |
         _, high_loss = proportion_limits(half * n, n, error)
         if sqrt((half - low_gain) ** 2 + (high_loss - half) ** 2) < margin:
             return _rounded(n)
+        # The limits have no closed form that could be solved for n; steps of 5 % are finer than what is shown.
         n *= 1.05
     return None
 

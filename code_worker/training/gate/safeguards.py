@@ -50,11 +50,14 @@ class GoldenSet:
         Raises:
             TransientError: no memory is left to decode one of its images in.
         """
+        # 64-bit perceptual hashes; the golden set is small, so each of its hashes is compared with all of theirs at
+        # once.
         own = {one for example in self.examples if (one := perceptual_hash(example.read(), limits)) is not None}
         looks = {image.sha256: int(image.phash, 16) for image in images if image.phash is not None}
         theirs = np.fromiter(looks.values(), np.uint64, len(looks))  # (images,)
         found = np.zeros(len(looks), dtype=np.bool_)
         for one in own:
+            # Hamming distance; the same bound as for groups, so that what counts as a copy here does so there.
             found |= np.bitwise_count(theirs ^ np.uint64(one)) <= kept_images.NEAR_BITS
         return {sha256 for sha256, is_near in zip(looks, found, strict=True) if is_near}
 
@@ -149,6 +152,7 @@ def stability_index(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
     Equal parts instead of the usual deciles: scores crowd at 0 and 1, where deciles would tell 0.001 from 0.002.
     """
     shares = [np.histogram(scores, bins=_BINS, range=(0, 1))[0] / max(1, len(scores)) for scores in (before, after)]
+    # An empty part would make the index infinite; a ten-thousandth stands for it, as is usual.
     p, q = (np.maximum(share, _LEAST) for share in shares)
     return float(((q - p) * np.log(q / p)).sum())
 
@@ -173,6 +177,7 @@ def measure_drift(
         candidate_at: where the second decides.
     """
     before, after = _said(champion, champion_at), _said(candidate, candidate_at)
+    # `_said` has 0 for real and 2 for fake: labels of 0 and 1, doubled.
     canaries = before == 2 * labels
     count = int(canaries.sum())
     if not count:
@@ -258,6 +263,7 @@ def _golden_losses(golden: GoldenScores, champion: ReleaseScores, settings: Gate
     # Bonferroni's share of three tests.
     level = settings.error / (1 + len(_CLASSES))
     scores = [side.deciding(next(iter(side.scores))) for side in (champion, golden.candidate)]
+    # The upper limit of the difference, turned round, is the loss that is proven.
     limits = auroc_limits(golden.labels, scores[0], scores[1], level)
     area = {"figure": "auroc", "allowed": settings.max_golden_loss, "proven": max(0.0, -limits[1]) if limits else 0.0}
     old, new = (
@@ -299,6 +305,7 @@ def _worse_on_golden(golden: dict[str, Any] | None) -> Iterator[str]:
 def _shift(inputs: GateInputs) -> Drift | None:
     if inputs.champion is None:
         return None
+    # New images are what the candidate is to judge otherwise: they are no sign of drift.
     old = ~inputs.new
     condition = next(iter(inputs.candidate.scores))
     return measure_drift(
