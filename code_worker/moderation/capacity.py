@@ -118,6 +118,7 @@ class Bench:
                 took = time.perf_counter() - began
                 rates[number].append(images / took)
                 if stages[number] == self._end_to_end:
+                    # Streams work side by side: so many seconds of work fit into one.
                     busy.append(min(1.0, (self._loop.stats().busy_s - before) / took / self._loop.streams))
                 say(1)
         one, every, forward, whole = (Rate(tuple(values)) for values in rates.values())
@@ -135,6 +136,7 @@ class Bench:
         done = 0
         for crop in _cycle(self._crops, until):
             under_way.append(self._loop.submit(crop))
+            # Enough that the loop never waits for crops, and bounded.
             if len(under_way) > _UNDER_WAY:
                 under_way.popleft().result()
                 done += 1

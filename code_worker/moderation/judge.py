@@ -147,6 +147,7 @@ def score_items(head: Head, name: str, items: Sequence[Item]) -> list[float | st
 def score_rows(head: Head, name: str, matrix: NDArray[np.float32], failed: Failed) -> list[float | str]:
     """A score in [0, 1] per row of `(n, 192) float32`, or the text of what went wrong with it."""
     whole = _try_score(head, name, matrix, failed)
+    # The usual case: all rows in one call.
     if not isinstance(whole, str):
         return [_checked(float(score), name) for score in whole]
     if len(matrix) == 1:
@@ -275,6 +276,7 @@ class Judge:
         return None
 
     def _score(self, ready: Sequence[tuple[Item, Policy, str]], runtime: Runtime, result: Judged) -> None:
+        # A head scores all of its images in one call: (n, 192) costs little more than (1, 192).
         by_head: dict[str, list[tuple[Item, Policy]]] = {}
         for item, policy, head in ready:
             by_head.setdefault(head, []).append((item, policy))

@@ -105,6 +105,7 @@ class Collector:
             at_most: jobs that are begun and not given out, for long streams. Unset: all are fetched and decoded
                 before the first is given out, so that nothing that the caller does with one holds up the others.
         """
+        # One batch per call and thread: batches share the pool and the encoder, and no state.
         batch = _Batch(self, encoder, progress, observer)
         for item in batch.run(map(Item, jobs), at_most):
             batch.finish(item)
@@ -177,6 +178,7 @@ class _Batch:
 
     def run(self, items: Iterator[Item], at_most: int | None) -> Iterator[Item]:
         """Fetches and decodes; gives out the items in their order, to be finished."""
+        # In the order of the jobs; what ends early waits here for those before it.
         begun: deque[Item] = deque()
         more = True
         while more or self._held:
@@ -226,6 +228,7 @@ class _Batch:
         patience_s = max(0.0, self._look_up_at - time.monotonic()) if self._arrived else _LOOK_S
         done: list[Task] = []
         with suppress(Empty):
+            # Woken by the first that ends, then all that ended by now: one turn of the loop for many.
             done.append(self._ended.get(timeout=patience_s))
             while True:
                 done.append(self._ended.get_nowait())
@@ -255,6 +258,7 @@ class _Batch:
 
     def _look_up(self) -> None:
         arrived, self._arrived = self._arrived, []
+        # Sorted: the same images ask with the same list, whose statement the database has prepared.
         hashes = sorted({task.content.sha256 for task in arrived})
         known = unpack(self._collector.known(self._encoder.encoder_sha256, hashes))
         for task in arrived:
@@ -270,6 +274,7 @@ class _Batch:
             if self._observer is not None and item.error is None:
                 self._observer.saw_bytes(content.sha256, content.fetched.data)
         else:
+            # Known by nobody: from here on its bytes are held until the crop is made.
             self._decoding.add(self._collector.decode(self._number, item, self._ended, content))
 
     def _after_decode(self, task: Decode) -> None:
@@ -285,6 +290,7 @@ class _Batch:
         item.timings_ms["encode"] = time.perf_counter()
         try:
             self._encoding[item] = self._encoder.embedder.submit(crop, item.job.priority, self._number)
+        # The loop refuses: it failed for good, or its queue is closed. The images are not to blame.
         except TransientError as unavailable:
             del item.timings_ms["encode"]
             for twin in self._twins[sha256]:
@@ -315,6 +321,7 @@ class _Batch:
         if (error := encoded.exception()) is not None:
             item.error, item.encoding = error, True
             return
+        # (192,) float32
         embedding = encoded.result()
         if not np.isfinite(embedding).all():
             item.error = ImageRejectedError(RejectReason.INTERNAL, "the encoder gave numbers that are not finite")

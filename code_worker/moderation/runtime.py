@@ -121,6 +121,7 @@ class LazyEmbedder:
                 raise TransientError(RejectReason.MODEL_UNAVAILABLE, f"the encoder {what}")
             if self._started is None:
                 try:
+                    # Under the lock: of threads that come together one starts it, the others wait for that.
                     self._started = self._start()
                 except Exception as error:
                     # Anything a device raises: out of memory, above all.
@@ -155,6 +156,7 @@ def start_runtime(
     Raises:
         ConfigurationError: a device or precision that this machine lacks, or a default head the release lacks.
     """
+    # Before the encoder: a misspelt head must not cost the minute that a device takes to warm up.
     default_head = settings.head or loaded.manifest.default_head
     if default_head is None or default_head not in loaded.heads:
         raise UnknownHeadError(str(default_head), tuple(sorted(loaded.heads)))
@@ -198,7 +200,9 @@ def start_encoder(weights: EncoderWeights, settings: Settings, streams: int | No
         streams=streams,
         largest_batch=worker.micro_batch,
     )
+    # First calls compile kernels and choose algorithms: no live image should wait for that.
     engine.warm_up()
+    # Before any head scores: a head that searches millions of references puts them on this device.
     use_compute_device(engine.device)
     if engine.device == "cpu":
         _one_blas_thread()
@@ -219,6 +223,7 @@ def _one_blas_thread() -> None:
 
 def _thresholds(loaded: LoadedRelease) -> Policy:
     own = loaded.manifest.thresholds
+    # The same thresholds are the same policy: verdicts of releases that did not move them name one id.
     if (own.low, own.high) == (DEFAULT_POLICY.low, DEFAULT_POLICY.high):
         return DEFAULT_POLICY
     return Policy(id=f"{loaded.id}:thresholds", low=own.low, high=own.high)

@@ -92,6 +92,7 @@ class _Scan:
         """Verdicts in the order of the jobs."""
         found: dict[str, Verdict] = {}
         left = list(batch)
+        # None: the last try, after which what is left is rejected.
         for wait_s in (*WAITS_S, None):
             judged = self._judge.judge(left, self._runtime, self._policies)
             found |= {verdict.job_id: verdict for verdict in judged.verdicts}

@@ -31,6 +31,7 @@ def in_share(sha256: str, share: float) -> bool:
 
     The last digits decide; the first ones choose the hold-out, and the two must not go together.
     """
+    # 32 bits of a SHA-256 are uniform: a share of them is that share of all contents.
     return int(sha256[-8:], 16) < share * 2**32
 
 
@@ -99,6 +100,7 @@ class ShadowBatch:
     def _keep(self, sha256: str, material: NDArray[Any] | bytes, size: int) -> None:
         if sha256 in self.images or not in_share(sha256, self._share):
             return
+        # Dropped and not waited for: this is the champion's thread.
         if not self._budget.take(size + _OVERHEAD_BYTES):
             self.dropped += 1
             return
@@ -139,6 +141,7 @@ def shadow_scores(
             by_head.setdefault(str(head), []).append((sha256, verdict))
     found: list[ShadowScore] = []
     for head, members in by_head.items():
+        # (n, 192): one call of each head for the whole batch.
         matrix = np.stack([embeddings[sha256] for sha256, _ in members])
         scores = score_rows(challenger.heads[head], head, matrix, partial(failed, head))
         for (sha256, verdict), score in zip(members, scores, strict=True):
@@ -271,6 +274,7 @@ def _scope(tenant: str | None, content_type: str | None, tallies: Sequence[Tally
     images = _images(tallies)
     agreed = sum(one.images for one in tallies if one.label == one.champion_label)
     shift = sum(one.shift for one in tallies)
+    # Tallies hold sums, so means over any scope are sums over sums.
     return Scope(tenant, content_type, images, agreed / images, shift / images)
 
 

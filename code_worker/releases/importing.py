@@ -64,6 +64,7 @@ def read_estimator(path: Path) -> EstimatorState:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ArtifactError(f"{path}: {size} bytes are more than the {MAX_BYTES} that an estimator may have")
+        # Whole in memory, which the limit above bounds: what is parsed cannot change meanwhile.
         content = _decompressed(path.read_bytes())
         return _state(read_pickle(content, ESTIMATORS))
     except OSError as error:
@@ -77,10 +78,12 @@ def read_estimator(path: Path) -> EstimatorState:
 def _decompressed(content: bytes) -> bytes:
     decompressor: _Decompressor
     if content.startswith((b"\x1f\x8b", b"\x78")):
+        # 32 added to the window: takes both the gzip and the zlib header.
         decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
     elif content.startswith(b"BZh"):
         decompressor = bz2.BZ2Decompressor()
     elif content.startswith((b"\xfd7zXZ", b"\x5d\x00")):
+        # A dictionary of gigabytes can be asked for in a few bytes of header.
         decompressor = lzma.LZMADecompressor(memlimit=2**28)
     elif content.startswith(b"\x04\x22\x4d\x18"):
         raise ArtifactError("compressed with lz4: write it again with joblib.dump(estimator, path, compress=0)")
@@ -88,6 +91,7 @@ def _decompressed(content: bytes) -> bytes:
         return content
     limit = MAX_INFLATION * len(content) + 2**20
     try:
+        # With a limit on the output: a file of zeros inflates a thousandfold.
         inflated = decompressor.decompress(content, limit)
     except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
         raise ArtifactError(f"damaged compressed file: {error}") from error
@@ -110,6 +114,7 @@ def _state(found: object) -> EstimatorState:
             params[name] = value
         else:
             raise ArtifactError(f"attribute {name[:100]!r} of the estimator is neither a plain value nor an array")
+    # Attributes change between versions of scikit-learn: heads look at it before they read any.
     version = params.pop("_sklearn_version", None)
     return EstimatorState(found.name.qualname, version if isinstance(version, str) else "", params, arrays)
 
@@ -125,6 +130,7 @@ def _is_plain_leaf(value: object) -> bool:
     if isinstance(value, str):
         return len(value) <= _MAX_TEXT
     if isinstance(value, int):
+        # Larger ones have no form in the manifest's JSON that every reader keeps exact.
         return abs(value) < 2**63
     return value is None or isinstance(value, float)
 
@@ -191,6 +197,7 @@ def build_release(
     options = options or ImportOptions()
     local, uri = _locate(source)
     if (local / MANIFEST_NAME).is_file():
+        # Never converted anew: its id is the hash of its manifest.
         return _copy_release(local, directory, options, keys)
     return _convert(local, uri, plugins, directory, options)
 
@@ -212,6 +219,7 @@ def _locate(source: str) -> tuple[Path, str]:
 def _copy_release(source: Path, directory: Path, options: ImportOptions, keys: Sequence[SecretStr]) -> str:
     if options != ImportOptions():
         raise ConfigurationError(f"{source} is a finished release: its heads and notes are part of its id")
+    # Before the copy, so that a damaged source is named and not the copy; `add` verifies that again.
     _, sha256 = verify_files(source)
     try:
         shutil.copytree(source, directory, dirs_exist_ok=True)
@@ -247,10 +255,12 @@ def _head_files(directory: Path | None, *, required: bool) -> list[Path]:
 
 
 def _recognise(paths: Sequence[Path], plugins: Plugins, *, skip: bool) -> list[_Found]:
+    # Only for files that are there: importing a head's plugin may take seconds.
     classes = {name: plugins.head_class(name) for name in plugins.heads()} if paths else {}
     found: list[_Found] = []
     for path in paths:
         try:
+            # Each file is offered to every head; a head answers None to a class that is not its own.
             found.append(_take(path, classes))
         except ArtifactError as error:
             if not skip:

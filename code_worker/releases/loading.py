@@ -117,15 +117,19 @@ def load_release(
     """
     from code_worker.encoder.weights import read_weights
 
+    # All hashes before anything is parsed: parsers of weights and of a head's files see verified bytes alone.
     manifest, sha256 = verify_files(directory, on_bytes)
     _refuse_swapped(directory, sha256, expected or sha256)
     if keys:
+        # Read once more for the signature, and compared: the bytes that are signed must be those that were verified.
         content = (directory / MANIFEST_NAME).read_bytes()
         _refuse_swapped(directory, hashlib.sha256(content).hexdigest(), sha256)
         check(content, signature_in(directory) if signature is None else signature, keys, str(directory))
     weights = read_weights(directory)
     loaded = load_heads(directory, manifest, release_id(sha256), plugins, if_changed=if_changed, leave_out=leave_out)
     if keys:
+        # Between hash and use somebody may have put other files there; with keys configured that is an attack to be
+        # seen.
         _refuse_swapped(directory, verify_files(directory)[1], sha256)
     return LoadedRelease(
         id=release_id(sha256),
@@ -153,6 +157,7 @@ def load_heads(
     Raises:
         ArtifactError, PluginError: see `load_release`.
     """
+    # Left out before its class is asked for: the plugin may be gone.
     entries = {name: entry for name, entry in manifest.heads.items() if name != leave_out}
     heads = {name: load_head(directory, name, entry, plugins) for name, entry in entries.items()}
     probes = read_probes(directory) if PROBES_NAME in manifest.files else None
@@ -172,6 +177,7 @@ def _changed_heads(
 ) -> Iterator[Changed]:
     if probes is None and heads:
         log.info("release_without_probes", release=release, hint="heads are not compared with their past")
+    # A score that moved across one of these changes verdicts, however little it moved.
     borders = {0.5, thresholds.low, thresholds.high}
     for name, head in heads.items():
         if probes is None:

@@ -35,18 +35,23 @@ class DeviceSearch:
         """Per query the positions of every reference whose similarity is within `margin` of the k-th largest."""
         torch = self._torch
         with torch.inference_mode(), self._exactly(torch.device(self._device).type):
+            # (n, 192)
             rows = torch.from_numpy(queries).to(self._device)
             best = torch.full((len(queries), k), -torch.inf, device=self._device)
             parts = []
             for start in range(0, len(self._units), _BLOCK):
+                # (n, block)
                 similarities = rows @ self._units[start : start + _BLOCK].T
+                # (n, k): the best of this block, then of all blocks so far.
                 top = torch.topk(similarities, min(k, similarities.shape[1])).values
                 best = torch.topk(torch.cat((best, top), dim=1), k).values
+                # Bounded by the best so far, so more may stay than in the end: the next to last line sifts again.
                 query, position = (similarities >= best[:, -1:] - margin).nonzero(as_tuple=True)
                 parts.append((query, position + start, similarities[query, position]))
             query, position, similarity = (torch.cat(part) for part in zip(*parts, strict=True))
             kept = similarity >= best[query, -1] - margin
             found: tuple[Any, Any] = query[kept].cpu().numpy(), position[kept].cpu().numpy()
+        # Stable: positions of a query stay ascending, by which ties are decided.
         order = np.argsort(found[0], kind="stable")
         counts = np.bincount(found[0], minlength=len(queries))
         return np.split(found[1][order].astype(np.intp), np.cumsum(counts)[:-1])

@@ -65,11 +65,14 @@ class NearestNeighbourHead(ArrayHead):
             self._nearest_of_class(queries, positions, index) for positions, index in self._classes
         )
         k = self.options.n_neighbors
+        # (n, 2k) → (n, k): by distance, ties by position among all references, as scikit-learn's brute force has it.
         order = np.lexsort((np.hstack((at_real, at_fake)), np.hstack((d_real, d_fake))), axis=1)[:, :k]
+        # Columns from there on are of generated references.
         votes = (order >= d_real.shape[1]).sum(axis=1)
         generated = 2 * votes > k
         if k > 1:
             return sided(votes / k, generated)
+        # 0 where a query equals a reference of both classes: as near to both, 0.5.
         total = d_real[:, 0] + d_fake[:, 0]
         return sided(np.divide(d_real[:, 0], total, out=np.full(len(total), 0.5), where=total > 0), generated)
 
@@ -90,6 +93,7 @@ class NearestNeighbourHead(ArrayHead):
             raise ArtifactError("each reference needs a label, 0 or 1, and both must occur")
         if len(references) < self.options.n_neighbors:
             raise ArtifactError(f"{self.options.n_neighbors} neighbours with only {len(references)} references")
+        # The search keeps float32: infinities there would be nearest to everything or nothing.
         if np.abs(references).max() > np.finfo(np.float32).max:
             raise ArtifactError("a reference lies beyond the range of float32")
         self._references, self._labels = references, labels

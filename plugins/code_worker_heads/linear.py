@@ -48,6 +48,7 @@ class LinearHead(ArrayHead):
 
         rows = checked_embeddings(embeddings).astype(np.float64)
         targets = two_classes(checked_labels(labels, len(rows)))
+        # A fixed state: lbfgs draws nothing, but another solver that a later version defaults to might.
         model = LogisticRegression(
             C=self.options.C, class_weight=self.options.class_weight, max_iter=self.options.max_iter, random_state=0
         ).fit(rows, targets)
@@ -90,6 +91,7 @@ class LinearHead(ArrayHead):
             return None
         if number_array(estimator, "classes_", (None,)).tolist() != [0, 1]:
             raise ArtifactError("LogisticRegression must have the classes 0 (real) and 1 (generated)")
+        # Of two classes too the softmax of one score against 0 is another probability than the logistic function.
         if estimator.params.get("multi_class") == "multinomial":
             raise ArtifactError("LogisticRegression with multi_class='multinomial' has another probability (softmax)")
         coef = number_array(estimator, "coef_", (1, EMBEDDING_DIM))

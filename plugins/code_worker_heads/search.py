@@ -63,6 +63,7 @@ class CosineIndex:
         self.references = references
         self._units = np.empty(references.shape, dtype=np.float32)
         for start in range(0, len(references), _BLOCK):
+            # Block by block, so that the float64 copies that `unit_rows` makes stay small.
             self._units[start : start + _BLOCK] = unit_rows(references[start : start + _BLOCK])
         self._lock = threading.Lock()
         self._device: str | None = None
@@ -99,6 +100,7 @@ class CosineIndex:
         device = compute_device()
         if device == "cpu" or len(self) < _LEAST_ON_A_DEVICE:
             return self._candidates(queries, k)
+        # One thread moves the references; moving them twice would take the device's memory twice.
         with self._lock:
             if self._device != device:
                 self._device, self._search = device, self._moved_to(device)
@@ -121,14 +123,18 @@ class CosineIndex:
         best = np.full((len(queries), k), -np.inf, dtype=np.float32)
         found: list[tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]] = []
         for start, cells in self._products(queries):
+            # (cells, queries): the best similarity within each 128 references.
             peaks = cells.max(axis=1)
+            # (queries, k), in no order.
             best = np.partition(np.concatenate((best, peaks.T), axis=1), -k, axis=1)[:, -k:]
             least = best.min(axis=1) - MARGIN
             cell, query = np.nonzero(peaks >= least)
+            # (hits, 128): only cells whose peak can matter are looked into.
             near = cells[cell, :, query]
             hit, offset = np.nonzero(near >= least[query, None])
             found.append((query[hit], start + cell[hit] * _CELL + offset, near[hit, offset]))
         rows, positions, similarities = (np.concatenate(part) for part in zip(*found, strict=True))
+        # The bound has risen since the first blocks; the padding of the last cell has no position.
         kept = (similarities >= best.min(axis=1)[rows] - MARGIN) & (positions < len(self))
         order = np.argsort(rows[kept], kind="stable")
         counts = np.bincount(rows[kept], minlength=len(queries))

@@ -95,12 +95,14 @@ class OneClassSvmHead(ArrayHead):
         return decision
 
     def _decision(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        # (step, vectors) at a time, however many rows come.
         step = max(1, _PRODUCT_ENTRIES // len(self._vectors))
         decision = np.empty(len(rows))
         for start in range(0, len(rows), step):
             products = rows[start : start + step] @ self._vectors.T
             decision[start : start + step] = self._sum_kernel(products)
         gamma, constant, degree, rho = self._kernel
+        # Cauchy-Schwarz bounds each kernel value: (n,), of size of the largest term of the sum.
         reach = (abs(gamma) * self._longest * np.sqrt(np.vecdot(rows, rows)) + abs(constant)) ** degree
         near = np.abs(decision) <= _ROUNDING * (self._weight * reach + abs(rho))
         for row in np.flatnonzero(near):
@@ -131,6 +133,7 @@ class OneClassSvmHead(ArrayHead):
     def score(self, embeddings: NDArray[Any]) -> NDArray[np.float32]:
         """Graded by the decision in units of ρ; at least 0.5 exactly where the decision is 0 or less."""
         decision = self.decision(embeddings)
+        # A model without an offset has no unit of its own.
         unit = abs(self._kernel[3]) or 1.0
         graded = decision / (unit + np.abs(decision))
         return sided((1.0 - graded) / 2.0, decision <= 0)

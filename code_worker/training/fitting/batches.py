@@ -85,6 +85,7 @@ def record_views(real: Image.Image, fake: Image.Image, rng: Generator, settings:
     Returns:
         `(8, size, size, 3) uint8`, in the order of `objective.VIEWS`.
     """
+    # (class, view, row, column, channel)
     views = np.empty((2, 4, settings.size, settings.size, 3), dtype=np.uint8)
     make = _stretched_views if settings.resize else _native_views
     for image, four in zip((real, fake), views, strict=True):
@@ -98,12 +99,14 @@ def _stretched_views(image: Image.Image, rng: Generator, size: int, views: NDArr
     views[0] = _stretched_centre(small, size)
     views[1] = _stretched_centre(augment(small, rng), size)
     for view, scale in zip(views[2:], (GLOBAL_SCALE, LOCAL_SCALE), strict=True):
+        # Published order: crop, then augment, then stretch to the view.
         view[:] = _stretched_centre(augment(_random_resized_crop(image, size, scale, rng), rng), size)
 
 
 def _native_views(image: Image.Image, rng: Generator, size: int, views: NDArray[np.uint8]) -> None:
     augment = Augmenter(size)
     views[0] = _square(image, size, rng)
+    # Cut before the augmentation: it costs by area, and a photograph has a hundred times that of a view.
     views[1] = _square(augment(_cut(image, _AUGMENTED_WINDOW * size, rng), rng), size, rng)
     # Of a whole photograph a global view would show no trace of anything: both are of a window that is about as much
     # larger than a view as the images of D³ are.
@@ -122,7 +125,9 @@ def _random_box(sides: tuple[int, int], scale: tuple[float, float], rng: Generat
     width, height = sides
     low, high = (math.log(aspect) for aspect in _ASPECTS)
     for _ in range(_CROP_TRIES):
+        # Both drawn at every try, as torchvision does: the distribution of what is taken depends on it.
         area = width * height * rng.uniform(*scale)
+        # By the logarithm, so that wide and tall are equally likely.
         aspect = math.exp(rng.uniform(low, high))
         across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < across <= width and 0 < down <= height:
@@ -144,6 +149,7 @@ def _stretched_centre(image: Image.Image, size: int) -> NDArray[np.uint8]:
         spare_x, spare_y = max(0, image.width - most), max(0, image.height - most)
         left, top = spare_x // 2, spare_y // 2
         image = image.crop((left, top, left + image.width - spare_x, top + image.height - spare_y))
+    # 248 for views of 224, as the published training resizes.
     shorter = math.floor(size / _CROP_PART)
     width, height = (shorter * side // min(image.size) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -152,6 +158,7 @@ def _stretched_centre(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 def _stretched(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
     """Bicubic with antialiasing; torch's kernel is Pillow's with vector instructions, two to four times as fast."""
+    # (height, width, 3) → (1, 3, height, width) uint8
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     stretched = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
     result: NDArray[np.uint8] = stretched[0].permute(1, 2, 0).numpy()
@@ -168,6 +175,7 @@ def _square(image: Image.Image, size: int, rng: Generator) -> NDArray[np.uint8]:
     """A square from anywhere in the image, or all of it in the middle of black."""
     part = _cut(image, size, rng)
     left, top = (size - part.width) // 2, (size - part.height) // 2
+    # Black around what is too small, as inference pads.
     pixels = np.zeros((size, size, 3), dtype=np.uint8)
     pixels[top : top + part.height, left : left + part.width] = np.asarray(part)
     return pixels
@@ -223,8 +231,10 @@ class RecordSampler:
 
     def _record(self, rng: Generator) -> tuple[int, int]:
         fakes = self._old_or_new(rng, self._old, self._new, self._new_share)
+        # A generator first, then one of its images: each generator is as likely as any other.
         fake = _one_of(rng, _one_of(rng, fakes))
         group = self._groups[fake]
+        # Real and generated image of one subject: what is left to tell them apart is the trace of the generator.
         if group is not None and group in self._siblings:
             return _one_of(rng, self._siblings[group]), fake
         return _one_of(rng, self._old_or_new(rng, self._old_reals, self._new_reals, self._new_share / 2)), fake
@@ -279,6 +289,7 @@ class ImageCache:
                 self._kept.move_to_end(number)
                 return image
         try:
+            # Outside of the lock: two threads may decode the same image, and decoding is what takes the time.
             image = decode_whole(Path(self._items[number].path).read_bytes(), self._limits)
         except (ImageRejectedError, OSError) as error:
             with self._lock:
@@ -290,6 +301,7 @@ class ImageCache:
     def _keep(self, number: int, image: Image.Image) -> None:
         size = _bytes_of(image)
         with self._lock:
+            # One that is larger than the whole cache would empty it for nothing.
             if number not in self._kept and size <= self._max_bytes:
                 self._kept[number] = image
                 self._bytes += size
@@ -329,7 +341,10 @@ class BatchMaker:
             TrainingError: no record could be decoded in many tries.
         """
         size = self._views.size
+        # (records, 8, size, size, 3) uint8: 39 MB for 32 records of 224.
         batch = np.empty((self._records, len(VIEWS), size, size, 3), np.uint8)
+        # From seed, step and rank alone: which process of the loader makes a batch, or whether a run was resumed,
+        # changes nothing.
         rng = generator_of_step(self._seed, step, self._rank)
         for row in range(self._records):
             batch[row] = self._record(rng)

@@ -72,6 +72,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         TrainingError: the file is damaged.
     """
     try:
+        # `weights_only`: a checkpoint is a pickle, and nothing but tensors and plain values may come out of it.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything its unpickler and archive reader meet
         raise TrainingError(f"{path}: no checkpoint: {error}") from error
@@ -126,6 +127,7 @@ class Trainer:
         self._checkpoints = directory / "checkpoints"
         self._encoder = encoder
         self._champion = champion
+        # Before the optimiser and the average copy them.
         broadcast_weights(encoder, world)
         device = encoder.mean.device.type
         self._scale = for_device(job.settings, device)
@@ -133,6 +135,7 @@ class Trainer:
         self._optimiser = make_optimiser(encoder, weight_decay=job.settings.weight_decay, fused=device == "cuda")
         self._stepper = self._make_stepper(device)
         self._average = WeightAverage(encoder, job.settings.ema_decay) if job.settings.ema_decay else None
+        # Of the joined batch: with more negatives the loss of chance is higher.
         self._watch = DivergenceWatch(chance_loss(self._scale.records * world.size))
         self._cache = ImageCache(train, job.limits)
         self._maker = self._make_maker(train)
@@ -180,6 +183,7 @@ class Trainer:
         self._resume()
         per_epoch, total = self._scale.steps_per_epoch, self._scale.steps
         while self.step < total and not self._is_patience_over():
+            # A resumed run goes on in the middle of its epoch and ends it where it would have ended.
             end = min(total, (self.step // per_epoch + 1) * per_epoch)
             stopped = self._train_until(end)
             # A checkpoint at an epoch's end holds its figures too: a resumed run does not measure it again.
@@ -205,6 +209,8 @@ class Trainer:
             if self._record is not None:
                 done_s = time.monotonic() - began
                 self._say_progress((self.step - first) / max(done_s, 1e-9), force=self.step == end)
+            # The signal reaches processes at different steps: were each to stop by itself, the others would wait in
+            # their next all-reduce.
             if lead_decides(self._wants_stop, self._world):
                 return True
             if time.monotonic() - kept > _CHECKPOINT_EVERY_S and self.step < end:
@@ -241,6 +247,7 @@ class Trainer:
             measured = self._measured()
             metrics = {**measured.figures, "linear": measured.linear, "loss": self._watch.smooth or 0.0}
             self._history.append({"epoch": epoch, "step": self.step, "metrics": metrics})
+            # Strictly better: among equal epochs the first, which has moved least from the champion.
             if measured.linear > self._best["linear"]:
                 self._best = {"linear": measured.linear, "epoch": epoch, "state": self._state_to_judge()}
             self._record.epoch(epoch, self.step, metrics)
@@ -255,6 +262,7 @@ class Trainer:
         assert self._measurer is not None  # noqa: S101 - only the leading process measures
         if self._average is None:
             return self._measurer.measure(self._encoder)
+        # Cloned: `state_dict` gives the tensors themselves, which the next line overwrites.
         trained = {name: tensor.clone() for name, tensor in self._encoder.state_dict().items()}
         self._encoder.load_state_dict(self._average.state)
         measured = self._measurer.measure(self._encoder)
@@ -267,6 +275,7 @@ class Trainer:
         if self._champion is None or allowed is None or self._best["epoch"] == 0:
             return
         assert self._measurer is not None  # noqa: S101 - only the leading process is here
+        # The training module has the network as `vit` and its normalisation beside it.
         champion = {f"vit.{name}": tensor for name, tensor in self._champion.state.items()}
         trained, measured = self._best["state"], {}
         for share in SHARES:
@@ -295,6 +304,7 @@ class Trainer:
         return max(1, cores // self._world.size - 1) if self._device == "cuda" else 0
 
     def _state_to_judge(self) -> dict[str, Tensor]:
+        # The average is what is measured and deployed; the raw weights are only trained on.
         state = self._average.state if self._average is not None else self._encoder.state_dict()
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
@@ -321,6 +331,7 @@ class Trainer:
         }
 
     def _keep(self) -> None:
+        # All processes have the same weights and optimiser state: one copy is enough to resume all.
         if not self._world.leads:
             return
         state = {
