@@ -135,8 +135,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        # A directory that holds something cannot be replaced in one step: who dies in between leaves none at `path`,
-        # and the new one beside it.
+        # A directory that holds something cannot be replaced in one step: who
+        # dies in between leaves none at `path`, and the new one beside it.
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     finally:
@@ -171,8 +171,8 @@ def locked(
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                # Asked again and again: a flock that blocks knows no limit, and is begun anew after a signal's
-                # handler.
+                # Asked again and again: a flock that blocks knows no
+                # limit, and is begun anew after a signal's handler.
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:

@@ -254,8 +254,8 @@ def fake_client(verdicts: Mapping[str, Answer] | None = None, *, heads: Collecti
     finally:
         _active.remove(client)
         for name in _FUNCTIONS:
-            # A name that was resolved meanwhile is the fake's; the package resolves the real one when it is next
-            # asked for.
+            # A name that was resolved meanwhile is the fake's; the
+            # package resolves the real one when it is next asked for.
             package.pop(name, None)
         package.update(before)
         if module is not None:

@@ -169,8 +169,8 @@ def scores_elsewhere(
         "scores": str(found),
     }
     asked.write_text(json.dumps(facts), encoding="utf-8")
-    # The kernels are chosen when a library is loaded, so it takes a new process. `-P`: nothing in the present
-    # directory may take the place of a module.
+    # The kernels are chosen when a library is loaded, so it takes a new process.
+    # `-P`: nothing in the present directory may take the place of a module.
     command = [sys.executable, "-P", "-m", __name__, str(asked)]
     environment = {**os.environ, **_lesser_kernels(), "PYTHONPATH": os.pathsep.join(path)}
     try:

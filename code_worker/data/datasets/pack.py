@@ -188,8 +188,8 @@ class _Shards:
 
     def add(self, members: Sequence[tuple[str, bytes]]) -> None:
         """Appends one record, whole, to this shard or the next."""
-        # A header and the content in whole blocks: never less than it takes, so no shard grows beyond its limit by a
-        # record.
+        # A header and the content in whole blocks: never less than
+        # it takes, so no shard grows beyond its limit by a record.
         blocks = sum(2 + len(data) // tarfile.BLOCKSIZE for _, data in members)
         if self._tar is not None and self._tar.offset + blocks * tarfile.BLOCKSIZE > self._shard_bytes:
             self._finish()
@@ -213,7 +213,7 @@ class _Shards:
                 if tar is not None:
                     tar.close()
                 file.flush()
-                # Before the directory gets its name: once it has it, a loss of power takes nothing of it.
+                # Before the directory gets its name: a loss of power leaves no shard of it half written.
                 os.fsync(file.fileno())
 
 

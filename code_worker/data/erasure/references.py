@@ -83,8 +83,8 @@ class Mentions:
         after: str | None = ""
         while after is not None:
             page = partial(dead_letters.naming, erasure_id=receipt.id, scope=scope, after=after, limit=_LETTERS)
-            # Read outside of the transaction that rewrites: reading takes seconds, and a letter that changed
-            # meanwhile is left.
+            # Read outside of the transaction that rewrites: reading
+            # takes seconds, and a letter that changed meanwhile is left.
             found, after = self._read(page)
             if found:
                 self._lease.write(partial(self._rewrite, erasure_id=receipt.id, found=found))
