@@ -30,6 +30,7 @@ def sample_embeddings(rows: int = _ROWS, seed: int = 0) -> tuple[NDArray[np.floa
 
     Real ones lie round one point, generated ones round another, at right angles to it.
     """
+    # (2, 192) → two of (192,): the same points for every seed, so that what one seed taught another can ask
     real, other = np.random.default_rng(1729).normal(size=(2, EMBEDDING_DIM))
     # (192,), Gram and Schmidt: what of `other` lies along `real` is taken away
     generated = other - real * (other @ real) / (real @ real)
