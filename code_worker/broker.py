@@ -110,8 +110,8 @@ def transport_options(settings: Settings) -> dict[str, Any]:
         "socket_timeout": settings.broker.socket_timeout_s,
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
-        # A connection that lay idle is asked before it is used: a publisher finds a dead one before its message is in
-        # it.
+        # A connection that lay idle is asked before it is used: a
+        # publisher finds a dead one before its message is in it.
         "health_check_interval": 5,
         "global_keyprefix": settings.broker.key_prefix or "",
         "queue_order_strategy": "code_worker.worker.kombu_redis:QueuesInOrder",

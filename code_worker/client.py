@@ -125,7 +125,7 @@ class Client:
         groups = (self._new_jobs(group, common) for group in chunks(enumerate(items), _ROWS_PER_TRANSACTION))
         # SQLite takes one writer at a time: a second thread would only wait for its lock.
         lag = 0 if self._store.dialect == "sqlite" else 1
-        # One thread, so that messages go out in the order of acceptance; a lag of one bounds what waits in memory.
+        # One thread: messages go out in the order of acceptance. The lag bounds what waits for it in memory.
         with ThreadPoolExecutor(1, "code_worker-publish") as behind:
             publishing: deque[Future[None]] = deque()
             for new in groups:

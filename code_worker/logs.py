@@ -167,7 +167,7 @@ class Repeats:
         self._every_s = every_s
         self._clock = clock
         self._lock = threading.Lock()
-        # In the order in which kinds were said last, since each is taken out and put in again; guarded by `_lock`.
+        # In the order in which kinds came last, since each is taken out and put in again; guarded by `_lock`.
         self._said: dict[Hashable, tuple[float, int]] = {}
 
     def due(self, kind: Hashable) -> int | None:
@@ -179,8 +179,8 @@ class Repeats:
                 self._said[kind] = (at, passed_over + 1)
                 return None
             if len(self._said) >= self._KINDS:
-                # The one that was said longest ago: kinds may be made of names of strangers, and must not fill the
-                # memory.
+                # The one that came longest ago: kinds may be made
+                # of names of strangers, and must not fill the memory.
                 del self._said[next(iter(self._said))]
             self._said[kind] = (now, 0)
             return passed_over

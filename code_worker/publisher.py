@@ -233,8 +233,7 @@ class Publisher:
             # kombu puts no prefix before the key of HSCAN.
             kept = channel.client.hscan_iter(f"{channel.global_keyprefix}{channel.unacked_key}", count=500)
             for number, (_, message) in enumerate(kept):
-                # Beyond that the look would take longer than it is worth; held is the careful answer, and publishes
-                # nothing.
+                # Beyond that the look takes longer than it is worth: without it nothing is called lost.
                 if number == _MOST_HELD:
                     return wanted
                 found |= wanted.intersection(_named_in(channel, message))

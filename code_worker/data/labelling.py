@@ -246,8 +246,8 @@ class Labeller:
                 "kept: label the URI itself to speak of what is there now"
             )
         self._note(image, since, job_id)
-        # Noted before it is written and looked at after it: a crash, or an erasure in between, leaves no file without
-        # a row.
+        # Noted before it is written and looked at after it: a crash,
+        # or an erasure in between, leaves no file without a row.
         self._kept.put(data)
         self._look_again(image.sha256)
         return Found(image, uri)

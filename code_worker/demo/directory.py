@@ -46,6 +46,7 @@ def own_place(root: Path) -> Iterator[Place]:
     place = Place(root)
     try:
         place.root.mkdir(parents=True, exist_ok=True)
+        # The mark is what allows the deleting below: nothing is ever taken from a directory without it.
         if any(place.root.iterdir()) and not (place.root / _MARK).is_file():
             raise ConfigurationError(f"{root} holds something that no demo left: choose another with --directory")
         with locked(place.root / _MARK):

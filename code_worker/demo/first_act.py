@@ -65,8 +65,8 @@ class LocalS3:
             raise ConfigurationError("the demo needs a local S3 endpoint: pip install 'code-worker[demo]'")
         with socket.socket() as probe:
             probe.bind((_HOST, 0))
-            # Free at this moment only: who takes it before the server starts makes that end, and `wait_ready`
-            # says so.
+            # Free at this moment only: who takes it before the
+            # server starts makes that end, and `wait_ready` says so.
             self.port = int(probe.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -76,6 +76,7 @@ def bounded(
 
     # On a thread: some calls into drivers and resolvers know no time limit.
     thread = threading.Thread(target=run, name=f"{_THREAD_PREFIX}{name}", daemon=True)
+    # A daemon that is never joined for good: a call that hangs in C cannot be ended, and must not keep us here.
     thread.start()
     waited_s = worked_s = 0.0
     while waited_s < wait_s and worked_s < work_s:

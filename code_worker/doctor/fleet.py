@@ -34,6 +34,7 @@ _LATELY: Final = timedelta(minutes=10)
 
 def running_parts(settings: Settings) -> Iterator[Check]:
     """Somebody works, with the champion, with its plugins and with these settings, and nothing fails in it."""
+    # By the database's clock on both sides: when a part was heard of, and now.
     within_s = silence_s(settings)
 
     def read(session: Session) -> tuple[list[WorkerInfo], str | None, dict[str, str]]:
@@ -180,6 +181,7 @@ def _bystanders(settings: Settings) -> Iterator[Check]:
 
 
 def _elsewhere(settings: Settings, alive: Sequence[WorkerInfo]) -> Iterator[Check]:
+    # One part for each identity is enough to name; a part that saw no broker says nothing here.
     theirs = {part.info["broker"]: part for part in alive if part.info.get("broker")}
     if not theirs:
         return

@@ -45,8 +45,8 @@ class KeptScheduler(RedBeatScheduler):
         entries = {name: self._maybe_entry(name, entry) for name, entry in wanted.items()}
         with get_redis(self.app).pipeline() as pipe:
             for entry in entries.values():
-                # Two facts of each entry in one round trip: what it is, and that it stands in the set of those that
-                # are due.
+                # Two facts of each entry in one round trip: what it is,
+                # and that it stands in the set of those that are due.
                 pipe.hget(entry.key, "definition")
                 pipe.zscore(self.app.redbeat_conf.schedule_key, entry.key)
             answers = pipe.execute()
@@ -105,8 +105,8 @@ def _start_reporting(settings: Settings) -> Callable[[], None]:
     """
     from code_worker.store import migrate
 
-    @cache
     # At the first sign of life, on the reporter's thread: a database that is away must not keep beat from starting.
+    @cache
     def store() -> Store:
         return migrate.open_current(settings.resolved_database_url, threads=1)
 

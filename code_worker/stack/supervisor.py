@@ -193,8 +193,8 @@ class Supervisor:
             self._end(each)
         deadline = time.monotonic() + _REPORTS_S
         for exit_thread in self._exit_threads:
-            # A moment for what died last to be reported; daemons, so that a hanging database holds up no end of the
-            # process.
+            # A moment for what died last to be reported; daemons, so
+            # that a hanging database holds up no end of the process.
             exit_thread.join(max(0.0, deadline - time.monotonic()))
 
     def _start_due(self) -> None:
@@ -232,8 +232,8 @@ class Supervisor:
         each.start_at = time.monotonic() + each.wait_s
 
     def _end(self, each: _Running) -> None:
-        # One after the other, the last started first: the worker ends while the broker still takes its
-        # acknowledgements.
+        # One after the other, the last started first: the worker
+        # ends while the broker still takes its acknowledgements.
         each.send(signal.SIGTERM)
         deadline = time.monotonic() + self.grace_s
         while each.process is not None:

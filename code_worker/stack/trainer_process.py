@@ -22,7 +22,7 @@ def main() -> int:
 
 
 def _run(settings: Settings) -> int:
-    # Closed again: a trainer waits for days, and needs no connection for that.
+    # Closed again: the app opens a store of its own at its first sign of life.
     with closing(migrate.open_current(settings.resolved_database_url, threads=1)) as store:
         note_settings(settings, store)
     app = create_app(settings)

@@ -139,8 +139,8 @@ def note_state(session: Session, *, actor: str, subject: str, state: Mapping[str
 
 def _now(session: Session) -> datetime:
     """The time now, not that of the transaction's start, which may lie before that of the entry before."""
-    # PostgreSQL's now() is fixed when the transaction begins, before it waited for the lock. SQLite's is the
-    # statement's.
+    # PostgreSQL's now() is fixed when the transaction begins,
+    # before it waited for the lock. SQLite's is the statement's.
     postgresql = session.get_bind().dialect.name == "postgresql"
     return database_time(session, func.clock_timestamp() if postgresql else None)
 

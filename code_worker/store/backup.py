@@ -53,8 +53,8 @@ def file_of(url: str) -> Path | None:
 
 def read_only(path: Path, *, timeout_s: float = 5.0) -> sqlite3.Connection:
     """Opens a database that is there, to read it; somebody else's lock is waited for so long."""
-    # In a URI `?` and `#` would end the path. `mode=ro` never makes a file where there is none, as a plain open
-    # would.
+    # In a URI `?` and `#` would end the path. `mode=ro` never
+    # makes a file where there is none, as a plain open would.
     quoted = str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     return sqlite3.connect(f"file:{quoted}?mode=ro", uri=True, timeout=timeout_s)
 
@@ -65,8 +65,8 @@ def heard_of(path: Path, within_s: float) -> list[str]:
     Raises:
         sqlite3.DatabaseError: it is no database.
     """
-    # Times as text of three digits beside the six that are stored: compared as text, the shorter of equal ones is
-    # less.
+    # Times as text of three digits beside the six that are
+    # stored: compared as text, the shorter of equal ones is less.
     statement = (
         "SELECT host, pid, info FROM workers "
         "WHERE seen_at > strftime('%Y-%m-%d %H:%M:%f', 'now', ?) ORDER BY started_at"
@@ -87,8 +87,8 @@ def undone(present: Path, copy: Path) -> Iterator[Undone]:
     """
     asked = "SELECT id, created_at, scope, by, why, salt, target FROM erasures ORDER BY created_at"
     with closing(read_only(present)) as now, closing(read_only(copy)) as then:
-        # With the time, since an erasure that was asked for again has a new one: the copy lacks what came into it
-        # then.
+        # With the time, since an erasure that was asked for again
+        # has a new one: the copy lacks what came into it then.
         known = {row[:2] for row in _rows(then, asked)}
         for key, at, scope, by, why, salt, target in _rows(now, asked):
             if (key, at) in known:
@@ -169,8 +169,8 @@ def _rows(connection: sqlite3.Connection, statement: str, *values: object) -> It
     try:
         yield from connection.execute(statement, values)
     except sqlite3.OperationalError as error:
-        # The file may be of an older revision, which lacks the table; what it cannot hold was not lost from it
-        # either.
+        # The file may be of an older revision, which lacks the
+        # table; what it cannot hold was not lost from it either.
         if not str(error).startswith(("no such table", "no such column")):
             raise
 

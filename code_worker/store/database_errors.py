@@ -49,9 +49,9 @@ def _rows(table: Mapping[DbFault, str]) -> dict[str, DbFault]:
 SQLSTATES: Final = _rows(
     {
         # 26000 and 42P05: a statement prepared on another connection, behind a pooler or after a failover.
-        # 40001 and 40P01 are a lost race and a deadlock; 55P03 is our own lock_timeout. 57014, which our
-        # statement_timeout raises, is not among them (class 57 below): the same statement would most likely run into
-        # the limit again.
+        # 40001 and 40P01 are a lost race and a deadlock; 55P03 is our own lock_timeout.
+        # 57014, which our statement_timeout raises, is not among them (class 57 below):
+        # the same statement would most likely run into the limit again.
         DbFault.RETRY: "08 40 72 25P03 26 42P05 53300 55P03 57P01 57P02 57P03 57P05",
         # 25006: a standby, or a primary that was made one; XX: the server's own faults, damaged files among them.
         DbFault.UNAVAILABLE: "25006 25P04 28 3D 53 55 57 58 F0 XX",

@@ -48,8 +48,8 @@ _SQLITE_PRAGMAS: Final = (
     "PRAGMA journal_mode = WAL",
     # A writer that finds the lock taken waits for so long before it is told so; the default is an error at once.
     "PRAGMA busy_timeout = 30000",
-    # In WAL mode a loss of power may take the last commits, and never damages the file; a killed process loses
-    # nothing.
+    # In WAL mode a loss of power may take the last commits, and
+    # never damages the file; a killed process loses nothing.
     "PRAGMA synchronous = NORMAL",
     # Off by default, and per connection.
     "PRAGMA foreign_keys = ON",
@@ -144,8 +144,8 @@ class Store:
             try:
                 with self._session(bind) as session, session.begin():
                     result = work(session)
-                    # From here to the answer of COMMIT an error leaves open whether it was done. What only reads has
-                    # nothing to lose.
+                    # From here to the answer of COMMIT an error leaves open
+                    # whether it was done. What only reads has nothing to lose.
                     committing = bind is self._writer
             except SQLAlchemyError as error:
                 fault = classify(error)

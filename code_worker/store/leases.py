@@ -81,8 +81,8 @@ class RoleLease:
         """
 
         def fenced(session: Session) -> T:
-            # This UPDATE locks the lease's row until commit: nobody takes the role over between the proof and the
-            # work.
+            # This UPDATE locks the lease's row until commit: nobody
+            # takes the role over between the proof and the work.
             if not workers.renew_lease(session, self._role, self._owner, LEASE_S):
                 raise RoleLostError(f"another process took over: it is {self._doing} there, or did so meanwhile")
             return work(session)

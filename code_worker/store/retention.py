@@ -123,8 +123,8 @@ def jobs(session: Session, days: float, limit: int) -> int:
     moment = _moment(session, days)
     old = (
         select(_JOBS.c.id)
-        # When it was accepted follows from when it was finished; it is asked for since ix_jobs_created_at_id begins
-        # with it.
+        # When it was accepted follows from when it was finished; it
+        # is asked for since ix_jobs_created_at_id begins with it.
         .where(_JOBS.c.created_at < moment, _JOBS.c.finished_at < moment, _JOBS.c.due_at.is_(None))
         .where(~exists().where(_VERDICTS.c.job_id == _JOBS.c.id, _VERDICTS.c.created_at >= moment))
         .order_by(_JOBS.c.created_at, _JOBS.c.id)

@@ -94,8 +94,8 @@ def _finish(session: Session, job_ids: Sequence[str]) -> None:
             update(_JOBS)
             .where(
                 among(session, _JOBS.c.id, some),
-                # Accepted ones as well, of any owner: a lease that lapsed while its image was judged spoils no
-                # verdict.
+                # Accepted ones as well, of any owner: a lease that
+                # lapsed while its image was judged spoils no verdict.
                 unindexed(_JOBS.c.state).in_(("accepted", "running")),
                 _VERDICTS.c.job_id == _JOBS.c.id,
                 # By the verdict that is there, ours or another's: no job with a verdict may stay unfinished.
@@ -266,8 +266,8 @@ def page(session: Session, wanted: RescoreFilter, *, after: Position | None = No
 
     A page thus costs the same however rare the matches are.
     """
-    # Outer join: a job without a live verdict takes its place in the page, so that the page after it begins further
-    # on.
+    # Outer join: a job without a live verdict takes its place
+    # in the page, so that the page after it begins further on.
     live = and_(_VERDICTS.c.job_id == _JOBS.c.id, _VERDICTS.c.revision == _JOBS.c.revision)
     statement = (
         select(_VERDICTS, *(_JOBS.c[name].label(f"job_{name}_") for name in _OF_JOB))

@@ -163,9 +163,9 @@ def take_lease(session: Session, name: str, owner: str, ttl_s: float) -> bool:
     """Takes or renews a role for `ttl_s`; False while somebody else holds it."""
     held = {"owner": owner, "until": db_now_plus(ttl_s)}
     statement = insert_into(session, LeaseRow).values(name=name, **held)
-    # One statement: of two that try at once the second waits for the row and meets the first one's lease. now() is
-    # that of the transaction's start, so who had to wait takes a lapsed lease for a held one, never a held one for
-    # lapsed.
+    # One statement: of two that try at once the second waits for the row and meets
+    # the first one's lease. now() is that of the transaction's start, so who had
+    # to wait takes a lapsed lease for a held one, never a held one for lapsed.
     free = or_(_LEASES.c.owner == owner, _LEASES.c.until <= db_now())
     taken = statement.on_conflict_do_update(index_elements=["name"], set_=held, where=free).returning(_LEASES.c.name)
     return session.scalar(taken) is not None

@@ -178,8 +178,8 @@ def locked(
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                # Asked again and again: a flock that blocks knows no limit, and is begun anew after a signal's
-                # handler.
+                # Asked again and again: a flock that blocks knows no
+                # limit, and is begun anew after a signal's handler.
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:

@@ -41,6 +41,7 @@ def check_save_and_load(subject: HeadUnderTest) -> None:
 
 def load_again(subject: HeadUnderTest, directory: Path, head: Head) -> Head:
     """Returns what the class loads from a directory that `head` was saved into, with its options."""
+    # Statically, since an access through the class would bind it, and hide whether it is a classmethod.
     if isinstance(inspect.getattr_static(subject.head_class, "load"), FunctionType):
         raise NotConformingError(
             "load is a classmethod", "a method of a head that there is not yet", "write @classmethod above load"

@@ -105,6 +105,7 @@ class FakeClient:
     def _accept(self, item: JobItem) -> str:
         job_id = uuid7() if item.key is None else keyed_id(item.tenant, item.key)
         job = Job(job_id, **item.model_dump())
+        # As the ledger does: the same key with other fields is another job.
         if self.jobs.setdefault(job_id, job) != job:
             raise IdConflictError(f"key {item.key!r} was used for a different job: {job_id}")
         answer = self._answers.get(item.uri)
@@ -254,8 +255,8 @@ def fake_client(verdicts: Mapping[str, Answer] | None = None, *, heads: Collecti
     finally:
         _active.remove(client)
         for name in _FUNCTIONS:
-            # A name that was resolved meanwhile is the fake's; the package resolves the real one when it is next
-            # asked for.
+            # A name that was resolved meanwhile is the fake's; the
+            # package resolves the real one when it is next asked for.
             package.pop(name, None)
         package.update(before)
         if module is not None:

@@ -252,8 +252,8 @@ def check_thread_safety(subject: HeadUnderTest) -> None:
     # As in a worker on a CPU: threads of BLAS would wait for one another's cores.
     with threadpool_limits(1), ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            # Five rounds of 24 batches: a race shows by chance, so one that passes here is unlikely and not ruled
-            # out.
+            # Five rounds of 24 batches: a race shows by chance, so
+            # one that passes here is unlikely and not ruled out.
             for before, after in zip(expected, pool.map(subject.head.score, batches), strict=True):
                 if before.shape != after.shape or largest_difference(before, after) > subject.tolerance:
                     raise NotConformingError(

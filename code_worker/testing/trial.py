@@ -30,6 +30,7 @@ def sample_embeddings(rows: int = _ROWS, seed: int = 0) -> tuple[NDArray[np.floa
 
     Real ones lie round one point, generated ones round another, at right angles to it.
     """
+    # (2, 192) → two of (192,): the same points for every seed, so that what one seed taught another can ask
     real, other = np.random.default_rng(1729).normal(size=(2, EMBEDDING_DIM))
     # (192,), Gram and Schmidt: what of `other` lies along `real` is taken away
     generated = other - real * (other @ real) / (real @ real)
@@ -169,8 +170,8 @@ def scores_elsewhere(
         "scores": str(found),
     }
     asked.write_text(json.dumps(facts), encoding="utf-8")
-    # The kernels are chosen when a library is loaded, so it takes a new process. `-P`: nothing in the present
-    # directory may take the place of a module.
+    # The kernels are chosen when a library is loaded, so it takes a new process.
+    # `-P`: nothing in the present directory may take the place of a module.
     command = [sys.executable, "-P", "-m", __name__, str(asked)]
     environment = {**os.environ, **_lesser_kernels(), "PYTHONPATH": os.pathsep.join(path)}
     try:

@@ -285,8 +285,8 @@ def _tell_scheduler(scheduler: Any, entries: Mapping[str, Any]) -> None:
     log.info("beat_entries_put_back", entries=names)
 
 
-# In the order in which Celery sends them: before pool and connection are made, so that a refusal costs nothing; when
-# the consumer is connected and knows its queues; in the handler of SIGTERM; when the pool's threads have ended.
+# A worker's, in the order in which Celery sends them: before pool and connection are made, so that a refusal costs
+# nothing; when the consumer is connected and knows its queues; in the handler of SIGTERM; when its pool has ended.
 signals.worker_init.connect(_check_worker, weak=False)
 signals.beat_init.connect(_check_beat, weak=False)
 signals.worker_ready.connect(_start_background, weak=False)

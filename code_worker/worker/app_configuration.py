@@ -90,8 +90,8 @@ class _KnowsOurs:
 
     def __missing__(self, name: str) -> Queue:
         if name in ALL_QUEUES:
-            # Past the mapping's own items: Queues is a dict of queues, and a worker of Celery 5.6 takes from all of
-            # these.
+            # Past the mapping's own items: Queues is a dict of queues,
+            # and a worker of Celery 5.6 takes from all of these.
             self.__dict__.setdefault("asked_for", set()).add(name)
             return self._add(bound_queue(name))
         return super().__missing__(name)  # type: ignore[misc]  # of Celery's Queues
@@ -243,8 +243,8 @@ _NEVER: Final = frozenset({"conf"})
 class _LookingOnly(bootsteps.Step):
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
-        # Celery has no setting for single commands. The registry is the process's: it is changed when a worker is
-        # built, and no other kind of process reads it.
+        # Celery has no setting for single commands. The registry is the process's: it
+        # is changed when a worker is built, and no other kind of process reads it.
         for name in Panel.data.keys() - _LOOKING:
             del Panel.data[name]
 

@@ -78,8 +78,8 @@ class AppState:
         self._threads: int | None = None
         self._release_looked_for = False
         self._stop_learning = threading.Event()
-        # Weakly, since what is registered for forks stays for the life of the process, and would keep the app with
-        # it.
+        # Weakly, since what is registered for forks stays for the
+        # life of the process, and would keep the app with it.
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: call_if_alive(forget))
 
@@ -132,8 +132,8 @@ class AppState:
                     node.close()
                     raise
                 self._parts.node = node
-                # Called before the store is closed, since it was registered after it: its last word goes into the
-                # ledger.
+                # Called before the store is closed, since it was
+                # registered after it: its last word goes into the ledger.
                 self._parts.closing.callback(node.close)
             return self._parts.node
 
@@ -168,8 +168,8 @@ class AppState:
             if "report" in self._parts.running:
                 return
             reporter = Reporter(self.settings, self.store, self._role(), owner=self._named(), more=self._facts)
-            # Registered before the thread that reports, so called after that has stopped: no sign of life follows the
-            # last word.
+            # Registered before the thread that reports, so called after
+            # that has stopped: no sign of life follows the last word.
             self._parts.closing.callback(self._end_reporting, reporter)
             self._start("report", reporter.interval_s, lambda: self._report(reporter))
 

@@ -67,8 +67,8 @@ class Repeater:
         """Asks the thread to end and waits for it."""
         self._stop.set()
         if self._thread.is_alive():
-            # With a limit: a turn may hang in a server that does not answer, and a daemon thread keeps no process
-            # from ending.
+            # With a limit: a turn may hang in a server that does not
+            # answer, and a daemon thread keeps no process from ending.
             self._thread.join(timeout_s)
         _failing.pop(self._name, None)
 

@@ -124,8 +124,8 @@ class _QoS(kombu_redis.QoS):
     def append(self, message: Any, delivery_tag: str) -> None:
         """Overrides kombu's, with the time of Redis."""
         delivery = message.delivery_info
-        # In kombu's own form (5.6 and 5.7), since kombu restores it; `_raw` is the only place where the payload is as
-        # it came.
+        # In kombu's own form (5.6 and 5.7), since kombu restores it;
+        # `_raw` is the only place where the payload is as it came.
         kept = dumps([message._raw, delivery["exchange"], delivery["routing_key"]])
         now_s = self._now_s()
         with self.pipe_or_acquire() as pipe:
@@ -146,8 +146,8 @@ class _QoS(kombu_redis.QoS):
 
     def _now_s(self) -> float:
         if uptime_s() >= self._look_at_s:
-            # Between two looks `ServerClock` carries the time on, so that this costs one command a minute and not one
-            # a message.
+            # Between two looks `ServerClock` carries the time on, so
+            # that this costs one command a minute and not one a message.
             with self.channel.conn_or_acquire() as client:
                 seconds, micros = client.time()
             self._clock.agree(seconds + micros / 1e6)
@@ -211,15 +211,15 @@ class RedisTransport(kombu_redis.Transport):
         Raises:
             redis.exceptions.ConnectionError: the connection is half open; Celery then makes a new one.
         """
-        # kombu 5.6 has no public way to the connections that it waits on; 5.7 makes its own look, and this is not
-        # called.
+        # kombu 5.6 has no public way to the connections that it
+        # waits on; 5.7 makes its own look, and this is not called.
         for channel in list(self.cycle._channels):
             connection = channel._in_poll
             if not connection or not connection._sock:
                 continue
             waited_s = time.monotonic() - channel.asked_at
-            # An answer that lies unread, since the loop was busy or the process stopped, is no silence: hence the
-            # select.
+            # An answer that lies unread, since the loop was busy or
+            # the process stopped, is no silence: hence the select.
             overdue = waited_s > channel.brpop_timeout + _SILENCE_S
             if overdue and not select.select([connection._sock], [], [], 0)[0]:
                 connection.disconnect()

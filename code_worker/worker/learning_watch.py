@@ -37,7 +37,7 @@ def due_slot(session: Session, kind: str, cron: crontab, now: datetime) -> datet
     if at is None:
         return None
     last = runs.last_slot(session, kind)
-    # Taken by nobody, in the same transaction as the look: the next look finds it and asks no more.
+    # Taken without a run, in the transaction of this look: the next one finds it, and none is due.
     if last is None and now - at > _FRESH:
         runs.take_slot(session, kind, at, run_id=None, outcome="before the schedule was watched")
         return None
@@ -84,8 +84,8 @@ class Watcher:
 
     def look(self) -> None:
         """One look; the message expires before the next one, so that none pile up."""
-        # This machine's clock, since a cron line means the time of day; who runs it, the slot's row decides for all
-        # clocks.
+        # This machine's clock, since a cron line means the time of
+        # day; who runs it, the slot's row decides for all clocks.
         found = self._store().run(lambda session: due(session, self._settings, datetime.now(UTC)))
         if not found:
             return

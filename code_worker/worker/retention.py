@@ -111,7 +111,7 @@ class Retention:
         return deleted
 
     def _goes_on(self, deadline: float) -> bool:
-        # The lease is renewed before each batch, which no statement makes longer than it.
+        # The lease is renewed before each batch, which is over long before it.
         return not self._stopped.is_set() and time.monotonic() < deadline and self._take_turn(_LEASE_S)
 
     def _steps(self) -> Mapping[str, Callable[[], int]]:

@@ -55,9 +55,9 @@ class OwnTask(Task):
 
 def register_tasks(app: Celery, host: AppState) -> None:
     """Adds `code_worker.moderate` and `code_worker.sweep` to the app."""
-    # Acknowledged once verdicts are committed. A message of a child that was killed comes back; what makes it end is
-    # the count of attempts in SQL, since Celery counts none (celery#9082). Not shared: other apps of the process have
-    # no host.
+    # Acknowledged once verdicts are committed. A message of a child that was killed
+    # comes back; what makes it end is the count of attempts in SQL, since Celery
+    # counts none (celery#9082). Not shared: other apps of the process have no host.
     options = {"base": OwnTask, "acks_late": True, "reject_on_worker_lost": True, "shared": False}
     waking = {**options, "bind": True, "Request": "code_worker.worker.kombu_redis:WakingRequest"}
 

@@ -35,14 +35,14 @@ class DeviceSearch:
         """Per query the positions of every reference whose similarity is within `margin` of the k-th largest."""
         torch = self._torch
         with torch.inference_mode(), self._exactly(torch.device(self._device).type):
-            # (n, 192)
+            # Unit vectors: their products are cosines.
             rows = torch.from_numpy(queries).to(self._device)
             best = torch.full((len(queries), k), -torch.inf, device=self._device)
             parts = []
             for start in range(0, len(self._units), _BLOCK):
                 # (n, block)
                 similarities = rows @ self._units[start : start + _BLOCK].T
-                # (n, k): the best of this block, then of all blocks so far.
+                # The k best of this block, then of all blocks so far: (n, k).
                 top = torch.topk(similarities, min(k, similarities.shape[1])).values
                 best = torch.topk(torch.cat((best, top), dim=1), k).values
                 # Bounded by the best so far, so more may stay than in the end: the next to last line sifts again.

@@ -91,7 +91,7 @@ class LinearHead(ArrayHead):
             return None
         if number_array(estimator, "classes_", (None,)).tolist() != [0, 1]:
             raise ArtifactError("LogisticRegression must have the classes 0 (real) and 1 (generated)")
-        # Of two classes too the softmax of one score against 0 is another probability than the logistic function.
+        # Its softmax over a score and the opposite one is the logistic function of twice the score.
         if estimator.params.get("multi_class") == "multinomial":
             raise ArtifactError("LogisticRegression with multi_class='multinomial' has another probability (softmax)")
         coef = number_array(estimator, "coef_", (1, EMBEDDING_DIM))

@@ -44,6 +44,7 @@ class RealUrls:
         """Returns what reads the image, unless the number allowed is used up."""
         if self._left <= 0:
             return None
+        # Counted when it is handed out, not when it is fetched: how many are asked for is certain before any is.
         self._left -= 1
         return partial(self._source.fetch, url)
 
@@ -130,6 +131,7 @@ def _rows(what: str, arguments: Mapping[str, Any]) -> Iterator[Mapping[str, Any]
     try:
         found = datasets.load_dataset(**arguments, streaming=True)
         classes = getattr((found.features or {}).get("label"), "names", None)
+        # Undecoded: Pillow's decoding would change the bytes that hashes and verdicts are about.
         for row in found.decode(False):
             yield _named(row, classes) if classes else row
     # RuntimeError: a data set that is a program, which is not run. The others: parquet's, and what the network says.

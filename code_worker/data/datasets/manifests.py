@@ -107,6 +107,7 @@ def _example(row: Mapping[str, Any], path: Path, sources: Sources, kept: KeptIma
         key=key,
         label=label,
         read=read,
+        # Tables have the column in every row: what stands there for a real image is no statement.
         generator=_text(row, "generator") if label == FAKE else None,
         collection=_text(row, "collection"),
         group=_text(row, "group"),

@@ -133,11 +133,13 @@ class _Packing:
 
     def members(self, number: int) -> list[tuple[str, bytes]]:
         """Names and contents, in the order of the names."""
+        # The number makes the key unique; the words beside it, cut to what USTAR can hold of a name, are for people.
         words = _UNSAFE.sub("-", (self.group or "").rpartition("/")[2])[-60:].strip("-")
         key = f"{number:09d}-{words}" if words else f"{number:09d}"
         facts = {"format": 1, "group": self.group, "variant": self.variant, "images": self.facts}
         members = [(f"{key}.{slot}.{suffix}", data) for slot, (suffix, data) in self.images.items()]
         members.append((f"{key}.json", json.dumps(facts, sort_keys=True).encode()))
+        # Sorted, so that the same record gives the same bytes each time.
         return sorted(members)
 
 
@@ -161,6 +163,7 @@ def _read(example: Example, limits: LimitSettings, skipped: list[Skipped]) -> tu
     try:
         data = example.read()
         return data, inspect(data, limits)
+    # Of no single image: going on would skip every one of them.
     except (StorageError, SourceCredentialsError):
         raise
     except (DatasetError, ImageRejectedError, TransientError) as error:
@@ -188,8 +191,8 @@ class _Shards:
 
     def add(self, members: Sequence[tuple[str, bytes]]) -> None:
         """Appends one record, whole, to this shard or the next."""
-        # A header and the content in whole blocks: never less than it takes, so no shard grows beyond its limit by a
-        # record.
+        # A header and the content in whole blocks: never less than
+        # it takes, so no shard grows beyond its limit by a record.
         blocks = sum(2 + len(data) // tarfile.BLOCKSIZE for _, data in members)
         if self._tar is not None and self._tar.offset + blocks * tarfile.BLOCKSIZE > self._shard_bytes:
             self._finish()
@@ -213,7 +216,7 @@ class _Shards:
                 if tar is not None:
                     tar.close()
                 file.flush()
-                # Before the directory gets its name: once it has it, a loss of power takes nothing of it.
+                # Before the directory gets its name: a loss of power leaves no shard of it half written.
                 os.fsync(file.fileno())
 
 

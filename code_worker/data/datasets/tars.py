@@ -162,6 +162,8 @@ class _Listing:
         capped = _Capped(file)
         last = ""
         try:
+            # `r:` takes no compression of tarfile's own choice; what
+            # is compressed was opened here, with a cap on its reads.
             with tarfile.open(fileobj=cast("IO[bytes]", capped), mode="r:") as tar:
                 while (info := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # or it would keep every header of the shard

@@ -122,6 +122,7 @@ def _place(root: str, directories: Sequence[str], name: str) -> _Place | str:
         labels = [(-1, own[0][1])]
     if not labels:
         return _UNLABELLED
+    # Refused, and not decided by the nearest: a wrong label teaches, a missing image only lacks.
     if len({label for _, label in labels}) > 1:
         return "directories above it say both real and fake"
     at, label = labels[0]

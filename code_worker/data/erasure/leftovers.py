@@ -142,8 +142,8 @@ def drop_copies(store: Store, kept: KeptImages, *, wait_s: float = 0.0, note: No
                         # No transaction fences the deletion of a file: the role is looked at as late as may be.
                         lease.check()
                         gone += kept.drop(sha256)
-                    # After the files: who dies in between leaves rows that lead to nothing, and the next one deletes
-                    # nothing again.
+                    # After the files: who dies in between leaves rows that
+                    # lead to nothing, and the next one deletes nothing again.
                     lease.write(partial(_dropped, hashes=hashes, gone=gone, note=note))
                     count += gone
         except RoleTakenError:

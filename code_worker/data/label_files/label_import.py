@@ -153,6 +153,7 @@ def import_rows(
     labeller.allow_import(actor)
     record = partial(_record, labeller, actor=actor, file=LabelFile(name, sha256))
     with ThreadPoolExecutor(threads, thread_name_prefix="label") as pool:
+        # A transaction per chunk: begun again after a crash, the import knows rows of earlier ones by their keys.
         for some in chunks(rows, _ROWS_PER_TRANSACTION):
             group = [row for row in some if not row.unsaid]
             outcomes = [_draft(row, name, by, collection) for row in group]

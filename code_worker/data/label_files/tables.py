@@ -143,6 +143,7 @@ def _next_filled(lines: Iterator[Line]) -> Line:
 def _columns(
     text: str, delimiters: Collection[str], is_header: Callable[[Collection[str]], bool], expected: str
 ) -> tuple[str, list[str]]:
+    # Tried one after the other on the names of the columns: counting characters would be misled by a comma in a note.
     for delimiter in delimiters:
         try:
             names = [name.strip().lower() for name in _parsed(text, delimiter)]
@@ -189,6 +190,7 @@ class _Records:
                 break
             taken.append(more)
             text += more.written
+        # In front of the file again, in their order: each of these lines may be a good record.
         self._returned.extendleft(reversed(taken))
         return Record(line, problem="a quote is never closed" if taken or problem == _UNCLOSED else problem)
 

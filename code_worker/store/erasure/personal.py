@@ -140,8 +140,8 @@ def erased_while_judged(session: Session, judged: Mapping[str, str]) -> set[str]
     found: set[str] = set()
     for some in chunks(sorted(judged), IN_LIST):
         mine = (among(session, _JOBS.c.id, some), unindexed(_JOBS.c.state).in_(("accepted", "running")))
-        # One moment for all of a chunk, the earliest: at worst a verdict is dropped for nothing, and its job judged
-        # again.
+        # One moment for all of a chunk, the earliest: at worst a
+        # verdict is dropped for nothing, and its job judged again.
         since = select(func.min(_JOBS.c.claimed_at)).where(*mine).scalar_subquery()
         erased = _erased_by(session, {judged[job_id] for job_id in some}, since, _ERASURES.c.scope == _BY_HASH)
         if hit := [job_id for job_id in some if judged[job_id] in erased]:

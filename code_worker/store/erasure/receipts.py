@@ -128,8 +128,8 @@ def add_targets(session: Session, erasure_id: str, kind: str, values: Iterable[s
 
     Images get theirs from `mark`, once it is known that nobody shares them.
     """
-    # Each erasure has a salt of its own: digests of two receipts cannot be compared, nor looked up in a list made
-    # before.
+    # Each erasure has a salt of its own: digests of two receipts
+    # cannot be compared, nor looked up in a list made before.
     salt, named = salt_of(session, erasure_id), sorted(set(values))
     digests = sorted(digest(salt, kind, value) for value in named)
     noted = {TENANT: [], URI: digests}.get(kind, named)
@@ -332,8 +332,8 @@ def erased_jobs(session: Session, job_ids: Collection[str], *, within_s: float) 
     """Those of these ids whose jobs an erasure erased that is under way, or ended within so many seconds."""
     if not job_ids:
         return set()
-    # Each salt gives another digest of one id, so every id is asked for under every late salt; hence the limit in
-    # time.
+    # Each salt gives another digest of one id, so every id is
+    # asked for under every late salt; hence the limit in time.
     lately = _ERASURES.c.finished_at >= db_now_plus(-within_s)
     salts = {salt for when in (RUNNING, lately) for salt in session.scalars(select(_ERASURES.c.salt).where(when))}
     named = {digest(salt, JOB, job_id): job_id for salt in salts for job_id in job_ids}

@@ -195,8 +195,8 @@ def claim(session: Session, ids: Sequence[str], *, owner: str, lease_s: float, m
         )
         .order_by(_JOBS.c.id)
         .with_for_update(skip_locked=True)
-        # As a CTE: PostgreSQL runs one that locks rows exactly once. A subquery inside IN may be run again for each
-        # row of a nested loop, and would then skip what it has locked itself.
+        # As a CTE, which PostgreSQL runs exactly once where it locks rows;
+        # a subquery inside IN may be run again for each row of a nested loop.
         .cte("free")
     )
     statement = (

@@ -48,8 +48,8 @@ class DueJob:
 
 def mark_published(session: Session, ids: Sequence[str], *, wait_s: float = 60.0) -> None:
     """Notes that these jobs were published; the sweeper looks again after `wait_s`. Claimed ones are left alone."""
-    # The state is asked for, since `due_at` of a running job is the end of its lease. Sorted, as for all locks on
-    # jobs.
+    # The state is asked for, since `due_at` of a running job is
+    # the end of its lease. Sorted, as for all locks on jobs.
     for some in chunks(sorted(valid_uuids(ids)), IN_LIST):
         session.execute(
             update(_JOBS)
@@ -93,8 +93,8 @@ def _still_waiting(queue: str, wait_s: float) -> ColumnElement[bool]:
         _JOBS.c.queue == queue,
         _JOBS.c.state == "accepted",
         _JOBS.c.published_at.is_not(None),
-        # Asked beside `IS NOT NULL`: a comparison with NULL is NULL, and so is its negation in `due`, which would
-        # leave out what was never published.
+        # Asked beside `IS NOT NULL`: a comparison with NULL is NULL, and so is
+        # its negation in `due`, which would leave out what was never published.
         _JOBS.c.published_at > db_now_plus(-wait_s),
     )
 
@@ -311,8 +311,8 @@ def retry(session: Session, ids: Sequence[str]) -> list[str]:
     for some in chunks(sorted(wanted), IN_LIST):
         statement = (
             update(_JOBS)
-            # Finished ⇔ `due_at` is null, by a check constraint. Asked in the UPDATE: of two that retry it, one moves
-            # it on.
+            # Finished ⇔ `due_at` is null, by a check constraint. Asked
+            # in the UPDATE: of two that retry it, one moves it on.
             .where(among(session, _JOBS.c.id, some), _JOBS.c.due_at.is_(None))
             .values(
                 state="accepted",

@@ -183,7 +183,7 @@ def add(session: Session, labels: Sequence[NewLabel]) -> int:
     the retried transaction finds its rows written and counts none. Nothing is said of an image that is being erased,
     nor by a job that is gone.
     """
-    # Asked before the first write: it takes the erasure's lock, which comes before all others.
+    # Asked before the first write: it takes the erasure's lock, which comes before those of groups and audit.
     there = personal.left(
         session, jobs=(new.job_id for new in labels if new.job_id), images=(new.sha256 for new in labels)
     )

@@ -102,8 +102,8 @@ def start(
         "reasons": [],
         "report": {},
     }
-    # Any conflict: the same id, or a run under way, of which uq_runs_running allows one. `get` then tells which it
-    # was.
+    # Any conflict: the same id, or a run under way, of which
+    # uq_runs_running allows one. `get` then tells which it was.
     session.execute(insert_into(session, RunRow).on_conflict_do_nothing().values(row))
     return get(session, id)
 

@@ -168,8 +168,8 @@ class Denials:
             for source in readable:
                 self._rows.pop(source, None)
             for source, jobs in denied.items():
-                # One image that could be read is enough: in a batch of both, the images are closed and not the
-                # bucket.
+                # One image that could be read is enough: in a batch
+                # of both, the images are closed and not the bucket.
                 if source not in readable and self._is_closed(source, len(jobs), source in suspected):
                     row = self._rows.pop(source)
                     closed.append(Denied(source, frozenset(jobs), self._clock() - row.began))

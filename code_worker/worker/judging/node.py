@@ -250,8 +250,8 @@ class Node:
     def close(self) -> None:
         """Ends the background work and frees the device."""
         for repeater in self._background:
-            # First what runs by itself: nothing loads a release, or renews a lease, while the parts below are taken
-            # away.
+            # First what runs by itself: nothing loads a release, or
+            # renews a lease, while the parts below are taken away.
             repeater.stop()
         self._watchdog.close()
         self.shadow.close()

@@ -117,7 +117,7 @@ class Recorder:
         keep = self._settings.store_embeddings and judged.embeddings
 
         def write(session: Session) -> tuple[set[str], set[str]]:
-            # Verdicts first: they ask for the erasure's lock, which all take before any row's.
+            # Verdicts first: they ask for the erasure's lock, which must come before those of rows.
             written = set(verdicts.write(session, rows))
             # Their image was erased meanwhile; of jobs that are gone or have a verdict this does nothing.
             left = [

@@ -49,9 +49,10 @@ class Runtimes:
         self._load = load
         self._alias = alias
         self._required = required
+        # Set by the thread that cannot use a release, taken back by the one that follows the alias.
         self._given_up: str | None = None
         # Guards `_current` and what its users count. Invariant: a retired runtime is closed once, by the last of its
-        # users or, where it has none, by the swap. All else below is of the thread that follows the alias.
+        # users or, where it has none, by the swap. All else is replaced whole, by the thread that follows the alias.
         self._lock = threading.Lock()
         self._current: _Held | None = None
         self._failed: tuple[str, float] | None = None
@@ -73,8 +74,8 @@ class Runtimes:
                     held.users -= 1
                     close = held.retired and not held.users
                 if close:
-                    # Outside of the lock: closing waits for the device, and batches of the new release must not wait
-                    # for that.
+                    # Outside of the lock: closing waits for the device, and
+                    # batches of the new release must not wait for that.
                     held.runtime.embedder.close()
 
     @property

@@ -32,8 +32,8 @@ class InFlight:
         number = next(self._numbers)
 
         def progress() -> None:
-            # Without the lock: it replaces the value of a key that is there, on the batch's own thread, never after
-            # its block.
+            # Without the lock: it replaces the value of a key that is
+            # there, on the batch's own thread, never after its block.
             self._alive[number] = time.monotonic()
 
         with self._lock:
