@@ -215,7 +215,7 @@ class Supervisor:
             self._postpone(each)
 
     def _died(self, each: _Running, status: int) -> None:
-        self._mourn(each, status)
+        self._report_end(each, status)
         if status == CONFIGURATION_STATUS:
             log.error("child_refused_configuration", child=each.child.name, status=status)
             self._refuse()
@@ -243,9 +243,9 @@ class Supervisor:
                 time.sleep(_POLL_S / 2)
                 continue
             log.info("child_stopped", child=each.child.name, status=status)
-            self._mourn(each, status)
+            self._report_end(each, status)
 
-    def _mourn(self, each: _Running, status: int) -> None:
+    def _report_end(self, each: _Running, status: int) -> None:
         if status == 0 or each.child.on_death is None:
             return
         # On a thread: a database that does not answer must delay neither the restart nor the stop.

@@ -45,7 +45,7 @@ class RoleLease:
         wait_s: how long to wait for a holder that may be dead, at most.
 
     Raises:
-        TakenTurnError: on entering: another process plays it.
+        RoleTakenError: on entering: another process plays it.
     """
 
     def __init__(self, store: Store, role: str, owner: str, *, doing: str, wait_s: float) -> None:
@@ -77,7 +77,7 @@ class RoleLease:
         """A unit of work that begins with a proof that the role is still ours.
 
         Raises:
-            LostTurnError: it is not.
+            RoleLostError: it is not.
         """
 
         def fenced(session: Session) -> T:
@@ -95,7 +95,7 @@ class RoleLease:
         Asks the store only where no sign of life was given for half a lease: this process slept, or its machine.
 
         Raises:
-            LostTurnError: the role is another process's, or was since.
+            RoleLostError: the role is another process's, or was since.
         """
         if uptime_s() - self._signed > LEASE_S / 2:
             self.write(lambda _: None)

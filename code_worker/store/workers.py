@@ -248,8 +248,9 @@ def dead_letter(session: Session, *, task: str, body: str, error: str, letter_id
     # A letter may say anything; an erasure under way reads it before it ends.
     personal.left(session)
     letter_id = letter_id or new_id(session)
-    # Redacted before it is cut: of half a credential nobody could tell what it is.
-    said = {"body": plain(cut(redact(body), _MAX_BODY), _MAX_BODY), "error": plain(cut(error, _MAX_TEXT), _MAX_TEXT)}
+    # Redacted before it is cut: of half a credential nobody could tell what it is. Errors quote the message.
+    limits = {"body": (body, _MAX_BODY), "error": (error, _MAX_TEXT)}
+    said = {name: plain(cut(redact(text), most), most) for name, (text, most) in limits.items()}
     row = {"id": letter_id, "task": task, **said}
     session.execute(insert_into(session, DeadLetterRow).on_conflict_do_nothing().values(row))
     return letter_id

@@ -40,7 +40,7 @@ class DeviceSearch:
             best = torch.full((len(queries), k), -torch.inf, device=self._device)
             parts = []
             for start in range(0, len(self._units), _BLOCK):
-                # (n, block)
+                # Queries by references: (n, block).
                 similarities = rows @ self._units[start : start + _BLOCK].T
                 # The k best of this block, then of all blocks so far: (n, k).
                 top = torch.topk(similarities, min(k, similarities.shape[1])).values

@@ -146,6 +146,14 @@ def test_unreadable_messages_are_kept_cut_to_size(store: Store) -> None:
         store.run(lambda session: workers.list_dead_letters(session, after="what"))
 
 
+def test_neither_message_nor_error_keeps_a_credential(store: Store) -> None:
+    url = "https://b/k?X-Amz-Signature=abc"
+    store.run(lambda session: workers.dead_letter(session, task="t", body=url, error=f"cannot decode {url!r}"))
+    (letter,) = store.run(lambda session: workers.list_dead_letters(session))
+    assert "abc" not in letter.body + letter.error
+    assert "X-Amz-Signature=***" in letter.error
+
+
 def test_plugins_are_remembered_by_host_and_version(store: Store) -> None:
     def saw(*plugins: Installed, host: str | None = None) -> None:
         store.run(lambda session: workers.saw_plugins(session, plugins, host=host))

@@ -128,7 +128,7 @@ def drop_copies(store: Store, kept: KeptImages, *, wait_s: float = 0.0, note: No
 
     Raises:
         StorageError: one cannot be deleted; the next call goes on there.
-        TakenTurnError: another process is still at it.
+        RoleTakenError: another process is still at it.
     """
     deadline, count = time.monotonic() + wait_s, 0
     while _to_drop(store, limit=1):

@@ -82,9 +82,12 @@ class ExclusiveLock:
             self._waiting += 1
             try:
                 self._changed.wait_for(lambda: not self._alone and not self._inside)
+                self._alone = True
             finally:
                 self._waiting -= 1
-            self._alone = True
+                if not self._alone:
+                    # Interrupted: those who let it go first wait for nothing any more.
+                    self._changed.notify_all()
         try:
             yield
         finally:
@@ -229,7 +232,9 @@ class Node:
         # Only what is in flight: a claim of which this process knows nothing, since its answer was lost, must lapse.
         held = self.in_flight.jobs()
         lease_s = self.settings.worker.lease_s
-        refused = {} if self.runtimes.refused is None else {"refused": self.runtimes.refused}
+        # Read once: the thread that follows the alias sets it, and takes it back.
+        last = self.runtimes.refused
+        refused = {} if last is None else {"refused": last}
         heads = sorted(self._plugins.heads())
         said = {**facts(self.settings, workers.JUDGES), "heads": heads, **refused, **self._more()}
 

@@ -81,7 +81,9 @@ class Runtimes:
     @property
     def release(self) -> str | None:
         """Id of the release in use."""
-        return self._current.runtime.release if self._current else None
+        # Read once: the thread that follows the alias may replace it at any moment. So in the two below.
+        held = self._current
+        return held.runtime.release if held else None
 
     @property
     def refused(self) -> tuple[str, str] | None:
@@ -94,7 +96,8 @@ class Runtimes:
     @property
     def failure(self) -> BaseException | None:
         """Returns what ended the device of the release in use, if anything did."""
-        return self._current.runtime.embedder.failure if self._current else None
+        held = self._current
+        return held.runtime.embedder.failure if held else None
 
     @property
     def encoding(self) -> bool:
