@@ -264,7 +264,7 @@ def _resamples(sample: _Counts, resamples: int, seed: int) -> Iterator[_Counts]:
 
     Drawing n images with replacement and counting their scores is one multinomial draw over the distinct scores.
     """
-    # One stream each, so that the draws of a class are the same whatever the size of the other.
+    # One stream each, so that the draws of a class are the same however large the other is.
     rng_real, rng_fake = (np.random.default_rng(one) for one in np.random.SeedSequence(seed).spawn(2))
     # Counts of (samples, g) float64: 16 MB at most are in memory for each class.
     step = max(1, _RESAMPLED_AT_A_TIME // max(1, len(sample.scores)))

@@ -81,7 +81,7 @@ def unseen(embeddings: NDArray[np.float32], labels: NDArray[np.int8], group: NDA
         return False
     rows = np.flatnonzero(group | reals)
     fakes = neighbour_shares(embeddings, labels, rows).astype(np.float32)
-    # Area under the ROC curve of the neighbours' vote: 0.5 is chance, whatever the sizes of the classes.
+    # Area under the ROC curve of the neighbours' vote: 0.5 is chance, however large the classes are.
     return float(figures(labels[rows], fakes)["auroc"] or 0.0) < _TOLD_APART
 
 
