@@ -82,6 +82,8 @@ def times_from(cron: crontab, now: datetime) -> Iterator[datetime]:
 
 
 def _days(cron: crontab, now: datetime, step: int) -> Iterator[datetime]:
+    # By Celery's own sets, and not by croniter or cronsim: these take day of month OR day of week, as cron does,
+    # where Celery takes both, and a look back must find the very times at which beat fires.
     today = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     for number in range(_DAYS):
         day = today + timedelta(days=step * number)

@@ -249,6 +249,7 @@ def expand(pattern: str) -> list[Path]:
 def _choices(match: re.Match[str]) -> Sequence[str]:
     if match[3] is not None:
         return match[3].split(",")
+    # Counted before they are made, unlike in braceexpand, which has no limit: a typo must not fill the memory.
     first, last = int(match[1]), int(match[2])
     if abs(last - first) >= _MOST_SHARDS:
         raise DatasetError(f"{match[0]} names over {_MOST_SHARDS} shards")

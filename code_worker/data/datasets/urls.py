@@ -84,6 +84,7 @@ class UrlSource:
                 raise TransientError(reason, f"{host}: {type(error).__name__}") from error
 
     def _read(self, response: HTTPResponse, line: _Line) -> bytes:
+        # Read before the body, since it counts down.
         promised = response.length
         data = bytearray()
         while chunk := response.read(_CHUNK_BYTES):
@@ -152,6 +153,8 @@ class _Connection(HTTPConnection):
         self._line = line
         super().__init__(parts.hostname or "", parts.port or _PORTS[parts.scheme])
 
+    # urllib3 has no public place to choose the address of a connection, and no limit on the whole of an answer: both
+    # of its bounds, and what checks redirects, would stay ours.
     def connect(self) -> None:
         plain = self._line.connect(self.host, self.port)
         if not self._tls:
@@ -191,6 +194,7 @@ class _Line:
 
     def connect(self, host: str, port: int) -> socket.socket:
         """A socket to one of the host's addresses, all of which must be allowed."""
+        # All of them: of a name with a public and an inner address, any may be connected to next time.
         addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         if not all(map(self._is_allowed, addresses)):
             raise ImageRejectedError(RejectReason.SOURCE_NOT_ALLOWED, f"{host} is not on the public internet")
@@ -216,4 +220,5 @@ class _Line:
     def _cut(self) -> None:
         if (opened := self._socket) is not None:
             with suppress(OSError):
+                # Wakes a thread that reads from it, as closing it would not.
                 opened.shutdown(socket.SHUT_RDWR)

@@ -168,6 +168,7 @@ WARMUP_FROM = 1e-6
 
 def make_optimiser(model: nn.Module, *, weight_decay: float, fused: bool) -> torch.optim.AdamW:
     """AdamW, its rate yet to be set; as in timm's recipes vectors (biases, norms) and the tokens are not decayed."""
+    # timm's function for these groups would cost a refit from a champion the seconds that timm takes to import.
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -182,6 +183,7 @@ def make_optimiser(model: nn.Module, *, weight_decay: float, fused: bool) -> tor
 def learning_rate(step: int, peak: float, *, warmup_epochs: float, scale: Scale) -> float:
     """Rate of a step (from 0): linear from 1e-6 over the warm-up, then half a cosine down to 0 at the last step."""
     # At least one step is left for the cosine: a run shorter than its warm-up would end at the peak.
+    # A function of the step and no scheduler of torch's: there is no state that a resumed run could lack.
     warmup = min(round(warmup_epochs * scale.steps_per_epoch), scale.steps - 1)
     if step < warmup:
         return WARMUP_FROM + (peak - WARMUP_FROM) * step / warmup
@@ -200,6 +202,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
+        # Begins with the weights at the start; torch's AveragedModel forgets them at its first update.
         self.state: dict[str, Tensor] = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
     @torch.no_grad()
