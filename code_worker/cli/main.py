@@ -130,6 +130,7 @@ def cli() -> None:
 
 def _open_what_is_closed() -> None:
     """Python has no stream where a shell closed it (`>&-`); what is written there is to be lost, and fail nothing."""
+    # The interpreter sets a stream to None where its descriptor was closed at the start.
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115 - for the process's life
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for the process's life
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for the process's life
@@ -144,6 +145,7 @@ def main() -> None:
                 cli(prog_name="code-worker")
             finally:
                 sys.stdout.flush()  # what a command left in it fails here, and not when Python ends
+    # Before OSError, of which it is a kind.
     except PermissionError as error:
         place = error.filename or "a file"
         click.echo(printable(f"code-worker: this user may not use {place}: {error.strerror}"), err=True)
@@ -161,6 +163,7 @@ def main() -> None:
         click.echo(printable(f"code-worker: {redact(str(error))}"), err=True)
         # What is only away may come back; a release or file that cannot be used stays so.
         lasts = isinstance(error, ConfigurationError | ArtifactError) and not isinstance(error, ArtifactStorageError)
+        # A supervisor may start again after 1; after 2 somebody has to do something first.
         sys.exit(2 if lasts else 1)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "code_worker":

@@ -122,6 +122,7 @@ class LocalKept(_Kept):
         """See `KeptImages.put`; a copy that is there is not written again."""
         sha256 = hashlib.sha256(data).hexdigest()
         with translated(f"cannot keep a copy in {self.root}", StorageError):
+            # Its bytes and not its presence: a copy that rotted is written again.
             if self._files.get(_name(sha256)) == data:
                 return sha256
         return super().put(data)

@@ -78,6 +78,7 @@ def config_from_published(published: object) -> VitConfig:
     for name in ("quantization_config", "pruned_heads"):
         if published.get(name):
             raise ArtifactError(f"config.json: {name} is set; only plain weights can be represented exactly")
+    # A `config.json` leaves out what equals the library's defaults.
     values = {**_DEFAULTS, **{name: published[name] for name in _DEFAULTS if name in published}}
     if values["num_channels"] != 3:
         raise ArtifactError(f"config.json: num_channels is {values['num_channels']!r}; crops have 3")
@@ -92,6 +93,7 @@ def config_from_published(published: object) -> VitConfig:
         layer_norm_eps=values["layer_norm_eps"],
         activation=values["hidden_act"],
     )
+    # Other widths of a head are in newer configurations; the timm model has none of its own.
     if published.get("head_dim") not in (None, config.width // config.heads):
         raise ArtifactError(
             f"config.json: head_dim {published['head_dim']!r} is not hidden_size / num_attention_heads"
@@ -116,11 +118,13 @@ def state_from_published(state: Mapping[str, Tensor], config: VitConfig) -> dict
     found = {_older_name(name.removeprefix("vit.")): tensor for name, tensor in state.items()}
     if len(found) != len(state):
         raise ArtifactError("weights hold the same tensor twice, with and without the prefix 'vit.' or by two names")
+    # The embedding is the CLS token before the pooler.
     found = {name: tensor for name, tensor in found.items() if not name.startswith("pooler.")}
     shapes = expected_shapes(config)
     sources = {name: _published_names(name) for name in shapes}
     wanted: dict[str, tuple[int, ...]] = {}
     for name, parts in sources.items():
+        # Query, key and value are three tensors there and one of three times the rows here.
         rows, *others = shapes[name]
         wanted.update(dict.fromkeys(parts, (rows // len(parts), *others)))
     check_fit(found, wanted, "the weights do not fit config.json")
@@ -205,6 +209,7 @@ def _sharded_tensors(index: Path) -> dict[str, Tensor]:
         shards = sorted(set(where.values()))
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{index.name} cannot be read: {type(error).__name__}: {error}") from error
+    # A plain name of that form cannot lead out of the directory.
     if wrong := [name for name in shards if not (isinstance(name, str) and SHARD.fullmatch(name))]:
         raise ArtifactError(f"{index.name} names {wrong[0]!r}; shards are called model-00001-of-00002.safetensors")
     found = {name: read_safetensors(index.parent / name) for name in shards}

@@ -202,6 +202,7 @@ class LocalArtifacts(_Artifacts):
         """An empty directory that takes the release's place when the block ends; see `whole_directory`."""
         with whole_directory(self.root / release, durable=True, beside=self._files.drafts()) as copy:
             yield copy
+            # Last, so that nobody else looks into it before it is whole.
             copy.chmod(0o755)
 
     def is_whole(self, release: str) -> bool:
@@ -233,6 +234,7 @@ class S3Artifacts(_Artifacts):
         release, address = release_id(sha256), self._objects.address
         with translated(f"cannot write release {release} to {address}", ArtifactStorageError):
             _refuse_other(self._manifest(release), sha256, f"{address}/{release}")
+            # The manifest last: until it is there, nobody takes what is there for a release.
             for name in (*sorted(manifest.files), MANIFEST_NAME):
                 if name == MANIFEST_NAME:
                     failpoint("mid_upload")
@@ -243,6 +245,7 @@ class S3Artifacts(_Artifacts):
         """See `ArtifactStore.fetch`; a damaged or missing cached copy is replaced, one process at a time."""
         doing = f"cannot read release {_checked_id(release)} from {self._objects.address}"
         with translated(doing, ArtifactStorageError), self._cache.locked(release):
+            # Under the lock: of processes that start at once, one downloads.
             if not self._cache.is_whole(release):
                 self._download(release, on_bytes)
         return self._cache.root / release

@@ -39,6 +39,7 @@ def hash_file(path: Path, on_bytes: OnBytes | None = None) -> FileEntry:
     """Sha256 and size of a file's content, read in pieces; `on_bytes` hears of each piece's size."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
+        # In pieces: weights may be larger than the memory that is left.
         while piece := file.read(_CHUNK):
             digest.update(piece)
             size += len(piece)
@@ -57,6 +58,7 @@ def files_below(directory: Path) -> list[str]:
 
 
 def _walk(directory: Path, prefix: str) -> Iterator[str]:
+    # By entries and not by `rglob`: a link to a directory must be seen as a link, never walked into.
     with os.scandir(directory) as entries:
         for entry in entries:
             name = f"{prefix}{entry.name}"
@@ -111,10 +113,12 @@ def check(manifest: bytes, signature: bytes | None, keys: Sequence[SecretStr], w
         return
     if signature is None:
         raise SignatureError(f"{what} is not signed: make sure where it is from, then `code-worker releases sign` it")
+    # The name of the key only finds it; what proves anything is the HMAC.
     name, stated = _read(signature, what)
     known = {_name(key): key for key in map(_bytes, keys)}
     if name not in known:
         raise SignatureError(f"{what} is signed by the key {name}, which is none of CODE_WORKER_SIGNING_KEYS")
+    # In constant time: how long it takes must not tell how much of a guess was right.
     if not hmac.compare_digest(_hmac(known[name], manifest), stated):
         raise SignatureError(f"{what} is wrongly signed: the signature is not of this manifest")
 
@@ -136,8 +140,10 @@ def _bytes(key: SecretStr) -> bytes:
 
 def _name(key: bytes) -> str:
     """Returns what a key is called; says nothing of the key itself."""
+    # A hash of its own purpose: it tells nothing about HMACs by this key.
     return hashlib.sha256(b"code_worker key name\0" + key).hexdigest()[:16]
 
 
 def _hmac(key: bytes, manifest: bytes) -> str:
+    # The purpose keeps a signature of anything else by the same key from passing for one of a manifest.
     return hmac.new(key, _PURPOSE + manifest, hashlib.sha256).hexdigest()

@@ -35,7 +35,9 @@ from code_worker.types import IMAGE_SIZE
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
+# A manifest lists some dozen files; what is larger is none, and is not to be parsed.
 MAX_MANIFEST_BYTES = 8 * 2**20
+# No part may begin with a dot: `..` leads out, and hidden files are seen by nobody.
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _HEAD_NAME = f"^{HEAD_NAME.pattern}$"
 
@@ -141,6 +143,7 @@ class Manifest(_Entry):
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, two spaces, UTF-8, one final newline."""
         plain = self.model_dump(mode="json")
+        # One spelling: the id is a hash of these bytes.
         text = json.dumps(plain, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
         return (text + "\n").encode()
 
@@ -189,12 +192,14 @@ def parse_manifest(content: bytes, origin: str) -> Manifest:
     Raises:
         ArtifactError: not JSON, an unknown format version, or fields that do not fit.
     """
+    # Before json: nested lists of a hundred megabytes take minutes.
     if len(content) > MAX_MANIFEST_BYTES:
         raise ArtifactError(f"{origin}: manifest of {len(content)} bytes; at most {MAX_MANIFEST_BYTES} are read")
     try:
         plain = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{origin}: not a JSON manifest: {error}") from None
+    # Before the fields: those of a later format may be others.
     version = plain.get("format") if isinstance(plain, dict) else None
     if version != FORMAT:
         raise ArtifactError(
@@ -222,6 +227,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"{directory} is no release: it has no {MANIFEST_NAME}")
     with path.open("rb") as file:
+        # One byte more than is allowed, so that a longer one is seen to be longer.
         content = file.read(MAX_MANIFEST_BYTES + 1)
     return parse_manifest(content, str(path)), hashlib.sha256(content).hexdigest()
 
@@ -234,6 +240,7 @@ def verify_files(directory: Path, on_bytes: OnBytes | None = None) -> tuple[Mani
         ArtifactError: see `read_manifest`.
     """
     manifest, sha256 = read_manifest(directory)
+    # Files that nobody listed are refused too: a head might read them.
     present = set(files_below(directory)) - {MANIFEST_NAME, SIGNATURE_NAME}
     listed = manifest.files.keys()
     problems = [*_named("missing", listed - present), *_named("not listed", present - listed)]
@@ -245,6 +252,7 @@ def verify_files(directory: Path, on_bytes: OnBytes | None = None) -> tuple[Mani
 
 
 def _unchanged(path: Path, expected: FileEntry, on_bytes: OnBytes | None) -> bool:
+    # The size first: of a file that was cut short nothing need be hashed.
     return path.stat().st_size == expected.size and hash_file(path, on_bytes) == expected
 
 

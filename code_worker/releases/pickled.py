@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from code_worker.errors import ArtifactError, UnsafeArtifactError
 
 _MAX_DIMENSIONS: Final = 4
+# So that products of sides stay small numbers, no matter what a file claims.
 _MAX_SIDE: Final = 2**40
+# Numbers alone: arrays of objects would be pickles within the pickle.
 _DTYPE = re.compile(r"[biuf][1248]")
 _DAMAGE: Final = (ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error)
 
@@ -75,6 +77,7 @@ _NDARRAY: Final = Name("numpy", "ndarray")
 _WRAPPER: Final = Name("joblib.numpy_pickle", "NumpyArrayWrapper")
 
 
+# numpy 2 renamed `numpy.core`; estimators of both are about.
 def _numpy_names(module: str, qualname: str) -> frozenset[Name]:
     return frozenset({Name(f"numpy.core.{module}", qualname), Name(f"numpy._core.{module}", qualname)})
 
@@ -121,6 +124,7 @@ class _Machine:
     def run(self) -> object:
         while True:
             code = self.stream.read(1)
+            # The table of the standard library tells how long each argument is; its interpreter is never asked.
             opcode = _OPCODES.get(code)
             if opcode is None:
                 raise ValueError("no such instruction")
@@ -134,6 +138,7 @@ class _Machine:
 
     def _finish(self) -> object:
         (value,) = self.stack
+        # What follows the STOP would be read by nobody here, and perhaps by another program.
         if self.marked or self.position != len(self.data):
             raise ValueError("something is left over")
         return value
@@ -222,6 +227,7 @@ class _Machine:
 
     def _push_name(self, module: str, qualname: str) -> None:
         name = Name(module, qualname)
+        # An allow-list by exact name: there is no end to what a pickle can call by other ones.
         if name not in self.classes and name not in _ALWAYS_ALLOWED:
             raise UnsafeArtifactError(
                 f"the file asks for {f'{module}.{qualname}'[:200]!r}, which no published estimator needs; "
@@ -231,6 +237,7 @@ class _Machine:
 
     def reduce(self, _: object) -> None:
         name, arguments = self._pop_call()
+        # The few calls that numpy's own pickles make, done by hand; a class of the allow-list is never called.
         if name in _MAKE_DTYPE:
             self.stack.append(_DType(_plain_dtype(arguments[0])))
         elif name in _RECONSTRUCT:
@@ -266,6 +273,7 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, _DType):
             target.value = target.value.newbyteorder(_byte_order(state[1]))
+        # Once only: a second state would replace what was checked.
         elif isinstance(target, Array) and target.value is None:
             target.value = self._inline_array(state) if type(state) is dict else _pickled_array(state)
         elif isinstance(target, Instance) and target.state is None and type(state) is dict:
@@ -315,9 +323,11 @@ def _view(content: Any, offset: int, dtype: Any, shape: Any, order: Any) -> NDAr
     count = math.prod(shape)
     if not isinstance(dtype, _DType) or count * dtype.value.itemsize > len(content) - offset:
         raise ValueError("array larger than the file")
+    # `frombuffer` refuses an empty buffer.
     if count == 0:
         return np.empty(shape, dtype.value)
     array = np.frombuffer(content, dtype.value, count=count, offset=offset).reshape(shape, order=order)
+    # A view of the file's bytes, which others may share.
     array.flags.writeable = False
     return array
 

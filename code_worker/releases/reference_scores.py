@@ -46,7 +46,9 @@ def _photograph_like(rng: Generator) -> NDArray[np.uint8]:
 
 
 def _pink(rng: Generator, slope: float) -> NDArray[np.float64]:
+    # (224, 113): the half of the spectrum that a real image has.
     frequency = np.hypot(np.fft.fftfreq(IMAGE_SIZE)[:, None], np.fft.rfftfreq(IMAGE_SIZE)[None])
+    # No constant part: brightness is drawn for itself.
     frequency[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE))) / frequency**slope
     field = np.fft.irfft2(spectrum, s=(IMAGE_SIZE, IMAGE_SIZE))
@@ -86,6 +88,7 @@ def golden_embeddings(count: int = GOLDEN_COUNT, seed: int = 20_240) -> NDArray[
     Of the size that a final LayerNorm gives, from tightly packed to far apart: both sides of a border are met.
     """
     rng = np.random.default_rng(seed)
+    # (count, 1): rows from 0.05 to 4 times a unit normal's size.
     spread = np.geomspace(0.05, 4.0, count)[:, None]
     return (rng.standard_normal((count, EMBEDDING_DIM)) * spread).astype(np.float32)
 
@@ -118,6 +121,7 @@ def check_same_scores(fitted: Mapping[str, Head], loaded: Mapping[str, Head]) ->
     embeddings = golden_embeddings()
     for name, head in fitted.items():
         before, after = (checked_scores(name, one, embeddings) for one in (head, loaded[name]))
+        # Bit by bit: it is the same machine and the same code, so that nothing may differ.
         if not np.array_equal(before, after):
             worst = float(np.abs(before.astype(np.float64) - after).max())
             raise ArtifactError(
@@ -155,6 +159,7 @@ def probe_embeddings(weights: EncoderWeights) -> NDArray[np.float32]:
     """
     from code_worker.encoder.torch_engine import Engine
 
+    # On the CPU in float32, so that a release's probes do not depend on who made it.
     drawn = Engine(weights, device="cpu").embed(seeded_crops(_DRAWN_PROBES, 20_241))
     return np.concatenate((golden_embeddings(_FIXED_PROBES), drawn[np.isfinite(drawn).all(axis=1)]))
 
@@ -233,6 +238,7 @@ def probe_scores_changed(
     difference = float(np.abs(now - then).max())
     if difference <= allowed:
         return None
+    # (borders, 1) against (n,): a flip at any border counts once.
     sides = np.array(sorted(borders))[:, None]
     flipped = int(np.count_nonzero(((then >= sides) != (now >= sides)).any(axis=0)))
     return Changed(name, difference, allowed, flipped)

@@ -107,6 +107,7 @@ def verify(
 
     if images < 1:
         raise ConfigurationError(f"{images} images: at least one is needed")
+    # Nothing folded: the arithmetic of the published network, layer by layer.
     reference = Engine(loaded.weights, device="cpu", precision="fp32", fold=False)
     tested = open_engine(
         loaded.weights,
@@ -137,6 +138,7 @@ def _embed_both(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     expected, found = [], []
     for start in range(0, images, _CHUNK):
+        # In chunks, both encoders on the same crops: memory does not grow with the number of images.
         crops = seeded_crops(min(_CHUNK, images - start), seed, first=start)
         expected.append(reference(crops))
         found.append(tested(crops))
@@ -147,6 +149,7 @@ def _embed_both(
 
 def _compare(name: str, head: Head, expected: NDArray[np.float32], found: NDArray[np.float32]) -> HeadReport:
     wanted, got = (checked_scores(name, head, embeddings) for embeddings in (expected, found))
+    # At 0.5, the published border; policies have borders of their own.
     flips = int(np.count_nonzero((wanted >= 0.5) != (got >= 0.5)))
     return HeadReport(
         score_error=float(np.abs(wanted - got).max()),
@@ -164,6 +167,7 @@ def flips_at_most(flips: int, images: int) -> float:
     chance of 5 %. Without any it is 1 − 0.05^(1/n), a little less than 3/n (the rule of three).
     """
     low, high = flips / images, 1.0
+    # Bisection: the chance falls as the share rises.
     while high - low > 1e-9:
         middle = (low + high) / 2
         low, high = (middle, high) if _chance_of_at_most(flips, images, middle) > _CHANCE else (low, middle)

@@ -86,8 +86,10 @@ def _split(url: str) -> _Parts:
     if (found := _SCHEME.fullmatch(url.strip())) is None:
         raise ValueError("not a URL: it begins with no scheme such as redis:// or postgresql+psycopg://")
     scheme, after = found[1].lower(), found[2]
+    # Where RFC 3986 ends user, host and port; a raw `#` or `/` in a password would end it too early.
     end = next((index for index, letter in enumerate(after) if letter in "/?#"), len(after))
     strict, last = after.rfind("@", 0, end), after.rfind("@")
+    # The standard's reading first; the other one only where this is none at all.
     if _reads(after[strict + 1 :], parameters=strict >= 0 and scheme not in _REDIS):
         return _parts(scheme, after, strict)
     host = _location(after[strict + 1 : end])
@@ -129,6 +131,7 @@ def _escaped(user_info: str | None) -> str:
 
 
 def _quoted(text: str) -> str:
+    # Undone first, so that what was escaped already is not escaped twice.
     return quote(unquote(text, errors="surrogateescape"), safe="", errors="surrogateescape")
 
 
@@ -143,6 +146,7 @@ def _tls_value(scheme: str, name: str, value: str) -> str:
             "the only parameters of a Redis URL are db and those of TLS: ssl_ca_certs, ssl_cert_reqs, ssl_certfile, "
             "ssl_check_hostname, ssl_keyfile; timeouts have settings, CODE_WORKER_BROKER__…"
         )
+    # redis-py would take them without TLS and say nothing.
     if scheme != "rediss":
         raise ValueError("ssl_… parameters need a URL that begins with rediss://")
     if name == "ssl_cert_reqs" and (value := _VERIFY.get(value.lower(), value.lower())) not in _VERIFY.values():

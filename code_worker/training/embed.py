@@ -127,6 +127,7 @@ class _Work:
 
     def jobs(self, examples: Iterable[Example]) -> Iterator[Job]:
         """One job for each example whose vector is not there already; its URI is the number of the entry."""
+        # Read by the pipeline as it has room, at most a page ahead of what was begun.
         for page in chunks(examples, _PAGE):
             self._look_up([example.sha256 for example in page if example.sha256 is not None])
             for example in page:
@@ -194,6 +195,7 @@ class _Work:
             return
         if missing := [sha256 for sha256 in dict.fromkeys(hashes) if sha256 not in self._vectors]:
             self._vectors |= unpack(self._known(missing))
+            # Looked for and not found: after reading, the pipeline need not ask for these again.
             self._asked.update(missing)
 
 

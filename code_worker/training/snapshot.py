@@ -187,6 +187,7 @@ def take(session: Session, settings: LabelSettings) -> Snapshot:
     )
     places = image_groups.places(session, (label.sha256 for label in resolved))
     before = _labels_known_to(session, releases.alias(session, releases.CHAMPION))
+    # Without a copy there is nothing to learn from; without a group nobody knows the part.
     kept = [(label, places[label.sha256]) for label in resolved if label.sha256 in places]
     members = [
         Member(

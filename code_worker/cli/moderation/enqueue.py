@@ -74,6 +74,7 @@ class _Reasons:
     def _lines(self, waiting: Sequence[Accepted]) -> dict[str, str]:
         from code_worker.doctor.fleet import why_waiting
 
+        # A sample: of a million jobs that wait, the reasons are few and the queries would be many.
         asked = waiting[:_ASKED]
         reasons = why_waiting(self._settings, self._store, [one.job_id for one in asked])
         jobs: defaultdict[str, list[str]] = defaultdict(list)
@@ -129,6 +130,7 @@ def _await(store: Store, job_id: str, deadline: float | None, meanwhile: Callabl
     """The job's verdict; None once the time is up."""
     from code_worker.store.verdicts import live
 
+    # Asked of the ledger: results of Celery are off, and a message may be lost where a verdict is not.
     while (verdict := store.run(lambda session: live(session, job_id), write=False)) is None:
         if deadline is not None and time.monotonic() > deadline:
             return None
@@ -314,6 +316,7 @@ def _enqueue(
             tally.untold += len(done.accepted)
             advance(len(done.refused) + len(done.accepted))
             if as_json and not keep:
+                # Before the rows are written: if the output breaks off, these are named on stderr.
                 kept[:] = done.accepted
                 rows = ({"job": one.job_id, "uri": one.uri} for one in done.accepted)
                 click.echo("".join(f"{shown_json(to_json(row), sys.stdout)}\n" for row in rows), nl=False)

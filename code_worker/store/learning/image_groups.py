@@ -56,6 +56,7 @@ class _Group:
 
 def places(session: Session, hashes: Iterable[str]) -> dict[str, Place]:
     """Returns where kept images belong, by content hash; what has no copy, or was not labelled yet, is absent."""
+    # An inner join: without a group there is no part, and what has none is learned by nobody.
     found = dict[str, Place]()
     columns = (_KEPT.c.sha256, _KEPT.c.group_id, _GROUPS.c.split)
     statement = select(*columns).join(_GROUPS, _GROUPS.c.id == _KEPT.c.group_id)

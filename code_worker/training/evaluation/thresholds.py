@@ -95,6 +95,7 @@ def needed(share: float) -> int:
     """
     if not 0 < share < 1:
         raise ValueError(f"a bound lies between 0 and 1, not at {share}")
+    # From (n + 1) · share >= 1; the slack keeps 1 / 0.1 from counting as a little over 10.
     return ceil(1 / share - 1 - _SLACK)
 
 
@@ -126,6 +127,8 @@ def draw_thresholds(
         DatasetError: too few images for a bound, or so many reals at the highest score that no border keeps it.
         ValueError: a bound that is not between 0 and 1.
     """
+    # Split conformal prediction (Vovk et al., 2005): the bound holds on average over such samples and for one further
+    # image, if it and these are exchangeable; it assumes nothing about the scores' distribution.
     high = _high(np.sort(reals), max_fpr)
     if len(fakes) < needed(max_fnr):
         problem = _too_few("fakes called real", max_fnr, len(fakes), "generated")
@@ -139,6 +142,7 @@ def draw_thresholds(
     low = _low(np.sort(fakes), max_fnr)
     note = ""
     if low >= high:
+        # Any border between the two keeps both; the middle is furthest from either class.
         low = high = (low + high) / 2
         note = "both bounds hold with one border in the middle: nothing is uncertain"
     return Thresholds(low, high, note, shares_at(reals, fakes, low, high))
@@ -161,7 +165,9 @@ def _high(ordered: NDArray[np.float32], max_fpr: float) -> float:
     if n < needed(max_fpr):
         problem = _too_few("reals called fake", max_fpr, n, "real")
         raise DatasetError(f"{problem}: label more, or allow a larger share")
+    # The rank of which at most `max_fpr` of all lie above; n + 1, since the next image is one of them.
     place = ceil((n + 1) * (1 - max_fpr) - _SLACK)
+    # In float32, as scores are: that real is just below the border.
     border = np.nextafter(np.float32(ordered[place - 1]), np.float32(2))
     if border > 1:
         raise DatasetError(
@@ -172,6 +178,7 @@ def _high(ordered: NDArray[np.float32], max_fpr: float) -> float:
 
 
 def _low(ordered: NDArray[np.float32], max_fnr: float) -> float:
+    # The same from below: at most `max_fnr` of fakes lie under this rank.
     place = floor((len(ordered) + 1) * max_fnr + _SLACK)
     return float(ordered[place - 1])
 

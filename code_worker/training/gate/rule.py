@@ -52,6 +52,7 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
     Raises:
         TrainingError: scores that are no numbers in [0, 1], so that no report can be computed.
     """
+    # All problems, not the first: a person who reads them mends what can be mended at once.
     problems = [*_too_small(inputs), *_too_noisy(inputs, settings)]
     try:
         report = _report(inputs)
@@ -60,6 +61,7 @@ def decide(inputs: GateInputs, settings: GateSettings) -> GateDecision:
     except ValueError as error:
         raise TrainingError(f"the report of {inputs.candidate.release} cannot be computed: {error}") from error
     problems += [*compared, *unsafe]
+    # Only where nothing else is wrong: a harm is the better reason.
     if not better and not problems:
         problems.append("nothing gained: neither overall nor on what is new is it better beyond chance")
     if problems:
@@ -149,7 +151,9 @@ def _better_than_chance(inputs: GateInputs, settings: GateSettings) -> list[str]
     for label in _KINDS:
         of_class = correct[inputs.labels == label]
         share = float(of_class.mean()) if len(of_class) else 0.0
+        # One-sided Clopper-Pearson limits of two independent samples.
         low, _ = proportion_limits(share * len(of_class), len(of_class), settings.error)
+        # Distances to the limits joined as variances are (Zou & Donner 2008), each class with half the weight.
         mean, missing = mean + share / 2, missing + (share - low) ** 2 / 4
     lowest = mean - sqrt(missing)
     if lowest <= 0.5:
