@@ -92,5 +92,6 @@ class LocalBlobs:
         else:
             with suppress(FileNotFoundError):  # another process was faster
                 target.unlink()
+        # An erasure that was confirmed must not be undone by a loss of power.
         flush(target.parent)
         return True

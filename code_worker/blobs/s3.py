@@ -164,6 +164,7 @@ class S3Blobs:
             # No versions are kept, or none of these: what is there counts.
             names = self.names(name) if name.endswith("/") else [name] * (self.size(name) is not None)
             found = [{"Key": self._prefix + one} for one in names]
+        # One by one: DeleteObjects needs a checksum that some servers do not take.
         for version in sorted(found, key=lambda one: one["Key"] != self._prefix + first):
             self.client.delete_object(Bucket=self._bucket, **version)
         return bool(found)

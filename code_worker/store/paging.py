@@ -66,6 +66,7 @@ def pages(
         first: is before all keys.
     """
     last = first
+    # Until one is empty, not until one is short: what is written meanwhile is found as well.
     while page := read(last):
         yield page
         last = key(page[-1])
