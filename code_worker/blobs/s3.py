@@ -140,7 +140,9 @@ class S3Blobs:
         """See `Blobs.size`."""
         with self._none_if_missing():
             return int(self.client.head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"])
-        return None
+        # A HEAD's 404 has no body that could tell a missing object from a missing bucket: a GET's has.
+        found = self.get(name)
+        return None if found is None else len(found)
 
     def names(self, prefix: str = "") -> Iterator[str]:
         """See `Blobs.names`."""

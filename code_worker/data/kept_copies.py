@@ -166,9 +166,9 @@ class S3Kept(_Kept):
         return self.cache.path(sha256)
 
     def drop(self, sha256: str) -> bool:
-        """See `KeptImages.drop`: the cached copy first, since the other one could be cached again meanwhile."""
-        cached = self.cache.drop(sha256)
-        return super().drop(sha256) or cached
+        """See `KeptImages.drop`: the cached copy last, since until then it could be fetched again."""
+        kept = super().drop(sha256)
+        return self.cache.drop(sha256) or kept
 
 
 def _name(sha256: str) -> str:

@@ -174,8 +174,9 @@ def test_a_bucket_that_is_missing_or_a_server_that_is_away_is_the_storages_fault
     missing = S3Kept("s3://no-such-bucket-here/x", s3_settings(s3_server.url), cache=tmp_path)
     with pytest.raises(StorageError, match="NoSuchBucket"):
         missing.put(DATA)
-    with pytest.raises(StorageError, match="NoSuchBucket"):
-        missing.read(SHA)
+    for look in (missing.read, missing.exists):
+        with pytest.raises(StorageError, match="NoSuchBucket"):
+            look(SHA)
     away = S3Kept("s3://b", s3_settings(f"http://127.0.0.1:{free_port()}"), cache=tmp_path)
     with pytest.raises(StorageError, match="Could not connect"):
         away.exists(SHA)
