@@ -158,13 +158,15 @@ def test_a_dripping_server_is_left_when_time_is_up(drip: Behaviour, seen: Seen) 
 
 
 def test_the_thread_of_a_dripping_body_ends_while_the_server_drips_on() -> None:
+    # One of a test before may try again for a while, and meet a server that has its port now.
+    earlier = set(fetch_threads())
     with FaultServer(fault.drip_body) as server, source_of(server, object_timeout_s=0.3) as source:
         with pytest.raises(TransientError):
             source.fetch(URI)
         for _ in polls(every_s=0.01):
-            if not fetch_threads():
+            if earlier.issuperset(fetch_threads()):
                 break
-        assert fetch_threads() == []
+        assert earlier.issuperset(fetch_threads())
         assert len(server.requests) <= 1
 
 

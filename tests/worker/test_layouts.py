@@ -232,7 +232,8 @@ def test_their_app_works_as_without_us_and_ours_does_too(
     assert host.lines() == alone.lines()
     assert "theirs." not in host.log("ours").partition("ready.")[2], "nothing of theirs reaches ours"
     if pool == "prefork":
-        assert "prefork_child_memory" in host.log("ours")
+        # Measured after the task, so after its verdict.
+        wait_until(lambda: "prefork_child_memory" in host.log("ours"), LIMIT_S, "a child that measured itself")
         message_that_lasts(host, deployment, str(image))
     for worker in deployment.workers[-3:]:
         assert worker.terminate() == 0
