@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED
+from code_worker.data.datasets.examples import FAKE, REAL, group_of
 from code_worker.data.labelled_images import refuse_holdout
 from code_worker.errors import ArtifactError, ConfigurationError, TrainingError, UnknownHeadError
 from code_worker.heads import fit_head, head_spelt, read_options, unknown_head_settings
@@ -198,16 +198,16 @@ def more_images(taken: Snapshot, learned: AbstractSet[str]) -> list[Member]:
     One of each group, class and generator, in the order of the groups' names, so that the next run sees the same ones
     and nobody who labels can choose them.
     """
-    found: dict[str | None, list[Member]] = {}
+    found: dict[str, list[Member]] = {}
     # A copy of what the encoder learned is in the same group, and no news to it either.
     known = {member.group for member in taken.members if member.sha256 in learned} - {None}
     for member in one_of_each_group(taken.training_share):
         if member.sha256 not in learned and member.group not in known:
-            found.setdefault(None if member.label == REAL else member.generator or UNNAMED, []).append(member)
+            found.setdefault(group_of(member.label, member.generator), []).append(member)
     chosen = [
         one
         for name, members in found.items()
-        for one in members[: _MOST_REALS if name is None else _MOST_OF_A_GENERATOR]
+        for one in members[: _MOST_REALS if name == "real" else _MOST_OF_A_GENERATOR]
     ]
     return sorted(chosen, key=lambda one: one.sha256)
 

@@ -26,6 +26,14 @@ UNNAMED: Final = "(unnamed)"
 """Group of images of which nobody said what made them, or where they came from; no generator is called so."""
 
 
+def group_of(label: int, generator: str | None) -> str:
+    """Returns the group of images that an image is counted in: `real`, its generator, or `UNNAMED`.
+
+    No generator can be labelled `real`, so the names are distinct.
+    """
+    return "real" if label == REAL else generator or UNNAMED
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One labelled image.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED
+from code_worker.data.datasets.examples import FAKE, REAL, group_of
 from code_worker.system.libraries import import_without_home
 from code_worker.training.evaluation.metrics import calibration
 
@@ -205,7 +205,7 @@ def map_plot(embedded: Embedded, *, seed: int = 0) -> str | None:
 
 def _by_origin(examples: Sequence[Any]) -> Mapping[str, NDArray[np.int64]]:
     """Rows of the reals, then of each generator by falling number; those beyond the twelfth together."""
-    names = np.array(["real" if one.label == REAL else one.generator or UNNAMED for one in examples], object)
+    names = np.array([group_of(one.label, one.generator) for one in examples], object)
     found = {name: np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
     fakes = sorted((name for name in found if name != "real"), key=lambda name: (-len(found[name]), name))
     ordered = {name: found[name] for name in (["real"] if "real" in found else []) + fakes[:_MOST_GROUPS]}

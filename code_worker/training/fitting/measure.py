@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from code_worker.data.datasets.examples import UNNAMED
+from code_worker.data.datasets.examples import group_of
 from code_worker.encoder.weights import save_weights
 from code_worker.errors import ImageRejectedError, TrainingError
 from code_worker.heads import fit_head
@@ -148,7 +148,7 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def _group(item: Item) -> str:
-    return "real" if item.label == 0 else item.generator or UNNAMED
+    return group_of(item.label, item.generator)
 
 
 def _centre(image: Image.Image, side: int) -> Image.Image:

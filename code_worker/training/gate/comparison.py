@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED
+from code_worker.data.datasets.examples import FAKE, REAL, UNNAMED, group_of
 from code_worker.errors import TrainingError
 from code_worker.releases.reference_scores import checked_scores
 from code_worker.training.evaluation.metrics import figures
@@ -276,7 +276,7 @@ def measured(members: Sequence[Member], opinion: ReleaseScores) -> dict[str, Any
     labels = labels_of(members)
     groups: dict[str, list[int]] = {}
     for place, member in enumerate(members):
-        groups.setdefault("real" if member.label == REAL else member.generator or UNNAMED, []).append(place)
+        groups.setdefault(group_of(member.label, member.generator), []).append(place)
     return {
         condition: {
             head: {
