@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from code_worker.cli.main import cli
+from code_worker.data.label_files.label_import import FORMS
+from code_worker.encoder.engines import ENGINES
 from tests.cli.conftest import Cli
 
 HEAVY = {"boto3", "celery", "numpy", "PIL", "sklearn", "sqlalchemy", "torch"}
@@ -126,3 +129,25 @@ def test_a_workers_name_that_would_mean_something_to_celery_is_refused(bare_cli:
     for name in ("worker@here", "worker-%i", ""):
         said = bare_cli("worker", "--name", name)
         assert (said.status, "letters, digits" in said.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "names"),
+    [
+        (("labels", "import"), "form", tuple(FORMS)),
+        (("releases", "verify"), "engine", ENGINES),
+    ],
+)
+def test_an_option_offers_all_that_the_code_can_do(
+    command: tuple[str, ...], option: str, names: tuple[str, ...]
+) -> None:
+    """The names are written twice: a command line that answers at once imports neither readers nor engines."""
+    found: click.Command = cli
+    for name in command:
+        assert isinstance(found, click.Group)
+        known = found.get_command(click.Context(found), name)
+        assert known is not None
+        found = known
+    (choice,) = (each.type for each in found.params if each.name == option)
+    assert isinstance(choice, click.Choice)
+    assert tuple(choice.choices) == names
