@@ -206,7 +206,7 @@ def stream(store: Store, *, page: int = _PAGE) -> Iterator[Entry]:
         return store.run(partial(list_entries, after=after, limit=page, newest_first=False), write=False)
 
     # Entries are only ever added: pages of several transactions are still one chain.
-    return chain.from_iterable(pages(read, lambda entry: entry.seq, None))
+    return chain.from_iterable(pages(read, lambda entry: entry.seq, None, size=page))
 
 
 def verify(store: Store, *, head: tuple[int, str] | None = None) -> Verified:

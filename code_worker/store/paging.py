@@ -56,19 +56,22 @@ def position(after: str | None, noun: str) -> tuple[str] | None:
 
 
 def pages(
-    read: Callable[[_Key], Sequence[_Row]], key: Callable[[_Row], _Key], first: _Key
+    read: Callable[[_Key], Sequence[_Row]], key: Callable[[_Row], _Key], first: _Key, *, size: int = 1
 ) -> Iterator[Sequence[_Row]]:
-    """Yields pages until one is empty; each is a transaction, so that a slow reader holds none open.
+    """Yields pages until one has fewer rows than `size`; each is a transaction: a slow reader holds none open.
 
     Args:
         read: reads the page after a key.
         key: of a row.
         first: is before all keys.
+        size: the rows of a full page, for readers that must end although rows are written faster than they read.
+            Unset: until a page is empty, so that what is written meanwhile is found as well.
     """
     last = first
-    # Until one is empty, not until one is short: what is written meanwhile is found as well.
     while page := read(last):
         yield page
+        if len(page) < size:
+            return
         last = key(page[-1])
 
 

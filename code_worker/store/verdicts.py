@@ -206,7 +206,7 @@ def stream(
         one = partial(list_verdicts, wanted=wanted, after=after, limit=page, newest_first=newest_first)
         return store.run(one, write=False)
 
-    return chain.from_iterable(pages(read, lambda verdict: verdict.id, None))
+    return chain.from_iterable(pages(read, lambda verdict: verdict.id, None, size=page))
 
 
 def _conditions(wanted: VerdictFilter) -> Iterator[Any]:

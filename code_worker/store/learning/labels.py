@@ -293,7 +293,7 @@ def stream(store: Store, wanted: LabelFilter | None = None, *, page: int = 1000)
         one = partial(list_labels, wanted=wanted, after=after, limit=page, newest_first=False)
         return store.run(one, write=False)
 
-    return chain.from_iterable(pages(read, lambda statement: statement.id, None))
+    return chain.from_iterable(pages(read, lambda statement: statement.id, None, size=page))
 
 
 def _conditions(wanted: LabelFilter) -> Iterator[Any]:
