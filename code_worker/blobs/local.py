@@ -37,7 +37,7 @@ class LocalBlobs:
     def drafts(self) -> Path:
         """Returns the directory for what is being written; it is on the same file system, so a rename is atomic.
 
-        Once per process it is swept of what writers that were killed have left there. A day is longer than any write.
+        At the first call it is swept of what killed writers have left there. A day is longer than any write.
         """
         drafts = self.root / _DRAFTS
         if not self._swept:
@@ -49,6 +49,10 @@ class LocalBlobs:
                         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         make_private(drafts)
         return drafts
+
+    def unfinished(self) -> Iterator[Path]:
+        """Files that are being written, or that a killed writer left."""
+        return (self.root / _DRAFTS).glob("*.partial")
 
     def put(self, name: str, data: bytes) -> None:
         """See `Blobs.put`."""

@@ -135,7 +135,7 @@ class LocalKept(_Kept):
     def drop(self, sha256: str) -> bool:
         """See `KeptImages.drop`; what a writer left half written is dropped too, if it is these bytes."""
         with translated(f"cannot delete a copy in {self.root}", StorageError):
-            for path in (self._files.drafts() if self.root.is_dir() else self.root).glob(".*.partial"):
+            for path in self._files.unfinished():
                 with contextlib.suppress(FileNotFoundError):
                     if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                         path.unlink()

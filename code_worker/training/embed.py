@@ -65,7 +65,7 @@ def embed_examples(
     """Embeds every image that can be, each content once; what cannot be read or decoded is skipped with a reason.
 
     Args:
-        examples: read as the work proceeds, at most two pages ahead.
+        examples: read as the work proceeds, at most three pages of 64 ahead.
         embedder: the encoder.
         limits: what an image may cost.
         known: where vectors of earlier runs are; an image whose hash is known beforehand is then not even read.
@@ -168,6 +168,8 @@ class _Work:
             self._vectors[entry.sha256] = item.embedding
             if item.fresh is not None:
                 self._fresh[entry.sha256] = item.fresh
+                # The pipeline keeps the item for others with its bytes: they need the embedding alone.
+                item.fresh = None
         if number - self._settled >= _PAGE:
             self.settle(number)
 

@@ -27,6 +27,12 @@ def run(url: str, *arguments: str) -> Result:
     return CliRunner(env={"CODE_WORKER_DATABASE_URL": url}).invoke(cli, ["db", *arguments], catch_exceptions=False)
 
 
+def set_revision(url: str, revision: str) -> None:
+    with closing(open_store(url)) as store:
+        change = text(f"UPDATE {migrate.VERSION_TABLE} SET version_num = '{revision}'")
+        store.run(lambda session: session.execute(change))
+
+
 def test_an_empty_database_is_upgraded_once(database_url: str) -> None:
     assert run(database_url, "current").exit_code == 1
     first = run(database_url, "upgrade")
@@ -56,9 +62,7 @@ def test_an_empty_database_names_the_command(database_url: str) -> None:
 
 def test_a_newer_database_is_nothing_to_do(database_url: str) -> None:
     assert run(database_url, "upgrade").exit_code == 0
-    with closing(open_store(database_url)) as store:
-        newer = text(f"UPDATE {migrate.VERSION_TABLE} SET version_num = 'from_the_future'")
-        store.run(lambda session: session.execute(newer))
+    set_revision(database_url, "from_the_future")
     upgraded = run(database_url, "upgrade")
     assert upgraded.exit_code == 0
     assert "newer, at revision from_the_future" in upgraded.stdout
@@ -70,9 +74,7 @@ def test_a_newer_database_is_nothing_to_do(database_url: str) -> None:
 
 def test_a_database_from_before_the_first_release_does_not_serve(database_url: str) -> None:
     assert run(database_url, "upgrade").exit_code == 0
-    with closing(open_store(database_url)) as store:
-        older = text(f"UPDATE {migrate.VERSION_TABLE} SET version_num = '2026_11_28_audit'")
-        store.run(lambda session: session.execute(older))
+    set_revision(database_url, "2026_11_28_audit")
     shown = run(database_url, "current")
     assert (shown.exit_code, "before the first release, and cannot be upgraded" in shown.stdout) == (1, True)
     assert json.loads(run(database_url, "current", "--json").stdout)["newer"] is False

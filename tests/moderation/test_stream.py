@@ -1,4 +1,4 @@
-"""Streams of images through the pipeline: bounded, in order, whatever ends first."""
+"""Streams of images through the pipeline: bounded, and in order no matter which one ends first."""
 
 from __future__ import annotations
 
