@@ -162,14 +162,29 @@ class S3Blobs:
             for one in object_versions(self.client, self._bucket, key) or ()
             if name.endswith("/") or one["Key"] == key
         ]
-        if not found:
+        if not found and name.endswith("/"):
             # No versions are kept, or none of these: what is there counts.
-            names = self.names(name) if name.endswith("/") else [name] * (self.size(name) is not None)
-            found = [{"Key": self._prefix + one} for one in names]
-        # One by one: DeleteObjects needs a checksum that some servers do not take.
+            found = [{"Key": self._prefix + one} for one in self.names(name)]
+        elif not found:
+            return self._delete_one(name)
         for version in sorted(found, key=lambda one: one["Key"] != self._prefix + first):
+            # One by one: DeleteObjects needs a checksum that some servers do not take.
             self.client.delete_object(Bucket=self._bucket, **version)
         return bool(found)
+
+    def _delete_one(self, name: str) -> bool:
+        """Deletes a file of which no versions are known; returns whether it was there, as far as may be asked."""
+        try:
+            there = self.size(name) is not None
+        except self.client.exceptions.ClientError as error:
+            # Who may not list a bucket is told so of an object that is missing, too: it may be deleted all the same.
+            if _code_of(error) not in _DENIED:
+                raise
+            self.client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+            return False
+        if there:
+            self.client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+        return there
 
     @contextmanager
     def _none_if_missing(self) -> Iterator[None]:

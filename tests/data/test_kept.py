@@ -262,6 +262,20 @@ def test_a_server_that_knows_no_versions_keeps_none(s3_server: S3Server, tmp_pat
     assert not kept.drop(SHA), "there was none any more"
 
 
+def test_who_may_not_list_a_bucket_without_versions_deletes_all_the_same(s3_server: S3Server, tmp_path: Path) -> None:
+    """S3 answers a HEAD of a missing object with 403 to those who may not list: an erasure must still end."""
+    client, bucket = s3_server.client(), f"kept-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=bucket)
+    kept = S3Kept(f"s3://{bucket}", s3_settings(s3_server.url), cache=tmp_path / "cache")
+    for call in ("ListObjectVersions", "HeadObject"):
+        kept.blobs.client.meta.events.register(f"before-call.s3.{call}", denied)
+    kept.put(DATA)
+    for _ in range(2):
+        kept.drop(SHA)
+        with pytest.raises(DatasetError, match="no copy"):
+            kept.read(SHA)
+
+
 def test_bytes_that_a_dead_writer_left_go_with_the_copy(tmp_path: Path) -> None:
     kept = LocalKept(tmp_path)
     kept.put(DATA)
