@@ -12,11 +12,9 @@ from typing import Any, Final, Protocol
 from sqlalchemy import case, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from code_worker.errors import StoreError
 from code_worker.logs import redact
 from code_worker.store.erasure import personal
 from code_worker.store.erasure.dead_letters import cut
-from code_worker.store.ids import as_uuid
 from code_worker.store.models import (
     DeadLetterRow,
     LeaseRow,
@@ -26,6 +24,7 @@ from code_worker.store.models import (
     db_now,
     db_now_plus,
 )
+from code_worker.store.paging import page_after, position
 from code_worker.store.sql import insert_into, new_id, plain, table_of
 
 JUDGES: Final = "worker"
@@ -262,11 +261,9 @@ def list_dead_letters(session: Session, *, after: str | None = None, limit: int 
     Raises:
         StoreError: `after` is no id.
     """
-    statement = select(_LETTERS).order_by(_LETTERS.c.id.desc()).limit(limit)
-    if after is not None:
-        if (last := as_uuid(after)) is None:
-            raise StoreError(f"{after!r} is no id of a message to continue the list after")
-        statement = statement.where(_LETTERS.c.id < last)
+    statement = page_after(
+        select(_LETTERS), [_LETTERS.c.id], position(after, "message"), limit=limit, newest_first=True
+    )
     return [DeadLetter(**row) for row in session.execute(statement).mappings()]
 
 
